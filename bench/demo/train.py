@@ -1,0 +1,73 @@
+"""Train the demo's experts: LoRA adapters (r = 4, query and value) of all-MiniLM-L6-v2, one per task, and the fixed heads.
+
+python bench/demo/train.py        writes frechet_merge/demo_data (3 to 5 minutes on two cores)
+
+Each task has a linear head that is never trained: the nearest-centroid classifier of the *base* encoder on eight labelled
+examples a class. So an expert, and a merge, is judged by its encoder alone. `tasks.json.gz` beside this file holds the texts:
+{task: {labels, train: [[text, y]], test: [[text, y]], source, license}}, at most 300 characters each.
+"""
+import gzip
+import json
+import shutil
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoTokenizer
+
+from frechet_merge.demo import BASE_ID, REVISION, TOKENS, base_folder, embed
+
+HERE, OUT = Path(__file__).parent, Path(__file__).parents[2]/"frechet_merge"/"demo_data"
+SHOTS, TESTS, EPOCHS, BATCH, LR, RANK = 8, 200, 3, 16, 2e-3, 4
+
+
+def batches(tok, rows, gen):
+    "Random batches of texts of like length."
+    order = torch.randperm(len(rows), generator=gen).tolist()
+    pools = [sorted(order[i:i + 8*BATCH], key=lambda j: len(rows[j][0])) for i in range(0, len(order), 8*BATCH)]
+    cut = [p[i:i + BATCH] for p in pools for i in range(0, len(p), BATCH)]
+    for k in torch.randperm(len(cut), generator=gen).tolist():
+        x = tok([rows[j][0] for j in cut[k]], truncation=True, max_length=TOKENS, padding=True, return_tensors="pt")
+        yield x, torch.tensor([rows[j][1] for j in cut[k]])
+
+
+def head(enc, tok, task):
+    "Nearest centroids as a linear layer, scaled so that logits have a standard deviation of 2."
+    feats = [embed(enc, tok, [t for t, y in task["train"] if y == k][:SHOTS]) for k in range(len(task["labels"]))]
+    C = torch.stack([f.mean(0) for f in feats]); mu = C.mean(0)
+    W, b = C - mu, -0.5*(C.pow(2).sum(1) - mu.pow(2).sum())
+    s = 2/F.linear(torch.cat(feats), W, b).std()
+    return (W*s).contiguous(), (b*s).contiguous()
+
+
+def train(base, tok, task, W, b):
+    torch.manual_seed(0); gen = torch.Generator().manual_seed(0)
+    model = get_peft_model(AutoModel.from_pretrained(base, add_pooling_layer=False), LoraConfig(r=RANK, lora_alpha=2*RANK, target_modules=["query", "value"]))
+    model.peft_config["default"].base_model_name_or_path, model.peft_config["default"].revision = BASE_ID, REVISION
+    opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=0.01)
+    steps = EPOCHS*-(-len(task["train"])//BATCH)
+    schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda s: min(1, (s + 1)/(0.1*steps))*max(0, 1 - s/steps))
+    for _ in range(EPOCHS):
+        for x, y in batches(tok, task["train"], gen):
+            h, mask = model(**x).last_hidden_state, x["attention_mask"][..., None]
+            loss = F.cross_entropy(F.linear((h*mask).sum(1)/mask.sum(1), W, b), y)
+            opt.zero_grad(); loss.backward(); torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0); opt.step(); schedule.step()
+    return model
+
+
+if __name__ == "__main__":
+    tasks, base = json.load(gzip.open(HERE/"tasks.json.gz", "rt")), base_folder()
+    tok, enc, heads = AutoTokenizer.from_pretrained(base), AutoModel.from_pretrained(base, add_pooling_layer=False).eval(), {}
+    OUT.mkdir(exist_ok=True)
+    for name, task in tasks.items():
+        W, b = head(enc, tok, task); heads |= {f"{name}.weight": W, f"{name}.bias": b}
+        train(base, tok, task, W, b).save_pretrained(OUT/name)
+        factors = load_file(OUT/name/"adapter_model.safetensors")
+        save_file({k: v.half() for k, v in factors.items()}, OUT/name/"adapter_model.safetensors", metadata={"format": "pt"})
+        (OUT/name/"README.md").unlink(missing_ok=True)
+        print(name, "done", flush=True)
+    save_file(heads, OUT/"heads.safetensors")
+    small = {k: {"labels": v["labels"], "source": v["source"], "license": v["license"], "test": v["test"][:TESTS]} for k, v in tasks.items()}
+    with gzip.GzipFile(OUT/"tests.json.gz", "wb", mtime=0) as f: f.write(json.dumps(small, ensure_ascii=False, separators=(",", ":")).encode())

@@ -1,0 +1,13 @@
+"""Merge neural networks as Fréchet means."""
+__version__ = "0.1.0"
+
+from .checkpoints import MergeError, load
+from .geometries.sphere import Sphere
+from .geometry import Euclidean, Geometry, Point
+from .laws import check_geometry
+from .mean import ConvergenceWarning, Mean, frechet_mean
+from .merge import Merged, merge
+from .span import Span
+
+__all__ = ["merge", "frechet_mean", "load", "check_geometry", "Geometry", "Point", "Euclidean", "Sphere", "Span",
+           "Mean", "ConvergenceWarning", "Merged", "MergeError"]

@@ -1,0 +1,155 @@
+"""The laws of a mean on every geometry: float64 and float32, ragged shapes, many models, with hypothesis."""
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from frechet_merge import Euclidean, Span, Sphere, check_geometry, frechet_mean, merge
+from frechet_merge.geometries.sphere import karcher
+from frechet_merge.laws import LAWS, mean_of
+from frechet_merge.merge import geometries
+
+GEOMETRIES = {"Euclidean": Euclidean(), "Span(Euclidean)": Span(Euclidean()), "Sphere": Sphere(), "Span(Sphere)": karcher()}
+SHAPES = st.lists(st.integers(1, 7), min_size=1, max_size=3).filter(lambda s: math.prod(s) > 3)
+
+
+def draw(shape, T, seed, dtype, spread):
+    "T tensors around a common one, within the convexity radius of a sphere."
+    g = torch.Generator().manual_seed(seed)
+    base = torch.randn(shape, generator=g, dtype=torch.float64)
+    return [(base + spread*base.norm()*torch.nn.functional.normalize(torch.randn(shape, generator=g, dtype=torch.float64).flatten(), dim=0).view(shape)).to(dtype) for _ in range(T)]
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(shape=SHAPES, T=st.integers(2, 8), seed=st.integers(0, 2**31), spread=st.sampled_from([1e-2, .1, .5]))
+def test_laws(name, dtype, shape, T, seed, spread):
+    thetas, gen = draw(shape, T, seed, dtype, spread), torch.Generator().manual_seed(seed)
+    sphere = "Sphere" in name
+    found = check_geometry(GEOMETRIES[name], thetas, [.5, .3, .2, .4, .1, .6, .7, .2][:T],
+                           act=(lambda t: t*float(torch.rand(1, generator=gen) + .2)*3) if sphere else None,
+                           same=(lambda t: t/t.norm()) if sphere else (lambda t: t))
+    assert found.keys() == LAWS.keys() - (set() if sphere else {5})
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(shape=SHAPES, T=st.integers(2, 6), seed=st.integers(0, 2**31), zeros=st.floats(0, .9))
+def test_laws_with_metrics(shape, T, seed, zeros):
+    "Diagonal metrics, many of whose entries are zero in some or all models."
+    thetas, g = draw(shape, T, seed, torch.float64, .3), torch.Generator().manual_seed(seed)
+    Gs = [torch.rand(shape, generator=g, dtype=torch.float64)*(torch.rand(shape, generator=g) > zeros) for _ in range(T)]
+    check_geometry(Euclidean(), thetas, Gs=Gs)
+
+
+def test_every_installed_geometry_is_covered():
+    found = {n: e.load()() for n, e in geometries().items()}
+    assert found and set(found.values()) <= set(GEOMETRIES.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_merging_copies_gives_the_copy_in_any_dtype(name, dtype):
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
+    merged = merge([{"x": x.clone()} for _ in range(3)], GEOMETRIES[name])
+    assert merged.tensors["x"].dtype == dtype and merged.tensors["x"].shape == x.shape and merged.means["x"].converged
+    torch.testing.assert_close(merged.tensors["x"], x, rtol=2*torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_laws_on_cuda(name):
+    check_geometry(GEOMETRIES[name], [t.cuda() for t in draw((4, 5), 3, 0, torch.float64, .3)])
+
+
+class TestSphere:
+    x = 1 + torch.randn(4, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    @settings(max_examples=50, deadline=None, derandomize=True)
+    @given(t=st.floats(0, 1), phi=st.floats(1e-7, 3.1), na=st.floats(1e-3, 1e3), nb=st.floats(1e-3, 1e3))
+    def test_two_models_are_slerp(self, t, phi, na, nb):
+        a = torch.tensor([1., 0, 0], dtype=torch.float64); b = torch.tensor([math.cos(phi), math.sin(phi), 0], dtype=torch.float64)
+        if max(t, 1 - t)*phi > 3.1: return
+        m, _ = mean_of(karcher(), [na*a, nb*b], [1 - t, t], warn=False)
+        want = ((1 - t)*na + t*nb)*torch.tensor([math.cos(t*phi), math.sin(t*phi), 0], dtype=torch.float64)
+        torch.testing.assert_close(m, want, rtol=0, atol=1e-8*max(na, nb))
+
+    def test_norm_is_the_weighted_mean_of_norms(self):
+        w = [.4, .3, .2, .1]
+        m, _ = mean_of(karcher(), list(self.x), w)
+        assert math.isclose(m.norm(), sum(a*b.norm() for a, b in zip(w, self.x)), rel_tol=1e-10)
+
+    def test_identical_inputs(self):
+        m, mean = mean_of(karcher(), [self.x[0]]*5)
+        torch.testing.assert_close(m, self.x[0], rtol=1e-12, atol=1e-14); assert mean.variance < 1e-20
+
+    def test_all_zero(self):
+        m, _ = mean_of(karcher(), [torch.zeros(3, 4)]*3)
+        assert m.shape == (3, 4) and not m.any()
+
+    @pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 1, 0)])
+    def test_a_zero_tensor_shrinks_the_norm_and_has_no_direction(self, order):
+        three = [self.x[0], 0*self.x[0], self.x[1]]
+        m, _ = mean_of(karcher(), [three[i] for i in order])
+        two, _ = mean_of(karcher(), [self.x[0], self.x[1]])
+        torch.testing.assert_close(m/m.norm(), two/two.norm(), rtol=0, atol=1e-9)
+        assert math.isclose(m.norm(), (self.x[0].norm() + self.x[1].norm())/3, rel_tol=1e-9)
+
+    @pytest.mark.parametrize("tiny", [1e-3, 1e-8, 1e-18, 1e-30])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_tiny_tensors_are_not_zero(self, tiny, dtype):
+        x = [(tiny*t).to(dtype) for t in self.x[:2]]
+        m, _ = mean_of(karcher(), x)
+        want, _ = mean_of(karcher(), [t.double()/tiny for t in x])
+        torch.testing.assert_close(m.double()/tiny, want, rtol=0, atol=4*torch.finfo(dtype).eps*float(want.abs().max()))
+
+    def test_huge_tensors_do_not_overflow(self):
+        m, _ = mean_of(karcher(), [(1e30*t).float() for t in self.x[:2]])
+        assert m.isfinite().all() and m.any()
+
+    def test_antipodal_is_reported(self):
+        _, mean = mean_of(karcher(), [self.x[0], -self.x[0]], warn=False)
+        assert not mean.unique and "only mean" in mean.problem
+
+    def test_beyond_the_convexity_radius_is_reported(self):
+        t = torch.tensor([0, 2, 4])*math.pi/3
+        _, mean = mean_of(Sphere(), list(torch.stack([t.cos(), t.sin()], 1).double()), warn=False)
+        assert not mean.unique
+
+    def test_diagonal_metrics_are_refused(self):
+        with pytest.raises(ValueError, match="one number per model"): mean_of(karcher(), list(self.x), Gs=[torch.ones(50)]*4)
+
+    def test_scalar_metrics_are_weights(self):
+        a, _ = mean_of(karcher(), list(self.x[:2]), Gs=[2.0, 1.0])
+        b, _ = mean_of(karcher(), list(self.x[:2]), [2, 1])
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+    def test_against_geomstats_on_the_sphere_of_the_span(self):
+        import numpy as np
+
+        from frechet_merge.mean import Manifold, Point, import_geomstats
+        from frechet_merge.span import coordinates, gram
+        import_geomstats()
+        from geomstats.geometry.hypersphere import Hypersphere
+        from geomstats.learning.frechet_mean import FrechetMean
+        for T in (3, 5, 8):
+            g = torch.Generator().manual_seed(T)
+            x = torch.randn(200, generator=g, dtype=torch.float64) + .7*torch.randn(T, 200, generator=g, dtype=torch.float64)
+            w = torch.rand(T, generator=g, dtype=torch.float64); w /= w.sum()
+            C, _ = coordinates(*gram(list(x))); U = C/C.norm(dim=1, keepdim=True)
+            est = FrechetMean(Hypersphere(T - 1)); est.optimizer.epsilon, est.optimizer.max_iter = 1e-30, 1000
+            theirs = torch.as_tensor(est.fit(U.numpy(), weights=np.asarray(w)).estimate_)
+            points, _ = karcher().chart(list(x))
+            torch.testing.assert_close(frechet_mean(karcher(), points, w.tolist()).x[1:], theirs, rtol=0, atol=1e-10)
+            again = frechet_mean(Manifold(Hypersphere(T - 1), radius=math.pi/2), [Point(u) for u in U], w.tolist())
+            torch.testing.assert_close(again.x, theirs, rtol=0, atol=1e-10)
+
+
+def test_importing_geomstats_leaks_nothing():
+    import numpy as np
+
+    from frechet_merge.mean import import_geomstats
+    had = hasattr(np, "trapz"); import_geomstats()
+    assert torch.get_default_dtype() == torch.float32 and hasattr(np, "trapz") == had
