@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .shards import DTYPES, Entry, MergeError, read_header
+from .shards import Entry, MergeError, read_header
 
 # %% ../nbs/00_checkpoints.ipynb #09b60cbf
 CHUNK = 1 << 18    # elements of one model that are worked on at a time: rows of 1 MB in float32 stay in a processor's cache
@@ -114,8 +114,11 @@ def from_state_dict(tensors:Mapping, source:str="state dict")->Checkpoint:
 
 # %% ../nbs/00_checkpoints.ipynb #c282cc86
 def _json(path:Path)->dict:
-    try: return json.loads(path.read_text())
-    except (OSError, ValueError) as e: raise MergeError(f"{path}: cannot be read as JSON ({e}).\nThe file is damaged: download or save it again.") from e
+    try:
+        found = json.loads(path.read_text())
+        if isinstance(found, dict): return found
+        raise ValueError("not an object")
+    except (OSError, ValueError, RecursionError) as e: raise MergeError(f"{path}: cannot be read as JSON ({e}).\nThe file is damaged: download or save it again.") from e
 
 def weight_files(folder:Path, kind:str="safetensors")->tuple[list[Path],set[str]]:
     "The files of a checkpoint, and the tensor names that its index promises."

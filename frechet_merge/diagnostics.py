@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .checkpoints import Checkpoint, load
+from .checkpoints import load
 from .merge import _get
 from .span import Stack, gram
 

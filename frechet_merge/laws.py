@@ -7,7 +7,6 @@ __all__ = ['LAWS', 'mean_of', 'check_geometry']
 
 # %% ../nbs/05_laws.ipynb #18a576a7
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor

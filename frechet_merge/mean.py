@@ -79,7 +79,7 @@ def frechet_mean(
     "The point at which the weighted squared distance to `points` is stationary (Karcher 1977)."
     ws, Gs = normalise(ws, len(points)), [as_metric(p.G) for p in points]
     m = _start(g, points, ws)
-    eps, last, k = torch.finfo(m.dtype).eps, None, 0
+    eps, last, step, k = torch.finfo(m.dtype).eps, None, None, 0
     while True:
         b, size, var, far, A = _pulls(g, m, points, Gs, ws)
         if last is not None and var > last[1]*(1 + 8*eps) and k < maxiter:

@@ -7,14 +7,14 @@ __all__ = ['RUN', 'RANK_TOL', 'Stack', 'gram', 'coordinates', 'Combination', 'co
 
 # %% ../nbs/04_span.ipynb #7197ac22
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .checkpoints import CHUNK, LazyTensor, MemoryTensor, MergeError, spans
-from .geometry import Euclidean, Geometry
+from .geometry import Geometry
 
 # %% ../nbs/04_span.ipynb #b0dd48f6
 class Stack(Sequence):

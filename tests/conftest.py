@@ -17,7 +17,7 @@ def tensors(seed=0, dtype=torch.float32, hidden=8, vocab=11):
     "A small model with ragged shapes: a matrix, an embedding, a vector, a scalar, an empty tensor and integers."
     g = torch.Generator().manual_seed(seed)
     def r(*s): return torch.randn(*s, generator=g).to(dtype)
-    return {"emb.weight": r(vocab, hidden), "q.weight": r(hidden, hidden + 3), "q.bias": r(hidden), "s": r(1).reshape(()),
+    return {"emb.weight": r(vocab, hidden), "q.weight": r(hidden, hidden + 3), "q.bias": r(hidden), "s": r(1).abs().reshape(()),
             "none": torch.empty(0, dtype=dtype), "ids": torch.arange(vocab)}
 
 

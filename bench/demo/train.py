@@ -8,7 +8,6 @@ examples a class. So an expert, and a merge, is judged by its encoder alone. `ta
 """
 import gzip
 import json
-import shutil
 from pathlib import Path
 
 import torch

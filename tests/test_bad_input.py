@@ -1,0 +1,196 @@
+"""What cannot be merged is refused: exit code 1 (2 for wrong usage), at most three lines that name the tensor, and nothing written."""
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import cli, save, tensors
+
+from frechet_merge import MergeError, load, merge
+
+
+def refused(*args, cwd, code=1, says=""):
+    "Run the command; it must fail with `code`, in at most three lines that hold every word of `says`, and leave nothing behind."
+    before = sorted(os.listdir(cwd))
+    rc, out, err = cli("merge", *args, "-o", "out", cwd=cwd)
+    assert rc == code, err
+    lines = err.strip().splitlines()
+    assert lines[0].startswith("error: ") and len(lines) <= 3, err
+    for word in says.split("|"): assert word in err, f"{word!r} is not in: {err}"
+    assert sorted(os.listdir(cwd)) == before
+    return err
+
+
+def test_missing_model(models, tmp_path): refused("m0", "nowhere", cwd=tmp_path, says="nowhere|HF_HUB_OFFLINE")
+def test_empty_folder(models, tmp_path):
+    (tmp_path/"empty").mkdir(); refused("m0", "empty", cwd=tmp_path, says="empty|no safetensors")
+
+
+def sharded(tmp_path):
+    merge([tensors()], out=tmp_path/"sharded", shard_size=300)
+    return tmp_path/"sharded"
+
+
+def test_missing_shard(models, tmp_path):
+    shard = sorted(sharded(tmp_path).glob("model-*"))[1]; shard.unlink()
+    refused("m0", "sharded", cwd=tmp_path, says=f"{shard.name}|No such file")
+
+def test_truncated_shard(models, tmp_path):
+    shard = sorted(sharded(tmp_path).glob("model-*"))[0]; os.truncate(shard, shard.stat().st_size - 5)
+    refused("m0", "sharded", cwd=tmp_path, says=f"{shard.name}|the file has|download or save it again")
+
+def test_corrupt_shard(models, tmp_path):
+    shard = sorted(sharded(tmp_path).glob("model-*"))[0]; raw = bytearray(shard.read_bytes()); raw[8:20] = b"garbage here"; shard.write_bytes(raw)
+    refused("m0", "sharded", cwd=tmp_path, says=f"{shard.name}|not valid JSON")
+
+def test_index_that_promises_too_much(models, tmp_path):
+    index = sharded(tmp_path)/"model.safetensors.index.json"; j = json.loads(index.read_text())
+    j["weight_map"]["ghost"] = j["weight_map"]["q.bias"]; index.write_text(json.dumps(j))
+    refused("m0", "sharded", cwd=tmp_path, says="ghost")
+
+@pytest.mark.parametrize("to", ["../m0/model.safetensors", "/etc/passwd", "sub/model.safetensors", 3])
+def test_index_that_points_outside_its_folder(models, tmp_path, to):
+    index = sharded(tmp_path)/"model.safetensors.index.json"; j = json.loads(index.read_text())
+    j["weight_map"]["q.bias"] = to; index.write_text(json.dumps(j))
+    refused("m0", "sharded", cwd=tmp_path, says="q.bias|outside its folder")
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": []}', '{"weight_map": {}}'])
+def test_damaged_index(models, tmp_path, text):
+    (sharded(tmp_path)/"model.safetensors.index.json").write_text(text)
+    refused("m0", "sharded", cwd=tmp_path, says="index.json")
+
+def test_a_file_that_shrinks_while_it_is_read(models):
+    c = load(models[0]); os.truncate(models[0]/"model.safetensors", 900)
+    with pytest.raises(MergeError, match="cut short"): [c[n] for n in c]
+
+def test_shapes_differ(models, tmp_path):
+    save(tmp_path/"odd", tensors() | {"q.bias": torch.randn(9)})
+    refused("m0", "odd", cwd=tmp_path, says="odd|'q.bias'|[9]|[8]|m0")
+
+def test_a_tensor_that_only_one_model_has(models, tmp_path):
+    save(tmp_path/"more", tensors(5) | {"extra": torch.ones(3)})
+    refused("m0", "more", cwd=tmp_path, says="m0|'extra'|more|--allow-missing")
+    m = merge([models[0], tmp_path/"more"], weights=[3, 1], allow_missing=True)
+    assert torch.equal(m.tensors["extra"], torch.ones(3))
+    torch.testing.assert_close(m.tensors["q.bias"], .75*tensors(0)["q.bias"] + .25*tensors(5)["q.bias"])
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("geometry", ["euclidean", "sphere"])
+def test_nan_and_inf(models, tmp_path, bad, geometry):
+    state = tensors(7); state["q.weight"][2, 5] = bad; save(tmp_path/"bad", state)
+    refused("m0", "bad", "--geometry", geometry, cwd=tmp_path, says="bad|'q.weight'|element 27|--allow-nonfinite")
+    m = merge([models[0], tmp_path/"bad"], geometry, allow_nonfinite=True)
+    assert m.tensors["q.weight"][2, 5].isnan() and m.tensors["q.weight"].isfinite().sum() == 87
+    if geometry == "euclidean": torch.testing.assert_close(m.tensors["q.weight"][0], (tensors(0)["q.weight"][0] + state["q.weight"][0])/2)
+
+@pytest.mark.parametrize("weights, says", [("0,0", "sum to zero"), ("1", "1 weights"), ("1,2,3", "3 weights"), ("nan,1", "finite"), ("inf,1", "finite"), ("-1,3", ">= 0"), ("a,b", "not numbers")])
+def test_weights(models, tmp_path, weights, says): refused("m0", "m1", f"--weights={weights}", cwd=tmp_path, code=2, says=says)
+
+def test_output_folder_that_is_not_empty(models, tmp_path):
+    (tmp_path/"out").mkdir(); (tmp_path/"out"/"precious").write_text("mine")
+    refused("m0", "m1", cwd=tmp_path, says="out|not an empty folder")
+    assert (tmp_path/"out"/"precious").read_text() == "mine"
+
+def test_output_that_is_a_file(models, tmp_path):
+    (tmp_path/"out").write_text("mine"); refused("m0", "m1", cwd=tmp_path, says="out|not an empty folder")
+
+def test_an_empty_output_folder_is_fine(models, tmp_path):
+    (tmp_path/"out").mkdir(); assert cli("merge", "m0", "m1", "-o", "out", cwd=tmp_path)[0] == 0
+
+@pytest.mark.parametrize("name, near", [("shpere", "sphere"), ("euclidian", "euclidean"), ("karcher", "sphere"), ("linear", "euclidean")])
+def test_unknown_geometry(models, tmp_path, name, near): refused("m0", "m1", "--geometry", name, cwd=tmp_path, code=2, says=f"{name}|Did you mean '{near}'")
+
+def test_other_wrong_usage(models, tmp_path):
+    refused("m0", "m1", "--dtype", "int8", cwd=tmp_path, code=2, says="int8|bf16")
+    refused("m0", "m1", "--executor", "gpu", cwd=tmp_path, code=2, says="executor")
+    refused("m0", "m1", "--shard-size", "big", cwd=tmp_path, code=2, says="big|5GB")
+    refused("m0", "m1", "--scale", "2", cwd=tmp_path, code=2, says="base")
+    assert cli("merge", "m0", cwd=tmp_path)[0] == 2 and cli("frobnicate")[0] == 2 and cli("merge", "--out")[0] == 2
+
+def test_debug_shows_the_traceback(models, tmp_path):
+    rc, _, err = cli("merge", "m0", "nowhere", "-o", "out", "--debug", cwd=tmp_path)
+    assert rc != 0 and "Traceback" in err
+
+def test_integers_that_differ(models, tmp_path):
+    save(tmp_path/"odd", tensors() | {"ids": torch.arange(11).flip(0)}); refused("m0", "odd", cwd=tmp_path, says="'ids'|odd|integers")
+
+def test_pickles_need_a_flag_and_plain_tensors(models, tmp_path):
+    (tmp_path/"p").mkdir(); torch.save(tensors(3), tmp_path/"p"/"pytorch_model.bin")
+    refused("m0", "p", cwd=tmp_path, says="pytorch_model.bin|pickle|--allow-pickle")
+    assert cli("merge", "m0", "p", "-o", "ok", "--allow-pickle", cwd=tmp_path)[0] == 0
+    torch.save({"q.bias": torch.nn.Linear(2, 2)}, tmp_path/"p"/"pytorch_model.bin")
+    refused("m0", "p", "--allow-pickle", cwd=tmp_path, says="pytorch_model.bin")
+
+def test_fp16_overflow(models, tmp_path):
+    for i in (3, 4): save(tmp_path/f"m{i}", tensors(i) | {"q.bias": torch.full((8,), 1e5)})
+    refused("m3", "m4", "--dtype", "fp16", cwd=tmp_path, says="'q.bias'|65504")
+
+def test_adapters_without_a_base(models, tmp_path):
+    save(tmp_path/"ad", {"base_model.model.q.lora_A.weight": torch.randn(2, 4), "base_model.model.q.lora_B.weight": torch.randn(4, 2)})
+    (tmp_path/"ad"/"adapter_config.json").write_text(json.dumps(dict(peft_type="LORA", r=2, lora_alpha=2)))
+    refused("ad", "ad", cwd=tmp_path, says="ad|adapter|BASE+ad")
+    refused("m0+ad", "m1", cwd=tmp_path, says="'q.weight'|does not fit|[8, 11]")
+
+def test_nothing_to_merge(tmp_path):
+    with pytest.raises(ValueError, match="nothing to merge"): merge([])
+    with pytest.raises(ValueError, match="list of models"): merge(tensors())
+    with pytest.raises(ValueError, match="not a tensor"): merge([{"a": 3}])
+    with pytest.raises(ValueError, match="matches no tensor"): merge([tensors(), tensors(1)], weights={"q.wieght": [1, 2]})
+    with pytest.raises(ValueError, match="not a Geometry"): merge([tensors()], geometry=3)
+
+
+class TestDisk:
+    "A full disk, a kill, an interrupt: nothing half-written under the name that was asked for."
+
+    def big(self, tmp_path):
+        for i in range(2): save(tmp_path/f"b{i}", {f"w{k}": torch.randn(1 << 20) for k in range(4)})
+
+    def test_full_disk(self, tmp_path):
+        "RLIMIT_FSIZE makes the kernel refuse to grow a file, as a full disk does, when the shards are laid out."
+        self.big(tmp_path)
+        rc, _, err = cli("merge", "b0", "b1", "-o", "out", cwd=tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)))
+        assert rc == 1 and "0.02 GB" in err and len(err.strip().splitlines()) <= 3, err
+        assert sorted(os.listdir(tmp_path)) == ["b0", "b1"]
+
+    @pytest.mark.parametrize("call", ["posix_fallocate", "pwrite"])
+    def test_no_space_left(self, models, tmp_path, monkeypatch, call):
+        import errno
+        calls = []
+        def full(*a):
+            calls.append(a)
+            if len(calls) > 3 or call == "posix_fallocate": raise OSError(errno.ENOSPC, "No space left on device")
+            return real(*a)
+        real = getattr(os, call); monkeypatch.setattr(os, call, full)
+        before = sorted(os.listdir(tmp_path))
+        with pytest.raises(MergeError, match="No space left on device.*GB"): merge(models, out=tmp_path/"out")
+        assert calls and sorted(os.listdir(tmp_path)) == before
+
+    def start(self, tmp_path):
+        "A merge that is stopped in its middle: it is held by an executor that waits after the first block."
+        self.big(tmp_path)
+        code = ("import time, sys\nfrom frechet_merge import cli, merge as m\nimport frechet_merge.merge\n"
+                "def slow(f, xs):\n    for k, x in enumerate(xs):\n        if k == 2: print('half', flush=True); time.sleep(60)\n        yield f(x)\n"
+                "import signal; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+                "m(['b0', 'b1'], out='out', executor=slow)")
+        p = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        assert p.stdout.readline() == "half\n"
+        return p
+
+    @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+    def test_stopped_halfway(self, tmp_path, how):
+        p = self.start(tmp_path); p.send_signal(how); p.wait(20)
+        assert p.returncode != 0 and sorted(os.listdir(tmp_path)) == ["b0", "b1"]
+
+    def test_killed_halfway(self, tmp_path):
+        "What SIGKILL leaves is hidden, and the next merge into the same folder clears it."
+        p = self.start(tmp_path)
+        rc, _, err = cli("merge", "b0", "b1", "-o", "out", cwd=tmp_path)
+        assert rc == 1 and "another merge is writing it" in err
+        p.kill(); p.wait(20)
+        assert sorted(os.listdir(tmp_path)) == [".out.partial", "b0", "b1"]
+        assert cli("merge", "b0", "b1", "-o", "out", cwd=tmp_path)[0] == 0
+        assert sorted(os.listdir(tmp_path)) == ["b0", "b1", "out"] and len(load(tmp_path/"out")) == 4

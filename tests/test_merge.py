@@ -1,0 +1,232 @@
+"""Merges from disk to disk and in memory, against dense references."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, cli, save, tensors
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file, save_model
+
+from frechet_merge import Euclidean, load, merge
+from frechet_merge.diagnostics import inspect
+from frechet_merge.geometries.sphere import karcher
+from frechet_merge.span import Stack, gram
+
+
+def floats(state): return {k: v for k, v in state.items() if v.is_floating_point()}
+
+
+def karcher_reference(xs, ws):
+    "The Karcher mean of directions and mean norm, dense in float64, by the textbook iteration."
+    x = torch.stack([t.double().flatten() for t in xs]); w = torch.tensor(ws, dtype=torch.float64); w = w/w.sum()
+    n = x.norm(dim=1); u = x/n[:, None]; m = (w[:, None]*u).sum(0); m = m/m.norm()
+    for _ in range(200):
+        c = (u@m)[:, None]; p = u - c*m; s = p.norm(dim=1, keepdim=True)
+        v = (w[:, None]*p*torch.where(s > 0, torch.atan2(s, c)/s.clamp(min=1e-300), 1)).sum(0); k = v.norm()
+        if k < 1e-15: break
+        m = k.cos()*m + k.sin()*v/k
+    return ((w@n)*m).view(xs[0].shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("executor", ["serial", "threads", map])
+def test_linear_and_karcher_against_dense_float64(tmp_path, dtype, executor):
+    states, ws = [{k: (v + tensors(9)[k]).to(dtype) if v.is_floating_point() else v for k, v in tensors(i, torch.float64).items()} for i in range(4)], [.4, .3, .2, .1]
+    paths = [save(tmp_path/f"s{i}", s) for i, s in enumerate(states)]
+    for g, reference in ((Euclidean(), lambda xs: sum(w*x.double() for w, x in zip(ws, xs))), (karcher(), lambda xs: karcher_reference(xs, ws))):
+        merged = merge(paths, g, weights=ws, out=tmp_path/type(g).__name__, executor=executor)
+        for k, x in floats(states[0]).items():
+            want, got = reference([s[k] for s in states]), merged.tensors[k]
+            assert got.dtype == dtype and got.shape == x.shape
+            eps = {torch.float64: 1e-10}.get(dtype, torch.finfo(dtype).eps)
+            assert float((got.double() - want).abs().max()) <= 2*eps*float(want.abs().max()) if x.numel() else True, k
+        assert torch.equal(merged.tensors["ids"], states[0]["ids"])
+
+
+def test_bf16_error_is_that_of_rounding():
+    g = torch.Generator().manual_seed(0)
+    base = torch.randn(300, 400, generator=g, dtype=torch.float64)
+    xs = [(base + .1*torch.randn(300, 400, generator=g, dtype=torch.float64)).bfloat16() for _ in range(5)]
+    want = karcher_reference(xs, [1]*5)
+    ours = merge([{"x": x} for x in xs], karcher()).tensors["x"].double()
+    assert float((ours - want).norm()) <= 1.02*float((want.bfloat16().double() - want).norm())
+
+
+def test_base_and_scale_are_task_arithmetic():
+    base, a, b = tensors(0), tensors(1), tensors(2)
+    merged = merge([a, b], base=base, scale=0.8)
+    for k, x in floats(base).items(): torch.testing.assert_close(merged.tensors[k], x + .4*((a[k] - x) + (b[k] - x)))
+    by = merge([a, b], base=base, scale={"*.bias": 0.0, "q.weight": 2.0})
+    assert torch.equal(by.tensors["q.bias"], base["q.bias"])
+    torch.testing.assert_close(by.tensors["q.weight"], a["q.weight"] + b["q.weight"] - base["q.weight"])
+    torch.testing.assert_close(by.tensors["emb.weight"], (a["emb.weight"] + b["emb.weight"])/2)
+
+
+def test_karcher_of_differences():
+    base, a, b = ({k: v for k, v in tensors(i, torch.float64).items() if k != "s"} for i in range(3))   # differences of scalars may be opposite
+    m = merge([a, b], karcher(), base=base, weights=[2, 1]).tensors["q.weight"]
+    torch.testing.assert_close(m, base["q.weight"] + karcher_reference([a["q.weight"] - base["q.weight"], b["q.weight"] - base["q.weight"]], [2, 1]))
+
+
+def test_weights_by_name():
+    a, b = tensors(1), tensors(2)
+    m = merge([a, b], weights={"emb.*": [1, 0], "*": [0, 1]}).tensors
+    assert torch.equal(m["emb.weight"], a["emb.weight"]) and torch.equal(m["q.bias"], b["q.bias"])
+
+
+def test_diagonal_metrics_from_files(tmp_path):
+    g, states = torch.Generator().manual_seed(0), [tensors(i) for i in range(3)]
+    Fs = [{k: torch.rand(v.shape, generator=g) for k, v in floats(s).items()} for s in states]
+    paths = []
+    for i, f in enumerate(Fs): save_file(f, tmp_path/f"f{i}.safetensors"); paths.append(tmp_path/f"f{i}.safetensors")
+    m = merge(states, metrics=paths, weights=[3, 2, 1])
+    for k in Fs[0]: torch.testing.assert_close(m.tensors[k], sum(w*f[k]*s[k] for w, f, s in zip([3, 2, 1], Fs, states))/sum(w*f[k] for w, f in zip([3, 2, 1], Fs)))
+    with pytest.warns(UserWarning, match="no metric for 1 of .*q.bias"): merge(states, metrics=[{k: v for k, v in f.items() if k != "q.bias"} for f in Fs])
+    with pytest.raises(ValueError, match="'q.bias' is missing"): merge(states, metrics=[Fs[0], Fs[1], {k: v for k, v in Fs[2].items() if k != "q.bias"}])
+    with pytest.raises(ValueError, match="none of the tensors"): merge(states, metrics=[{"x": torch.ones(1)}]*3)
+    with pytest.raises(ValueError, match="tensor 'q.bias'.*>= 0"): merge(states, metrics=[Fs[0] | {"q.bias": -torch.ones(8)}, *Fs[1:]])
+    with pytest.raises(ValueError, match="2 metrics for 3"): merge(states, metrics=Fs[:2])
+    with pytest.raises(ValueError, match="one number per model"): merge(states, karcher(), metrics=Fs)
+
+
+def test_means_report():
+    m = merge([tensors(i) for i in range(3)], weights=[1, 2, 1])
+    x = [tensors(i)["q.weight"] for i in range(3)]; mean = m.means["q.weight"]
+    assert mean.converged and mean.residual < 1e-5 and "ids" not in m.means
+    want = sum(w*((a - m.tensors["q.weight"])**2).sum() for w, a in zip([.25, .5, .25], x))
+    assert abs(mean.variance - float(want)) < 1e-4*float(want)
+
+
+def test_chunks_agree_with_one_piece(monkeypatch):
+    xs = [{"x": torch.randn(1000, generator=torch.Generator().manual_seed(i))} for i in range(3)]
+    whole = {n: merge(xs, g).tensors["x"] for n, g in (("e", Euclidean()), ("s", karcher()))}
+    monkeypatch.setattr("frechet_merge.span.CHUNK", 64)
+    for n, g in (("e", Euclidean()), ("s", karcher())): torch.testing.assert_close(merge(xs, g).tensors["x"], whole[n], rtol=0, atol=3e-7)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(n=st.integers(1, 5000), T=st.integers(1, 8), seed=st.integers(0, 999), scale=st.sampled_from([1e-25, 1e-3, 1, 1e25]))
+def test_gram_matrix(n, T, seed, scale):
+    x = scale*torch.randn(T, n, generator=torch.Generator().manual_seed(seed))
+    K, L = gram(list(x)); d = x.double()
+    want = d@d.T
+    torch.testing.assert_close(L@K@L.T, want, rtol=0, atol=1e-6*float(want.diagonal().max()))
+
+
+class TestTied:
+    emb = torch.randn(11, 4)
+
+    def test_shared_storage(self):
+        a = {"emb.weight": self.emb, "lm_head.weight": self.emb}
+        m = merge([a, a])
+        assert m.tensors["lm_head.weight"].data_ptr() == m.tensors["emb.weight"].data_ptr()
+
+    def test_written_once(self, tmp_path):
+        a = {"emb.weight": self.emb, "lm_head.weight": self.emb}
+        m = merge([a, a], out=tmp_path/"o")
+        assert set(load_file(tmp_path/"o"/"model.safetensors")) == {"emb.weight"}
+        assert torch.equal(load(tmp_path/"o")["lm_head.weight"], self.emb) and set(m.tensors) == set(a)
+
+    def test_note_of_safetensors_save_model(self, tmp_path):
+        class M(torch.nn.Module):
+            def __init__(self): super().__init__(); self.emb = torch.nn.Embedding(11, 4); self.head = torch.nn.Linear(4, 11, bias=False); self.head.weight = self.emb.weight
+        for i in range(2): (tmp_path/f"{i}").mkdir(); save_model(M(), str(tmp_path/f"{i}"/"model.safetensors"))
+        c = load(tmp_path/"0")
+        assert len(c.tied) == 1 and len(c) == 2
+        assert len(load_file(merge([tmp_path/"0", tmp_path/"1"], out=tmp_path/"o").out/"model.safetensors")) == 1
+
+    def test_stored_twice_though_the_config_says_tied(self, tmp_path):
+        config = {"tie_word_embeddings": True, "vocab_size": 11}
+        for i in range(2): save(tmp_path/f"{i}", {"model.embed_tokens.weight": self.emb + i, "lm_head.weight": self.emb.clone() + i}, config)
+        m = merge([tmp_path/"0", tmp_path/"1"], out=tmp_path/"o")
+        assert set(load_file(m.out/"model.safetensors")) == {"model.embed_tokens.weight"}
+
+    def test_config_is_not_believed_against_the_bytes(self, tmp_path):
+        save(tmp_path/"0", {"model.embed_tokens.weight": self.emb, "lm_head.weight": self.emb + 1}, {"tie_word_embeddings": True, "vocab_size": 11})
+        assert not load(tmp_path/"0").tied
+
+    def test_tied_in_one_model_only(self, tmp_path):
+        a, head = {"emb.weight": self.emb, "lm_head.weight": self.emb}, torch.randn(11, 4)
+        m = merge([a, {"emb.weight": self.emb, "lm_head.weight": head}])
+        torch.testing.assert_close(m.tensors["lm_head.weight"], (self.emb + head)/2)
+        assert torch.equal(m.tensors["emb.weight"], self.emb)
+
+
+class TestFolder:
+    def test_companions_card_and_config(self, models, tmp_path):
+        for f in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "model.safetensors.index.json.bak", "training_args.json"): (models[0]/f).write_text("{}")
+        rc, out, _ = cli("merge", "m0", "m1", "-o", "out", "--dtype", "bf16", "--geometry", "sphere", "--weights", "2,1", cwd=tmp_path)
+        assert rc == 0 and "2 models merged, 6 tensors" in out
+        assert sorted(os.listdir(tmp_path/"out")) == sorted(["README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"])
+        assert json.loads((tmp_path/"out"/"config.json").read_text())["torch_dtype"] == "bfloat16"
+        import hashlib
+
+        import yaml
+        card = (tmp_path/"out"/"README.md").read_text()
+        recipe = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
+        assert recipe["weights"] == [2, 1] and "Sphere" in recipe["geometry"] and recipe["frechet_merge"]
+        assert recipe["models"][0]["files"]["model.safetensors"] == "sha256:" + hashlib.sha256((models[0]/"model.safetensors").read_bytes()).hexdigest()
+
+    def test_shards(self, models, tmp_path):
+        m = merge(models, out=tmp_path/"out", shard_size=400)
+        index = json.loads((m.out/"model.safetensors.index.json").read_text())
+        assert len(set(index["weight_map"].values())) > 1 and set(index["weight_map"]) == set(m.tensors)
+        assert all((m.out/f).exists() for f in index["weight_map"].values())
+        again = merge([m.out]*2)
+        for k in m.tensors: assert torch.equal(again.tensors[k], m.tensors[k])
+
+    def test_order_of_models_does_not_change_the_bytes_of_a_linear_merge_of_two(self, models):
+        a, b = merge(models[:2]).tensors, merge(models[1::-1]).tensors
+        for k in a: assert torch.equal(a[k], b[k])
+
+    def test_inspect(self, models, tmp_path):
+        rc, out, _ = cli("inspect", "m0", "m1", "--json", cwd=tmp_path)
+        found = json.loads(out)
+        assert rc == 0 and found["mergeable"] and len(found["tensors"]) == 4
+        row = next(r for r in found["tensors"] if r["name"] == "q.weight"); x, y = tensors(0)["q.weight"], tensors(1)["q.weight"]
+        assert abs(row["norm"][1] - float(y.norm())) < 1e-4 and abs(row["distance"][0] - float((y - x).norm()/x.norm())) < 1e-5
+        save(tmp_path/"odd", tensors() | {"q.bias": torch.randn(9), "more": torch.full((2,), torch.nan)})
+        rc, out, _ = cli("inspect", "m0", "odd", cwd=tmp_path)
+        assert rc == 1 and "missing: more" in out and "shapes differ: q.bias" in out
+        bad = tensors(); bad["q.bias"][:3] = float("inf")
+        assert inspect([tensors(), bad]).nonfinite == {"q.bias": [0, 3]}
+
+
+class TestMemory:
+    "A merge holds chunks, not tensors: peak memory above the imports, in MiB, measured in a process of its own."
+    CODE = """
+import resource, sys, torch
+from frechet_merge import merge
+from frechet_merge.merge import geometry_named
+r0 = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+merge([f"b{i}" for i in range(8)], geometry_named(sys.argv[1]), out="out-" + sys.argv[1])
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - r0)/1024)
+"""
+
+    @pytest.mark.parametrize("geometry", ["euclidean", "sphere"])
+    def test_eight_models_of_128_MiB_tensors(self, tmp_path, geometry):
+        from frechet_merge.shards import ShardWriter
+        n = 1 << 26
+        for i in range(8):
+            (tmp_path/f"b{i}").mkdir(); w = ShardWriter(tmp_path/f"b{i}", {"w": ((n,), torch.bfloat16)}, 10**10)
+            w.write("w", 0, torch.full((1 << 20,), 1 + i/8)); w.close()
+        r = subprocess.run([sys.executable, "-c", self.CODE, geometry], cwd=tmp_path, capture_output=True, text=True)
+        assert r.returncode == 0, r.stderr
+        assert float(r.stdout) < 300, f"{r.stdout} MiB above the imports, for inputs of 1024 MiB"
+
+
+def test_the_import_is_light():
+    "Importing the library loads neither the notebooks' tools nor anything heavy beside torch."
+    code = "import sys, frechet_merge; print([m for m in ('nbdev', 'fastcore', 'geomstats', 'peft', 'transformers', 'matplotlib', 'scipy', 'huggingface_hub', 'typer') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout.strip() == "[]"
+
+
+def test_stack_of_differences_reads_one_model_at_a_time():
+    base, xs = torch.randn(4, 5), [torch.randn(4, 5) for _ in range(3)]
+    from frechet_merge.checkpoints import MemoryTensor
+    s = Stack([MemoryTensor(x) for x in xs], MemoryTensor(base))
+    assert torch.equal(s[1], xs[1] - base) and len(list(s)) == 3 and torch.equal(s.rows(3, 7)[2], (xs[2] - base).flatten()[3:7])
