@@ -7,6 +7,7 @@ __all__ = ['app', 'Models', 'Base', 'Pickle', 'merge_command', 'inspect_command'
 
 # %% ../nbs/40_cli.ipynb #d8d9c488
 import json
+import os
 import signal
 import sys
 import time
@@ -140,8 +141,12 @@ def main():
     if debug: sys.argv.remove("--debug")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    code = 0
     try: app()
+    except SystemExit as e: code = e.code
     except ValueError as e:
         if debug: raise
         print("error: " + "\n".join(str(e).splitlines()[:3]), file=sys.stderr)
-        sys.exit(1 if isinstance(e, MergeError) else 2)
+        code = 1 if isinstance(e, MergeError) else 2
+    sys.stdout.flush(); sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 0 if code is None else 1)    # everything is on disk; unloading torch takes longer than a small merge

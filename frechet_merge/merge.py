@@ -43,7 +43,7 @@ def merge_block(
 )->Mean:
     "Merge one tensor: chart, mean, lift, write."
     def done(i, j, x):
-        if stack.base is not None: x = torch.add(stack.base.read(i, j).to(x), x, alpha=scale)
+        if stack.base is not None: x = stack.base_row(i, j).add(x, alpha=scale)
         if stack.allow_nonfinite: x = x.masked_fill(stack.nonfinite(i, j), torch.nan)
         write(i, x)
     def mean_of(thetas, Gs):
@@ -53,7 +53,9 @@ def merge_block(
     if g.separable:
         means = []
         for i, j in stack.spans():
-            x, mean = mean_of(list(stack.rows(i, j)), list(metrics.rows(i, j)) if metrics else None)
+            X = stack.rows(i, j)
+            x, mean = mean_of(list(X), list(metrics.rows(i, j)) if metrics else None)
+            if not mean.unique: stack.check(X, i)    # no path to some model: is it a NaN?
             done(i, j, x); means.append(mean)
         return _pool(means)
     x, mean = mean_of(stack, list(metrics) if metrics else None)
@@ -140,6 +142,7 @@ def _dtype(dtype)->torch.dtype|None:
 @contextmanager
 def _mapper(executor):
     "executor → a map over blocks."
+    torch.empty(24 << 20, dtype=torch.uint8)    # freed at once: glibc then keeps buffers up to this size instead of faulting them in afresh for each chunk
     if callable(executor): yield executor
     elif executor == "serial": yield map
     elif executor == "threads":
@@ -244,7 +247,7 @@ def _metrics(metrics, models, blocks, allow_pickle)->dict[str,Stack]:
         for i, x in zip(b.who, has):
             if x is None or x.shape != b.lazy[0].shape:
                 raise MergeError(f"{files[i].source}: the metric of tensor {b.name!r} is " + ("missing, though another model has it" if x is None else f"of shape {list(x.shape)}, not {list(b.lazy[0].shape)}") + ".\nCollect the statistics of every model in the same way.")
-        found[b.name] = Stack(has, name=b.name, sources=tuple(files[i].source for i in b.who))
+        found[b.name] = Stack(has, name=b.name, sources=tuple(files[i].source for i in b.who), role="metrics")
     if not found: raise MergeError(f"{files[0].source}: has a metric for none of the tensors.\nMetrics go by the names of the checkpoint, such as {blocks[0].name!r}.")
     if without: warnings.warn(f"no metric for {len(without)} of {len(blocks)} tensors, which are merged without: {', '.join(without[:3])}{' …' if len(without) > 3 else ''}", stacklevel=3)
     return found

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .checkpoints import CHUNK, LazyTensor, MemoryTensor, MergeError, spans
+from .checkpoints import CHUNK, LazyTensor, MemoryTensor, MergeError, scratch, spans
 from .geometry import Geometry
 
 # %% ../nbs/04_span.ipynb #b0dd48f6
@@ -25,9 +25,10 @@ class Stack(Sequence):
         device=None,                   # where chunks are computed
         name:str="tensor",             # for messages
         sources:tuple=(),              # names of the models, for messages
-        allow_nonfinite:bool=False,    # treat NaN and Inf as no difference; `nonfinite` says where they are
+        allow_nonfinite:bool=False,    # treat NaN and Inf as zeros; `nonfinite` says where they are
+        role:str="rows",               # two stacks that are read in turn need a buffer each
     ):
-        self.lazy, self.base, self.device, self.name, self.sources, self.allow_nonfinite = lazy, base, torch.device(device or "cpu"), name, sources, allow_nonfinite
+        self.lazy, self.base, self.device, self.name, self.sources, self.allow_nonfinite, self.role = lazy, base, torch.device(device or "cpu"), name, sources, allow_nonfinite, role
         self.shape, self.dtype, self.numel = lazy[0].shape, (base or lazy[0]).dtype, lazy[0].numel
         self.computes = torch.float32
         for x in (*lazy, *([base] if base else [])): self.computes = torch.promote_types(self.computes, x.dtype)
@@ -36,27 +37,33 @@ class Stack(Sequence):
     def __len__(self): return len(self.lazy)
     def __getitem__(self, t):
         if t >= len(self): raise IndexError(t)
-        one = Stack([self.lazy[t]], self.base, self.device, self.name, self.sources[t:t + 1], self.allow_nonfinite)
-        return one.rows(0, self.numel)[0].view(self.shape)
+        one, out = Stack([self.lazy[t]], self.base, self.device, self.name, self.sources[t:t + 1], self.allow_nonfinite, self.role), torch.empty(self.numel, dtype=self.computes, device=self.device)
+        for i, j in self.spans(): out[i:j] = one.check(one.rows(i, j), i)[0]
+        return out.view(self.shape)
     def spans(self): return spans(self.numel, CHUNK if self.device.type == "cpu" else 64*CHUNK)
     def raw(self, i:int, j:int)->Tensor:
-        X = torch.empty(len(self), j - i, dtype=self.computes, device=self.device)
-        for row, x in zip(X, self.lazy): row.copy_(x.read(i, j))
+        X = scratch(self.role, len(self)*(j - i), self.computes, self.device).view(len(self), j - i)
+        for row, x in zip(X, self.lazy): x.into(row, i)
         return X
+    def base_row(self, i:int, j:int)->Tensor:
+        row = scratch("base", j - i, self.computes, self.device)
+        self.base.into(row, i)
+        return row
     def rows(self, i:int, j:int)->Tensor:
-        "Elements i to j of every version: (T, j-i)."
+        "Elements i to j of every version: (T, j-i), in a buffer that the next call overwrites."
         X = self.raw(i, j)
-        if not math.isfinite(X.sum()): X = self._finite(X, i)
-        if self.base is not None: X -= self.base.read(i, j).to(X)
-        return X
-    def nonfinite(self, i:int, j:int)->Tensor: return ~self.raw(i, j).isfinite().all(0)
-    def _finite(self, X, i):
+        if self.base is not None: X -= self.base_row(i, j)
+        return X.nan_to_num_(0, 0, 0) if self.allow_nonfinite else X
+    def nonfinite(self, i:int, j:int)->Tensor:
+        bad = ~self.raw(i, j).isfinite().all(0)
+        return bad if self.base is None else bad | ~self.base_row(i, j).isfinite()
+    def check(self, X, i:int):
+        "X, rows from element i on; `MergeError` names the first NaN or Inf."
         ok = X.isfinite()
-        if ok.all(): return X
-        if self.allow_nonfinite: return X.nan_to_num(0, 0, 0)
-        t, k = (~ok).nonzero()[0].tolist()
-        who = self.sources[t] if self.sources else f"model {t}"
-        raise MergeError(f"{who}: tensor {self.name!r} is {X[t, k]} at element {i + k}.\nThe model is broken there: mend it, or merge anyway with allow_nonfinite=True (--allow-nonfinite), which copies such elements through.")
+        if not ok.all():
+            t, k = (~ok).nonzero()[0].tolist()
+            raise MergeError(f"{self.sources[t] if self.sources else f'model {t}'}: tensor {self.name!r} is {X[t, k]} at element {i + k}" + (" (minus the base)" if self.base else "") + ".\nThe model is broken there: mend it, or merge anyway with allow_nonfinite=True (--allow-nonfinite), which copies such elements through.")
+        return X
 
 # %% ../nbs/04_span.ipynb #1b13962f
 RUN = 1024    # products summed in float32 before float64 takes over; each run's relative error is about 1e-7, and they average out
@@ -75,7 +82,8 @@ def gram(thetas, run:int=RUN)->tuple[Tensor,Tensor]:
         whole = (j - i)//run*run if run and X.dtype == torch.float32 else 0
         Y, tail = X[:, :whole].unflatten(1, (-1, run or 1)).transpose(0, 1), X[:, whole:].double()
         K += torch.bmm(Y, Y.mT).double().sum(0) + tail@tail.T
-    if run and not (K[0, 0] > 1e-20 and K.isfinite().all()): return gram(stack, run=0)   # squares may have left float32's range
+        if not math.isfinite(K.sum()): stack.check(stack.rows(i, j), i)
+    if run and not (K[0, 0] > 1e-20 and math.isfinite(K.sum())): return gram(stack, run=0)   # squares may have left float32's range
     return K.cpu(), L
 
 # %% ../nbs/04_span.ipynb #1014990e
@@ -93,14 +101,19 @@ RANK_TOL = 4e-16   # eigenvalues of a matrix with unit diagonal, below which the
 # %% ../nbs/04_span.ipynb #0582c449
 @dataclass(frozen=True)
 class Combination(LazyTensor):
-    "Σ a·θ, a range at a time."
+    "Σ a·θ, a range at a time, in a buffer that the next call overwrites."
     a: Tensor        # (T,)
     stack: Stack
     shape = property(lambda self: self.stack.shape)
     dtype = property(lambda self: self.stack.computes)
     def read(self, start=0, stop=None):
         stop = self.numel if stop is None else min(stop, self.numel)
-        return self.a.to(self.stack.device, self.dtype) @ self.stack.rows(start, stop)
+        out = scratch("out", stop - start, self.dtype, self.stack.device)
+        return torch.mv(self.stack.rows(start, stop).T, self.a.to(self.stack.device, self.dtype), out=out)
+    def tensor(self):
+        out = torch.empty(self.numel, dtype=self.dtype, device=self.stack.device)
+        for i, j in self.stack.spans(): out[i:j] = self.read(i, j)
+        return out.view(self.shape)
 
 def combine(a:Tensor, thetas)->Tensor|Combination:
     "Σ a·θ: a tensor like `thetas[0]`, or a promise of one if `thetas` is a `Stack`."
