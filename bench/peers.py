@@ -43,10 +43,10 @@ def run(command, cwd, log):
 def karcher_float64(xs):
     "Dense reference: Karcher mean of directions, mean norm, in float64, equal weights."
     x = torch.stack([t.double().flatten() for t in xs]); n = x.norm(dim=1); u = x/n[:, None]; m = u.mean(0); m /= m.norm()
-    for _ in range(100):
+    for _ in range(20):
         c = (u@m)[:, None]; p = u - c*m; s = p.norm(dim=1, keepdim=True)
         v = (p*torch.where(s > 0, torch.atan2(s, c)/s.clamp(min=1e-300), 1)).mean(0); k = v.norm()
-        if k < 1e-15: break
+        if k < 1e-13: break
         m = k.cos()*m + k.sin()*v/k
     return (n.mean()*m).view(xs[0].shape)
 
@@ -102,6 +102,7 @@ def main():
         for k, c in commands.items():
             for out in ("cat-out", "Karcher", "linear", "Karcher-8", "linear-8", "tiny-linear", "mk-Karcher", "mk-linear", "mk-tiny"):
                 if out in c or f" {out}" in c[-1]: shutil.rmtree(work/out, ignore_errors=True)
+            os.sync()                                                                 # no command pays for the pages of the one before it
             seen[k].append(run(c, work, work/"log"))
             print(f"{r + 1}/{a.runs} {k}: {seen[k][-1][0]:.2f} s, {seen[k][-1][1]:.0f} MiB", flush=True)
     outs = {"frechet-merge Karcher": work/"Karcher", "frechet-merge linear": work/"linear"}

@@ -77,7 +77,7 @@ class FileTensor(LazyTensor):
         stop = self.numel if stop is None else min(stop, self.numel)
         return self._pread(torch.empty(max(stop - start, 0), dtype=self.dtype), start)
     def into(self, row, start):
-        if row.dtype == self.dtype and row.device.type == "cpu": self._pread(row, start)
+        if (row.dtype, row.device.type) == (self.dtype, "cpu"): self._pread(row, start)
         else: row.copy_(self._pread(scratch("raw", len(row), self.dtype), start))
     def _pread(self, out, start):
         path, room, at = self.entry.path, memoryview(out.view(torch.uint8).numpy()), self.entry.offset + start*self.dtype.itemsize

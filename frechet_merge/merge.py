@@ -212,10 +212,10 @@ def merge(
     def run():
         means = {}
         with _mapper(executor) as over, _bar(blocks, progress) as tick:
-            for b, mean in over(work, blocks):
+            for b, mean in over(work, sorted(blocks, key=lambda b: -b.lazy[0].numel)):    # largest first: no thread is left alone with one
                 tick(b.lazy[0].numel)
                 if mean: means[b.name] = mean
-        return means
+        return {n: means[n] for n in names if n in means}
 
     if out is None:
         sink = _Memory(layout); means = run()

@@ -36,16 +36,21 @@ class Sphere(Geometry):
             else: points.append(Point(torch.cat([k[None], some]), Diagonal(G.d*torch.eye(1, len(t) + 1).to(t)[0])))
         return points, lambda m: (unit*m[0]*m[1:]).view(thetas[0].shape)
     def log(self, m, x):
-        u, y = m[1:], x[1:]
-        c = torch.dot(u, y); p = y - c*u
-        s = torch.linalg.vector_norm(p); phi = torch.atan2(s, c)
+        rise = float(x[0] - m[0])
+        c = float(torch.dot(m[1:], x[1:]))
+        v = torch.sub(x, m, alpha=c); v[0] = 0
+        s = float(torch.linalg.vector_norm(v)); phi = math.atan2(s, c)
         if phi > math.pi - CUT: return torch.full_like(m, math.nan)
-        return torch.cat([(x[0] - m[0])[None], p*(phi/s) if s > 0 else p])
+        if s > 0: v *= phi/s
+        v[0] = rise
+        return v
     def exp(self, m, v):
-        u, t = m[1:], torch.linalg.vector_norm(v[1:])
-        y = u*t.cos() + v[1:]*(t.sin()/t) if t > 0 else u
-        r = torch.linalg.vector_norm(y)
-        return torch.cat([(m[0] + v[0])[None], y/r if r > 0 else y])
+        t = float(torch.linalg.vector_norm(v[1:]))
+        y = m*math.cos(t) + v*(math.sin(t)/t if t > 0 else 1.0); y[0] = 0
+        r = float(torch.linalg.vector_norm(y))
+        if r > 0: y /= r
+        y[0] = m[0] + v[0]
+        return y
 
 ZERO = 1e-12  # norm relative to the largest, below which a tensor has no direction
 

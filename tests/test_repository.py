@@ -1,0 +1,83 @@
+"""The repository is what its notebooks say: export and clean leave no diff, the README is the index, the site builds."""
+import filecmp
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+BIN = Path(sys.executable).parent
+
+
+def tracked():
+    names = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    if names.returncode: pytest.fail("not a git checkout")
+    return [n for n in names.stdout.split("\0") if n and (ROOT/n).exists()]
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    "A copy of the checkout that tools may write to."
+    to = tmp_path_factory.mktemp("copy")/"frechet_merge"
+    for n in tracked():
+        (to/n).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT/n, to/n, follow_symlinks=False)
+    return to
+
+
+def run(*args, cwd):
+    r = subprocess.run([BIN/args[0], *args[1:]], cwd=cwd, capture_output=True, text=True, env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"})
+    assert r.returncode == 0, r.stdout[-3000:] + r.stderr[-3000:]
+    return r.stdout
+
+
+def test_export_and_clean_leave_no_diff(copy):
+    run("nbdev_export", cwd=copy); run("nbdev_clean", cwd=copy)
+    differ = [n for n in tracked() if not (ROOT/n).is_symlink() and (ROOT/n).is_file() and not filecmp.cmp(ROOT/n, copy/n, shallow=False)]
+    assert not differ, f"run nbdev_export && nbdev_clean: {differ}"
+    new = {str(p.relative_to(copy)) for p in copy.rglob("*.py")} - set(tracked())
+    assert not new, f"export makes files that are not committed: {new}"
+
+
+def test_the_readme_is_the_index(): run("python", ".ci/readme.py", "--check", cwd=ROOT)
+
+
+def test_the_readme_holds_the_command_that_ci_runs():
+    readme = (ROOT/"README.md").read_text()
+    assert len(re.findall(r"^python3\.11 -m venv", readme, re.M)) == 2
+    assert re.search(r"^python3.11 -m venv .venv-test.*pytest$", readme, re.M)
+
+
+def test_versions_and_requirements_agree():
+    import configparser
+    import tomllib
+
+    import frechet_merge
+    ini, toml = configparser.ConfigParser(), tomllib.loads((ROOT/"pyproject.toml").read_text())
+    ini.read(ROOT/"settings.ini")
+    assert ini["DEFAULT"]["version"] == frechet_merge.__version__
+    def names(reqs): return sorted(re.match(r"[\w-]+", r)[0] for r in reqs)
+    assert names(ini["DEFAULT"]["requirements"].split()) == names(toml["project"]["dependencies"])
+
+
+def test_every_output_comes_from_a_run():
+    "No notebook with an error, and every code cell that ends in a value shows one."
+    for path in (ROOT/"nbs").rglob("*.ipynb"):
+        cells = json.loads(path.read_text())["cells"]
+        assert not any(o["output_type"] == "error" for c in cells for o in c.get("outputs", [])), path
+        assert sum(bool(c.get("outputs")) for c in cells) >= 2, f"{path} has no outputs: run it"
+
+
+def test_the_site_builds(copy, tmp_path):
+    "The processed notebooks, rendered by mkdocs in strict mode: every page is there, and no directive or front matter shows."
+    import docs
+    site = docs.build(ROOT, tmp_path)
+    for path in (ROOT/"nbs").rglob("*.ipynb"):
+        page = site/path.relative_to(ROOT/"nbs").with_suffix("")/"index.html" if path.stem != "index" else site/"index.html"
+        html = page.read_text()
+        assert "<h1" in html and "#| export" not in html and "#|" not in re.sub(r"<[^>]+>", "", html), page
