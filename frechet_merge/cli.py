@@ -89,7 +89,7 @@ def inspect_command(
     "Compare MODELS tensor by tensor; merge nothing. Exit code 1 if they cannot be merged as they are."
     from dataclasses import asdict
     from frechet_merge.diagnostics import inspect
-    found = inspect(models, base, allow_pickle, numbers=not headers)
+    found = inspect(models, base, allow_pickle, numbers=not headers, progress=sys.stderr.isatty())
     if as_json: print(json.dumps(asdict(found) | {"mergeable": found.mergeable}))
     else: _show(found, top, base is not None)
     if not found.mergeable: raise typer.Exit(1)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .checkpoints import load
-from .merge import _get
+from .merge import _get, bar
 from .span import Stack, gram
 
 # %% ../nbs/30_diagnostics.ipynb #3b8077ba
@@ -44,24 +44,27 @@ def inspect(
     base=None,                   # reference of the differences; default: the first model
     allow_pickle:bool=False,
     numbers:bool=True,           # read the tensors; without, only the headers
+    progress:bool=False,         # a progress bar on stderr
 )->Inspection:
     "Compare checkpoints tensor by tensor without merging them."
     every = [load(m, allow_pickle) for m in ([base] if base is not None else []) + list(models)]
     found = Inspection([c.source for c in every], [sum(x.numel for x in c.lazy.values()) for c in every],
                        [sorted({str(x.dtype).removeprefix("torch.") for x in c.lazy.values()}) for c in every])
-    total = torch.zeros(len(every), len(every), dtype=torch.float64)
+    total, stacks = torch.zeros(len(every), len(every), dtype=torch.float64), []
     for name in dict.fromkeys(n for c in every for n in c.lazy):
         lazy = [_get(c, name) for c in every]
-        if absent := [c.source for c, x in zip(every, lazy) if x is None]: found.missing[name] = absent; continue
-        if len({x.shape for x in lazy}) > 1: found.shapes[name] = [list(x.shape) for x in lazy]; continue
-        if not (numbers and lazy[0].dtype.is_floating_point and lazy[0].numel): continue
-        stack = Stack(lazy, name=name, allow_nonfinite=True)
-        bad = sum((~stack.raw(i, j).isfinite()).sum(1) for i, j in stack.spans()).tolist()
-        if any(bad): found.nonfinite[name] = bad
-        K, M = gram(stack); M[1:, 0] -= 1
-        K = M@K@M.T; total += K      # of θ₀ and the differences from it
-        norms, apart = _norms(K)
-        found.tensors.append({"name": name, "shape": list(lazy[0].shape), "norm": norms, "distance": [x/norms[0] if norms[0] else math.inf if x else 0. for x in apart[1:]]})
+        if absent := [c.source for c, x in zip(every, lazy) if x is None]: found.missing[name] = absent
+        elif len({x.shape for x in lazy}) > 1: found.shapes[name] = [list(x.shape) for x in lazy]
+        elif numbers and lazy[0].dtype.is_floating_point and lazy[0].numel: stacks.append(Stack(lazy, name=name, allow_nonfinite=True))
+    with bar("inspecting", sum(s.numel for s in stacks), progress) as tick:
+        for stack in stacks:
+            bad = sum((~stack.raw(i, j).isfinite()).sum(1) for i, j in stack.spans()).tolist()
+            if any(bad): found.nonfinite[stack.name] = bad
+            K, M = gram(stack); M[1:, 0] -= 1
+            K = M@K@M.T; total += K      # of θ₀ and the differences from it
+            norms, apart = _norms(K)
+            found.tensors.append({"name": stack.name, "shape": list(stack.shape), "norm": norms, "distance": [x/norms[0] if norms[0] else math.inf if x else 0. for x in apart[1:]]})
+            tick(stack.numel)
     if found.tensors:
         d = total.diagonal().clamp(min=0).sqrt()
         found.distance = (d[1:]/d[0]).tolist()
