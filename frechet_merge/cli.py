@@ -20,7 +20,7 @@ import typer
 from .checkpoints import MergeError
 
 # %% ../nbs/40_cli.ipynb #fee8797b
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Merge neural networks as Fréchet means: chart, mean, lift, tensor by tensor.")
 Models = Annotated[list[str], typer.Argument(help="Folders, files, hub ids, or BASE+ADAPTER.", show_default=False)]
 Base = Annotated[Optional[str], typer.Option(help="Merge the differences from this model.", show_default=False)]
@@ -97,20 +97,23 @@ def inspect_command(
 def _show(found, top, based):
     from rich.console import Console
     from rich.table import Table
-    out, first = Console(), "base" if based else "first model"
+    out, first = Console(markup=False), "base" if based else "first model"
+    from rich.text import Text
     t = Table("model", "parameters", "dtype", f"distance from {first}", "cosines of the differences", title="Models")
     far = ["–", *(f"{x:.4f}" for x in found.distance)] if found.distance else ["–"]*len(found.sources)
     cos = ["–", *(" ".join(f"{x:+.2f}" for x in r) for r in found.cosine)] if found.cosine else ["–"]*len(found.sources)
-    for row in zip(found.sources, found.parameters, found.dtypes, far, cos): t.add_row(row[0], f"{row[1]:,}", " ".join(row[2]), row[3], row[4])
+    for row in zip(found.sources, found.parameters, found.dtypes, far, cos): t.add_row(Text(row[0]), f"{row[1]:,}", " ".join(row[2]), row[3], row[4])
     out.print(t)
     if found.tensors:
         t = Table("tensor", "shape", "norms", "distances", title=f"The {min(top, len(found.tensors))} tensors that differ most, of {len(found.tensors)}")
-        for r in sorted(found.tensors, key=lambda r: -max(r["distance"], default=0))[:top]:
-            t.add_row(r["name"], "×".join(map(str, r["shape"])), " ".join(f"{x:.3g}" for x in r["norm"]), " ".join(f"{x:.4f}" for x in r["distance"]))
+        for r in sorted(found.tensors, key=lambda r: -max((x or 0 for x in r["distance"]), default=0))[:top]:
+            t.add_row(Text(r["name"]), "×".join(map(str, r["shape"])), " ".join(f"{x:.3g}" for x in r["norm"]), " ".join("–" if x is None else f"{x:.4f}" for x in r["distance"]))
         out.print(t)
     for name, who in found.missing.items(): print(f"missing: {name} in {', '.join(who)}")
     for name, s in found.shapes.items(): print(f"shapes differ: {name} {' '.join(map(str, s))}")
     for name, n in found.nonfinite.items(): print(f"not finite: {name} has " + ", ".join(f"{k} in {who}" for k, who in zip(n, found.sources) if k))
+    for name in found.unequal: print(f"integers differ: {name}")
+    for name in found.adapters: print(f"adapter: {name} needs its base, as BASE+{name}")
     print("These can be merged." if found.mergeable else "These cannot be merged as they are.")
 
 # %% ../nbs/40_cli.ipynb #3a291e9f
@@ -148,5 +151,9 @@ def main():
         if debug: raise
         print("error: " + "\n".join(str(e).splitlines()[:3]), file=sys.stderr)
         code = 1 if isinstance(e, MergeError) else 2
+    except Exception as e:
+        if debug: raise
+        print(f"error: {type(e).__name__}: " + "\n".join(str(e).splitlines()[:1]) + "\nThis was not foreseen; run it again with --debug and report what it shows.", file=sys.stderr)
+        code = 1
     sys.stdout.flush(); sys.stderr.flush()
     os._exit(code if isinstance(code, int) else 0 if code is None else 1)    # everything is on disk; unloading torch takes longer than a small merge

@@ -6,13 +6,12 @@
 __all__ = ['Inspection', 'inspect']
 
 # %% ../nbs/30_diagnostics.ipynb #e85e4484
-import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from .checkpoints import load
+from .checkpoints import _same_bytes, load
 from .merge import _get, bar
 from .span import Stack, gram
 
@@ -26,11 +25,13 @@ class Inspection:
     missing: dict[str, list[str]] = field(default_factory=dict)     # tensor → models that do not have it
     shapes: dict[str, list] = field(default_factory=dict)           # tensor → its shape in each model, where they differ
     nonfinite: dict[str, list[int]] = field(default_factory=dict)   # tensor → number of NaN and Inf in each model
-    tensors: list[dict] = field(default_factory=list)               # name, shape, norm of each model, distance of each from the reference
+    unequal: list[str] = field(default_factory=list)                # tensors of integers that differ
+    adapters: list[str] = field(default_factory=list)               # models that are adapters, which need their base
+    tensors: list[dict] = field(default_factory=list)               # name, shape, norm of each model, distance of each from the reference (None: it is zero)
     distance: list[float] = field(default_factory=list)             # ‖δ‖/‖θ₀‖ of each model, over all compared tensors
     cosine: list[list[float]] = field(default_factory=list)         # between the differences δ of the models
     @property
-    def mergeable(self)->bool: return not (self.missing or self.shapes or self.nonfinite)
+    def mergeable(self)->bool: return not (self.missing or self.shapes or self.nonfinite or self.unequal or self.adapters)
 
 def _norms(K:Tensor)->tuple[list[float],list[float]]:
     "Norms of θ₀, θ₀+δ₁, … and of θ₀, δ₁, … from the Gram matrix of the latter."
@@ -47,15 +48,18 @@ def inspect(
     progress:bool=False,         # a progress bar on stderr
 )->Inspection:
     "Compare checkpoints tensor by tensor without merging them."
-    every = [load(m, allow_pickle) for m in ([base] if base is not None else []) + list(models)]
+    every = [*([load(base, allow_pickle, "base")] if base is not None else []), *(load(m, allow_pickle, f"models[{i}]") for i, m in enumerate(models))]
     found = Inspection([c.source for c in every], [sum(x.numel for x in c.lazy.values()) for c in every],
                        [sorted({str(x.dtype).removeprefix("torch.") for x in c.lazy.values()}) for c in every])
+    found.adapters = [c.source for c in every if c.adapter is not None]
     total, stacks = torch.zeros(len(every), len(every), dtype=torch.float64), []
     for name in dict.fromkeys(n for c in every for n in c.lazy):
         lazy = [_get(c, name) for c in every]
         if absent := [c.source for c, x in zip(every, lazy) if x is None]: found.missing[name] = absent
         elif len({x.shape for x in lazy}) > 1: found.shapes[name] = [list(x.shape) for x in lazy]
-        elif numbers and lazy[0].dtype.is_floating_point and lazy[0].numel: stacks.append(Stack(lazy, name=name, allow_nonfinite=True))
+        elif not lazy[0].dtype.is_floating_point or len({x.dtype.is_floating_point for x in lazy}) > 1:
+            if any(x.dtype != lazy[0].dtype or numbers and not _same_bytes(x, lazy[0]) for x in lazy): found.unequal.append(name)
+        elif numbers and lazy[0].numel: stacks.append(Stack(lazy, name=name, allow_nonfinite=True))
     with bar("inspecting", sum(s.numel for s in stacks), progress) as tick:
         for stack in stacks:
             bad = sum((~stack.raw(i, j).isfinite()).sum(1) for i, j in stack.spans()).tolist()
@@ -63,7 +67,7 @@ def inspect(
             K, M = gram(stack); M[1:, 0] -= 1
             K = M@K@M.T; total += K      # of θ₀ and the differences from it
             norms, apart = _norms(K)
-            found.tensors.append({"name": stack.name, "shape": list(stack.shape), "norm": norms, "distance": [x/norms[0] if norms[0] else math.inf if x else 0. for x in apart[1:]]})
+            found.tensors.append({"name": stack.name, "shape": list(stack.shape), "norm": norms, "distance": [x/norms[0] if norms[0] else None if x else 0. for x in apart[1:]]})
             tick(stack.numel)
     if found.tensors:
         d = total.diagonal().clamp(min=0).sqrt()

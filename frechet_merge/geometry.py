@@ -26,7 +26,7 @@ class Point:
 class Geometry(ABC):
     "Where models are, and how to go from one to another. Subclasses are frozen, stateless and final."
     separable: ClassVar[bool] = False      # d² is a sum over coordinates: any cut of a tensor may be merged on its own
-    radius: ClassVar[float] = math.inf     # if every model is closer to the mean than this, there is no other mean
+    radius: ClassVar[float] = math.inf     # if every model is closer to a stationary point than this, that point is the mean
     laws_waived: ClassVar[tuple] = ()      # numbers of the laws (`check_geometry`) that this method breaks by design
 
     @abstractmethod

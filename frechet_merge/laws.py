@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .geometry import Geometry
-from .mean import Mean, frechet_mean
+from .mean import Mean, _pulls, frechet_mean, normalise
+from .metrics import as_metric
 
 # %% ../nbs/05_laws.ipynb #ec44df9c
 def mean_of(
@@ -33,20 +34,26 @@ def _errors(g, thetas, ws, Gs, act, same):
     scale = float(max(same(t).double().norm() for t in thetas)) or 1.0
     def gap(a, b): return float((same(a).double() - same(b).double()).norm())/scale
     def mean(ix, w): return mean_of(g, [thetas[i] for i in ix], w, [Gs[i] for i in ix], warn=False)
-    (m, info), order = mean(range(T), ws), list(reversed(range(T)))
-    yield 1, info.residual if not info.converged else 0.0
+    m, order = mean(range(T), ws)[0], list(reversed(range(T)))
+    points, lift = g.chart(thetas, Gs)
+    yield 1, _off(g, points, ws)
     yield 2, gap(m, mean(order, [ws[i] for i in order])[0])
     yield 3, gap(mean([0]*T, ws)[0], thetas[0])
     yield 4, gap(mean(range(T), [2*ws[0], *ws[1:]])[0], mean([0, *range(T)], [ws[0], *ws])[0])
     if act: yield 5, gap(m, mean_of(g, [act(t) for t in thetas], ws, Gs, warn=False)[0])
-    points, lift = g.chart(thetas, Gs)
     yield 6, max(gap(lift(p.x), t) for p, t in zip(points, thetas))
     yield 7, _derivative(g, points, ws)
     yield 8, float((m.dtype, m.device, m.shape) != (thetas[0].dtype, thetas[0].device, thetas[0].shape))
     yield 9, gap(mean([0], ws[:1])[0], thetas[0])
 
+def _off(g, points, ws):
+    "How far the next step from the mean would lead, relative to where it is and to the distances."
+    ws, Gs, m = normalise(ws, len(points)), [as_metric(p.G) for p in points], frechet_mean(g, points, ws, warn=False).x
+    b, _, _, _, A, reach = _pulls(g, m, points, Gs, ws)
+    return float(A.solve(b).norm())/(float(m.norm()) + reach or 1.0)
+
 def _derivative(g, points, ws):
-    from frechet_merge.mean import _pulls, as_metric, normalise
+    "The finite difference of the variance along a direction, against what the pull says."
     ws, Gs = normalise(ws, len(points)), [as_metric(p.G) for p in points]
     m = g.exp(points[0].x, g.log(points[0].x, points[-1].x)/3)
     u, eps = g.log(m, points[-1].x), torch.finfo(m.dtype).eps

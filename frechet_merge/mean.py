@@ -42,21 +42,23 @@ def normalise(ws, T:int)->list[float]:
     ws = [1.0]*T if ws is None else [float(w) for w in ws]
     if len(ws) != T: raise ValueError(f"{len(ws)} weights {ws} for {T} models: give one per model.")
     if not all(math.isfinite(w) and w >= 0 for w in ws): raise ValueError(f"weights {ws} must be finite and >= 0; to move away from a model, use base= and a negative scale=.")
-    if not (total := math.fsum(ws)) > 0: raise ValueError(f"weights {ws} sum to zero: at least one model must count.")
-    return [w/total for w in ws]
+    if not (top := max(ws)) > 0: raise ValueError(f"weights {ws} sum to zero: at least one model must count.")
+    total = math.fsum(w/top for w in ws)
+    return [w/top/total for w in ws]
 
 def _pulls(g, m, points, Gs, ws):
-    "At m: b = Σ w G v, its natural size Σ‖w G v‖, the variance Σ w⟨v, G v⟩, the largest distance, and Σ w G."
-    b, size, var, far, A = None, 0.0, 0.0, 0.0, None
+    "At m: b = Σ w G v, its natural size Σ‖w G v‖, the variance Σ w⟨v, G v⟩, the largest distance, Σ w G, and Σ w‖v‖."
+    b, size, var, far, A, reach = None, 0.0, 0.0, 0.0, None, 0.0
     for p, G, w in zip(points, Gs, ws):
         v = g.log(m, p.x)
         Gv = G @ v
         d2 = float(torch.dot(v.flatten(), Gv.flatten()))
         if not math.isfinite(d2): v, Gv, d2, far, w = torch.zeros_like(v), torch.zeros_like(v), 0.0, math.inf, 0.0  # no shortest path to this model: it cannot pull
         b, A = w*Gv if b is None else b.add_(Gv, alpha=w), w*G if A is None else A + w*G
-        size += w*(math.sqrt(max(d2, 0)) if Gv is v else float(torch.linalg.vector_norm(Gv)))
-        var += w*d2; far = max(far, d2)
-    return b, size, var, math.sqrt(far), A
+        n = math.sqrt(max(d2, 0)) if Gv is v else float(torch.linalg.vector_norm(v))
+        size += w*(n if Gv is v else float(torch.linalg.vector_norm(Gv)))
+        reach += w*n; var += w*d2; far = max(far, d2)
+    return b, size, var, math.sqrt(far), A, reach
 
 def _start(g, points, ws):
     "The metric-free mean, or one step towards it from the heaviest model."
@@ -81,13 +83,13 @@ def frechet_mean(
     m = _start(g, points, ws)
     eps, last, step, k = torch.finfo(m.dtype).eps, None, None, 0
     while True:
-        b, size, var, far, A = _pulls(g, m, points, Gs, ws)
+        b, size, var, far, A, reach = _pulls(g, m, points, Gs, ws)
         if last is not None and var > last[1]*(1 + 8*eps) and k < maxiter:
             step = step/2
         else:
             step = A.solve(b)
             residual = float(torch.linalg.vector_norm(b))/size if size else 0.0
-            small = float(torch.linalg.vector_norm(step)) <= eps*(float(torch.linalg.vector_norm(m)) + size)
+            small = float(torch.linalg.vector_norm(step)) <= eps*(float(torch.linalg.vector_norm(m)) + reach)
             if residual <= tol or small or k >= maxiter: break
             last = m, var
         m, k = g.exp(last[0], step), k + 1

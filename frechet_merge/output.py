@@ -22,6 +22,9 @@ from .checkpoints import Checkpoint, MergeError
 def staged(out:Path):
     "A new folder that becomes `out` on success and vanishes on failure."
     import fcntl
+    out = out.resolve()                                  # a link to a folder is that folder
+    if out == Path.cwd(): raise MergeError(f"{out}: is the current folder, which cannot be replaced.\nName a folder in it.")
+    made = [p for p in out.parents if not p.exists()]    # innermost first
     if out.exists() and not (out.is_dir() and not any(out.iterdir())): raise MergeError(f"{out}: exists and is not an empty folder.\nName another folder, or empty this one.")
     part = out.parent/f".{out.name}.partial"
     part.mkdir(parents=True, exist_ok=True)
@@ -30,11 +33,15 @@ def staged(out:Path):
         try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError: raise MergeError(f"{out}: another merge is writing it.\nWait for it, or name another folder.") from None
         try:
-            for f in part.iterdir(): f.unlink()
+            for f in part.iterdir(): shutil.rmtree(f) if f.is_dir() and not f.is_symlink() else f.unlink()
             yield part
             if out.exists(): out.rmdir()
             part.rename(out)
-        except BaseException: shutil.rmtree(part, ignore_errors=True); raise
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            for p in made:
+                if not any(p.iterdir()): p.rmdir()
+            raise
     finally: os.close(lock)
 
 # %% ../nbs/06_output.ipynb #464e0b3f
@@ -54,8 +61,7 @@ def fingerprint(path:str|Path, full:bool=False)->str:
 
 def inputs(c:Checkpoint, full:bool=False)->dict[str,str]:
     "File name → fingerprint of every file that a checkpoint reads."
-    files = sorted({t.entry.path for x in c.lazy.values() for t in (x, getattr(x, "base", None)) if hasattr(t, "entry")})
-    return {os.path.basename(f): fingerprint(f, full) for f in files}
+    return {str(Path(f.parent.name)/f.name): fingerprint(f, full) for f in c.files}
 
 def write_companions(out:Path, source:Path|None, dtype:torch.dtype|None):
     "Copy config and tokenizer files; the config says the new dtype."

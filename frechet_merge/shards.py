@@ -63,12 +63,15 @@ def read_header(path: str | Path) -> tuple[dict[str, Entry], dict[str, str]]:
         raise bad(f"its header is not valid JSON ({e})") from e
     if not isinstance(header, dict): raise bad("its header is not a JSON object")
     meta, entries = header.pop("__metadata__", None) or {}, {}
+    if not isinstance(meta, dict) or not all(isinstance(v, str) for v in meta.values()): raise bad("its metadata is not a map of strings")
     for name, spec in header.items():
+        if isinstance(spec, dict) and isinstance(spec.get("dtype"), str) and spec["dtype"] not in DTYPES:
+            raise MergeError(f"{path}: tensor {name!r} has dtype {spec['dtype']}, which cannot be merged.\nConvert it to one of {', '.join(DTYPES)}.")
         try:
             dtype, shape, (start, stop) = DTYPES[spec["dtype"]], tuple(spec["shape"]), spec["data_offsets"]
             if not all(type(s) is int and s >= 0 for s in (*shape, start, stop)): raise ValueError
         except KeyError as e:
-            raise bad(f"tensor {name!r} has no known dtype, shape and offsets ({e})") from e
+            raise bad(f"tensor {name!r} lacks its dtype, shape or offsets ({e})") from e
         except (TypeError, ValueError) as e: raise bad(f"tensor {name!r} has a malformed shape or offsets") from e
         entries[name] = Entry(str(path), 8 + n + start, shape, dtype)
         if stop - start != entries[name].nbytes:
@@ -110,7 +113,8 @@ class ShardWriter:
             blob += b" " * (-len(blob) % 8)
             path = str(folder / file)
             self.fds[path] = fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-            os.posix_fallocate(fd, 0, 8 + len(blob) + end)
+            if hasattr(os, "posix_fallocate"): os.posix_fallocate(fd, 0, 8 + len(blob) + end)
+            else: os.truncate(fd, 8 + len(blob) + end)   # macOS
             os.pwrite(fd, struct.pack("<Q", len(blob)) + blob, 0)
             for name, (shape, dtype) in group.items():
                 self.entries[name] = Entry(path, 8 + len(blob) + head[name]["data_offsets"][0], tuple(shape), dtype)
@@ -127,8 +131,6 @@ class ShardWriter:
         while data:
             done = os.pwrite(self.fds[e.path], data, at); data, at = data[done:], at + done
 
-    def close(self, sync=False):
-        for fd in self.fds.values():
-            if sync: os.fsync(fd)
-            os.close(fd)
+    def close(self):
+        for fd in self.fds.values(): os.close(fd)
         self.fds = {}

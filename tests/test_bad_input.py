@@ -125,9 +125,62 @@ def test_pickles_need_a_flag_and_plain_tensors(models, tmp_path):
     torch.save({"q.bias": torch.nn.Linear(2, 2)}, tmp_path/"p"/"pytorch_model.bin")
     refused("m0", "p", "--allow-pickle", cwd=tmp_path, says="pytorch_model.bin")
 
-def test_fp16_overflow(models, tmp_path):
+def test_values_that_the_dtype_cannot_hold(models, tmp_path):
     for i in (3, 4): save(tmp_path/f"m{i}", tensors(i) | {"q.bias": torch.full((8,), 1e5)})
-    refused("m3", "m4", "--dtype", "fp16", cwd=tmp_path, says="'q.bias'|65504")
+    refused("m3", "m4", "--dtype", "fp16", cwd=tmp_path, says="'q.bias'|8 values|float16 cannot hold|1e+05")
+    x = {"x": torch.tensor([1e300, float("nan")], dtype=torch.float64)}
+    with pytest.raises(MergeError, match="1 values that bfloat16"): merge([x, x], dtype="bf16", allow_nonfinite=True)
+    with pytest.raises(MergeError, match="float32 cannot hold"): merge([{"x": torch.full((3,), 3e38)}], base={"x": torch.zeros(3)}, scale=4)
+
+
+def test_a_broken_base_is_named(models, tmp_path):
+    bad = tensors(); bad["q.bias"][4] = float("nan"); save(tmp_path/"base", bad)
+    refused("m0", "m1", "--base", "base", cwd=tmp_path, says="base: |'q.bias'|element 4")
+    refused("m0", "m1", "--base", "base", "--geometry", "sphere", cwd=tmp_path, says="base: |'q.bias'|element 4")
+
+
+@pytest.mark.parametrize("scale", ["nan", "inf"])
+def test_scale(models, tmp_path, scale): refused("m0", "m1", "--base", "m2", "--scale", scale, cwd=tmp_path, code=2, says="scale|not finite")
+
+
+def test_integers_and_floats_do_not_mix(models, tmp_path):
+    for key, value in (("q.bias", torch.ones(8, dtype=torch.int8)), ("ids", torch.ones(11))):
+        save(tmp_path/"odd", tensors() | {key: value})
+        for args in (("m0", "odd"), ("odd", "m0"), ("m0", "m1", "--base", "odd")): refused(*args, cwd=tmp_path, says=f"'{key}'|Convert one")
+    save(tmp_path/"odd", tensors() | {"ids": torch.ones(11, dtype=torch.int64)})
+    refused("m0", "m1", "--base", "odd", cwd=tmp_path, says="'ids'|integers")
+
+
+def test_what_nobody_foresaw_is_still_three_lines(models, tmp_path):
+    refused("m0", "~nosuchuser/x", cwd=tmp_path); refused("m0", "x"*300, cwd=tmp_path)
+    refused("m0", "m1", "--device", "warp", cwd=tmp_path, code=2, says="no device 'warp'")
+
+
+def test_an_adapter_named_by_its_file_is_still_one(models, tmp_path):
+    save(tmp_path/"ad", {"base_model.model.q.lora_A.weight": torch.randn(2, 4), "base_model.model.q.lora_B.weight": torch.randn(4, 2)})
+    refused("ad/model.safetensors", "ad/model.safetensors", cwd=tmp_path, says="adapter")
+
+
+def test_remains_of_a_kill_with_folders_in_them(models, tmp_path):
+    (tmp_path/".out.partial"/"1_Pooling").mkdir(parents=True); (tmp_path/".out.partial"/"1_Pooling"/"config.json").write_text("{}")
+    assert cli("merge", "m0", "m1", "-o", "out", cwd=tmp_path)[0] == 0 and not (tmp_path/"out"/"1_Pooling").exists()
+
+
+def test_links_and_new_parents(models, tmp_path):
+    (tmp_path/"empty").mkdir(); (tmp_path/"link").symlink_to("empty")
+    assert cli("merge", "m0", "m1", "-o", "link", cwd=tmp_path)[0] == 0 and (tmp_path/"empty"/"model.safetensors").exists()
+    assert cli("merge", "m0", "nowhere", "-o", "deep/er/out", cwd=tmp_path)[0] == 1 and not (tmp_path/"deep").exists()
+    save(tmp_path/"bad", tensors() | {"q.bias": torch.full((8,), float("nan"))})
+    assert cli("merge", "m0", "bad", "-o", "deep/er/out", cwd=tmp_path)[0] == 1 and not (tmp_path/"deep").exists()
+    assert cli("merge", "m0", "m1", "-o", "deep/er/out", cwd=tmp_path)[0] == 0
+    (tmp_path/"here").mkdir(); assert cli("merge", "../m0", "../m1", "-o", ".", cwd=tmp_path/"here")[0] == 1
+
+
+def test_many_shards_with_few_descriptors(models, tmp_path):
+    for i in range(2): merge([{f"w{k}": torch.randn(50) for k in range(40)}], out=tmp_path/f"s{i}", shard_size=200)
+    assert cli("merge", "s0", "s1", "-o", "out", cwd=tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 512)))[0] == 0
+    rc, _, err = cli("merge", "s0", "s1", "-o", "out2", cwd=tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)))
+    assert rc == 1 and "ulimit -n" in err and len(err.strip().splitlines()) <= 3 and not (tmp_path/"out2").exists()
 
 def test_adapters_without_a_base(models, tmp_path):
     save(tmp_path/"ad", {"base_model.model.q.lora_A.weight": torch.randn(2, 4), "base_model.model.q.lora_B.weight": torch.randn(4, 2)})
@@ -170,12 +223,11 @@ class TestDisk:
         assert calls and sorted(os.listdir(tmp_path)) == before
 
     def start(self, tmp_path):
-        "A merge that is stopped in its middle: it is held by an executor that waits after the first block."
+        "The command, held in the middle of its merge."
         self.big(tmp_path)
-        code = ("import time, sys\nfrom frechet_merge import cli, merge as m\nimport frechet_merge.merge\n"
-                "def slow(f, xs):\n    for k, x in enumerate(xs):\n        if k == 2: print('half', flush=True); time.sleep(60)\n        yield f(x)\n"
-                "import signal; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
-                "m(['b0', 'b1'], out='out', executor=slow)")
+        code = ("import time, sys\nfrom frechet_merge import cli\nm = sys.modules['frechet_merge.merge']\nreal, calls = m.merge_block, []\n"
+                "def slow(*a):\n    calls.append(a)\n    if len(calls) == 3: print('half', flush=True); time.sleep(60)\n    return real(*a)\n"
+                "m.merge_block = slow; sys.argv = ['frechet-merge', 'merge', 'b0', 'b1', '-o', 'out', '--executor', 'serial']\ncli.main()")
         p = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         assert p.stdout.readline() == "half\n"
         return p

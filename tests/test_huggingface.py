@@ -52,6 +52,28 @@ def test_adapters_that_are_not_plain_lora_are_refused_by_name(key, value):
     with pytest.raises(ValueError, match=key): bake(load(tensors()), ad)
 
 
+@pytest.mark.parametrize("change, says", [
+    (lambda f, c: f.pop("base_model.model.q.lora_A.weight"), "only one factor"), (lambda f, c: f.pop("base_model.model.q.lora_B.weight"), "only one factor"),
+    (lambda f, c: c.update(r=8), "not of rank r = 8"), (lambda f, c: c.pop("r"), "r = None"), (lambda f, c: c.update(r=0), "r = 0"), (lambda f, c: c.pop("lora_alpha"), "lora_alpha = None"),
+    (lambda f, c: c.update(init_lora_weights="pissa_niter_4"), "changed the base"), (lambda f, c: f.update({"base_model.model.q.lora_A.weight": torch.randn(3, 11)}), "not of rank"),
+    (lambda f, c: f.update({"base_model.model.q.lora_magnitude_vector": torch.ones(8)}), "lora_magnitude_vector")], ids=range(9))
+def test_adapters_that_are_broken(change, says):
+    factors, cfg = {"base_model.model.q.lora_A.weight": torch.randn(2, 11), "base_model.model.q.lora_B.weight": torch.randn(8, 2)}, {"peft_type": "LORA", "r": 2, "lora_alpha": 2}
+    change(factors, cfg); ad = load(factors); ad.adapter = cfg
+    with pytest.raises(ValueError, match=says): bake(load(tensors()), ad)
+    with pytest.raises(ValueError, match="does not fit"): bake(load({"q.weight": torch.ones(8, 11, dtype=torch.int8)}), _plain())
+
+
+def _plain():
+    ad = load({"base_model.model.q.lora_A.weight": torch.randn(2, 11), "base_model.model.q.lora_B.weight": torch.randn(8, 2)}); ad.adapter = {"peft_type": "LORA", "r": 2, "lora_alpha": 2}
+    return ad
+
+
+def test_the_card_names_the_files_of_adapters(base, tmp_path):
+    out = merge([f"{base}+{DATA/'movie'}", f"{base}+{DATA/'spam'}"], out=tmp_path/"o").out
+    assert all(f"{n}/adapter_model.safetensors: sha256:" in (out/"README.md").read_text() for n in ("movie", "spam"))
+
+
 def test_rslora_scales_by_the_root_of_the_rank():
     A, B = torch.randn(4, 11), torch.randn(8, 4)
     ad = load({"base_model.model.q.lora_A.weight": A, "base_model.model.q.lora_B.weight": B}); ad.adapter = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "use_rslora": True}
