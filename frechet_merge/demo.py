@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import frechet_merge
-from .checkpoints import Checkpoint, MergeError, bake, load
+from .adapters import bake
+from .checkpoints import Checkpoint, MergeError, load
 from .geometries.sphere import karcher
 from .geometry import Euclidean
 from .merge import merge

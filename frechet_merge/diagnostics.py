@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .blocks import get
 from .checkpoints import _same_bytes, load
-from .merge import _get, bar
+from .merge import bar
 from .span import Stack, gram
 
 # %% ../nbs/30_diagnostics.ipynb #3b8077ba
@@ -54,7 +55,7 @@ def inspect(
     found.adapters = [c.source for c in every if c.adapter is not None]
     total, stacks = torch.zeros(len(every), len(every), dtype=torch.float64), []
     for name in dict.fromkeys(n for c in every for n in c.lazy):
-        lazy = [_get(c, name) for c in every]
+        lazy = [get(c, name) for c in every]
         if absent := [c.source for c, x in zip(every, lazy) if x is None]: found.missing[name] = absent
         elif len({x.shape for x in lazy}) > 1: found.shapes[name] = [list(x.shape) for x in lazy]
         elif not lazy[0].dtype.is_floating_point or len({x.dtype.is_floating_point for x in lazy}) > 1:

@@ -9,7 +9,7 @@ import torch
 from conftest import cli, save, tensors
 
 from frechet_merge import Euclidean, load, merge
-from frechet_merge.checkpoints import bake
+from frechet_merge.adapters import bake
 from frechet_merge.demo import DATA, base_folder, embed, tasks
 from frechet_merge.geometries.sphere import karcher
 

@@ -6,7 +6,6 @@
 __all__ = ['Factors', 'core', 'LoRA']
 
 # %% ../../nbs/geometries/12_lora.ipynb #0c8493cb
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
