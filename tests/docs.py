@@ -48,7 +48,7 @@ def build(root: Path, out: Path) -> Path:
               "nav": list(pages(site["sidebar"]["contents"])), "validation": {"links": {"not_found": "warn"}, "nav": {"omitted_files": "warn"}},
               "plugins": ["search", {"mkdocs-jupyter": {"execute": False, "include_source": False, "remove_tag_config": {"remove_input_tags": ["hide_code"]}}}]}
     (out/"mkdocs.yml").write_text(yaml.safe_dump(config))
-    r = subprocess.run([sys.executable, "-m", "mkdocs", "build", "-q", "-f", str(out/"mkdocs.yml")], capture_output=True, text=True)
+    r = subprocess.run([sys.executable, "-m", "mkdocs", "build", "-q", "-f", str(out/"mkdocs.yml")], cwd=out, capture_output=True, text=True)
     assert r.returncode == 0, r.stdout + r.stderr
     return out/"site"
 
