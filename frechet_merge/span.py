@@ -94,7 +94,8 @@ def gram(
         K += torch.bmm(Y, Y.mT).double().sum(0) + tail@tail.T
         if not math.isfinite(K.sum()): stack.check(stack.rows(i, j), i)
     K = K.cpu()
-    if run and stack.narrow and not (K[0, 0] > 1e-20 and math.isfinite(K.sum())): return gram(stack, 0, c)   # squares may have left float32's range
+    if run and stack.narrow and not (K[0, 0] > 1e-20 and math.isfinite(K.sum())):                            # squares may have left float32's range,
+        if K.any() or any(stack.rows(i, j).any() for i, j in stack.spans()): return gram(stack, 0, c)         # unless there is nothing to square
     L[1:, :1] = c
     far = (K.diagonal() > FAR*(L@K@L.T).diagonal())[1:, None] & (c > 0)
     return gram(stack, run, c.masked_fill(far, 0)) if far.any() else (K, L)

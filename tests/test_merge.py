@@ -72,6 +72,14 @@ def test_karcher_of_differences():
     torch.testing.assert_close(m, base["q.weight"] + karcher_reference([a["q.weight"] - base["q.weight"], b["q.weight"] - base["q.weight"]], [2, 1]))
 
 
+def test_models_that_did_not_move_stay_at_the_base():
+    base = {k: v.bfloat16() for k, v in floats(tensors(0)).items()}
+    for g in (Euclidean(), karcher()):
+        m = merge([dict(base), dict(base)], g, base=base, scale=.7)
+        for k, x in base.items(): assert torch.equal(m.tensors[k], x)
+        assert all(mean.converged and mean.unique and mean.variance == 0 for mean in m.means.values())
+
+
 def test_weights_by_name():
     a, b = tensors(1), tensors(2)
     m = merge([a, b], weights={"emb.*": [1, 0], "*": [0, 1]}).tensors
