@@ -4,8 +4,8 @@
     python bench/peers.py --mergekit /tmp/mk/bin/mergekit-yaml
 
 makes five Llama-layout bf16 checkpoints (bench/llama.py) under --work, times every command --runs times in turn, and writes
-bench/results/peers.csv (one row per command: median, minimum and maximum seconds, peak memory in MiB) and peers.json (errors
-against float64, versions, machine). Read ratios, not seconds: a command and its peers ran side by side on one machine.
+bench/results/peers.csv (one row per command: median, minimum and maximum seconds, peak memory in MiB, error against float64) and
+peers.json (versions, machine). Read ratios, not seconds: a command and its peers ran side by side on one machine.
 """
 import argparse
 import csv

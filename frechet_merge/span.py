@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .checkpoints import CHUNK, LazyTensor, MemoryTensor, MergeError, scratch, spans
 from .geometry import Geometry
+from .metrics import as_metric
 
 # %% ../nbs/04_span.ipynb #b0dd48f6
 class Stack(Sequence):
@@ -142,6 +143,7 @@ class Span(Geometry):
     radius = property(lambda self: self.inner.radius)
     laws_waived = property(lambda self: self.inner.laws_waived)
     def chart(self, thetas, Gs=None):
+        if not all(isinstance(getattr(as_metric(G), "d", None), float) for G in Gs or []): raise ValueError("in the span of the models a metric is one number per model, not one per parameter: use Euclidean() with these metrics.")
         C, B = coordinates(*gram(thetas))
         points, lift = self.inner.chart(list(C), Gs)
         return points, lambda m: combine(B@lift(m), thetas)
