@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 
 from .checkpoints import Checkpoint, LazyTensor, MergeError, _same_bytes
 
-# %% ../nbs/07_blocks.ipynb #7fe4ba38
+# %% ../nbs/07_blocks.ipynb #30b4dad4
 @dataclass
 class Block:
     "One tensor of the merge: its versions, and which models have it."
@@ -33,7 +33,7 @@ def get(c:Checkpoint, name:str)->LazyTensor|None:
 def align(
     models:list[Checkpoint],
     base:Checkpoint|None=None,
-    allow_missing:bool=False,       # merge a tensor over the models that have it
+    absent:str|None=None,           # of a tensor that some models lack: "renormalise" merges it over those that have it; default: refuse
 )->tuple[list[Block],dict[str,str]]:
     "Blocks in the order of the base or first model, and the names that stay tied; `MergeError` names what does not match."
     every = [*([] if base is None else [base]), *models]
@@ -44,7 +44,7 @@ def align(
         found = [get(c, name) for c in every]
         there = [(c, x) for c, x in zip(every, found) if x is not None]
         lost = [c.source for c, x in zip(every, found) if x is None]
-        if lost and not allow_missing: raise MergeError(f"{lost[0]}: has no tensor {name!r}, which {there[0][0].source} has.\nMerge models of one architecture, or allow it (allow_missing=True, --allow-missing): it is then merged over the models that have it.")
+        if lost and absent != "renormalise": raise MergeError(f"{lost[0]}: has no tensor {name!r}, which {there[0][0].source} has.\nMerge models of one architecture, or allow it (absent='renormalise', --absent renormalise): it is then merged over the models that have it.")
         (c0, x0), b = there[0], None if base is None else found[0]
         for c, x in there[1:]:
             if x.shape != x0.shape: raise MergeError(f"{c.source}: tensor {name!r} has shape {list(x.shape)}, in {c0.source} it is {list(x0.shape)}.\nMerge models of one architecture; for embeddings, resize the vocabularies to match first.")

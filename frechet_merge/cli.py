@@ -19,10 +19,10 @@ import typer
 
 from .checkpoints import MergeError
 
-# %% ../nbs/40_cli.ipynb #fee8797b
+# %% ../nbs/40_cli.ipynb #0286408c
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Merge neural networks as Fréchet means: chart, mean, lift, tensor by tensor.")
-Models = Annotated[list[str], typer.Argument(help="Folders, files, hub ids, or BASE+ADAPTER.", show_default=False)]
+Models = Annotated[list[str], typer.Argument(help="Folders, files, hub ids, or BASE+ADAPTER; or PEFT adapters.", show_default=False)]
 Base = Annotated[Optional[str], typer.Option(help="Merge the differences from this model.", show_default=False)]
 Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Accept .bin files (plain tensors only).")]
 
@@ -34,7 +34,7 @@ def _version(show:bool):
 @app.callback()
 def _main(version:Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")]=False): pass
 
-# %% ../nbs/40_cli.ipynb #83b787ff
+# %% ../nbs/40_cli.ipynb #dfa257c6
 def _size(text:str)->int:
     "'5GB', '500MB', '1.5 GiB' or bytes → bytes."
     units = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -52,7 +52,7 @@ def _numbers(text:str|None, what:str)->list[float]|None:
 def merge_command(
     models: Models,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write; it must not exist, or be empty.", show_default=False)],
-    geometry: Annotated[str, typer.Option(help="What a distance between models is: euclidean, sphere, or an installed one.")] = "euclidean",
+    geometry: Annotated[str, typer.Option(help="What a distance between models is: euclidean, sphere, lora:rank=16, or an installed one.")] = "euclidean",
     base: Base = None,
     weights: Annotated[Optional[str], typer.Option(help="One per model, as 0.5,0.3,0.2; default equal.", show_default=False)] = None,
     scale: Annotated[float, typer.Option(help="Multiplies the merged difference from the base.")] = 1.0,
@@ -61,7 +61,9 @@ def merge_command(
     executor: Annotated[str, typer.Option(help="threads or serial.")] = "threads",
     device: Annotated[Optional[str], typer.Option(help="Where chunks are computed: cpu, cuda.", show_default=False)] = None,
     shard_size: Annotated[str, typer.Option(help="Largest file to write.")] = "5GB",
-    allow_missing: Annotated[bool, typer.Option("--allow-missing", help="Merge a tensor over the models that have it.")] = False,
+    bake: Annotated[Optional[str], typer.Option(help="Put the merged adapter on this full model, and write that.", show_default=False)] = None,
+    absent: Annotated[Optional[str], typer.Option(help="What some models lack: renormalise, or zero (layers of adapters).", show_default=False)] = None,
+    any_base: Annotated[bool, typer.Option("--any-base", help="Merge adapters that name different bases.")] = False,
     allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="Copy NaN and Inf through.")] = False,
     allow_pickle: Pickle = False,
     full_hash: Annotated[bool, typer.Option("--full-hash", help="Hash every byte of the inputs for the model card.")] = False,
@@ -71,12 +73,12 @@ def merge_command(
     from frechet_merge.merge import merge
     start = time.time()
     merged = merge(models, geometry, base, _numbers(weights, "weights"), scale, metrics.split(",") if metrics else None, out, dtype, executor, device,
-                   shard_size=_size(shard_size), allow_missing=allow_missing, allow_nonfinite=allow_nonfinite, allow_pickle=allow_pickle,
+                   shard_size=_size(shard_size), bake=bake, absent=absent, any_base=any_base, allow_nonfinite=allow_nonfinite, allow_pickle=allow_pickle,
                    full_hash=full_hash, progress=not quiet and sys.stderr.isatty())
     n = sum(x.numel for x in merged.tensors.lazy.values())
     print(f"{out}: {len(models)} models merged, {len(merged.tensors.lazy)} tensors, {n/1e6:,.1f}M parameters, {time.time() - start:.1f} s")
 
-# %% ../nbs/40_cli.ipynb #6d7283b5
+# %% ../nbs/40_cli.ipynb #7b81179e
 @app.command("inspect")
 def inspect_command(
     models: Models,
@@ -101,7 +103,7 @@ def _show(found, top, based):
     from rich.text import Text
     t = Table("model", "parameters", "dtype", f"distance from {first}", "cosines of the differences", title="Models")
     far = ["–", *(f"{x:.4f}" for x in found.distance)] if found.distance else ["–"]*len(found.sources)
-    cos = ["–", *(" ".join(f"{x:+.2f}" for x in r) for r in found.cosine)] if found.cosine else ["–"]*len(found.sources)
+    cos = [*["–"]*(len(found.sources) - len(found.cosine)), *(" ".join(f"{x:+.2f}" for x in r) for r in found.cosine)] if found.cosine else ["–"]*len(found.sources)
     for row in zip(found.sources, found.parameters, found.dtypes, far, cos): t.add_row(Text(row[0]), f"{row[1]:,}", " ".join(row[2]), row[3], row[4])
     out.print(t)
     if found.tensors:

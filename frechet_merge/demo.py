@@ -6,7 +6,7 @@
 __all__ = ['BASE_ID', 'REVISION', 'SHA256', 'TOKENS', 'DATA', 'base_folder', 'tasks', 'embed', 'accuracy', 'merges', 'demo',
            'picture']
 
-# %% ../nbs/41_demo.ipynb #93d4dc0a
+# %% ../nbs/41_demo.ipynb #65ac6377
 import gzip
 import hashlib
 import json
@@ -21,6 +21,8 @@ from torch import Tensor
 import frechet_merge
 from .adapters import bake
 from .checkpoints import Checkpoint, MergeError, load
+from .geometries.baselines import KnOTS, TSVM
+from .geometries.lora import LoRA
 from .geometries.sphere import karcher
 from .geometry import Euclidean
 from .merge import merge
@@ -72,13 +74,14 @@ def accuracy(model, tokenizer, names=None)->dict[str,float]:
         found[name] = float((logits.argmax(1) == y).float().mean())
     return found
 
-# %% ../nbs/41_demo.ipynb #4b993061
+# %% ../nbs/41_demo.ipynb #94312015
 def merges(T:int)->dict[str,dict]:
-    "name → arguments of `merge` besides the models and the base; those with a scale are on differences."
-    return {"mean": dict(geometry=Euclidean()),
-            "Karcher": dict(geometry=karcher()),
-            "task arithmetic": dict(geometry=Euclidean(), scale=0.3*T),
-            "Karcher of differences": dict(geometry=karcher(), scale=1.0)}
+    "name → arguments of `merge` besides the models; with `bake`, the models are the adapters."
+    of_weights = {"mean of weights": dict(geometry=Euclidean()), "Karcher of weights": dict(geometry=karcher())}
+    of_updates = {"LoRA(), scaled": dict(geometry=LoRA(), scale=0.3*T), "LoRA(rank=4), scaled": dict(geometry=LoRA(rank=4), scale=0.3*T),
+                  "LoRA(metric='mix'), scaled": dict(geometry=LoRA(metric="mix"), scale=0.3*T), "LoRA(metric='wasserstein'), scaled": dict(geometry=LoRA(metric="wasserstein"), scale=0.3*T),
+                  "LoRA(pinned=0.05)": dict(geometry=LoRA(pinned=0.05)), "Karcher of updates": dict(geometry=karcher()), "KnOTS": dict(geometry=KnOTS()), "TSV-M": dict(geometry=TSVM())}
+    return of_weights | {k: v | {"bake": base_folder()} for k, v in of_updates.items()}
 
 def demo(say=lambda text: None)->dict[str,dict[str,float]]:
     "Accuracy per task of the base, each expert on its own task, and every merge, from disk to disk."
@@ -89,33 +92,31 @@ def demo(say=lambda text: None)->dict[str,dict[str,float]]:
     tokenizer, base = transformers.AutoTokenizer.from_pretrained(folder), load(folder)
     model = transformers.AutoModel.from_pretrained(folder).eval()
     say("base …"); found = {"base": accuracy(model, tokenizer), "experts": {}}
-    experts: list[Checkpoint] = [bake(base, load(DATA/n)) for n in names]
+    adapters: list[Checkpoint] = [load(DATA/n) for n in names]
+    experts = [bake(base, a) for a in adapters]
     for name, expert in zip(names, experts):
         say(f"expert {name} …"); model.load_state_dict(dict(expert), strict=False)
         found["experts"] |= accuracy(model, tokenizer, [name])
     with tempfile.TemporaryDirectory() as tmp:
         for k, (how, args) in enumerate(merges(len(names)).items()):
             say(f"merge: {how} …")
-            merged = merge(experts, base=base if "scale" in args else None, out=Path(tmp)/str(k), **args)
+            merged = merge(adapters if "bake" in args else experts, out=Path(tmp)/str(k), **args)
             found[how] = accuracy(transformers.AutoModel.from_pretrained(merged.out).eval(), tokenizer)
     return found
 
 def picture(results, ax=None):
-    "Accuracy per task: base, merges, experts."
+    "Average accuracy of base, merges and experts as bars, each task as a dot."
     import matplotlib
     if ax is None:
         if "MPLBACKEND" not in os.environ and not matplotlib.is_interactive(): matplotlib.use("Agg")
         import matplotlib.pyplot as plt
-        _, ax = plt.subplots(figsize=(7.5, 3))
-    names = [*results["base"], "average"]
-    rows = {k: [*v.values(), sum(v.values())/len(v)] for k, v in results.items()}
-    shown = ["base", *(k for k in rows if k not in ("base", "experts")), "experts"]
-    for i, k in enumerate(shown):
-        color = {"base": "0.75", "experts": "0.2"}.get(k, f"C{i - 1}")
-        ax.bar([x + (i - len(shown)/2 + .5)*.8/len(shown) for x in range(len(names))], rows[k], .8/len(shown), label=k, color=color)
-    best = max(v[-1] for k, v in rows.items() if k not in ("base", "experts"))
-    gain = best - rows["base"][-1]
-    ax.set(title="One merged model does five jobs better than its base" if gain > 0 else "No merge beats the base on average",
-           xticks=range(len(names)), xticklabels=names, ylabel="accuracy (share of 200 texts)", ylim=(0, 1.0))
-    ax.legend(frameon=False, ncol=3, fontsize=7, loc="lower center", bbox_to_anchor=(.5, -.42)); ax.spines[["top", "right"]].set_visible(False)
+        _, ax = plt.subplots(figsize=(7, 4))
+    shown = ["base", *(k for k in results if k not in ("base", "experts")), "experts"]
+    average = {k: sum(results[k].values())/len(results[k]) for k in shown}
+    ax.barh(shown, average.values(), color=["0.75" if k == "base" else "0.35" if k == "experts" else "C0" for k in shown], alpha=.8)
+    for i, task in enumerate(results["base"]): ax.plot([results[k][task] for k in shown], range(len(shown)), ".", color=f"C{i + 1}", label=task)
+    best = max(v for k, v in average.items() if k not in ("base", "experts"))
+    ax.invert_yaxis()
+    ax.set(title="One merged model does five jobs better than its base" if best > average["base"] else "No merge beats the base on average", xlabel="accuracy: average (bar) and each task (dots), share of 200 texts", xlim=(0.3, 1))
+    ax.legend(frameon=False, ncol=5, fontsize=8, loc="upper center", bbox_to_anchor=(.4, -.13)); ax.spines[["top", "right"]].set_visible(False)
     return ax

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Inspection', 'inspect']
 
-# %% ../nbs/30_diagnostics.ipynb #e85e4484
+# %% ../nbs/30_diagnostics.ipynb #3a5edc2f
 from dataclasses import dataclass, field
 
 import torch
@@ -13,10 +13,12 @@ from torch import Tensor
 
 from .blocks import get
 from .checkpoints import _same_bytes, load
-from .merge import bar
+from .factors import core
+from .jobs import bar
 from .span import Stack, gram
+from .updates import align_updates
 
-# %% ../nbs/30_diagnostics.ipynb #3b8077ba
+# %% ../nbs/30_diagnostics.ipynb #a2f4d69d
 @dataclass
 class Inspection:
     "What `inspect` found; `tensors` has a row per tensor that could be compared."
@@ -27,10 +29,10 @@ class Inspection:
     shapes: dict[str, list] = field(default_factory=dict)           # tensor → its shape in each model, where they differ
     nonfinite: dict[str, list[int]] = field(default_factory=dict)   # tensor → number of NaN and Inf in each model
     unequal: list[str] = field(default_factory=list)                # tensors of integers that differ
-    adapters: list[str] = field(default_factory=list)               # models that are adapters, which need their base
+    adapters: list[str] = field(default_factory=list)               # models that are adapters among full models, which need their base
     tensors: list[dict] = field(default_factory=list)               # name, shape, norm of each model, distance of each from the reference (None: it is zero)
     distance: list[float] = field(default_factory=list)             # ‖δ‖/‖θ₀‖ of each model, over all compared tensors
-    cosine: list[list[float]] = field(default_factory=list)         # between the differences δ of the models
+    cosine: list[list[float]] = field(default_factory=list)         # between the differences δ of the models, or the updates of the adapters
     @property
     def mergeable(self)->bool: return not (self.missing or self.shapes or self.nonfinite or self.unequal or self.adapters)
 
@@ -40,7 +42,7 @@ def _norms(K:Tensor)->tuple[list[float],list[float]]:
     n = (d[0] + 2*K[0] + d).clamp(min=0); n[0] = d[0]
     return n.sqrt().tolist(), d.clamp(min=0).sqrt().tolist()
 
-# %% ../nbs/30_diagnostics.ipynb #22210e0e
+# %% ../nbs/30_diagnostics.ipynb #f4248a28
 def inspect(
     models,                      # as for `merge`
     base=None,                   # reference of the differences; default: the first model
@@ -53,6 +55,7 @@ def inspect(
     found = Inspection([c.source for c in every], [sum(x.numel for x in c.lazy.values()) for c in every],
                        [sorted({str(x.dtype).removeprefix("torch.") for x in c.lazy.values()}) for c in every])
     found.adapters = [c.source for c in every if c.adapter is not None]
+    if len(found.adapters) == len(every): return _inspect_adapters(found, every, numbers)
     total, stacks = torch.zeros(len(every), len(every), dtype=torch.float64), []
     for name in dict.fromkeys(n for c in every for n in c.lazy):
         lazy = [get(c, name) for c in every]
@@ -74,4 +77,20 @@ def inspect(
         d = total.diagonal().clamp(min=0).sqrt()
         found.distance = (d[1:]/d[0]).tolist()
         found.cosine = (total[1:, 1:]/(d[1:, None]*d[1:]).clamp(min=1e-300)).tolist()
+    return found
+
+# %% ../nbs/30_diagnostics.ipynb #c2bb3648
+def _inspect_adapters(found:Inspection, every, numbers)->Inspection:
+    updates, _ = align_updates(every)
+    found.adapters, T = [], len(every)
+    total = torch.zeros(T, T, dtype=torch.float64)
+    for u in updates if numbers else []:
+        C = torch.stack([c.delta().flatten() for c in core([v.factors() for v in u.versions])[2]])
+        C = torch.zeros(T, C.shape[1], dtype=C.dtype).index_copy(0, torch.tensor(u.who), C)
+        K = C@C.T; total += K
+        norm = K.diagonal().sqrt().tolist()
+        found.tensors.append({"name": u.name, "shape": list(u.first.shape), "rank": [u.ranks[u.who.index(i)] if i in u.who else 0 for i in range(T)], "norm": norm,
+                              "distance": [float((C[i] - C[0]).norm())/norm[0] if norm[0] else None for i in range(1, T)]})
+    d = total.diagonal().sqrt()
+    if numbers: found.cosine = (total/(d[:, None]*d).clamp(min=1e-300)).tolist()
     return found

@@ -21,12 +21,15 @@ class Point:
     x: Tensor        # coordinates
     G: Any = 1.0     # positive semi-definite metric on tangents: float, tensor (a diagonal), or anything of `metrics`
 
-# %% ../nbs/01_geometry.ipynb #b13114d0
+# %% ../nbs/01_geometry.ipynb #95083241
 @dataclass(frozen=True)
 class Geometry(ABC):
     "Where models are, and how to go from one to another. Subclasses are frozen, stateless and final."
     separable: ClassVar[bool] = False      # d² is a sum over coordinates: any cut of a tensor may be merged on its own
-    radius: ClassVar[float] = math.inf     # if every model is closer to a stationary point than this, that point is the mean
+    factors: ClassVar[bool] = False        # its chart reads low-rank pairs (`Factors`), not tensors
+    keeps_rank: ClassVar[bool] = False     # a mean of low-rank updates has their rank, and not the sum of their ranks
+    batched: ClassVar[bool] = False        # its points may have one more dimension in front, which counts problems of one shape
+    radius: ClassVar[float|None] = math.inf   # if every model is closer to a stationary point than this, that point is the mean; None: not known
     laws_waived: ClassVar[tuple] = ()      # numbers of the laws (`check_geometry`) that this method breaks by design
 
     @abstractmethod
@@ -38,13 +41,21 @@ class Geometry(ABC):
     def log(self, m:Tensor, x:Tensor)->Tensor: ...   # tangent at m that points to x, as long as the distance; NaN where no shortest path exists
     @abstractmethod
     def exp(self, m:Tensor, v:Tensor)->Tensor: ...   # the point that the tangent v at m leads to
+    def start(self, points:list[Point], ws:list[float])->Tensor:
+        "Where the solver begins: one step towards the mean from the heaviest model."
+        m = points[max(range(len(ws)), key=ws.__getitem__)].x
+        return self.exp(m, sum(w*self.log(m, p.x).nan_to_num(0) for p, w in zip(points, ws)))
 
-# %% ../nbs/01_geometry.ipynb #ae17e9e5
+# %% ../nbs/01_geometry.ipynb #440d81fd
 @dataclass(frozen=True)
 class Euclidean(Geometry):
     "Flat space: the weighted average, or with metrics the precision-weighted one."
-    separable = True
+    separable = batched = True
     def chart(self, thetas, Gs=None):
         return [Point(t, G) for t, G in zip(thetas, Gs or [1.0]*len(thetas))], lambda m: m
     def log(self, m, x): return x - m
     def exp(self, m, v): return m + v
+    def start(self, points, ws):
+        m = ws[0]*points[0].x
+        for p, w in zip(points[1:], ws[1:]): m.add_(p.x, alpha=w)
+        return m

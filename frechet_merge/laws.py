@@ -28,7 +28,7 @@ def mean_of(
     mean = frechet_mean(g, points, ws, **solver)
     return lift(mean.x), mean
 
-# %% ../nbs/05_laws.ipynb #fdff04a0
+# %% ../nbs/05_laws.ipynb #e93543ff
 def _errors(g, thetas, ws, Gs, act, same):
     T, Gs = len(thetas), Gs or [1.0]*len(thetas)
     scale = float(max(same(t).double().norm() for t in thetas)) or 1.0
@@ -49,8 +49,8 @@ def _errors(g, thetas, ws, Gs, act, same):
 def _off(g, points, ws):
     "How far the next step from the mean would lead, relative to where it is and to the distances."
     ws, Gs, m = normalise(ws, len(points)), [as_metric(p.G) for p in points], frechet_mean(g, points, ws, warn=False).x
-    b, _, _, _, A, reach = _pulls(g, m, points, Gs, ws)
-    return float(A.solve(b).norm())/(float(m.norm()) + reach or 1.0)
+    at = _pulls(g, m, points, Gs, ws)
+    return float(at.A.solve(at.b).norm())/(float(m.norm()) + float(at.reach[0]) or 1.0)
 
 def _derivative(g, points, ws):
     "The finite difference of the variance along a direction, against what the pull says."
@@ -58,10 +58,10 @@ def _derivative(g, points, ws):
     m = g.exp(points[0].x, g.log(points[0].x, points[-1].x)/3)
     u, eps = g.log(m, points[-1].x), torch.finfo(m.dtype).eps
     h = eps**(1/3)
-    b, size, var, *_ = _pulls(g, m, points, Gs, ws)
-    F = [_pulls(g, g.exp(m, s*h*u), points, Gs, ws)[2] for s in (1, -1)]
-    unit = size*float(u.norm()) or 1.0
-    return abs((F[0] - F[1])/(2*h) + 2*float((b*u).sum()))/unit
+    at = _pulls(g, m, points, Gs, ws)
+    F = [_pulls(g, g.exp(m, s*h*u), points, Gs, ws).var[0] for s in (1, -1)]
+    unit = float(at.size[0])*float(u.norm()) or 1.0
+    return abs((F[0] - F[1])/(2*h) + 2*float((at.b*u).sum()))/unit
 
 # %% ../nbs/05_laws.ipynb #7ae693a2
 LAWS = {1: "the mean is stationary", 2: "the order of the models is irrelevant", 3: "the mean of copies is the copy",

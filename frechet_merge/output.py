@@ -44,7 +44,7 @@ def staged(out:Path):
             raise
     finally: os.close(lock)
 
-# %% ../nbs/06_output.ipynb #464e0b3f
+# %% ../nbs/06_output.ipynb #6391e3b2
 COMPANIONS = ("config.json", "generation_config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
               "chat_template*", "preprocessor_config.json", "processor_config.json", "*.model", "modules.json", "sentence_*.json", "config_sentence_transformers.json")
 
@@ -73,9 +73,9 @@ def write_companions(out:Path, source:Path|None, dtype:torch.dtype|None):
         else: shutil.copyfile(f, out/f.name)
     if source and (source/"1_Pooling").is_dir(): shutil.copytree(source/"1_Pooling", out/"1_Pooling")
 
-def write_card(out:Path, title:str, recipe:dict):
+def write_card(out:Path, title:str, recipe:dict, about:dict|None=None):
     "README.md: a model card whose body is the recipe, as YAML."
     import yaml
-    head = yaml.safe_dump({"library_name": "transformers", "tags": ["merge", "frechet_merge"]}, sort_keys=False)
+    head = yaml.safe_dump({"library_name": "transformers", **{k: v for k, v in (about or {}).items() if v}, "tags": ["merge", "frechet_merge"]}, sort_keys=False)
     body = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=1000)
     (out/"README.md").write_text(f"---\n{head}---\n# {title}\n\nA merge of pre-trained models: the weighted Fréchet mean of each tensor.\n\n```yaml\n{body}```\n")

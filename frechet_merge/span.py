@@ -135,7 +135,7 @@ def combine(a:Tensor, thetas)->Tensor|Combination:
     c = Combination(a, Stack.of(thetas))
     return c if thetas is c.stack else c.tensor().to(thetas[0].dtype)
 
-# %% ../nbs/04_span.ipynb #a376cc1e
+# %% ../nbs/04_span.ipynb #cc66a0d1
 @dataclass(frozen=True)
 class Span(Geometry):
     "An orthogonally invariant geometry on R^n, run on the span of the models: dimension at most T (reduction theorem)."
@@ -149,3 +149,4 @@ class Span(Geometry):
         return points, lambda m: combine(B@lift(m), thetas)
     def log(self, m, x): return self.inner.log(m, x)
     def exp(self, m, v): return self.inner.exp(m, v)
+    def start(self, points, ws): return self.inner.start(points, ws)

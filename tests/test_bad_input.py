@@ -73,8 +73,8 @@ def test_shapes_differ(models, tmp_path):
 
 def test_a_tensor_that_only_one_model_has(models, tmp_path):
     save(tmp_path/"more", tensors(5) | {"extra": torch.ones(3)})
-    refused("m0", "more", cwd=tmp_path, says="m0|'extra'|more|--allow-missing")
-    m = merge([models[0], tmp_path/"more"], weights=[3, 1], allow_missing=True)
+    refused("m0", "more", cwd=tmp_path, says="m0|'extra'|more|--absent renormalise")
+    m = merge([models[0], tmp_path/"more"], weights=[3, 1], absent="renormalise")
     assert torch.equal(m.tensors["extra"], torch.ones(3))
     torch.testing.assert_close(m.tensors["q.bias"], .75*tensors(0)["q.bias"] + .25*tensors(5)["q.bias"])
 
@@ -185,7 +185,8 @@ def test_many_shards_with_few_descriptors(models, tmp_path):
 def test_adapters_without_a_base(models, tmp_path):
     save(tmp_path/"ad", {"base_model.model.q.lora_A.weight": torch.randn(2, 4), "base_model.model.q.lora_B.weight": torch.randn(4, 2)})
     (tmp_path/"ad"/"adapter_config.json").write_text(json.dumps(dict(peft_type="LORA", r=2, lora_alpha=2)))
-    refused("ad", "ad", cwd=tmp_path, says="ad|adapter|BASE+ad")
+    refused("ad", "m0", cwd=tmp_path, says="m0|full model|BASE+ADAPTER")
+    refused("m1", "m2", "--base", "ad", cwd=tmp_path, says="ad|adapter|BASE+ad")
     refused("m0+ad", "m1", cwd=tmp_path, says="'q.weight'|does not fit|[8, 11]")
 
 def test_nothing_to_merge(tmp_path):

@@ -45,7 +45,7 @@ def test_baking_agrees_with_peft(base):
     assert changed == 12
 
 
-@pytest.mark.parametrize("key, value", [("use_dora", True), ("rank_pattern", {"q": 8}), ("modules_to_save", ["head"]), ("bias", "all"), ("peft_type", "LOHA"), ("fan_in_fan_out", True)])
+@pytest.mark.parametrize("key, value", [("use_dora", True), ("rank_pattern", {"q": 8}), ("peft_type", "LOHA"), ("use_qalora", True), ("layer_replication", [[0, 2]]), ("target_parameters", ["w"])])
 def test_adapters_that_are_not_plain_lora_are_refused_by_name(key, value):
     ad = load({"base_model.model.q.lora_A.weight": torch.randn(2, 11), "base_model.model.q.lora_B.weight": torch.randn(8, 2)})
     ad.adapter = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, key: value}
@@ -83,7 +83,7 @@ def test_rslora_scales_by_the_root_of_the_rank():
 def test_demo(tmp_path):
     rc, out, err = cli("demo", "-o", "picture.png", cwd=tmp_path)
     assert rc == 0, err
-    assert all(word in out for word in (*tasks(), "base", "experts", "mean", "Karcher", "task arithmetic", "points above the base")) and len(tasks()) >= 5
+    assert all(word in out for word in (*tasks(), "base", "experts", "mean of weights", "LoRA(rank=4)", "LoRA(metric='mix')", "TSV-M", "points above the base")) and len(tasks()) >= 5
     assert (tmp_path/"picture.png").read_bytes()[:4] == b"\x89PNG"
 
 

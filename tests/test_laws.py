@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from frechet_merge import Euclidean, Point, Span, Sphere, check_geometry, frechet_mean, merge
+from frechet_merge import Euclidean, LoRA, Point, Span, Sphere, check_geometry, frechet_mean, merge
 from frechet_merge.geometries.sphere import karcher
 from frechet_merge.laws import LAWS, mean_of
 from frechet_merge.merge import geometries
@@ -54,8 +54,9 @@ def test_the_unit_of_the_metrics_is_irrelevant(dtype, unit):
 
 
 def test_every_installed_geometry_is_covered():
+    import test_adapter_geometries
     found = {n: e.load()() for n, e in geometries().items()}
-    assert found and set(found.values()) <= set(GEOMETRIES.values())
+    assert found and set(found.values()) <= {*GEOMETRIES.values(), *test_adapter_geometries.GEOMETRIES.values(), LoRA()}      # and `LoRA()` in test_lora.py
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from frechet_merge import check_geometry
-from frechet_merge.geometries.lora import Factors, LoRA
+from frechet_merge.factors import Factors
+from frechet_merge.geometries.lora import LoRA
 from frechet_merge.laws import LAWS, mean_of
 
 
@@ -71,7 +72,7 @@ def test_against_the_dense_mean_and_its_svd(m, n, ranks, seed):
     dense = sum(w*f.delta() for w, f in zip(ws, fs))/sum(ws)
     merged, mean = mean_of(LoRA(), fs, ws)
     torch.testing.assert_close(merged.delta(), dense, rtol=0, atol=1e-10*float(dense.norm()))
-    assert math.isclose(mean.variance, sum(w*float((f.delta() - dense).norm()**2)/2 for w, f in zip(ws, fs))/sum(ws), rel_tol=1e-8)
+    assert math.isclose(mean.variance, sum(w*float((f.delta() - dense).norm()**2) for w, f in zip(ws, fs))/sum(ws), rel_tol=1e-8)
     U, S, Vt = torch.linalg.svd(dense); k = min(2, len(S))
     if k == len(S) or S[k - 1] - S[k] > 1e-3*S[0]:
         torch.testing.assert_close(mean_of(LoRA(2), fs, ws)[0].delta(), (U[:, :k]*S[:k]) @ Vt[:k], rtol=0, atol=1e-9*float(dense.norm()))
@@ -93,7 +94,7 @@ def test_shapes_that_do_not_fit():
 
 def test_no_dense_matrix_is_formed():
     "On a 30000×30000 layer, whose ΔW would take 3.4 GiB in float32, the mean takes less than 300 MiB beyond the factors."
-    code = ("import resource, torch\nfrom frechet_merge.geometries.lora import Factors, LoRA\nfrom frechet_merge.laws import mean_of\n"
+    code = ("import resource, torch\nfrom frechet_merge.factors import Factors\nfrom frechet_merge import LoRA\nfrom frechet_merge.laws import mean_of\n"
             "fs = [Factors(torch.randn(30000, 8), torch.randn(8, 30000)) for _ in range(4)]\nr0 = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
             "mean_of(LoRA(), fs); mean_of(LoRA(8), fs)\nprint((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - r0)/1024)")
     r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

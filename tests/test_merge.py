@@ -162,7 +162,7 @@ def test_a_transposed_tensor_and_an_executor_that_loses_some():
 
 def test_what_only_the_base_has_stays():
     base, a = {"x": torch.ones(3), "y": torch.arange(3.)}, {"x": torch.zeros(3)}
-    m = merge([a, a], base=base, allow_missing=True).tensors
+    m = merge([a, a], base=base, absent="renormalise").tensors
     assert torch.equal(m["y"], base["y"]) and torch.equal(m["x"], a["x"])
 
 

@@ -1,11 +1,13 @@
 """Train the demo's experts: LoRA adapters (r = 4, query and value) of all-MiniLM-L6-v2, one per task, and the fixed heads.
 
 python bench/demo/train.py        writes frechet_merge/demo_data (3 to 5 minutes on two cores)
+python bench/demo/train.py --rank 8 --targets query,key,value,dense --out EXPERTS        larger ones, for bench/adapter_quality.py
 
 Each task has a linear head that is never trained: the nearest-centroid classifier of the *base* encoder on eight labelled
 examples a class. So an expert, and a merge, is judged by its encoder alone. `tasks.json.gz` beside this file holds the texts:
 {task: {labels, train: [[text, y]], test: [[text, y]], source, license}}, at most 300 characters each.
 """
+import argparse
 import gzip
 import json
 from pathlib import Path
@@ -41,9 +43,9 @@ def head(enc, tok, task):
     return (W*s).contiguous(), (b*s).contiguous()
 
 
-def train(base, tok, task, W, b):
+def train(base, tok, task, W, b, rank, targets):
     torch.manual_seed(0); gen = torch.Generator().manual_seed(0)
-    model = get_peft_model(AutoModel.from_pretrained(base, add_pooling_layer=False), LoraConfig(r=RANK, lora_alpha=2*RANK, target_modules=["query", "value"]))
+    model = get_peft_model(AutoModel.from_pretrained(base, add_pooling_layer=False), LoraConfig(r=rank, lora_alpha=2*rank, target_modules=targets))
     model.peft_config["default"].base_model_name_or_path, model.peft_config["default"].revision = BASE_ID, REVISION
     opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=0.01)
     steps = EPOCHS*-(-len(task["train"])//BATCH)
@@ -57,16 +59,19 @@ def train(base, tok, task, W, b):
 
 
 if __name__ == "__main__":
+    a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    a.add_argument("--rank", type=int, default=RANK); a.add_argument("--targets", default="query,value"); a.add_argument("--out", type=Path, default=OUT)
+    args = a.parse_args()
     tasks, base = json.load(gzip.open(HERE/"tasks.json.gz", "rt")), base_folder()
     tok, enc, heads = AutoTokenizer.from_pretrained(base), AutoModel.from_pretrained(base, add_pooling_layer=False).eval(), {}
-    OUT.mkdir(exist_ok=True)
+    args.out.mkdir(exist_ok=True, parents=True)
     for name, task in tasks.items():
         W, b = head(enc, tok, task); heads |= {f"{name}.weight": W, f"{name}.bias": b}
-        train(base, tok, task, W, b).save_pretrained(OUT/name)
-        factors = load_file(OUT/name/"adapter_model.safetensors")
-        save_file({k: v.half() for k, v in factors.items()}, OUT/name/"adapter_model.safetensors", metadata={"format": "pt"})
-        (OUT/name/"README.md").unlink(missing_ok=True)
+        train(base, tok, task, W, b, args.rank, args.targets.split(",")).save_pretrained(args.out/name)
+        factors = load_file(args.out/name/"adapter_model.safetensors")
+        save_file({k: v.half() for k, v in factors.items()}, args.out/name/"adapter_model.safetensors", metadata={"format": "pt"})
+        (args.out/name/"README.md").unlink(missing_ok=True)
         print(name, "done", flush=True)
-    save_file(heads, OUT/"heads.safetensors")
+    save_file(heads, args.out/"heads.safetensors")
     small = {k: {"labels": v["labels"], "source": v["source"], "license": v["license"], "test": v["test"][:TESTS]} for k, v in tasks.items()}
-    with gzip.GzipFile(OUT/"tests.json.gz", "wb", mtime=0) as f: f.write(json.dumps(small, ensure_ascii=False, separators=(",", ":")).encode())
+    with gzip.GzipFile(args.out/"tests.json.gz", "wb", mtime=0) as f: f.write(json.dumps(small, ensure_ascii=False, separators=(",", ":")).encode())

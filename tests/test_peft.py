@@ -1,0 +1,280 @@
+"""PEFT adapters in, a PEFT adapter out: whatever LoRA can be in PEFT, the update that PEFT reads from the result is the mean of those that it reads from the inputs."""
+import copy
+import json
+import math
+import warnings
+
+import peft
+import pytest
+import torch
+from conftest import cli
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from frechet_merge import LoRA, Span, Sphere, load, merge
+from frechet_merge.adapters import layers
+from frechet_merge.geometries.baselines import KnOTS, TSVM
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+
+class Toy(nn.Module):
+    "One of each layer that LoRA adapts."
+    def __init__(self):
+        super().__init__()
+        self.emb, self.q, self.v, self.out = nn.Embedding(11, 8), nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8, bias=False)
+        self.fan, self.c1, self.c2, self.c3 = Conv1D(7, 8), nn.Conv1d(8, 6, 3, padding=1), nn.Conv2d(1, 5, (3, 2), padding=1), nn.Conv3d(1, 4, 2, padding=1)
+        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 3)
+    def forward(self, ids):
+        x = self.emb(ids)
+        y = self.norm(x + self.out(self.q(x)*self.v(x)))
+        return self.head(y).sum(1), self.fan(y), self.c1(y.mT), self.c2(y[:, None]), self.c3(y[:, None, None])
+
+
+IDS = torch.arange(10).view(2, 5)
+ALL = ["emb", "q", "v", "out", "c1", "c2", "c3"]
+
+
+def toy():
+    torch.manual_seed(0)
+    return Toy().eval()
+
+
+@pytest.fixture
+def make(tmp_path):
+    "make(name, seed, **LoraConfig) saves a random adapter of the toy with PEFT, and returns its folder."
+    def make(name, seed, dtype=None, **cfg):
+        model = get_peft_model(toy(), LoraConfig(**{"r": 3, "lora_alpha": 6, "target_modules": ["q", "v"], **cfg}))
+        gen = torch.Generator().manual_seed(seed)
+        for n, p in model.named_parameters():
+            if "lora_" in n or p.requires_grad: p.data = torch.randn(p.shape, generator=gen)/2
+        model.save_pretrained(tmp_path/name)
+        file = tmp_path/name/"adapter_model.safetensors"
+        if dtype: save_file({k: v.to(dtype) for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
+        return tmp_path/name
+    return make
+
+
+def read(folder):
+    "module → ΔW as PEFT computes it, and the model itself."
+    model = PeftModel.from_pretrained(toy(), str(folder)).eval()
+    return {n.removeprefix("base_model.model."): m.get_delta_weight("default").detach().double() for n, m in model.named_modules() if hasattr(m, "get_delta_weight")}, model
+
+
+def mean(folders, ws, zero=True):
+    found, out = [read(f)[0] for f in folders], {}
+    for n in {n: 0 for d in found for n in d}:
+        has = [(w, d[n]) for w, d in zip(ws, found) if n in d]
+        out[n] = sum(w*d for w, d in has)/(sum(ws) if zero else sum(w for w, _ in has))
+    return out
+
+
+def close(got, want, tol=1e-5):
+    assert got.keys() == want.keys()
+    for n in want: assert (got[n] - want[n]).norm() <= tol*want[n].norm(), n
+
+
+PAIRS = {
+    "plain": ({}, {}),
+    "alpha": ({"lora_alpha": 5}, {"lora_alpha": 1}),
+    "rslora": ({"use_rslora": True}, {}),
+    "ranks": ({"r": 2}, {"r": 5, "use_rslora": True}),
+    "patterns": ({"rank_pattern": {"q": 5}, "alpha_pattern": {"v": 9}}, {"rank_pattern": {"v": 1}, "alpha_pattern": {"^q": 2}, "use_rslora": True}),
+    "targets": ({"target_modules": ["q", "out"]}, {"target_modules": ["v", "out"], "r": 2}),
+    "regex": ({"target_modules": "q|v"}, {"target_modules": ["q"]}),
+    "every kind": ({"target_modules": ALL}, {"target_modules": ALL, "r": 2, "lora_alpha": 3}),
+    "fan_in_fan_out": ({"target_modules": ["fan"], "fan_in_fan_out": True}, {"target_modules": ["fan"], "fan_in_fan_out": True, "r": 2}),
+    "ranks beyond the layer": ({"target_modules": ["c2", "c3"], "r": 4}, {"target_modules": ["c2", "c3"], "r": 4}),
+    "zero": ({"init_lora_weights": True}, {}),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_mean_of_what_peft_reads(name, make, tmp_path):
+    folders = [make(f"a{i}", i, **cfg) for i, cfg in enumerate((*PAIRS[name], {"r": 1, **PAIRS[name][0]}))]
+    if name == "zero":
+        t = load_file(folders[0]/"adapter_model.safetensors")
+        save_file({k: v*("lora_A" in k) for k, v in t.items()}, folders[0]/"adapter_model.safetensors", metadata={"format": "pt"})
+    out = merge(folders, weights=[.5, .3, .2], out=tmp_path/"out").out
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")      # PEFT warns of missing and unexpected keys
+        got, _ = read(out)
+    close(got, mean(folders, [.5, .3, .2]))
+
+
+def test_absent_layers_are_zero_or_not_there(make, tmp_path):
+    folders = [make("a", 0, target_modules=["q", "out"]), make("b", 1, target_modules=["v", "out"])]
+    for absent in ("zero", "renormalise"):
+        merged = merge(folders, weights=[3, 1], absent=absent, out=tmp_path/absent)
+        close(read(merged.out)[0], mean(folders, [3, 1], absent == "zero"))
+    with pytest.raises(ValueError, match="absent = 'skip'"): merge(folders, absent="skip")
+    with pytest.raises(ValueError, match="all have weight 0"): merge(folders, weights=[0, 1], absent="renormalise")
+    close({k: v for k, v in read(merge(folders, weights=[0, 1], out=tmp_path/"w0").out)[0].items() if k != "q"}, mean(folders[1:], [1]))
+
+
+@pytest.mark.parametrize("cfg", [{"modules_to_save": ["head", "norm"]}, {"bias": "all"}, {"bias": "lora_only"}, {"lora_bias": True}], ids=str)
+def test_what_is_saved_whole_is_averaged(cfg, make, tmp_path):
+    "The whole model, run: all its outputs are linear in one linear layer, in its bias, and in the norm's and the head's own."
+    folders = [make("a", 0, target_modules=["fan"], fan_in_fan_out=True, **cfg), make("b", 1, target_modules=["fan"], fan_in_fan_out=True, r=2, **cfg)]
+    out = merge(folders, weights=[3, 1], out=tmp_path/"out").out
+    a, b, m = (read(f)[1] for f in (*folders, out))
+    linear = 1 if "modules_to_save" not in cfg and cfg.get("bias") != "all" else None
+    if linear:
+        with torch.no_grad():
+            for x, y, z in zip(a(IDS), b(IDS), m(IDS)): torch.testing.assert_close(z, .75*x + .25*y, rtol=0, atol=2e-5)
+    for n, p in m.named_parameters():
+        if "lora_" in n: continue
+        q = [dict(x.named_parameters())[n] for x in (a, b)]
+        torch.testing.assert_close(p, .75*q[0] + .25*q[1], msg=n)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_dtypes(dtype, make, tmp_path):
+    folders = [make(f"a{i}", i, dtype) for i in range(2)]
+    merged = merge(folders, out=tmp_path/"out")
+    assert all(x.dtype == dtype for x in merged.tensors.values())
+    want = {n: sum(layers(load(f))[0][n].factors().delta() for f in folders)/2 for n in ("q", "v")}
+    close({n: x.factors().delta() for n, x in layers(load(merged.out))[0].items()}, want, 40*torch.finfo(dtype).eps)
+    wide = merge(folders, dtype="fp32")
+    close({n: x.factors().delta() for n, x in layers(wide.tensors)[0].items()}, want, 1e-6)
+
+
+def gauged(folder, to, seed, cond, dtype):
+    "The adapter with each layer in another gauge, on disk."
+    t, gen = load_file(folder/"adapter_model.safetensors"), torch.Generator().manual_seed(seed)
+    to.mkdir(parents=True); (to/"adapter_config.json").write_text((folder/"adapter_config.json").read_text())
+    for k in [k for k in t if "lora_A" in k]:
+        b = k.replace("lora_A", "lora_B"); r = len(t[k])
+        U, V = (torch.linalg.qr(torch.randn(r, r, generator=gen, dtype=torch.float64))[0] for _ in range(2))
+        d = torch.logspace(0, math.log10(cond), r, dtype=torch.float64)/math.sqrt(cond)
+        t[k], t[b] = ((V*d) @ U.T @ t[k].double().flatten(1)).view_as(t[k]).to(dtype), (t[b].double().flatten(1) @ (U/d @ V.T)).view_as(t[b]).to(dtype)
+    save_file({k: v.contiguous() for k, v in t.items()}, to/"adapter_model.safetensors", metadata={"format": "pt"})
+    return to
+
+
+GEOMETRIES = {"flat": LoRA(), "rank 3": LoRA(rank=3), "mix": LoRA(metric="mix"), "inv": LoRA(metric="inv"), "wasserstein": LoRA(metric="wasserstein"), "pinned": LoRA(pinned=.05), "sphere": Span(Sphere()),
+              "KnOTS": KnOTS(), "TSV-M": TSVM()}
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+@pytest.mark.parametrize("dtype, tol", [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=str)
+def test_gauges_on_disk_do_not_move_the_merge(name, dtype, tol, make, tmp_path):
+    "Close adapters (for the intrinsic means), each in two gauges of condition up to 1000; in float32 beside what rounding the gauged factors did to the inputs."
+    g, near = GEOMETRIES[name], make("m", 0, torch.float64)
+    folders = []
+    for i in range(3):
+        t = load_file(near/"adapter_model.safetensors"); gen = torch.Generator().manual_seed(i)
+        (tmp_path/f"n{i}").mkdir(); (tmp_path/f"n{i}"/"adapter_config.json").write_text((near/"adapter_config.json").read_text())
+        save_file({k: v + .1*torch.randn(v.shape, generator=gen, dtype=v.dtype) for k, v in t.items()}, tmp_path/f"n{i}"/"adapter_model.safetensors", metadata={"format": "pt"})
+        folders.append(tmp_path/f"n{i}")
+    def run(paths, tag):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            out = merge(paths, g, weights=[.5, .3, .2], out=tmp_path/tag, dtype=dtype).out
+        return {n: x.factors().delta() for n, x in layers(load(out))[0].items()}
+    for cond in (10, 1e3):
+        a = [gauged(f, tmp_path/f"a{i}{cond}", i, cond, dtype) for i, f in enumerate(folders)]
+        if dtype == torch.float64: b = folders
+        else:       # the same rounded updates, as float64 files in their own gauge: what is left is the merge's own error
+            b = [gauged(f, tmp_path/f"b{i}{cond}", 9, 1, torch.float64) for i, f in enumerate(a)]
+        close(run(a, f"x{cond}"), run(b, f"y{cond}"), tol)
+
+
+def test_in_and_out_needs_no_base(make, tmp_path):
+    folders = [make(f"a{i}", i) for i in range(2)]
+    for f in folders:
+        cfg = json.loads((f/"adapter_config.json").read_text()) | {"base_model_name_or_path": "nobody/has-this"}
+        (f/"adapter_config.json").write_text(json.dumps(cfg))
+    rc, out, err = cli("merge", *folders, "-o", tmp_path/"out")
+    assert rc == 0 and "2 models merged" in out, err
+    cfg = json.loads((tmp_path/"out"/"adapter_config.json").read_text())
+    assert cfg["base_model_name_or_path"] == "nobody/has-this" and cfg["r"] == cfg["lora_alpha"] == 6
+    assert "base_model: nobody/has-this" in (tmp_path/"out"/"README.md").read_text()
+    again = merge([tmp_path/"out"], out=tmp_path/"again")                  # a merge can be merged, and the mean of one is that one
+    close(read(again.out)[0], mean(folders, [1, 1]))
+    rc, _, err = cli("merge", *folders, "-o", tmp_path/"r", "--geometry", "lora:rank=2")
+    assert rc == 0 and all(len(v) == 2 for k, v in load_file(tmp_path/"r"/"adapter_model.safetensors").items() if "lora_A" in k), err
+    assert LoraConfig.from_pretrained(tmp_path/"r").r == 2
+
+
+def test_adapters_of_other_bases(make, tmp_path):
+    folders = [make(f"a{i}", i) for i in range(2)]
+    for f, b in zip(folders, ("org/one", "org/two")):
+        (f/"adapter_config.json").write_text(json.dumps(json.loads((f/"adapter_config.json").read_text()) | {"base_model_name_or_path": b}))
+    rc, _, err = cli("merge", *folders, "-o", tmp_path/"out")
+    assert rc == 1 and "org/one" in err and "org/two" in err and "--any-base" in err and not (tmp_path/"out").exists()
+    assert cli("merge", *folders, "-o", tmp_path/"out", "--any-base")[0] == 0
+
+
+def test_baked(make, tmp_path):
+    "A merged adapter on its base is what PEFT's merge_and_unload makes of it."
+    cfg = dict(target_modules=["q", "v", "emb", "c1", "c2", "c3"], modules_to_save=["head"], lora_bias=False)
+    folders = [make("a", 0, **cfg), make("b", 1, r=2, **cfg)]
+    save_file({k: v.contiguous() for k, v in toy().state_dict().items()}, tmp_path/"base.safetensors")
+    out = merge(folders, out=tmp_path/"out").out
+    want = PeftModel.from_pretrained(toy(), str(out)).merge_and_unload().state_dict()
+    rc, _, err = cli("merge", *folders, "-o", tmp_path/"full", "--bake", tmp_path/"base.safetensors", "--geometry", "lora")
+    assert rc == 0, err
+    got = load(tmp_path/"full")
+    assert set(got) == set(want)
+    for k in want: torch.testing.assert_close(got[k], want[k], rtol=0, atol=1e-5, msg=k)
+    assert "bake:" in (tmp_path/"full"/"README.md").read_text() and not (tmp_path/"full"/"adapter_config.json").exists()
+    each = merge([f"{tmp_path/'base.safetensors'}+{f}" for f in folders])      # and the mean of baked adapters is the baked mean
+    for k in want: torch.testing.assert_close(each.tensors[k], want[k], rtol=0, atol=1e-5, msg=k)
+
+
+def test_baked_fan_in_fan_out(make, tmp_path):
+    folders = [make(f"a{i}", i, target_modules=["fan"], fan_in_fan_out=True) for i in range(2)]
+    out = merge(folders, out=tmp_path/"out").out
+    want = PeftModel.from_pretrained(toy(), str(out)).merge_and_unload().state_dict()
+    got = merge(folders, bake=toy().state_dict()).tensors
+    torch.testing.assert_close(got["fan.weight"], want["fan.weight"], rtol=0, atol=1e-5)
+
+
+def test_scale_and_patterns(make, tmp_path):
+    folders = [make(f"a{i}", i) for i in range(2)]
+    want = mean(folders, [1, 1])
+    close(read(merge(folders, scale={"q": -2., "v": .5}, out=tmp_path/"out").out)[0], {"q": -2*want["q"], "v": .5*want["v"]})
+    with pytest.raises(ValueError, match="'k' matches no tensor"): merge(folders, scale={"k": 2.})
+    close(read(merge(folders, weights={"q": [1, 0]}, out=tmp_path/"w").out)[0], {"q": mean(folders[:1], [1])["q"], "v": want["v"]})
+
+
+def test_batches_do_not_change_the_result(make, monkeypatch):
+    import sys
+    folders = [make(f"a{i}", i) for i in range(3)]
+    for g in (LoRA(), LoRA(metric="wasserstein"), TSVM()):
+        one = merge(folders, g).tensors
+        monkeypatch.setattr(sys.modules["frechet_merge.merge"], "BATCH", 1)
+        for k, x in merge(folders, g, executor="serial").tensors.items(): torch.testing.assert_close(x, one[k], msg=k)
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("cfg, says", [({"use_dora": True}, "use_dora"), ({"init_lora_weights": "pissa"}, "pissa"), ({"init_lora_weights": "olora"}, "olora"), ({"trainable_token_indices": {"emb": [1]}}, "trainable_token_indices")], ids=str)
+def test_what_peft_makes_that_is_not_an_update_is_refused(cfg, says, make):
+    with pytest.raises(ValueError, match=says): merge([make("a", 0), make("b", 1, **cfg)])
+
+
+def test_other_methods_are_refused(tmp_path, make):
+    get_peft_model(toy(), peft.LoHaConfig(r=2, target_modules=["q"])).save_pretrained(tmp_path/"loha")
+    with pytest.raises(ValueError, match="peft_type = 'LOHA'"): merge([make("a", 0), tmp_path/"loha"])
+
+
+def test_grouped_convolutions_are_refused(tmp_path):
+    class Net(nn.Module):
+        def __init__(self): super().__init__(); self.c = nn.Conv2d(4, 8, 3, groups=2)
+    get_peft_model(Net(), LoraConfig(r=4, target_modules=["c"])).save_pretrained(tmp_path/"g")
+    with pytest.raises(ValueError, match="grouped convolutions"): merge([tmp_path/"g"])
+
+
+def test_kinds_are_not_mixed(make, tmp_path):
+    a = make("a", 0)
+    with pytest.raises(ValueError, match="full model"): merge([a, toy().state_dict()])
+    with pytest.raises(ValueError, match="leave base= out"): merge([a], base=toy().state_dict())
+    with pytest.raises(ValueError, match="these are full models"): merge([toy().state_dict()], LoRA())
+    with pytest.raises(ValueError, match="metrics are for"): merge([a], metrics=[{}])
+    b = copy.deepcopy(a)
+    t = load_file(b/"adapter_model.safetensors"); k = next(k for k in t if "lora_B" in k); t[k][0, 0] = math.nan
+    save_file(t, b/"adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="NaN or infinite"): merge([b])
