@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# %% ../nbs/09_factors.ipynb #034cda82
+# %% ../nbs/09_factors.ipynb #b930001f
 @dataclass(frozen=True)
 class Factors:
     "A low-rank update ΔW = s·B·A: one pair of its orbit {(B·M⁻¹, M·A)}. Leading dimensions count layers."
@@ -22,7 +22,7 @@ class Factors:
     rank = property(lambda self: self.A.shape[-2])
     dtype = property(lambda self: self.B.dtype)
     device = property(lambda self: self.B.device)
-    def double(self)->"Factors": return Factors(self.s*self.B.double(), self.A.double())
+    def double(self)->"Factors": return Factors(self.B.double() if self.s == 1 else self.s*self.B.double(), self.A.double())    # s absorbed
     def delta(self)->Tensor: return self.s*(self.B @ self.A)    # (…, m, n): for small matrices and tests only
 
 # %% ../nbs/09_factors.ipynb #76edd62e

@@ -50,8 +50,8 @@ def align_updates(
     whole, _ = align([Checkpoint(rest, c.source) for c, (_, rest) in zip(models, read)], absent="renormalise" if absent == "renormalise" else None)
     return updates, whole
 
-# %% ../nbs/10_updates.ipynb #37f6174c
-BATCH = 1 << 23    # numbers in the stacked factors of a batch: 64 MB in float64
+# %% ../nbs/10_updates.ipynb #fc80cc08
+BATCH = 1 << 19    # numbers in the stacked factors of a batch: 4 MB in float64
 
 def batches(updates:list[Update], alike:Callable, most:int=BATCH)->list[list[Update]]:    # alike: name → what else a batch has in common (weights, scale)
     "Updates of equal shape, ranks and adapters, cut to `most` numbers; the costliest first."
@@ -61,6 +61,8 @@ def batches(updates:list[Update], alike:Callable, most:int=BATCH)->list[list[Upd
     cut = [g[i:i + n] for g in groups.values() for n in [max(1, most//numbers(g[0]))] for i in range(0, len(g), n)]
     return sorted(cut, key=lambda g: -len(g)*numbers(g[0])*sum(g[0].ranks))
 
+def _stacked(fs:list[Factors])->Factors: return Factors(fs[0].B[None], fs[0].A[None]) if len(fs) == 1 else Factors(torch.stack([f.B for f in fs]), torch.stack([f.A for f in fs]))
+
 def merge_updates(
     g,                        # a `Geometry` of factors: `LoRA(...)`
     batch:list[Update],       # N of one shape
@@ -69,11 +71,11 @@ def merge_updates(
     device=None,
 )->tuple[Factors,list[Mean]]:    # B (N, m, k), A (N, k, n), float64
     "Chart, mean, lift, for N layers at once."
-    thetas = [Factors(torch.stack([f.B for f in fs]), torch.stack([f.A for f in fs])) for versions in zip(*(u.versions for u in batch)) for fs in [[v.factors(device) for v in versions]]]
+    thetas = [_stacked([v.factors(device) for v in versions]) for versions in zip(*(u.versions for u in batch))]
     k = thetas[0].rank if g.keeps_rank else 1
     thetas += [Factors(torch.zeros_like(thetas[0].B[..., :k]), torch.zeros_like(thetas[0].A[..., :k, :]))]*(len(ws) - len(thetas))
     if g.batched:
-        points, lift = g.chart(thetas)
+        points, lift = g.chart(thetas); del thetas      # from here on all is small
         means = frechet_mean(g, points, ws, warn=False, batch=len(batch))
         f = lift(torch.stack([m.x for m in means]))
     else:

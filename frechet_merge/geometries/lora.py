@@ -16,7 +16,7 @@ from .quotient import Quotient
 from .wasserstein import Wasserstein
 from ..geometry import Euclidean, Geometry
 
-# %% ../../nbs/geometries/12_lora.ipynb #f7f83943
+# %% ../../nbs/geometries/12_lora.ipynb #a7d070ad
 METRICS = {"flat": Euclidean, "mix": lambda: Quotient("mix"), "inv": lambda: Quotient("inv"), "wasserstein": Wasserstein}
 
 @dataclass(frozen=True)
@@ -46,15 +46,14 @@ class LoRA(Geometry):
         return min(top, *shape, self.rank or top)
     def chart(self, thetas, Gs=None):
         if any(f.shape != thetas[0].shape for f in thetas): raise ValueError(f"updates of shapes {[f.shape for f in thetas]} cannot be merged: the adapters are of different bases.")
-        QG, QH, pairs = core(thetas)
+        (QG, QH, pairs), dtype, k = core(thetas), thetas[0].dtype, self.out_rank([f.rank for f in thetas], thetas[0].shape)
         points, back = self.inner.chart(pairs if self.inner.factors else [c.delta() for c in pairs], Gs)
         def lift(m):
             x = back(m)
             if isinstance(x, Factors): U, S, V = svd(x)
             else: U, S, Vt = torch.linalg.svd(x, full_matrices=False); V = Vt.mT
-            k = self.out_rank([f.rank for f in thetas], thetas[0].shape)
             f = balanced(QG @ U[..., :k], S[..., :k], QH @ V[..., :k])
-            return Factors(f.B.to(thetas[0].dtype), f.A.to(thetas[0].dtype))
+            return Factors(f.B.to(dtype), f.A.to(dtype))
         return points, lift
     def log(self, m, x): return self.inner.log(m, x)
     def exp(self, m, v): return self.inner.exp(m, v)
