@@ -2,9 +2,18 @@
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 
 NOTEBOOKS = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+
+
+@pytest.fixture(autouse=True)
+def own_settings():
+    "A notebook is a program of its own; what it sets for torch ends with it."
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
+    yield
+    torch.set_default_dtype(dtype); torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: str(p.relative_to(ROOT/"nbs")))
