@@ -229,7 +229,8 @@ class TestDisk:
         code = ("import time, sys\nfrom frechet_merge import cli\nm = sys.modules['frechet_merge.merge']\nreal, calls = m.merge_block, []\n"
                 "def slow(*a):\n    calls.append(a)\n    if len(calls) == 3: print('half', flush=True); time.sleep(60)\n    return real(*a)\n"
                 "m.merge_block = slow; sys.argv = ['frechet-merge', 'merge', 'b0', 'b1', '-o', 'out', '--executor', 'serial']\ncli.main()")
-        p = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        p = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))      # ignored if these tests run in the background of a script
         assert p.stdout.readline() == "half\n"
         return p
 
