@@ -168,7 +168,7 @@ def plan_adapters(models:list[Checkpoint], g:Geometry, weights, scale, dtype, de
                        {b.name: ws[b.name] for b in whole} or None, 1.0, None, dtype, device, "renormalise", False, False)
     return Plan({**layout, **rest.layout}, jobs + rest.jobs, {}, [*(u.name for u in updates), *rest.names], peft_config(models, updates, ranks))
 
-# %% ../nbs/21_merge.ipynb #277a0563
+# %% ../nbs/21_merge.ipynb #ca88965d
 def merge(
     models,                       # paths, hub ids, "base+adapter", or Mapping[str, Tensor]: full checkpoints, or PEFT adapters of one base
     geometry=Euclidean(),         # a `Geometry`, or the name of one
@@ -205,6 +205,7 @@ def merge(
         if base is not None: raise ValueError("adapters are differences from their base already: leave base= out, or write a full model with bake=.")
         if metrics is not None: raise ValueError("diagonal metrics are for the tensors of full models: put the adapters on their base, as BASE+ADAPTER.")
         plan = plan_adapters(models, g, weights, scale, dtype if bake is None else None, device, absent, any_base)
+        if bake is not None: plan.layout = {k: (s, torch.promote_types(torch.float32, d) if ".lora_" in k else d) for k, (s, d) in plan.layout.items()}     # rounded once, on the base
     else: plan = plan_models(models, g, base, weights, scale, metrics, dtype, device, absent, allow_nonfinite, allow_pickle)
 
     recipe = _recipe(g, models, base, weights, scale, dtype, metrics, full_hash) if out is not None else None

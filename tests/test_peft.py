@@ -278,3 +278,11 @@ def test_kinds_are_not_mixed(make, tmp_path):
     t = load_file(b/"adapter_model.safetensors"); k = next(k for k in t if "lora_B" in k); t[k][0, 0] = math.nan
     save_file(t, b/"adapter_model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="NaN or infinite"): merge([b])
+
+
+def test_baking_rounds_once(make):
+    "bfloat16 adapters on a float32 base: the merged factors are not rounded to bfloat16 on the way."
+    folders = [make(f"a{i}", i, torch.bfloat16) for i in range(3)]
+    base = toy().state_dict()
+    got, want = merge(folders, bake=base).tensors, {n: sum(layers(load(f))[0][n].factors().delta() for f in folders)/3 for n in ("q", "v")}
+    for n in want: assert ((got[f"{n}.weight"] - base[f"{n}.weight"]).double() - want[n]).norm() <= 1e-6*want[n].norm()
