@@ -21,12 +21,14 @@ class Point:
     x: Tensor        # coordinates
     G: Any = 1.0     # positive semi-definite metric on tangents: float, tensor (a diagonal), or anything of `metrics`
 
-# %% ../nbs/01_geometry.ipynb #95083241
+# %% ../nbs/01_geometry.ipynb #a1588767
 @dataclass(frozen=True)
 class Geometry(ABC):
     "Where models are, and how to go from one to another. Subclasses are frozen, stateless and final."
     separable: ClassVar[bool] = False      # d² is a sum over coordinates: any cut of a tensor may be merged on its own
     factors: ClassVar[bool] = False        # its chart reads low-rank pairs (`Factors`), not tensors
+    curved: ClassVar[bool] = False         # its point is the metrics: a tensor for which there are none is merged as in flat space
+    differences: ClassVar[bool] = False    # it adds what models changed, and needs the base from which they did
     keeps_rank: ClassVar[bool] = False     # a mean of low-rank updates has their rank, and not the sum of their ranks
     batched: ClassVar[bool] = False        # its points may have one more dimension in front, which counts problems of one shape
     radius: ClassVar[float|None] = math.inf   # if every model is closer to a stationary point than this, that point is the mean; None: not known

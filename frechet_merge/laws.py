@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['LAWS', 'mean_of', 'check_geometry']
 
-# %% ../nbs/05_laws.ipynb #18a576a7
+# %% ../nbs/05_laws.ipynb #dd9dd961
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from .geometry import Geometry
-from .mean import Mean, _pulls, frechet_mean, normalise
+from .mean import Mean, _of_points, _pulls, frechet_mean
 from .metrics import as_metric
 
 # %% ../nbs/05_laws.ipynb #ec44df9c
@@ -28,7 +28,7 @@ def mean_of(
     mean = frechet_mean(g, points, ws, **solver)
     return lift(mean.x), mean
 
-# %% ../nbs/05_laws.ipynb #e93543ff
+# %% ../nbs/05_laws.ipynb #467de529
 def _errors(g, thetas, ws, Gs, act, same):
     T, Gs = len(thetas), Gs or [1.0]*len(thetas)
     scale = float(max(same(t).double().norm() for t in thetas)) or 1.0
@@ -48,13 +48,13 @@ def _errors(g, thetas, ws, Gs, act, same):
 
 def _off(g, points, ws):
     "How far the next step from the mean would lead, relative to where it is and to the distances."
-    ws, Gs, m = normalise(ws, len(points)), [as_metric(p.G) for p in points], frechet_mean(g, points, ws, warn=False).x
+    ws, Gs, m = _of_points(ws, points), [as_metric(p.G) for p in points], frechet_mean(g, points, ws, warn=False).x
     at = _pulls(g, m, points, Gs, ws)
     return float(at.A.solve(at.b).norm())/(float(m.norm()) + float(at.reach[0]) or 1.0)
 
 def _derivative(g, points, ws):
     "The finite difference of the variance along a direction, against what the pull says."
-    ws, Gs = normalise(ws, len(points)), [as_metric(p.G) for p in points]
+    ws, Gs = _of_points(ws, points), [as_metric(p.G) for p in points]
     m = g.exp(points[0].x, g.log(points[0].x, points[-1].x)/3)
     u, eps = g.log(m, points[-1].x), torch.finfo(m.dtype).eps
     h = eps**(1/3)

@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['merge_block', 'geometries', 'geometry_named', 'plan_models', 'plan_adapters', 'merge']
 
-# %% ../nbs/21_merge.ipynb #f7657be1
+# %% ../nbs/21_merge.ipynb #0bf1fa2f
 import ast
 import json
 import math
 import os
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from difflib import get_close_matches
@@ -21,7 +20,7 @@ from torch import Tensor
 
 import frechet_merge
 from .adapters import bake as put_on
-from .blocks import Block, align, by_name, get
+from .blocks import Block, align, by_name
 from .checkpoints import Checkpoint, MemoryTensor, MergeError, load, spans
 from .geometries.lora import LoRA
 from .geometry import Euclidean, Geometry
@@ -29,9 +28,10 @@ from .jobs import Job, Merged, Plan, as_dtype, carry_out, report
 from .mean import Mean, frechet_mean, normalise
 from .output import inputs, write_card, write_companions
 from .span import Stack
+from .statistics import Coupled, statistics
 from .updates import BATCH, Update, align_updates, batches, bias_key, factor_shapes, merge_updates, peft_config
 
-# %% ../nbs/21_merge.ipynb #fb30b567
+# %% ../nbs/21_merge.ipynb #d586a75f
 def _pool(means:list[Mean])->Mean:
     "One report for the chunks of a tensor."
     return Mean(None, max(m.residual for m in means), max(m.iterations for m in means), all(m.converged for m in means),
@@ -43,7 +43,7 @@ def merge_block(
     ws:list[float],           # T weights
     write:Callable,           # called with (start, flat values)
     scale:float=1.0,          # of the mean difference, if the stack has a base
-    metrics:Stack|None=None,  # diagonal metrics of the T versions
+    metrics:Stack|Coupled|None=None,  # metrics of the T versions
 )->Mean:
     "Merge one tensor: chart, mean, lift, write."
     def done(i, j, x):
@@ -53,7 +53,7 @@ def merge_block(
         points, lift = g.chart(thetas, Gs)
         mean = frechet_mean(g, points, ws, warn=False)
         return lift(mean.x), replace(mean, x=None)
-    if g.separable:
+    if (g.separable or g.curved and metrics is None) and (metrics is None or metrics.separable):
         means = []
         for i, j in stack.spans():
             X = stack.rows(i, j)
@@ -61,7 +61,8 @@ def merge_block(
             if mean.lost: stack.check(X, i)    # no path to some model: is it a NaN?
             done(i, j, x); means.append(mean)
         return _pool(means)
-    x, mean = mean_of(stack, list(metrics) if metrics else None)
+    flat = metrics is not None and not metrics.separable and len(stack.shape) > 2      # a convolution, whose metric is of a matrix
+    x, mean = mean_of([x.flatten(1) for x in stack] if flat else stack, list(metrics) if metrics else None)
     if isinstance(x, Tensor): x = MemoryTensor(x)
     for i, j in stack.spans(): done(i, j, x.read(i, j))
     return mean
@@ -88,7 +89,7 @@ def geometry_named(text:str)->Geometry:
         import inspect
         raise ValueError(f"{text!r}: {e}.\n{name} takes: {', '.join(map(str, inspect.signature(make).parameters.values())) or 'nothing'}.") from e
 
-# %% ../nbs/21_merge.ipynb #15780f0d
+# %% ../nbs/21_merge.ipynb #a2c9649e
 def _weights(names, weights, scale, T:int):
     "Weights and scale of every block."
     ws = {n: normalise(w, T) for n, w in by_name(weights, names, None, "weights").items()}
@@ -102,11 +103,12 @@ def _of_those(name:str, ws:list[float], who:list[int])->list[float]:
 
 def plan_models(models:list[Checkpoint], g:Geometry, base, weights, scale, metrics, dtype, device, absent, allow_nonfinite, allow_pickle)->Plan:
     "Full checkpoints → full checkpoint."
-    if g.factors: raise ValueError(f"{g!r} merges adapters, and these are full models.\nName the adapters alone, or use another geometry.")
+    if g.factors: raise ValueError(f"{g!r} merges adapters, and these are full models.\nName the adapters alone, or use another geometry (TSV-M of full models is EpiMer() without metrics).")
+    if g.differences and base is None: raise ValueError(f"{g!r} adds up what the models changed.\nName the model from which they did: base=, --base.")
     blocks, tied = align(models, base, absent)
     if base is None and (isinstance(scale, Mapping) or scale != 1.0): raise ValueError("scale multiplies the difference from a base: give base= too.")
     ws, scales = _weights([b.name for b in blocks], weights, scale, len(models))
-    Gs = _metrics(metrics, models, blocks, allow_pickle, device)
+    Gs = statistics(metrics, blocks, len(models), allow_pickle, device)
     layout = {b.name: (b.first.shape, dtype if dtype and b.first.dtype.is_floating_point else b.first.dtype) for b in blocks}
     def job(b:Block):
         def do(write):
@@ -120,21 +122,6 @@ def plan_models(models:list[Checkpoint], g:Geometry, base, weights, scale, metri
             except ValueError as e: raise MergeError(f"tensor {b.name!r}: {e}") from e
         return Job(b.first.numel, do)
     return Plan(layout, [job(b) for b in blocks], tied, [b.name for b in blocks], allow_nonfinite=allow_nonfinite)
-
-def _metrics(metrics, models, blocks, allow_pickle, device)->dict[str,Stack]:
-    if metrics is None: return {}
-    if len(metrics) != len(models): raise ValueError(f"{len(metrics)} metrics for {len(models)} models: give one per model.")
-    files, found, without = [load(m, allow_pickle, f"metrics[{i}]") for i, m in enumerate(metrics)], {}, []
-    for b in (b for b in blocks if b.mergeable):
-        has = [get(files[i], b.name) for i in b.who]
-        if all(x is None for x in has): without.append(b.name); continue
-        for i, x in zip(b.who, has):
-            if x is None or x.shape != b.lazy[0].shape:
-                raise MergeError(f"{files[i].source}: the metric of tensor {b.name!r} is " + ("missing, though another model has it" if x is None else f"of shape {list(x.shape)}, not {list(b.lazy[0].shape)}") + ".\nCollect the statistics of every model in the same way.")
-        found[b.name] = Stack(has, device=device, name=b.name, sources=tuple(files[i].source for i in b.who), role="metrics")
-    if not found: raise MergeError(f"{files[0].source}: has a metric for none of the tensors.\nMetrics go by the names of the checkpoint, such as {blocks[0].name!r}.")
-    if without: warnings.warn(f"no metric for {len(without)} of {len(blocks)} tensors, which are merged without: {', '.join(without[:3])}{' …' if len(without) > 3 else ''}", stacklevel=3)
-    return found
 
 # %% ../nbs/21_merge.ipynb #16f8c6cb
 def plan_adapters(models:list[Checkpoint], g:Geometry, weights, scale, dtype, device, absent, any_base)->Plan:
@@ -168,14 +155,14 @@ def plan_adapters(models:list[Checkpoint], g:Geometry, weights, scale, dtype, de
                        {b.name: ws[b.name] for b in whole} or None, 1.0, None, dtype, device, "renormalise", False, False)
     return Plan({**layout, **rest.layout}, jobs + rest.jobs, {}, [*(u.name for u in updates), *rest.names], peft_config(models, updates, ranks))
 
-# %% ../nbs/21_merge.ipynb #ca88965d
+# %% ../nbs/21_merge.ipynb #f2e2ebb1
 def merge(
     models,                       # paths, hub ids, "base+adapter", or Mapping[str, Tensor]: full checkpoints, or PEFT adapters of one base
     geometry=Euclidean(),         # a `Geometry`, or the name of one
     base=None,                    # like a model; merging is then on the differences from it (adapters are differences already)
     weights=None,                 # one per model, or {name pattern: one per model}; >= 0, normalised; default equal
     scale=1.0,                    # multiplies the merged difference from the base; float or {name pattern: float}
-    metrics=None,                 # one per model: diagonal metrics by tensor name, in memory or as paths
+    metrics=None,                 # one per model: statistics that `curvature` collected, or diagonal metrics by tensor name; in memory or as paths
     out=None,                     # folder to write; None returns tensors in memory
     dtype=None,                   # of what is written; default: each tensor's own, in the base or first model
     executor="threads",           # "threads" | "serial", or any map over blocks
@@ -203,7 +190,7 @@ def merge(
 
     if adapters:
         if base is not None: raise ValueError("adapters are differences from their base already: leave base= out, or write a full model with bake=.")
-        if metrics is not None: raise ValueError("diagonal metrics are for the tensors of full models: put the adapters on their base, as BASE+ADAPTER.")
+        if metrics is not None: raise ValueError("metrics are for the tensors of full models: put the adapters on their base, as BASE+ADAPTER.")
         plan = plan_adapters(models, g, weights, scale, dtype if bake is None else None, device, absent, any_base)
         if bake is not None: plan.layout = {k: (s, torch.promote_types(torch.float32, d) if ".lora_" in k else d) for k, (s, d) in plan.layout.items()}     # rounded once, on the base
     else: plan = plan_models(models, g, base, weights, scale, metrics, dtype, device, absent, allow_nonfinite, allow_pickle)

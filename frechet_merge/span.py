@@ -17,9 +17,10 @@ from .checkpoints import CHUNK, LazyTensor, MemoryTensor, MergeError, scratch, s
 from .geometry import Geometry
 from .metrics import as_metric
 
-# %% ../nbs/04_span.ipynb #b0dd48f6
+# %% ../nbs/04_span.ipynb #00eb1c48
 class Stack(Sequence):
     "T versions of one tensor, read a flat range at a time, as differences from `base` if there is one."
+    separable = True      # a range of a tensor of metrics is a metric of that range
     def __init__(self,
         lazy:list[LazyTensor],
         base:LazyTensor|None=None,
