@@ -55,8 +55,9 @@ def test_the_unit_of_the_metrics_is_irrelevant(dtype, unit):
 
 def test_every_installed_geometry_is_covered():
     import test_adapter_geometries
+    import test_metrics_merge
     found = {n: e.load()() for n, e in geometries().items()}
-    assert found and set(found.values()) <= {*GEOMETRIES.values(), *test_adapter_geometries.GEOMETRIES.values(), LoRA()}      # and `LoRA()` in test_lora.py
+    assert found and set(found.values()) <= {*GEOMETRIES.values(), *test_adapter_geometries.GEOMETRIES.values(), *test_metrics_merge.GEOMETRIES.values(), LoRA()}      # and `LoRA()` in test_lora.py
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -12,8 +12,10 @@ from frechet_merge.checkpoints import MergeError
 from frechet_merge.diagnostics import inspect
 from frechet_merge.geometries.fisher import Curved, pullback
 from frechet_merge.geometries.subspace import EpiMer
-from frechet_merge.metrics import MetricWarning
+from frechet_merge.laws import LAWS, check_geometry
+from frechet_merge.metrics import Kronecker, MetricWarning
 
+GEOMETRIES = {"Curved": Curved(), "pullback": pullback(), "EpiMer": EpiMer()}      # EpiMer's own laws are in test_subspace.py
 T, SHAPES = 3, {"q.weight": (6, 5), "conv.weight": (4, 3, 1, 1), "q.bias": (6,)}
 
 
@@ -49,6 +51,14 @@ def test_factors_are_a_kronecker_metric(models, base, stats, name):
     m = merge(models, pullback(share=None), base=base, metrics=stats)
     torch.testing.assert_close((m.tensors[name] - base[name]).flatten(), want, atol=1e-9, rtol=1e-9)
     torch.testing.assert_close(m.tensors["q.bias"], sum(x["q.bias"] for x in models)/T)
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "kronecker", "one side"])
+@pytest.mark.parametrize("g", [Curved(), Curved(normalise=True, damping=.1), Curved(damping=.1), Curved(share="right"), pullback(), pullback(share=None)], ids=repr)
+def test_laws_with_metrics_of_every_form(g, kind):
+    thetas = [draw(i, (6, 5)) for i in range(T)]
+    Gs = {"diagonal": [draw(300 + i, (6, 5)).abs() for i in range(T)], "kronecker": [Kronecker((spd(400 + i, 6), spd(500 + i, 5))) for i in range(T)], "one side": [Kronecker((None, spd(500 + i, 5))) for i in range(T)]}[kind]
+    assert check_geometry(g, thetas, Gs=Gs).keys() == LAWS.keys() - {5, *g.laws_waived}
 
 
 def test_weights_count_in_the_anchor_too(models, base, stats):
