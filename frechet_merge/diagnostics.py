@@ -63,7 +63,7 @@ def _norms(K:Tensor)->tuple[list[float],list[float]]:
     n = (d[0] + 2*K[0] + d).clamp(min=0); n[0] = d[0]
     return n.sqrt().tolist(), d.clamp(min=0).sqrt().tolist()
 
-# %% ../nbs/30_diagnostics.ipynb #85928c55
+# %% ../nbs/30_diagnostics.ipynb #f33b5fbb
 def inspect(
     models,                      # as for `merge`
     base=None,                   # reference of the differences; default: the first model
@@ -79,7 +79,9 @@ def inspect(
     found = Inspection([c.source for c in every], [sum(x.numel for x in c.lazy.values()) for c in every],
                        [sorted({str(x.dtype).removeprefix("torch.") for x in c.lazy.values()}) for c in every])
     found.adapters = [c.source for c in every if c.adapter is not None]
-    if len(found.adapters) == len(every): return _inspect_adapters(found, every, numbers)
+    if len(found.adapters) == len(every):
+        if metrics is not None: raise ValueError("metrics are for the tensors of full models: put the adapters on their base, as BASE+ADAPTER.")
+        return _inspect_adapters(found, every, numbers)
     total, stacks = torch.zeros(len(every), len(every), dtype=torch.float64), []
     for name in dict.fromkeys(n for c in every for n in c.lazy):
         lazy = [get(c, name) for c in every]
