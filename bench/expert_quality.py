@@ -8,7 +8,8 @@ TASKS is a file like bench/demo/tasks.json.gz ({task: {labels, train, test}}), F
 method's scale is chosen (column `tuned`) on 120 of the test texts at even positions; what is reported are the texts at odd positions: mean accuracy over the tasks, the worst task relative to its own expert, and the difference from tuned TSV-M with its
 standard error, from a paired bootstrap over texts. Statistics are those of `frechet_merge.curvature`, from 64 training texts of each
 task, which no expert need have seen labels of except for the empirical ones. KFAC means without a closed form are solved to a relative
-residual of 1e-3. Finished rows are kept in OUT/cache.pt, from which an interrupted run goes on.
+residual of 1e-3. With --cache FILE finished rows are kept there, from which an
+interrupted run goes on. The committed results were made with --methods and are not whole: the baselines from Iso-C on are missing.
 """
 import argparse
 import gzip
