@@ -17,7 +17,7 @@ from torch import Tensor
 from .checkpoints import Checkpoint, LazyTensor, MemoryTensor, MergeError
 from .factors import Factors
 
-# %% ../nbs/08_adapters.ipynb #e28e55b3
+# %% ../nbs/08_adapters.ipynb #94d53447
 @dataclass(frozen=True)
 class Layer:
     "One adapted layer of one adapter: ΔW = s·B·A, its factors still on disk."
@@ -28,21 +28,21 @@ class Layer:
     keys: tuple                      # the names of A and B in the file
     bias: LazyTensor | None = None   # (m,): adds s·bias to the output (`lora_bias`)
     transposed: bool = False         # the weight of the base is (n, m): embeddings, `fan_in_fan_out`
-    rank = property(lambda self: self.A.shape[0])
-    shape = property(lambda self: (self.B.shape[0], math.prod(self.A.shape[1:])))
+    rank = property(lambda self: self.A.shape[0])                                     # r
+    shape = property(lambda self: (self.B.shape[0], math.prod(self.A.shape[1:])))     # (m, n) of ΔW
     kind = property(lambda self: (self.keys[0].rpartition(".")[2], self.A.shape[1:], self.B.shape[:1] + self.B.shape[2:], self.transposed))    # what versions must share
-    def factors(self, device=None)->Factors:    # (m, r) and (r, n), float64, s absorbed
+    def factors(self, device:Any=None)->Factors:    # (m, r) and (r, n), float64, s absorbed, on `device` (default: the CPU)
         "The factors, with `MergeError` if they are not finite."
         B, A = (x.tensor().to(device).flatten(1).double() for x in (self.B, self.A))
         for k, x in zip(self.keys, (A, B)):
             if not math.isfinite(float(x.sum())): raise MergeError(f"tensor {k!r} has {int((~x.isfinite()).sum())} values that are NaN or infinite.\nThe adapter is broken there: train or download it again.")
         return Factors(self.s*B, A)
 
-# %% ../nbs/08_adapters.ipynb #1a1054d7
+# %% ../nbs/08_adapters.ipynb #d98d63c1
 REFUSED = {"use_dora": "DoRA rescales the columns of W + ΔW, so what it adds is not s·B·A", "use_qalora": "QALoRA pools its inputs", "use_bdlora": "its factors are block-diagonal",
            "arrow_config": "Arrow routes between adapters", "kasa_config": "KaSA adds singular values of its own", "monteclora_config": "its update is random", "alora_invocation_tokens": "it is active for a part of the text only",
            "layer_replication": "it repeats layers of the base", "target_parameters": "it adapts parameters that are not the weight of a layer", "trainable_token_indices": "it trains single rows of the embedding",
-           "megatron_config": "its layers are split over devices"}
+           "megatron_config": "its layers are split over devices"}      # keys of the config that make an adapter something else than W + s·B·A
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")    # initialisations that subtract something from the base weights
 
 def _pattern(patterns:dict|None, name:str, default):
@@ -77,16 +77,16 @@ def layers(c:Checkpoint)->tuple[dict[str,Layer],dict[str,LazyTensor]]:    # by m
     if not out: raise no("holds no LoRA factors", "Name a folder that PEFT saved.")
     return out, rest
 
-# %% ../nbs/08_adapters.ipynb #abf857e3
+# %% ../nbs/08_adapters.ipynb #a2896feb
 @dataclass(frozen=True)
 class BakedTensor(LazyTensor):
     "W + B·A, a range at a time."
-    base: LazyTensor
+    base: LazyTensor                 # W, of any shape
     B: Tensor = field(repr=False)    # (m, r), s absorbed
     A: Tensor = field(repr=False)    # (r, n), m·n the number of elements of the base
     shape = property(lambda self: self.base.shape)
     dtype = property(lambda self: self.base.dtype)
-    def read(self, start=0, stop=None):
+    def read(self, start:int=0, stop:int|None=None)->Tensor:
         n, stop = self.A.shape[1], self.numel if stop is None else min(stop, self.numel)
         top = start//n
         delta = (self.B[top:-(-stop//n)] @ self.A).reshape(-1)[start - top*n:stop - top*n]
@@ -100,8 +100,11 @@ def _in_base(name:str, lazy:dict[str,Any])->str|None:
     ends = [n for n in lazy if n.endswith("." + name)]
     return ends[0] if len(ends) == 1 else None
 
-def bake(base:Checkpoint, adapter:Checkpoint)->Checkpoint:
-    "`base` with a LoRA `adapter` on it, as a full checkpoint of promises."
+def bake(
+    base:Checkpoint,       # a full model
+    adapter:Checkpoint,    # what PEFT saved
+)->Checkpoint:             # tensors in at least float32; nothing is computed until one is read
+    "`base` with a LoRA `adapter` on it, as a full checkpoint of promises; `MergeError` if it does not fit."
     def no(why, remedy="Name the base that it was trained on."): return MergeError(f"{adapter.source}: {why}.\nIt cannot be put on {base.source}. {remedy}")
     if base.adapter is not None: raise no("needs a full model under it", "Put the full model first: BASE+ADAPTER.")
     found, rest = layers(adapter)

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['bases', 'write_bases']
 
-# %% ../nbs/20c_bases.ipynb #73eb21c8
+# %% ../nbs/20c_bases.ipynb #5f564155
 import os
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -17,31 +18,37 @@ from .blocks import align
 from .checkpoints import MergeError, load
 from .geometries.subspace import labeled_basis
 
-# %% ../nbs/20c_bases.ipynb #6d519087
+# %% ../nbs/20c_bases.ipynb #e10b0574
 def bases(
-    models, base,            # as `merge` takes them
+    models:Sequence[str|os.PathLike|Mapping[str,Tensor]],      # as `merge` takes them
+    base:str|os.PathLike|Mapping[str,Tensor],                  # what they were trained from
     k:int|None=32,           # singular triplets of each model's update; at most min(m, n)//T
     only:str|None=None,      # tensors, by a pattern of names
-    allow_pickle:bool=False, progress:bool=False,
-)->dict[str,Tensor]:         # P.U (m, p) and P.V (n, p), float32
-    "The labeled basis of every matrix that the models changed."
+    allow_pickle:bool=False, # accept .bin files (plain tensors only)
+    progress:bool=False,     # a bar on stderr
+)->dict[str,Tensor]:         # P.U (m, p) and P.V (n, p), float32; each atom u_i v_iᵀ of length 1
+    "The labeled basis of every matrix that the models changed (EpiMer, arXiv 2605.26693); `MergeError` if there is none."
     from tqdm import tqdm
-    models, base = [load(m, allow_pickle, f"models[{i}]") for i, m in enumerate(models)], load(base, allow_pickle, "base")
-    blocks = [b for b in align(models, base)[0] if b.mergeable and len(b.first.shape) > 1 and (only is None or fnmatchcase(b.name, only))]
+    held, start = [load(m, allow_pickle, f"models[{i}]") for i, m in enumerate(models)], load(base, allow_pickle, "base")
+    blocks = [b for b in align(held, start)[0] if b.mergeable and len(b.first.shape) > 1 and (only is None or fnmatchcase(b.name, only))]
     out = {}
     for b in tqdm(blocks, desc="basis", unit="tensor", disable=not progress, leave=False):
-        rows = b.first.shape[0]
+        rows = b.first.shape[0]      # `first` is the base's
         if min(rows, b.first.numel//rows) < len(models): continue
-        start = b.base.tensor().float().view(rows, -1)
-        deltas = [x.tensor().float().view(rows, -1) - start for x in b.lazy]
+        before = b.first.tensor().float().view(rows, -1)
+        deltas = [x.tensor().float().view(rows, -1) - before for x in b.lazy]
         if not any(d.any() for d in deltas): continue
         found = labeled_basis(deltas, min(k or rows, min(deltas[0].shape)//len(models)))
         out |= {f"{b.name}.U": found.U.float().contiguous(), f"{b.name}.V": found.V.float().contiguous()}
-    if not out: raise MergeError(f"{base.source}: " + (f"no matrix is called {only!r}" if not blocks else "the models differ from it in no matrix") + ".\nName the models, and the base that they were trained from.")
+    if not out: raise MergeError(f"{start.source}: " + (f"no matrix is called {only!r}" if not blocks else "the models differ from it in no matrix") + ".\nName the models, and the base that they were trained from.")
     return out
 
-def write_bases(models, base, out, k=32, only=None, allow_pickle=False, progress=False)->dict[str,Tensor]:
-    "`bases` in one safetensors file."
+def write_bases(
+    models:Sequence[str|os.PathLike|Mapping[str,Tensor]], base:str|os.PathLike|Mapping[str,Tensor],      # as for `bases`
+    out:str|os.PathLike,     # file to write; its folder exists, and it does not
+    k:int|None=32, only:str|None=None, allow_pickle:bool=False, progress:bool=False,      # as for `bases`
+)->dict[str,Tensor]:
+    "`bases` in one safetensors file; nothing appears at `out` unless all of it does."
     out = Path(out); part = Path(f"{out}.part")
     if out.exists(): raise MergeError(f"{out}: exists already.\nRemove it, or name another file.")
     if not out.absolute().parent.is_dir(): raise MergeError(f"{out}: its folder does not exist.\nMake it, or name another file.")

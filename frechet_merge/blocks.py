@@ -5,26 +5,31 @@
 # %% auto #0
 __all__ = ['Block', 'get', 'align', 'tied_in_all', 'by_name']
 
-# %% ../nbs/07_blocks.ipynb #7b40371b
+# %% ../nbs/07_blocks.ipynb #5eeab715
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from typing import Any
 
 from .checkpoints import Checkpoint, LazyTensor, MergeError, _same_bytes
 
-# %% ../nbs/07_blocks.ipynb #30b4dad4
+# %% ../nbs/07_blocks.ipynb #0ad99592
 @dataclass
 class Block:
     "One tensor of the merge: its versions, and which models have it."
-    name: str
-    lazy: list[LazyTensor]
-    who: list[int]                  # indices of the models in `lazy`
-    base: LazyTensor | None = None
+    name: str                       # in the base or first model
+    lazy: list[LazyTensor]          # its versions, of one shape; what only the base has, or integers: one to copy
+    who: list[int]                  # indices of the models in `lazy`; empty for a copy
+    base: LazyTensor | None = None  # the base's version
     @property
-    def first(self): return self.lazy[0] if self.base is None else self.base
+    def first(self)->LazyTensor:
+        "The version whose shape and dtype are those of the merge."
+        return self.lazy[0] if self.base is None else self.base
     @property
-    def mergeable(self): return bool(self.who) and self.first.dtype.is_floating_point and self.first.numel > 0
+    def mergeable(self)->bool:
+        "Whether it has a mean; otherwise it is copied."
+        return bool(self.who) and self.first.dtype.is_floating_point and self.first.numel > 0
 
 def get(c:Checkpoint, name:str)->LazyTensor|None:
     "A tensor by any of its names, or None."
@@ -32,7 +37,7 @@ def get(c:Checkpoint, name:str)->LazyTensor|None:
 
 def align(
     models:list[Checkpoint],
-    base:Checkpoint|None=None,
+    base:Checkpoint|None=None,      # what only it has is copied
     absent:str|None=None,           # of a tensor that some models lack: "renormalise" merges it over those that have it; default: refuse
 )->tuple[list[Block],dict[str,str]]:
     "Blocks in the order of the base or first model, and the names that stay tied; `MergeError` names what does not match."
@@ -69,8 +74,13 @@ def tied_in_all(every:list[Checkpoint])->dict[str,str]:
         else: tied[n] = twin
     return tied
 
-# %% ../nbs/07_blocks.ipynb #00b6c8d5
-def by_name(value, names:Iterable[str], default, what:str)->dict:
+# %% ../nbs/07_blocks.ipynb #71838035
+def by_name(
+    value:Any,              # for every name, or {pattern: value}; None: the default
+    names:Iterable[str],    # of tensors
+    default:Any,            # for names that no pattern matches
+    what:str,               # what messages call the values
+)->dict[str,Any]:           # one for each name
     "Expand {pattern: value} over tensor names, first match first; `ValueError` for a pattern that matches none."
     names = list(names)
     if not isinstance(value, Mapping): return dict.fromkeys(names, default if value is None else value)

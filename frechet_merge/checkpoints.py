@@ -6,30 +6,36 @@
 __all__ = ['CHUNK', 'spans', 'scratch', 'LazyTensor', 'MemoryTensor', 'Files', 'FileTensor', 'Checkpoint', 'tied_names',
            'from_state_dict', 'weight_files', 'load']
 
-# %% ../nbs/00_checkpoints.ipynb #55702826
+# %% ../nbs/00_checkpoints.ipynb #24c30824
 import json
 import math
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .shards import Entry, MergeError, read_header
 
-# %% ../nbs/00_checkpoints.ipynb #09b60cbf
+# %% ../nbs/00_checkpoints.ipynb #8b78fac8
 CHUNK = 1 << 18    # elements of one model that are worked on at a time: rows of 1 MB in float32 stay in a processor's cache
 
-def spans(n:int, size:int=CHUNK):
+def spans(n:int, size:int=CHUNK)->Iterator[tuple[int,int]]:
     "The ranges (start, stop) that cut `n` elements into pieces of at most `size`."
     return ((i, min(i + size, n)) for i in range(0, n, size))
 
 _mine = threading.local()
 
-def scratch(role:str, n:int, dtype:torch.dtype, device="cpu")->Tensor:
+def scratch(
+    role:str,                # each role has a buffer of its own
+    n:int,                   # numbers; more than 64 chunks are allocated afresh
+    dtype:torch.dtype,
+    device:Any="cpu",        # as torch names devices
+)->Tensor:                   # (n,), with whatever was in it
     "A buffer of this thread, reused from chunk to chunk: faulting in fresh megabytes costs as much as the arithmetic on them."
     if n > 64*CHUNK: return torch.empty(n, dtype=dtype, device=device)
     have = getattr(_mine, role, None)
@@ -39,30 +45,36 @@ def scratch(role:str, n:int, dtype:torch.dtype, device="cpu")->Tensor:
 
 class LazyTensor:
     "A tensor that has not been read: `shape`, `dtype`, and any flat range of its elements on request."
-    shape: tuple
-    dtype: torch.dtype
+    shape: Any    # tuple[int, ...]
+    dtype: Any    # torch.dtype, as stored
     @property
-    def numel(self)->int: return math.prod(self.shape)
-    def read(self, start:int=0, stop:int|None=None)->Tensor: raise NotImplementedError
-    def into(self, row:Tensor, start:int):
+    def numel(self)->int:
+        "The number of elements."
+        return math.prod(self.shape)
+    def read(self, start:int=0, stop:int|None=None)->Tensor:
+        "Elements `start` to `stop` (default: the last), row-major: (stop-start,), in the dtype of the tensor, cut off at its end."
+        raise NotImplementedError
+    def into(self, row:Tensor, start:int)->None:
         "Fill 1-D `row` with the elements from `start` on, cast to its dtype and device."
         row.copy_(self.read(start, start + len(row)))
-    def tensor(self)->Tensor: return self.read().view(self.shape)
+    def tensor(self)->Tensor:
+        "All of it, in its shape."
+        return self.read().view(self.shape)
 
 @dataclass(frozen=True)
 class MemoryTensor(LazyTensor):
     "A tensor that is in memory already, behind the same door."
-    data: Tensor
+    data: Tensor    # detached, and made contiguous
     def __post_init__(self): object.__setattr__(self, "data", self.data.detach().contiguous())    # once, and not for each range
     shape = property(lambda self: tuple(self.data.shape))
     dtype = property(lambda self: self.data.dtype)
     def read(self, start=0, stop=None): return self.data.view(-1)[start:stop]
 
-# %% ../nbs/00_checkpoints.ipynb #6ae282ed
+# %% ../nbs/00_checkpoints.ipynb #b2e85d33
 class Files(dict):
     "File descriptors by path: opened when first used, closed with the checkpoint."
-    lock = threading.Lock()
-    def __missing__(self, path):
+    lock = threading.Lock()    # two threads may ask for one path at once
+    def __missing__(self, path:str)->int:
         with self.lock: return dict.get(self, path) or self.setdefault(path, os.open(path, os.O_RDONLY))
     def __del__(self, close=os.close):    # bound here, since at exit modules may be gone
         for fd in self.values(): close(fd)
@@ -70,8 +82,8 @@ class Files(dict):
 @dataclass(frozen=True)
 class FileTensor(LazyTensor):
     "A tensor in a safetensors file, read by byte range."
-    entry: Entry
-    files: Files = field(repr=False)
+    entry: Entry                        # where in which file
+    files: Files = field(repr=False)    # shared by the tensors of a checkpoint
     shape = property(lambda self: self.entry.shape)
     dtype = property(lambda self: self.entry.dtype)
     def read(self, start=0, stop=None):
@@ -88,29 +100,33 @@ class FileTensor(LazyTensor):
             room, at = room[n:], at + n
         return out
 
-# %% ../nbs/00_checkpoints.ipynb #cbc6ae8b
-class Checkpoint(Mapping):
-    "Names → tensors, read on look-up; what `load` returns."
+# %% ../nbs/00_checkpoints.ipynb #d306e913
+class Checkpoint(Mapping[str, Tensor]):
+    "Names → tensors, read on look-up (`KeyError` for other names); what `load` returns."
     def __init__(self,
         lazy:dict[str,LazyTensor],     # each tensor once, in file order
         source:str="state dict",       # what error messages and model cards call it
         folder:Path|None=None,         # where its config and tokenizer are
         tied:dict[str,str]|None=None,  # further name → the name in `lazy`
-        adapter:dict|None=None,        # the PEFT config, if these are the factors of an adapter
-        files:tuple=(),                # what it reads
+        adapter:dict[str,Any]|None=None,    # the PEFT config, if these are the factors of an adapter
+        files:Iterable[Path]=(),       # what it reads
     ):
         self.lazy, self.source, self.folder, self.tied, self.adapter, self.files = lazy, source, folder, tied or {}, adapter, tuple(files)
-    def __getitem__(self, name): return self.lazy[self.tied.get(name, name)].tensor()
-    def __iter__(self): yield from self.lazy; yield from self.tied
-    def __len__(self): return len(self.lazy) + len(self.tied)
-    def __repr__(self): return f"Checkpoint({self.source!r}, {len(self.lazy)} tensors, {sum(x.numel for x in self.lazy.values()):,} parameters)"
+    def __getitem__(self, name:str)->Tensor: return self.lazy[self.tied.get(name, name)].tensor()
+    def __iter__(self)->Iterator[str]: yield from self.lazy; yield from self.tied
+    def __len__(self)->int: return len(self.lazy) + len(self.tied)
+    def __repr__(self)->str: return f"Checkpoint({self.source!r}, {len(self.lazy)} tensors, {sum(x.numel for x in self.lazy.values()):,} parameters)"
 
-# %% ../nbs/00_checkpoints.ipynb #f19ece55
+# %% ../nbs/00_checkpoints.ipynb #1a827798
 def _same_bytes(a:LazyTensor, b:LazyTensor)->bool:
     return all(torch.equal(a.read(i, j).view(torch.uint8), b.read(i, j).view(torch.uint8)) for i, j in spans(a.numel))
 
-def tied_names(lazy:dict[str,LazyTensor], meta:dict|None=None, config:dict|None=None)->dict[str,str]:
-    "Further name → stored name, from the metadata of the file and from the config; `lazy` loses the copies."
+def tied_names(
+    lazy:dict[str,LazyTensor],      # loses the copies
+    meta:dict|None=None,            # of a safetensors file: further name → stored name, among other things
+    config:dict|None=None,          # config.json
+)->dict[str,str]:
+    "Further name → stored name, from the metadata of the file and from the config."
     tied = {k: v for k, v in (meta or {}).items() if v in lazy and k not in lazy}
     config = config or {}
     vocab = next((c["vocab_size"] for c in (config, config.get("text_config")) if isinstance(c, dict) and c.get("vocab_size")), None)
@@ -121,8 +137,11 @@ def tied_names(lazy:dict[str,LazyTensor], meta:dict|None=None, config:dict|None=
             if (a.shape, a.dtype) == (b.shape, b.dtype) and _same_bytes(a, b): tied[other] = rows[0]; del lazy[other]
     return tied
 
-def from_state_dict(tensors:Mapping, source:str="state dict")->Checkpoint:
-    "A checkpoint over tensors in memory; names that share their storage are tied."
+def from_state_dict(
+    tensors:Mapping[str,Tensor],    # not copied
+    source:str="state dict",        # what messages call it
+)->Checkpoint:
+    "A checkpoint over tensors in memory; names that share their storage are tied; `ValueError` for what is not a tensor."
     lazy, tied, seen = {}, {}, {}
     for name, x in tensors.items():
         if not isinstance(x, Tensor): raise ValueError(f"{source}: {name!r} is a {type(x).__name__}, not a tensor.\nPass `model.state_dict()`.")
@@ -131,7 +150,7 @@ def from_state_dict(tensors:Mapping, source:str="state dict")->Checkpoint:
         else: seen[key] = name; lazy[name] = MemoryTensor(x)
     return Checkpoint(lazy, source, tied=tied)
 
-# %% ../nbs/00_checkpoints.ipynb #c282cc86
+# %% ../nbs/00_checkpoints.ipynb #dc0207ce
 def _json(path:Path)->dict:
     try:
         found = json.loads(path.read_text())
@@ -139,8 +158,11 @@ def _json(path:Path)->dict:
         raise ValueError("not an object")
     except (OSError, ValueError, RecursionError) as e: raise MergeError(f"{path}: cannot be read as JSON ({e}).\nThe file is damaged: download or save it again.") from e
 
-def weight_files(folder:Path, kind:str="safetensors")->tuple[list[Path],set[str]]:
-    "The files of a checkpoint, and the tensor names that its index promises."
+def weight_files(
+    folder:Path,
+    kind:str="safetensors",         # or "bin"
+)->tuple[list[Path],set[str]]:      # both empty if there are none
+    "The files of a checkpoint, and the tensor names that its index promises; `MergeError` if it is not clear which they are."
     index = sorted(folder.glob(f"*.{kind}.index.json"))
     if len(index) == 1:
         names = _json(index[0]).get("weight_map")
@@ -154,7 +176,7 @@ def weight_files(folder:Path, kind:str="safetensors")->tuple[list[Path],set[str]
     if len(files) > 1: raise MergeError(f"{folder}: holds {len(files)} .{kind} files and no index.\nName the file to merge instead of the folder.")
     return files, set()
 
-# %% ../nbs/00_checkpoints.ipynb #83ba4bb6
+# %% ../nbs/00_checkpoints.ipynb #b9e4c6bd
 def _open_files(files:list[Path], promised:set, source:str, config:dict)->Checkpoint:
     lazy, meta, fds = {}, {}, Files()
     for f in files:
@@ -165,7 +187,7 @@ def _open_files(files:list[Path], promised:set, source:str, config:dict)->Checkp
     return Checkpoint(lazy, source, files[0].parent, tied_names(lazy, meta, config), files=files)
 
 def _open_pickles(files:list[Path], promised:set, source:str)->Checkpoint:
-    tensors = {}
+    c, tensors = from_state_dict({}, source), {}
     for f in files:
         try:
             tensors |= torch.load(f, map_location="cpu", weights_only=True, mmap=True)
@@ -175,7 +197,7 @@ def _open_pickles(files:list[Path], promised:set, source:str)->Checkpoint:
     c.folder, c.files = files[0].parent, tuple(files)
     return c
 
-# %% ../nbs/00_checkpoints.ipynb #866df111
+# %% ../nbs/00_checkpoints.ipynb #c76f6df9
 def _parts(name:str)->list[str]:
     "Split base+adapter+... at the signs that are not part of an existing path."
     parts, out = name.split("+"), []
@@ -193,11 +215,11 @@ def _from_hub(repo:str, allow_pickle:bool)->Path:
         raise MergeError(f"{repo}: not a folder here, and the hub did not give it ({type(e).__name__}).\nCheck the path or the id, and the network or HF_HUB_OFFLINE.") from e
 
 def load(
-    source,                    # folder, file, hub id, "base+adapter", or Mapping[str, Tensor]
+    source:str|os.PathLike|Mapping[str,Tensor],    # folder, file, hub id, "base+adapter", or tensors in memory; a `Checkpoint` is returned as it is
     allow_pickle:bool=False,   # accept .bin files (plain tensors only)
     name:str="state dict",     # what messages call a mapping
-)->Checkpoint:
-    "Open a checkpoint without reading its tensors; `MergeError` if it is missing, damaged or not one."
+)->Checkpoint:                 # names → tensors, read on look-up; `adapter` is the PEFT config if it is one
+    "Open a checkpoint without reading its tensors; `MergeError` if it is missing, damaged or not one, `ValueError` for another type."
     if isinstance(source, Checkpoint): return source
     if isinstance(source, Mapping): return from_state_dict(source, name)
     if not isinstance(source, (str, os.PathLike)): raise ValueError(f"a {type(source).__name__} is not a model here.\nPass a path, a hub id, or `model.state_dict()`.")

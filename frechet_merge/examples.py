@@ -5,29 +5,32 @@
 # %% auto #0
 __all__ = ['FORMATS', 'TEXT', 'PAIRS', 'LABEL', 'CHAT', 'need', 'quiet', 'table', 'columns', 'examples', 'batches']
 
-# %% ../nbs/20a_examples.ipynb #b7ef2ce1
+# %% ../nbs/20a_examples.ipynb #dc689848
 import glob
+import os
 import random
 import warnings
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .checkpoints import MergeError
 
-# %% ../nbs/20a_examples.ipynb #b1da905a
-FORMATS = {"jsonl": "json", "json": "json", "ndjson": "json", "csv": "csv", "tsv": "csv", "parquet": "parquet", "arrow": "arrow", "txt": "text"}
+# %% ../nbs/20a_examples.ipynb #972b6ee1
+FORMATS = {"jsonl": "json", "json": "json", "ndjson": "json", "csv": "csv", "tsv": "csv", "parquet": "parquet", "arrow": "arrow", "txt": "text"}      # ending of a file → reader of `datasets`
 
-def need(library:str):
+def need(library:str)->Any:      # the module
+    "Import what reads Hugging Face's data and models; `MergeError` if it is not installed."
     try: return import_module(library)
     except ImportError as e: raise MergeError(f"{library} is not installed, and it reads this.\nInstall it: pip install 'frechet_merge[hf]'.") from e
 
 @contextmanager
-def quiet(library):
+def quiet(library:Any):      # the module `datasets` or `transformers`
     "Neither bars nor notes from `datasets` or `transformers`; their settings come back afterwards."
     log = library.utils.logging
     bars = log if hasattr(log, "disable_progress_bar") else library.utils
@@ -39,8 +42,11 @@ def quiet(library):
         if shown: (getattr(bars, "enable_progress_bar", None) or bars.enable_progress_bars)()
 
 @contextmanager
-def table(data, split:str="train"):
-    "The rows of a file, folder or hub data set, as a `datasets.Dataset` that lives as long as the context."
+def table(
+    data:str|os.PathLike,      # as for `examples`
+    split:str="train",         # or a slice of one: "train[:10%]"
+):
+    "The rows of a file, folder or hub data set, as a `datasets.Dataset` that lives as long as the context; `MergeError` if there are none."
     datasets, path = need("datasets"), Path(data).expanduser()
     def no(why, remedy): return MergeError(f"{data}: {why}.\n{remedy}")
     with quiet(datasets), TemporaryDirectory() as cache:
@@ -67,16 +73,16 @@ def table(data, split:str="train"):
             if isinstance(e, ConnectionError): raise no("not a file here, and the hub did not give it", "Check the path or the id, and the network or HF_HUB_OFFLINE.") from e
             raise no(f"cannot be read ({str(e.__cause__ or e).splitlines()[0][:300]})", "Mend the file or name another split (--split).") from e
 
-# %% ../nbs/20a_examples.ipynb #8ee848de
-TEXT = ("text", "sentence", "content", "document", "review", "question", "query", "prompt", "instruction", "input")
+# %% ../nbs/20a_examples.ipynb #4a84597e
+TEXT = ("text", "sentence", "content", "document", "review", "question", "query", "prompt", "instruction", "input")      # columns of a text, the first choice first
 PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence"), ("text1", "text2"),
-         ("prompt", "completion"), ("prompt", "response"), ("instruction", "output"), ("question", "answer"))
-LABEL, CHAT = ("label", "labels", "target", "y", "class"), ("messages", "conversation", "conversations")
+         ("prompt", "completion"), ("prompt", "response"), ("instruction", "output"), ("question", "answer"))      # two texts that belong together
+LABEL, CHAT = ("label", "labels", "target", "y", "class"), ("messages", "conversation", "conversations")          # a class; a list of turns
 
 def columns(
     kinds:dict[str,str],     # column → type, as `datasets` says it: "string", "int64", …
-    text=None, pair=None, label=None,
-    source="data",           # for the errors
+    text:str|None=None, pair:str|None=None, label:str|None=None,      # a column each; default: guessed
+    source:str|os.PathLike="data",      # for the errors
 )->dict[str,str]:            # "text" and, where there are, "pair" and "label" → column
     "Which column plays which part; `MergeError` lists the columns if it cannot be guessed."
     def no(why): return MergeError(f"{source}: {why}.\nIts columns are: {', '.join(kinds)}. Name one with --text, --pair or --label.")
@@ -92,13 +98,13 @@ def columns(
     return {k: v for k, v in (("text", text), ("pair", pair), ("label", label)) if v}
 
 def examples(
-    data,                          # a JSONL, JSON, CSV, TSV, Parquet or text file, a folder of them, or a hub id[:config][@revision]
-    split:str="train",
-    text=None, pair=None, label=None,   # column names; default: guessed
-    max_samples:int|None=None,     # a random subset of this size, not the head: files are often sorted
+    data:str|os.PathLike,          # a JSONL, JSON, CSV, TSV, Parquet or text file, a folder of them, or a hub id[:config][@revision]
+    split:str="train",             # or a slice of one: "train[:10%]"
+    text:str|None=None, pair:str|None=None, label:str|None=None,      # a column each; default: guessed
+    max_samples:int|None=None,     # a random subset of this size, not the head: files are often sorted; default: all
     seed:int=0,                    # of the subset; a larger one with the same seed contains it
 )->list[dict]:                     # {"text": str or chat, "pair": str?, "label": int or str?}
-    "Records from wherever they are."
+    "Records from wherever they are; `MergeError` if they cannot be read or hold no texts."
     with table(data, split) as rows:
         kinds = {c: str(getattr(f, "dtype", type(f).__name__)) for c, f in rows.features.items()}
         part = columns(kinds, text, pair, label, data)
@@ -111,16 +117,17 @@ def examples(
         raise MergeError(f"{data}: column {part['text']!r} holds {kinds[part['text']]}, not texts or chats (lists of role and content).\nIts columns are: {', '.join(kinds)}. Name one with --text.")
     return full
 
-# %% ../nbs/20a_examples.ipynb #fd755fec
+# %% ../nbs/20a_examples.ipynb #7de5aa3f
 def batches(
-    kind:str, tokenizer,
+    kind:str,                  # "causal" | "classifier" | "encoder"
+    tokenizer:Any,             # of transformers
     records:list[dict],        # from `examples`
-    batch_size:int=8,
+    batch_size:int=8,          # texts
     max_length:int=512,        # tokens; longer texts are cut
     seed:int=0,                # of the order
     label2id:dict|None=None,   # for labels that are names
 )->list[dict[str,Tensor]]:     # input_ids, attention_mask, …: (B, L); labels: (B,), or (B, L) with -100 where nothing is predicted
-    "Padded batches of texts of like length, in random order; labels where all records have one."
+    "Padded batches of texts of like length, in random order; labels where all records have one. `MergeError` for labels that are no classes."
     limit = min(max_length, tokenizer.model_max_length)
     chat = isinstance(records[0]["text"], list)
     if chat and tokenizer.chat_template is None: raise MergeError("these are chats, and the tokenizer has no chat template.\nName a column of texts (--text).")
@@ -149,7 +156,10 @@ def batches(
 
 def _classes(labels:list, label2id:dict|None)->list[int]:
     known = {str(k): v for k, v in (label2id or {}).items()}
-    out = [known.get(y) if isinstance(y, str) and y in known else int(y) if not isinstance(y, str) or y.lstrip("-").isdigit() else None for y in labels]
-    if None in out: raise MergeError(f"the label {labels[out.index(None)]!r} is neither a number nor a class of the model.\nIts classes are: {', '.join(known) or 'not in its config'}.")
+    def number(y):
+        if isinstance(y, str) and y in known: return known[y]
+        if not isinstance(y, str) or y.lstrip("-").isdigit(): return int(y)
+        raise MergeError(f"the label {y!r} is neither a number nor a class of the model.\nIts classes are: {', '.join(known) or 'not in its config'}.")
+    out = [number(y) for y in labels]
     if min(out) < 0: raise MergeError(f"a label is {min(out)}: these examples are not labelled.\nTake another split, or another column (--label).")
     return out

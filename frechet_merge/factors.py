@@ -5,27 +5,32 @@
 # %% auto #0
 __all__ = ['Factors', 'svd', 'balanced', 'Basis', 'core']
 
-# %% ../nbs/09_factors.ipynb #259875d3
+# %% ../nbs/09_factors.ipynb #883b9fe4
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-# %% ../nbs/09_factors.ipynb #b930001f
+# %% ../nbs/09_factors.ipynb #d5d94542
 @dataclass(frozen=True)
 class Factors:
     "A low-rank update ΔW = s·B·A: one pair of its orbit {(B·M⁻¹, M·A)}. Leading dimensions count layers."
     B: Tensor         # (…, m, r)
     A: Tensor         # (…, r, n)
     s: float = 1.0    # lora_alpha/r, or lora_alpha/√r with use_rslora
-    shape = property(lambda self: (self.B.shape[-2], self.A.shape[-1]))
-    rank = property(lambda self: self.A.shape[-2])
-    dtype = property(lambda self: self.B.dtype)
-    device = property(lambda self: self.B.device)
-    def double(self)->"Factors": return Factors(self.B.double() if self.s == 1 else self.s*self.B.double(), self.A.double())    # s absorbed
-    def delta(self)->Tensor: return self.s*(self.B @ self.A)    # (…, m, n): for small matrices and tests only
+    shape = property(lambda self: (self.B.shape[-2], self.A.shape[-1]))    # (m, n)
+    rank = property(lambda self: self.A.shape[-2])                         # r, of the pair; the product may have less
+    dtype = property(lambda self: self.B.dtype)                            # of both
+    device = property(lambda self: self.B.device)                          # of both
+    def double(self)->"Factors":
+        "The same update in float64, with s = 1."
+        return Factors(self.B.double() if self.s == 1 else self.s*self.B.double(), self.A.double())
+    def delta(self)->Tensor:
+        "ΔW, (…, m, n): for small matrices and tests only."
+        return self.s*(self.B @ self.A)
 
-# %% ../nbs/09_factors.ipynb #76edd62e
+# %% ../nbs/09_factors.ipynb #a6b014e2
 def svd(f:Factors)->tuple[Tensor,Tensor,Tensor]:    # U (…, m, k), σ (…, k) descending, V (…, n, k), k = min(r, m, n); float64
     "Singular value decomposition of ΔW = s·B·A from two thin QRs: U·diag(σ)·Vᵀ."
     f = f.double()
@@ -33,27 +38,35 @@ def svd(f:Factors)->tuple[Tensor,Tensor,Tensor]:    # U (…, m, k), σ (…, k)
     U, S, Vt = torch.linalg.svd(RB @ RA.mT, full_matrices=False)
     return QB @ U, S, QA @ Vt.mT
 
-def balanced(U:Tensor, S:Tensor, V:Tensor)->Factors:
+def balanced(
+    U:Tensor,    # (…, m, k), orthonormal columns
+    S:Tensor,    # (…, k), σ >= 0; what is negative counts as 0
+    V:Tensor,    # (…, n, k), orthonormal columns
+)->Factors:      # of rank k
     "The pair of the orbit of U·diag(σ)·Vᵀ with BᵀB = AAᵀ = diag(σ): the numbers are spread evenly over both factors."
     root = S.clamp(min=0).sqrt()[..., None, :]
     return Factors(U*root, (V*root).mT)
 
-# %% ../nbs/09_factors.ipynb #dc321dba
+# %% ../nbs/09_factors.ipynb #3981b4af
 @dataclass(frozen=True)
 class Basis:
     "An orthonormal basis Q of the columns of X = Q·R, kept as Householder reflections."
     a: Tensor      # (…, m, R), from `torch.geqrf`
     tau: Tensor    # (…, R)
     @classmethod
-    def of(cls, X:Tensor): return cls(*torch.geqrf(X))
-    shape = property(lambda self: (self.a.shape[-2], self.tau.shape[-1]))
-    def R(self)->Tensor: return self.a[..., :self.shape[1], :].triu()                      # (…, R, columns of X)
+    def of(cls, X:Tensor)->"Basis":
+        "A basis of the columns of X, (…, m, k), of dimension R = min(m, k)."
+        return cls(*torch.geqrf(X))
+    shape = property(lambda self: (self.a.shape[-2], self.tau.shape[-1]))    # (m, R)
+    def R(self)->Tensor:
+        "The columns of X in the basis: (…, R, k), upper triangular."
+        return self.a[..., :self.shape[1], :].triu()
     def __matmul__(self, C:Tensor)->Tensor:                                                # (…, R, k) → (…, m, k)
         m, R = self.shape
         return torch.ormqr(self.a[..., :R], self.tau, torch.nn.functional.pad(C, (0, 0, 0, m - R)))
 
 def core(
-    thetas:list[Factors],    # T updates of one shape (m, n), of any ranks
+    thetas:Sequence[Factors],    # T updates of one shape (m, n), of any ranks
 )->tuple[Basis,Basis,list[Factors]]:    # Q_G (m, R_G), Q_H (n, R_H), and the core (R_G, R_H) of each update as a pair, in float64
     "QR cores: ΔW = Q_G·(g·hᵀ)·Q_Hᵀ exactly for each update."
     QG, QH = Basis.of(torch.cat([f.double().B for f in thetas], -1)), Basis.of(torch.cat([f.A.double().mT for f in thetas], -1))

@@ -6,80 +6,108 @@
 __all__ = ['WIDE', 'GRADIENTS', 'FORMS', 'Sums', 'covariance', 'frequencies', 'projected_diagonal', 'projected_kronecker', 'Form',
            'Diagonals', 'Factors', 'Inputs', 'Projected']
 
-# %% ../nbs/19b_forms.ipynb #1343e7ae
+# %% ../nbs/19b_forms.ipynb #93ce8420
+from functools import reduce
+
 import torch
 from torch import Tensor
 
-from .uses import MATRIX
+from .uses import MATRIX, Use
 
-# %% ../nbs/19b_forms.ipynb #f896b16d
+# %% ../nbs/19b_forms.ipynb #0541a9df
 class Sums:
     "Running sums over samples of contributions c, with what the standard error of their mean needs."
-    def __init__(self, total=None, square=None, count=None, count2=None): self.total, self.square, self.count, self.count2 = total or {}, square or {}, count or {}, count2 or {}
+    def __init__(self, total:dict|None=None, square:dict|None=None, count:dict|None=None, count2:dict|None=None):      # by key: Σc, Σ‖c‖², Σt, Σt²; default none
+        self.total, self.square, self.count, self.count2 = total or {}, square or {}, count or {}, count2 or {}
     def add(self,
         key:str,
         c:Tensor,                    # Σ c
         square:Tensor,               # Σ ‖c‖²
-        tokens:Tensor|None=None,     # (N,) of each sample, if the mean is one over tokens
+        tokens:Tensor|None=None,     # t, (N,): of each sample, if the mean is one over tokens
     ):
         "Add the samples of a batch."
         t = None if tokens is None else tokens.double()
         for d, v in ((self.total, c), (self.square, square.double()), *(() if t is None else ((self.count, t.sum()), (self.count2, t.pow(2).sum())))):
             if key in d: d[key] += v
             else: d[key] = v
-    def mean(self, key:str, n:int)->Tensor: return self.total[key]/(self.count[key].clamp(min=1).to(self.total[key].dtype) if key in self.count else n)
-    def error(self, key:str, n:int)->float|None:
+    def mean(self, key:str, n:int)->Tensor:
+        "Σc/n, or Σc/Σt where tokens are counted."
+        return self.total[key]/(self.count[key].clamp(min=1).to(self.total[key].dtype) if key in self.count else n)
+    def error(self, key:str, n:int)->float|None:     # None: unknown, for fewer than two samples or a mean of zero
         "Relative standard error of the mean of n samples, in the Frobenius norm."
         m2 = float(self.total[key].double().div(n).pow(2).sum())
         if n < 2 or not m2: return None
         r = float(n*self.count2[key]/self.count[key]**2) if key in self.count else 1.0
         return (max(float(self.square[key])/n - r*m2, 0)/(n - 1)/m2)**.5
 
-# %% ../nbs/19b_forms.ipynb #47cdc7a8
+# %% ../nbs/19b_forms.ipynb #b648ffa7
 WIDE = 8192                      # features; a wider side of a layer has a diagonal factor
 GRADIENTS = 1 << 24              # numbers of per-sample gradients in memory at a time
 
-def covariance(rows:Tensor)->tuple[Tensor,Tensor]:     # rows: (N, t, f); Σ (f, f), or (f,) if it is wide; Σ‖c‖² over samples
+def covariance(
+    rows:Tensor,                 # (N, t, f)
+)->tuple[Tensor,Tensor]:         # Σ (f, f), or its diagonal (f,) if f > `WIDE`; Σ‖c‖² over samples, float64
     "Σ over samples and tokens of the outer products of rows."
     if rows.shape[2] > WIDE: each = rows.pow(2).sum(1); return each.sum(0), each.pow(2).sum(dtype=torch.float64)
     X = rows.reshape(-1, rows.shape[2])
     if rows.shape[1] <= rows.shape[2]: return X.T @ X, (rows @ rows.mT).pow(2).sum(dtype=torch.float64)
-    each = [r.T @ r for r in rows]
-    return sum(each), sum(c.pow(2).sum(dtype=torch.float64) for c in each)
+    total, square = rows.new_zeros(rows.shape[2], rows.shape[2]), torch.zeros((), dtype=torch.float64, device=rows.device)
+    for r in rows: c = r.T @ r; total += c; square += c.pow(2).sum(dtype=torch.float64)
+    return total, square
 
-def frequencies(ids:Tensor, keep:Tensor, size:int, dtype)->tuple[Tensor,Tensor]:     # ids, keep: (N, t); (size,); Σ‖c‖²
+def frequencies(
+    ids:Tensor, keep:Tensor,     # (N, t); (N, t) bool
+    size:int, dtype:torch.dtype, # of the vocabulary; of the counts
+)->tuple[Tensor,Tensor]:         # Σ (size,); Σ‖c‖² over samples, float64
     "How often each id is looked up."
     same = (ids[:, :, None] == ids[:, None]) & keep[:, :, None] & keep[:, None]
     return torch.bincount(ids[keep], minlength=size).to(dtype), same.sum(dtype=torch.float64)
 
-# %% ../nbs/19b_forms.ipynb #d521cbe2
-def projected_diagonal(V:Tensor, U:Tensor, W:Tensor)->Tensor:    # V: (m, n); U: (m, p); W: (n, p); (p, p)
+# %% ../nbs/19b_forms.ipynb #d7c6f055
+def projected_diagonal(
+    V:Tensor,                    # (m, n), >= 0: one number an entry
+    U:Tensor, W:Tensor,          # (m, p), (n, p): the basis u_i w_iᵀ
+)->Tensor:                       # (p, p)
     "(u_i∘u_j)ᵀ V (w_i∘w_j): a diagonal metric in the basis u_i w_iᵀ (EpiMer, arXiv 2605.26693)."
     H = V.new_zeros(U.shape[1], U.shape[1])
     for i in range(len(H)): H[i, i:] = ((V.mT @ (U[:, i:]*U[:, i:i + 1]))*(W[:, i:]*W[:, i:i + 1])).sum(0)
     return H + H.triu(1).mT
 
-def projected_kronecker(L:Tensor|None, R:Tensor|None, U:Tensor, W:Tensor)->Tensor:      # L: (m, m), (m,); R: (n, n), (n,); (p, p)
+def projected_kronecker(
+    L:Tensor|None, R:Tensor|None,      # (m, m) or (m,); (n, n) or (n,)
+    U:Tensor, W:Tensor,                # (m, p), (n, p): the basis u_i w_iᵀ
+)->Tensor:                             # (p, p)
     "(UᵀLU)∘(WᵀRW): a Kronecker metric in the basis u_i w_iᵀ; a vector is a diagonal, None the identity."
     def side(M, B): return B.mT @ (B if M is None else M[:, None]*B if M.dim() == 1 else M @ B)
     return side(L, U)*side(R, W)
 
-# %% ../nbs/19b_forms.ipynb #fdcc5847
+# %% ../nbs/19b_forms.ipynb #c4dde95f
 class Form:
     "What all forms share: `sums`, and the names under which they are read."
-    parts = ("",)
-    def __init__(self, dtypes:dict, basis:dict|None=None): self.dtypes, self.basis, self.sums, self.diagonal = dtypes, basis, Sums(), set()
-    def refuses(self, p, uses)->str|None:
-        "Why this form does not hold parameter p."
+    parts:tuple[str,...] = ("",)       # endings of the names of its tensors
+    def __init__(self,
+        dtypes:dict[str,torch.dtype],                        # parameter → dtype of its sums
+        basis:dict[str,tuple[Tensor,Tensor]]|None=None,      # parameter → (U, V), for `Projected`
+    ):
+        self.dtypes, self.basis, self.sums = dtypes, basis or {}, Sums()
+        self.diagonal:set[str] = set()                       # tensors that are diagonals since their side is wide
+    def __call__(self, p:str, uses:list[tuple[str,Use]]):
+        "Add a batch's uses of parameter p, as (role, use)."
+        raise NotImplementedError
+    def refuses(self, p:str, uses:list[tuple[str,Use]])->str|None:
+        "Why this form does not hold parameter p; None if it does."
         return None if all(role == "weight" and u.kind in MATRIX for role, u in uses) else "this form is for the weights of linear layers, convolutions and embeddings"
     def begin(self, calls:dict|None=None): "Before a batch; before the first, with the uses that a rehearsal found."
-    def key(self, p, part): return p + part
+    def key(self, p:str, part:str)->str:
+        "Under which key the sums of a part are: its own name, unless it is shared."
+        return p + part
     def result(self, n:int, names:dict[str,list])->tuple[dict,dict]:      # {name: mean}, {name: relative error}
         "Means over n samples, one tensor for each key however many names read it."
         keys = {(p, s): k for p in names for s in self.parts if (k := self.key(p, s)) in self.sums.total}
         means = {k: self.sums.mean(k, n) for k in dict.fromkeys(keys.values())}
         errors = {p: [self.sums.error(k, n) for (q, _), k in keys.items() if q == p] for p, _ in keys}
-        return {m + s: means[k] for (p, s), k in keys.items() for m in names[p]}, {m: None if None in e else sum(x*x for x in e)**.5 for p, e in errors.items() for m in names[p]}
+        def both(e): return None if None in e else sum(x*x for x in e)**.5
+        return {m + s: means[k] for (p, s), k in keys.items() for m in names[p]}, {m: both(e) for p, e in errors.items() for m in names[p]}
 
 class Diagonals(Form):
     "P: the mean square of per-sample gradients."
@@ -95,16 +123,16 @@ class Diagonals(Form):
         if lone and (d := u.back(dtype).pow(2)).shape[1] == 1:      # one token: the square of a product
             d, a = d[:, 0], u.rows(dtype)[:, 0].pow(2)
             return self.sums.add(p, a.T @ d if u.kind == "conv1d" else d.T @ a, (d.double().pow(2).sum(1)*a.double().pow(2).sum(1)).sum())
-        total, square, step = torch.zeros(shape, dtype=dtype, device=u.d.device), 0, max(1, GRADIENTS//shape.numel())
+        total, square, step = torch.zeros(shape, dtype=dtype, device=u.delta().device), torch.zeros((), dtype=torch.float64, device=u.delta().device), max(1, GRADIENTS//shape.numel())
         for i in range(0, u.n, step):
             g = uses[0][1].gradient(role, dtype, i, i + step)
             for r, v in uses[1:]: g = g + v.gradient(r, dtype, i, i + step)
-            g2 = g.pow(2); total += g2.sum(0); square = square + g2.pow_(2).sum(dtype=torch.float64)
+            g2 = g.pow(2); total += g2.sum(0); square += g2.pow_(2).sum(dtype=torch.float64)
         self.sums.add(p, total, square)
 
 class Factors(Form):
     "P.left and P.right: the second moments of what went in and of what came back, as they act on the rows and columns of P."
-    parts, back = (".left", ".right"), True
+    parts, back = (".left", ".right"), True      # the names of both; whether what came back is collected too
     def refuses(self, p, uses):
         kinds = sorted({u.kind for _, u in uses})
         return super().refuses(p, uses) or (f"it is shared by layers of different kinds ({', '.join(kinds)}), whose factors are of different spaces" if len(kinds) > 1 else None)
@@ -139,10 +167,11 @@ class Projected(Form):
     "P.projected: the second moment of per-sample gradients in a basis {P: (U (m, p), V (n, p))}."
     parts = (".projected",)
     def __call__(self, p, uses):
-        (U, V), g, dtype = self.basis[p], 0, self.dtypes[p]
-        for _, u in uses:
+        (U, V), dtype = self.basis[p], self.dtypes[p]
+        def coordinates(u):      # (N, p)
             d = u.back(dtype) @ (V if u.kind in ("conv1d", "embedding") else U)
-            g = g + (d*(U[u.ids()] if u.kind == "embedding" else u.rows(dtype) @ (U if u.kind == "conv1d" else V))).sum(1)
+            return (d*(U[u.ids()] if u.kind == "embedding" else u.rows(dtype) @ (U if u.kind == "conv1d" else V))).sum(1)
+        g = reduce(torch.add, (coordinates(u) for _, u in uses))
         self.sums.add(p + ".projected", g.mT @ g, g.pow(2).sum(1).pow(2).sum(dtype=torch.float64))
 
-FORMS = {"diagonal": Diagonals, "kronecker": Factors, "inputs": Inputs, "projected": Projected}
+FORMS:dict[str,type[Form]] = {"diagonal": Diagonals, "kronecker": Factors, "inputs": Inputs, "projected": Projected}      # form= of `curvature`

@@ -5,48 +5,53 @@
 # %% auto #0
 __all__ = ['Point', 'Geometry', 'Euclidean']
 
-# %% ../nbs/01_geometry.ipynb #0ce9442c
+# %% ../nbs/01_geometry.ipynb #14982bc8
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import reduce
+from typing import Any
 
+import torch
 from torch import Tensor
 
-# %% ../nbs/01_geometry.ipynb #f9291fa4
+# %% ../nbs/01_geometry.ipynb #6fcaaeca
 @dataclass(frozen=True)
 class Point:
     "One model in coordinates, and the metric that it brings."
-    x: Tensor        # coordinates
-    G: Any = 1.0     # positive semi-definite metric on tangents: float, tensor (a diagonal), or anything of `metrics`
+    x: Tensor        # coordinates, of any shape that the geometry chooses
+    G: Any = 1.0     # positive semi-definite metric on tangents, in loss per squared unit: float, tensor (a diagonal), or anything of `metrics`; default: the geometry's own
 
-# %% ../nbs/01_geometry.ipynb #a1588767
+# %% ../nbs/01_geometry.ipynb #c3aa98f8
 @dataclass(frozen=True)
 class Geometry(ABC):
     "Where models are, and how to go from one to another. Subclasses are frozen, stateless and final."
-    separable: ClassVar[bool] = False      # d² is a sum over coordinates: any cut of a tensor may be merged on its own
-    factors: ClassVar[bool] = False        # its chart reads low-rank pairs (`Factors`), not tensors
-    curved: ClassVar[bool] = False         # its point is the metrics: a tensor for which there are none is merged as in flat space
-    differences: ClassVar[bool] = False    # it adds what models changed, and needs the base from which they did
-    keeps_rank: ClassVar[bool] = False     # a mean of low-rank updates has their rank, and not the sum of their ranks
-    batched: ClassVar[bool] = False        # its points may have one more dimension in front, which counts problems of one shape
-    radius: ClassVar[float|None] = math.inf   # if every model is closer to a stationary point than this, that point is the mean; None: not known
-    laws_waived: ClassVar[tuple] = ()      # numbers of the laws (`check_geometry`) that this method breaks by design
+    separable = False    # d² is a sum over coordinates: any cut of a tensor may be merged on its own
+    factors = False      # its chart reads low-rank pairs (`Factors`), not tensors
+    curved = False       # its point is the metrics: a tensor for which there are none is merged as in flat space
+    differences = False  # it adds what models changed, and needs the base from which they did
+    keeps_rank = False   # a mean of low-rank updates has their rank, and not the sum of their ranks
+    batched = False      # its points may have one more dimension in front, which counts problems of one shape
+    radius = math.inf    # float | None: if every model is closer to a stationary point than this, that point is the mean; None: not known
+    laws_waived = ()     # tuple[int, ...]: the laws (`check_geometry`) that this method breaks by design
 
     @abstractmethod
     def chart(self,
-        thetas,                            # T tensors of one shape, or a `Stack` of them that is still on disk
-        Gs=None,                           # T metrics; default 1.0
-    )->tuple[list[Point],Callable]: ...    # all points at once (a chart may depend on all models), and the way back: point → tensor
+        thetas:Sequence[Any],              # T tensors of one shape, or a `Stack` of them that is still on disk; T `Factors` if `factors`
+        Gs:Sequence[Any]|None=None,        # T metrics, for the tensors as they are; default 1.0
+    )->tuple[list[Point],Callable[[Tensor],Any]]:      # points of one shape, one or several for each model; and the way back: coordinates → tensor (or `Factors`) like the thetas
+        "All models at once in coordinates, and the way back; `ValueError` for metrics that the coordinates cannot carry."
     @abstractmethod
-    def log(self, m:Tensor, x:Tensor)->Tensor: ...   # tangent at m that points to x, as long as the distance; NaN where no shortest path exists
+    def log(self, m:Tensor, x:Tensor)->Tensor:
+        "The tangent at m that points to x along the shortest path, as long as the path; NaN where there is no single one."
     @abstractmethod
-    def exp(self, m:Tensor, v:Tensor)->Tensor: ...   # the point that the tangent v at m leads to
-    def start(self, points:list[Point], ws:list[float])->Tensor:
-        "Where the solver begins: one step towards the mean from the heaviest model."
+    def exp(self, m:Tensor, v:Tensor)->Tensor:
+        "The point to which the tangent v at m leads: `exp(m, log(m, x))` is x."
+    def start(self, points:Sequence[Point], ws:Sequence[float])->Tensor:
+        "Where the solver begins: one step towards the mean from the heaviest model; ws sum to 1."
         m = points[max(range(len(ws)), key=ws.__getitem__)].x
-        return self.exp(m, sum(w*self.log(m, p.x).nan_to_num(0) for p, w in zip(points, ws)))
+        return self.exp(m, reduce(torch.add, (w*self.log(m, p.x).nan_to_num(0) for p, w in zip(points, ws))))
 
 # %% ../nbs/01_geometry.ipynb #440d81fd
 @dataclass(frozen=True)

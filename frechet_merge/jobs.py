@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['Job', 'Plan', 'Merged', 'as_dtype', 'overflow', 'bar', 'report', 'carry_out']
 
-# %% ../nbs/11_jobs.ipynb #eaf31cb1
+# %% ../nbs/11_jobs.ipynb #3d3526e8
 import errno
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,47 +24,57 @@ from .mean import ConvergenceWarning, Mean
 from .output import staged
 from .shards import ShardWriter
 
-# %% ../nbs/11_jobs.ipynb #d1b41018
+# %% ../nbs/11_jobs.ipynb #81453b46
 @dataclass
 class Job:
     "A piece of a merge that can be done on its own."
     size: int          # numbers that it goes through; the largest go first, so that no thread is left alone with one
-    do: Callable       # write(name, start, flat values) → {block name: Mean}
+    do: Callable[[Callable],dict[str,Mean]]     # write(name, start, flat values) → {block name: Mean}
 
 @dataclass
 class Plan:
     "All that a merge will do."
     layout: dict[str, tuple]             # tensor name → (shape, dtype), in the order of the file
-    jobs: list[Job]
+    jobs: list[Job]                      # independent of each other
     tied: dict[str, str]                 # further name → name in `layout`
     names: list[str]                     # of the blocks that have a mean, in order
     config: dict | None = None           # adapter_config.json, if an adapter is written
-    allow_nonfinite: bool = False
+    allow_nonfinite: bool = False        # a NaN is written where an input has one
     @property
-    def nbytes(self)->int: return sum(torch.Size(s).numel()*d.itemsize for s, d in self.layout.values())
+    def nbytes(self)->int:
+        "Bytes of the tensors that will be written."
+        return sum(torch.Size(s).numel()*d.itemsize for s, d in self.layout.values())
 
 @dataclass
 class Merged:
     "What a merge made."
     tensors: Mapping[str, Tensor]       # a `Checkpoint`, read from `out` on look-up, or in memory
     means: dict[str, Mean]              # per floating-point tensor, or per adapted layer
-    out: Path | None = None
+    out: Path | None = None             # the folder; None: in memory
 
-# %% ../nbs/11_jobs.ipynb #6dca1103
-def as_dtype(dtype)->torch.dtype|None:
+# %% ../nbs/11_jobs.ipynb #56da108f
+def as_dtype(
+    dtype:str|torch.dtype|None,    # or its name: bf16, fp16, fp32, fp64, or torch's
+)->torch.dtype|None:               # None stays None
+    "A floating-point dtype by its name; `ValueError` if there is none of that name."
     if dtype is None or isinstance(dtype, torch.dtype): return dtype
     found = getattr(torch, {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}.get(dtype, dtype), None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point: raise ValueError(f"no floating-point dtype is called {dtype!r}: use bf16, fp16, fp32 or fp64.")
     return found
 
-def overflow(name, x, y, allowed):
-    "Raise if y, which is x in the dtype that is written, has an infinity where x has none, or x has one of its own."
+def overflow(
+    name:str,        # of the tensor, for the message
+    x:Tensor,        # what was computed
+    y:Tensor,        # what is written: x, cast
+    allowed:bool,    # whether x may have NaNs
+)->None:
+    "`MergeError` if y has values that are not finite, other than where x has NaNs that it may have."
     bad = ~y.isfinite() & ~(x.isnan() if allowed else torch.zeros_like(x, dtype=torch.bool))
     if bad.any(): raise MergeError(f"tensor {name!r} would be written with {int(bad.sum())} values that {str(y.dtype).removeprefix('torch.')} cannot hold, the first of them {float(x[bad][0]):.4g}.\nWrite a wider dtype (bf16 or fp32), or lower the scale.")
 
-# %% ../nbs/11_jobs.ipynb #bf46c3e4
+# %% ../nbs/11_jobs.ipynb #7ff14b02
 @contextmanager
-def _mapper(executor):
+def _mapper(executor)->Iterator[Callable]:
     "executor → a map over blocks."
     import resource
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)     # models × shards descriptors are open at once
@@ -86,27 +97,34 @@ class _Memory(dict):
     def close(self): pass
 
 @contextmanager
-def bar(what:str, total:int, show:bool):
-    "A progress bar over parameters, or none: yields the function that advances it."
+def bar(
+    what:str,      # is being done
+    total:int,     # parameters
+    show:bool,     # False: no bar
+)->Iterator[Callable[[int],Any]]:
+    "A progress bar over parameters on stderr, or none: yields the function that advances it."
     if not show: yield lambda n: None; return
     from tqdm import tqdm
     with tqdm(total=total, unit="param", unit_scale=True, desc=what, leave=False) as b: yield b.update
 
-def report(means:dict[str,Mean], total:int):
-    "One warning for all means that have a problem."
+def report(
+    means:dict[str,Mean],    # by name
+    total:int,               # how many there are in all
+)->None:
+    "One `ConvergenceWarning` for all means that have a problem."
     bad = {n: m.problem for n, m in means.items() if m.problem}
     if bad: warnings.warn(f"{len(bad)} of {total} means need a look: " + "; ".join(f"{n} {p}" for n, p in list(bad.items())[:3]) + (" …" if len(bad) > 3 else ""), ConvergenceWarning, stacklevel=3)
 
-# %% ../nbs/11_jobs.ipynb #bee62752
+# %% ../nbs/11_jobs.ipynb #46798222
 def carry_out(
     plan:Plan,
-    out=None,                       # folder to write; None: tensors in memory
-    dress:Callable=lambda part: None,   # called with the new folder, to write what is not a tensor
-    executor="threads",
-    shard_size:int=5*10**9,         # bytes; adapters are one file
-    progress:bool=False,
+    out:str|os.PathLike|None=None,                  # folder to write; None: tensors in memory
+    dress:Callable[[Path],Any]=lambda part: None,   # called with the new folder, to write what is not a tensor
+    executor:str|Callable="threads",                # "threads" | "serial", or a function like `map`
+    shard_size:int=5*10**9,                         # bytes; adapters are one file
+    progress:bool=False,                            # a bar on stderr
 )->Merged:
-    "Do the jobs of a plan. Nothing appears at `out` unless all of it does."
+    "Do the jobs of a plan; `MergeError` if the disk is full or a number does not fit, and then nothing appears at `out`."
     def run(sink):
         def write(name, i, x):
             y = x.to(plan.layout[name][1])

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['LAWS', 'mean_of', 'check_geometry']
 
-# %% ../nbs/05_laws.ipynb #dd9dd961
-from collections.abc import Callable
+# %% ../nbs/05_laws.ipynb #5ab0e1b8
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,20 +16,20 @@ from .geometry import Geometry
 from .mean import Mean, _of_points, _pulls, frechet_mean
 from .metrics import as_metric
 
-# %% ../nbs/05_laws.ipynb #ec44df9c
+# %% ../nbs/05_laws.ipynb #9f7680da
 def mean_of(
     g:Geometry,
-    thetas,          # T tensors of one shape
-    ws=None,         # T weights; default equal
-    Gs=None,         # T metrics; default 1.0
-    **solver,        # to `frechet_mean`
-)->tuple[Tensor,Mean]:
-    "Chart, mean, and back: the merged tensor and what is known about it."
+    thetas:Sequence[Any],              # T tensors of one shape; `Factors` if the geometry reads them
+    ws:Sequence[float]|None=None,      # T weights; default equal
+    Gs:Sequence[Any]|None=None,        # T metrics; default 1.0
+    *, tol:float=1e-10, maxiter:int=500, warn:bool=True,     # as in `frechet_mean`
+)->tuple[Any,Mean]:                    # like the thetas; and the report
+    "Chart, mean, and back: the merged tensor and what is known about it; `ValueError` as from `frechet_mean`."
     points, lift = g.chart(thetas, Gs)
-    mean = frechet_mean(g, points, ws, **solver)
+    mean = frechet_mean(g, points, ws, tol, maxiter, warn)
     return lift(mean.x), mean
 
-# %% ../nbs/05_laws.ipynb #467de529
+# %% ../nbs/05_laws.ipynb #9926707d
 def _errors(g, thetas, ws, Gs, act, same):
     T, Gs = len(thetas), Gs or [1.0]*len(thetas)
     scale = float(max(same(t).double().norm() for t in thetas)) or 1.0
@@ -61,22 +62,22 @@ def _derivative(g, points, ws):
     at = _pulls(g, m, points, Gs, ws)
     F = [_pulls(g, g.exp(m, s*h*u), points, Gs, ws).var[0] for s in (1, -1)]
     unit = float(at.size[0])*float(u.norm()) or 1.0
-    return abs((F[0] - F[1])/(2*h) + 2*float((at.b*u).sum()))/unit
+    return float(abs((F[0] - F[1])/(2*h) + 2*float((at.b*u).sum()))/unit)
 
-# %% ../nbs/05_laws.ipynb #7ae693a2
+# %% ../nbs/05_laws.ipynb #18a5b90e
 LAWS = {1: "the mean is stationary", 2: "the order of the models is irrelevant", 3: "the mean of copies is the copy",
         4: "weight 2 is being listed twice", 5: "models may be replaced within their orbits", 6: "into the chart and back is the identity",
-        7: "the pull is the derivative of the variance", 8: "dtype, device and shape come back", 9: "the mean of one model is that model"}
+        7: "the pull is the derivative of the variance", 8: "dtype, device and shape come back", 9: "the mean of one model is that model"}    # number → what is true of every mean
 
 def check_geometry(
     g:Geometry,
-    thetas=None,                  # T >= 2 tensors of one shape to try it on; default: three random ones, 4×6, float64
-    ws=None,                      # their weights; default 0.5, 0.3, 0.2, ...
-    Gs=None,                      # their metrics; default none
-    act:Callable|None=None,       # theta → another tensor of its orbit, drawn anew at each call; law 5 is left out without it
-    same:Callable=lambda t: t,    # theta → what an orbit has in common, compared in laws 2 to 6 and 9
-    tol:float|None=None,          # on relative errors; default 1e-9 in float64, 1e-4 in float32 (1e-6 and 1e-2 for law 7, a finite difference)
-)->dict[int,float]:
+    thetas:Sequence[Any]|None=None,    # T >= 2 tensors of one shape to try it on; default: three random ones, 4×6, float64
+    ws:Sequence[float]|None=None,      # their weights; default 0.5, 0.3, 0.2, ...
+    Gs:Sequence[Any]|None=None,        # their metrics; default none
+    act:Callable[[Any],Any]|None=None,           # theta → another tensor of its orbit, drawn anew at each call; law 5 is left out without it
+    same:Callable[[Any],Tensor]=lambda t: t,     # theta → what an orbit has in common, compared in laws 2 to 6 and 9
+    tol:float|None=None,               # on relative errors; default 1e-9 in float64, 1e-4 in float32 (1e-6 and 1e-2 for law 7, a finite difference)
+)->dict[int,float]:                  # law → relative error
     "Hold a geometry to the laws of a mean: error per law, or `AssertionError` that names the law. Waived laws are not checked."
     if thetas is None: thetas = torch.randn(3, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).add(1).unbind()
     ws = ws or [.5, .3, .2, *[.1]*len(thetas)][:len(thetas)]

@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['HALVINGS', 'ROUNDING', 'ConvergenceWarning', 'Mean', 'normalise', 'frechet_mean', 'import_geomstats', 'Manifold']
 
-# %% ../nbs/03_mean.ipynb #6e39191e
+# %% ../nbs/03_mean.ipynb #a00a3109
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from importlib import import_module
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -18,14 +20,14 @@ from torch import Tensor
 from .geometry import Geometry, Point
 from .metrics import as_metric
 
-# %% ../nbs/03_mean.ipynb #d7d80664
+# %% ../nbs/03_mean.ipynb #de95cc43
 class ConvergenceWarning(UserWarning): "A mean did not reach its tolerance, or is not the only one."
 
 @dataclass(frozen=True)
 class Mean:
     "A Fréchet mean and what is known about it."
-    x: Tensor | None      # coordinates
-    residual: float       # ‖Σ w G log‖ / Σ‖w G log‖: 0 where all pulls cancel, 1 where they agree
+    x: Tensor | Any       # coordinates: a tensor, as the points are; None in the reports of `merge`, which do not keep them
+    residual: float       # ‖Σ w G log‖ / Σ‖w G log‖, without unit: 0 where all pulls cancel, 1 where they agree
     iterations: int       # steps tried after the first
     converged: bool       # residual <= tol, or the step was below the resolution of the dtype
     variance: float       # Σ w d², in the units of the metric: how far the models are from agreeing
@@ -39,8 +41,8 @@ class Mean:
         if not self.converged: return f"did not converge: residual {self.residual:.1e} after {self.iterations} iterations"
         return "" if self.unique else "may not be the only mean: some models are too far apart for this geometry"
 
-# %% ../nbs/03_mean.ipynb #276525a6
-def normalise(ws, T:int)->list[float]:
+# %% ../nbs/03_mean.ipynb #ca1439c2
+def normalise(ws:Sequence[float]|None, T:int)->list[float]:
     "Weights that sum to 1; `ValueError` unless there are T of them, finite, none negative, with a positive sum."
     ws = [1.0]*T if ws is None else [float(w) for w in ws]
     if len(ws) != T: raise ValueError(f"{len(ws)} weights {ws} for {T} models: give one per model.")
@@ -60,7 +62,7 @@ def _dot(u, v, N): return (torch.dot(u.flatten(), v.flatten())[None] if N == 1 e
 @dataclass
 class _At:
     "What the models do at a point, for each of N problems: the pull b = Σ w G v and Σ w G; sums over models as arrays of N."
-    b: Tensor; A: Any
+    b: Any; A: Any
     size: np.ndarray; reach: np.ndarray; var: np.ndarray; far: np.ndarray; lost: np.ndarray    # Σ‖w G v‖, Σ w‖v‖, Σ w⟨v, G v⟩, max ⟨v, G v⟩, models with no path
 
 def _pulls(g, m, points, Gs, ws, N=1)->_At:
@@ -77,7 +79,7 @@ def _pulls(g, m, points, Gs, ws, N=1)->_At:
         at.size += w*(n if Gv is v else _length(Gv, N)); at.reach += w*n; at.var += w*d2; at.far = np.maximum(at.far, d2)
     return at
 
-# %% ../nbs/03_mean.ipynb #f87f9064
+# %% ../nbs/03_mean.ipynb #64fa3ddc
 HALVINGS = 30    # of a step, before a point is taken as the best that can be reached
 ROUNDING = 64    # eps of the dtype: a residual that is left to rounding
 
@@ -85,11 +87,11 @@ def _solve(g, points, ws, tol, maxiter, N)->tuple[Tensor,list[Mean]]:
     ws, Gs, k = _of_points(ws, points), [as_metric(p.G) for p in points], 0
     m = g.start(points, ws)
     at, stuck, eps = _pulls(g, m, points, Gs, ws, N), np.zeros(N, bool), torch.finfo(m.dtype).eps
-    tol, most, before = max(tol, ROUNDING*eps), at.size, np.full(N, np.inf)
+    tol, most, stiff, before = max(tol, ROUNDING*eps), at.size, np.zeros(N), np.full(N, np.inf)
     while True:
         residual = np.divide(_length(at.b, N), at.size, out=np.zeros(N), where=at.size > 0)
-        most = np.maximum(most, at.size)
-        rounding = (at.size <= ROUNDING*eps*most) | (residual <= ROUNDING**2*eps) & (residual > before/2)      # pulls that are rounding have no direction, and steps that are do not help
+        most, stiff = np.maximum(most, at.size), np.maximum(stiff, np.divide(at.size, at.reach, out=np.zeros(N), where=at.reach > 0))
+        rounding = (at.size <= ROUNDING*eps*np.maximum(most, stiff*at.reach)) | (at.reach <= ROUNDING*eps*_length(m, N)) | (residual <= ROUNDING**2*eps) & (residual > before/2)      # pulls that are rounding have no direction, and steps that are do not help
         if (done := (residual <= tol) | rounding).all(): break
         step = at.A.solve(at.b)
         done |= _length(step, N) <= eps*(_length(m, N) + at.reach)
@@ -108,45 +110,52 @@ def _solve(g, points, ws, tol, maxiter, N)->tuple[Tensor,list[Mean]]:
     return m, [Mean(None, *row) for row in zip(residual.tolist(), [k]*N, done.tolist(), at.var.tolist(),
                ((at.lost == 0) & (g.radius is None or np.sqrt(at.far) < g.radius)).tolist(), at.lost.astype(int).tolist())]
 
+# %% ../nbs/03_mean.ipynb #f745252c
+@overload
+def frechet_mean(g:Geometry, points:Sequence[Point], ws:Sequence[float]|None=None, tol:float=..., maxiter:int=..., warn:bool=..., batch:None=None)->Mean: ...
+@overload
+def frechet_mean(g:Geometry, points:Sequence[Point], ws:Sequence[float]|None=None, tol:float=..., maxiter:int=..., warn:bool=..., *, batch:int)->list[Mean]: ...
+
+# %% ../nbs/03_mean.ipynb #23274c7c
 def frechet_mean(
-    g:Geometry,
-    points:list[Point],     # all of one shape: one for each model, or several
-    ws=None,                # T weights >= 0; default equal
-    tol:float=1e-10,        # on the residual
-    maxiter:int=500,
-    warn:bool=True,         # a `ConvergenceWarning` if the result has a `problem`
-    batch:int|None=None,    # N: the first dimension of every point counts N problems
-)->Mean|list[Mean]:
-    "The point at which the weighted squared distance to `points` is stationary (Karcher 1977); with `batch`, one for each problem."
+    g:Geometry,                         # gives log and exp; with `batch`, one that is `batched`
+    points:Sequence[Point],             # all of one shape: one for each model, or several (all the first ones first)
+    ws:Sequence[float]|None=None,       # T weights >= 0, of any sum; default equal
+    tol:float=1e-10,                    # on the residual, without unit; 64 eps of the dtype if that is more
+    maxiter:int=500,                    # steps tried, halved ones too
+    warn:bool=True,                     # a `ConvergenceWarning` if the result has a `problem`
+    batch:int|None=None,                # N: the first dimension of every point counts N problems
+)->Mean|list[Mean]:                     # with `batch`, one for each problem
+    "The point at which the weighted squared distance to `points` is stationary (Karcher 1977); `ValueError` for weights or metrics that have no mean."
     x, found = _solve(g, points, ws, tol, maxiter, batch or 1)
     found = [replace(f, x=y) for f, y in zip(found, x if batch else [x])]
     for f in found:
         if warn and f.problem: warnings.warn(f"the mean {f.problem}", ConvergenceWarning, stacklevel=2)
     return found if batch else found[0]
 
-# %% ../nbs/03_mean.ipynb #fc2dd1e7
-def import_geomstats():
-    "geomstats with its NumPy backend; loaded on first use, since it is slow to import."
-    import numpy as np
+# %% ../nbs/03_mean.ipynb #374ed767
+def import_geomstats()->Any:    # the module
+    "geomstats with its NumPy backend, loaded on first use, since it is slow to import; `ImportError` if it runs on another one."
     shim = not hasattr(np, "trapz")
     if shim: np.trapz = np.trapezoid
     try:
-        import geomstats.backend
-        if not isinstance(geomstats.backend.array([1.0]), np.ndarray): raise ImportError("GEOMSTATS_BACKEND is set to another backend than numpy: unset it.")
+        geomstats, backend = import_module("geomstats"), import_module("geomstats.backend")
+        if not isinstance(backend.array([1.0]), np.ndarray): raise ImportError("GEOMSTATS_BACKEND is set to another backend than numpy: unset it.")
         return geomstats
     finally:
         if shim: del np.trapz
 
 @dataclass(frozen=True)
 class Manifold(Geometry):
-    "A geomstats space as a geometry: points are its points, in float64."
-    space: Any                                               # with .metric.log and .metric.exp
-    radius: float = field(default=math.inf, kw_only=True)    # within which the mean is unique; geomstats does not say
+    "A geomstats space as a geometry: points are its points, in float64, one at a time on the CPU."
+    space: Any                                               # with .to_tangent and a Riemannian .metric: log, exp, inner_product
+    radius: float = field(default=math.inf, kw_only=True)    # in units of the distance: within it the mean is unique; geomstats does not say
     def chart(self, thetas, Gs=None):
         return [Point(t.double(), G) for t, G in zip(thetas, Gs or [1.0]*len(thetas))], lambda m: m.to(thetas[0].dtype)
-    def frame(self, m):
+    def frame(self,
+        m:np.ndarray,                    # a point, n numbers in whatever shape
+    )->tuple[np.ndarray,np.ndarray]:     # both (dim, n)
         "Rows: an orthonormal basis of the tangent space at m, and the covectors that read its coordinates."
-        import numpy as np
         E = self.space.to_tangent(np.eye(m.size).reshape(m.size, *m.shape), m)
         K = np.stack([self.space.metric.inner_product(E, e, m) for e in E])
         lam, V = np.linalg.eigh(K)

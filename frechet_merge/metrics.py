@@ -6,38 +6,41 @@
 __all__ = ['SOLVED', 'NULL', 'STEPS', 'NEGATIVE', 'Diagonal', 'SolveWarning', 'Operator', 'Dense', 'Kronecker', 'as_metric',
            'numbers', 'normalised', 'damped', 'MetricWarning', 'clipped']
 
-# %% ../nbs/02_metrics.ipynb #ed11ae59
+# %% ../nbs/02_metrics.ipynb #945ac1be
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-# %% ../nbs/02_metrics.ipynb #8c5d08d2
+# %% ../nbs/02_metrics.ipynb #3c170e8c
 @dataclass(frozen=True)
 class Diagonal:
     "The metric ⟨v, d∘v⟩; `d` is a number or a tensor of the shape of the tangents, >= 0, in loss per squared unit."
-    d: float | Tensor
-    diag = property(lambda self: self.d)
+    d: float | Tensor                       # in loss per squared unit
+    diag = property(lambda self: self.d)    # what preconditions a sum
     def __matmul__(self, v:Tensor)->Tensor: return v if isinstance(self.d, float) and self.d == 1 else self.d*v
     def __add__(self, other): return Diagonal(self.d + other.d) if isinstance(other, Diagonal) else NotImplemented
     def __rmul__(self, w:float)->"Diagonal": return Diagonal(w*self.d)
     def solve(self, b:Tensor)->Tensor:
-        "d⁺∘b: the least step whose image is b; zero where no model knows anything."
+        "d⁺∘b, of the shape of b: the least step whose image is b; zero where no model knows anything."
         d = self.d
         if not isinstance(d, Tensor): return b/d if d > 0 else torch.zeros_like(b)
         return torch.where(d > 0, b/torch.where(d > 0, d, 1), 0)
     @property
-    def unit(self)->float: return float(self.d.double().mean()) if isinstance(self.d, Tensor) else self.d    # the mean eigenvalue
+    def unit(self)->float:
+        "The mean eigenvalue."
+        return float(self.d.double().mean()) if isinstance(self.d, Tensor) else self.d
 
-# %% ../nbs/02_metrics.ipynb #8b5334a6
+# %% ../nbs/02_metrics.ipynb #983666f5
 class SolveWarning(UserWarning): "A sum of metrics was not inverted to its tolerance."
 
 SOLVED = 16      # eps of the dtype: the residual relative to ‖b‖ at which a step is taken as found
 NULL = 100       # eps of the dtype: curvature relative to the largest seen, below which a direction is one that no metric knows
 STEPS = 2000     # of conjugate residuals, before they warn
-NEGATIVE = "a sum of metrics is not positive semi-definite: it has a direction of negative curvature, in which there is no mean. Clip the negative eigenvalues, or add damping."
+NEGATIVE = "a sum of metrics is not positive semi-definite: it has a direction of negative curvature, in which there is no mean. Clip the negative eigenvalues, or add damping."    # the `ValueError` of every `solve`
 
 @dataclass(frozen=True)
 class Operator:
@@ -51,7 +54,7 @@ class Operator:
     __radd__ = __add__
     def __rmul__(self, w:float)->"Operator": return Operator(lambda v: w*self.mv(v), w*self.diag, self.lead)
     def solve(self, b:Tensor)->Tensor:
-        "G⁺b, the least step (measured by `diag`) whose image is b, by conjugate residuals from zero (Stiefel 1955)."
+        "G⁺b, the least step (measured by `diag`) whose image is b, by conjugate residuals from zero (Stiefel 1955); `SolveWarning` if they do not end, `ValueError` for negative curvature."
         eps, dims = torch.finfo(b.dtype).eps, tuple(range(self.lead, b.dim()))
         def dot(u, v): return (u*v).sum(dims, keepdim=True)
         def ratio(a, b): return torch.where(b > 0, a/torch.where(b > 0, b, 1), 0)
@@ -75,7 +78,7 @@ class Operator:
         warnings.warn(f"a sum of metrics was inverted to a relative residual of {float(ratio(dot(r, r), dot(b, b)).max().sqrt()):.0e} only, in {STEPS} steps: it is ill-conditioned. Add damping, or give the metrics their diagonals.", SolveWarning, stacklevel=2)
         return unit*x
 
-# %% ../nbs/02_metrics.ipynb #c9783ff4
+# %% ../nbs/02_metrics.ipynb #a0825e8b
 def _inverse(lam:Tensor, top=None)->Tensor:
     "1/λ, and 0 where λ is 0 up to rounding; `ValueError` if it is negative."
     top = lam.abs().max() if top is None else top
@@ -87,8 +90,8 @@ def _inverse(lam:Tensor, top=None)->Tensor:
 class Dense:
     "The metric ⟨v, M·v⟩ of tangents of n numbers."
     M: Tensor     # (n, n), symmetric, positive semi-definite; in loss per squared unit
-    diag = property(lambda self: self.M.diagonal())
-    unit = property(lambda self: float(self.M.diagonal().double().mean()))
+    diag = property(lambda self: self.M.diagonal())                           # what preconditions a sum
+    unit = property(lambda self: float(self.M.diagonal().double().mean()))    # the mean eigenvalue
     def __matmul__(self, v:Tensor)->Tensor: return (self.M.to(v.dtype) @ v.flatten()).view_as(v)
     def __add__(self, other):
         if isinstance(other, Dense): return Dense(self.M + other.M)
@@ -97,7 +100,7 @@ class Dense:
     __radd__ = __add__
     def __rmul__(self, w:float)->"Dense": return Dense(w*self.M)
     def solve(self, b:Tensor)->Tensor:
-        "M⁺b, by Cholesky; by eigenvalues if M is singular."
+        "M⁺b, by Cholesky; by eigenvalues if M is singular; `ValueError` for negative curvature."
         M = self.M.to(b.dtype)
         C, failed = torch.linalg.cholesky_ex(M)
         pivots = C.diagonal()
@@ -105,7 +108,7 @@ class Dense:
         lam, Q = torch.linalg.eigh(M)
         return (Q @ (_inverse(lam)*(Q.T @ b.flatten()))).view_as(b)
 
-# %% ../nbs/02_metrics.ipynb #8c22ea32
+# %% ../nbs/02_metrics.ipynb #cab73c48
 def _side(M, v:Tensor, side:int)->Tensor:
     "M on the rows (0) or the columns (1) of v; a vector is a diagonal, None the identity."
     if M is None: return v
@@ -121,7 +124,7 @@ def _together(M, K, like:Tensor):
     "N, m, k with NᵀMN = diag(m) and NᵀKN = diag(k), N None if it is the identity; or None if neither is safely positive definite."
     M, K = (None if X is None else X.to(like.dtype) for X in (M, K))
     if all(X is None or X.dim() == 1 for X in (M, K)): return None, *(1.0 if X is None else X for X in (M, K))
-    if M is None: return (N := _together(K, M, like))[0], N[2], N[1]
+    if M is None: lam, Q = torch.linalg.eigh(K); return Q, 1.0, lam
     if K is None: lam, Q = torch.linalg.eigh(M); return Q, lam, 1.0
     M, K = (X.diag() if X.dim() == 1 else X for X in (M, K))
     for A, B, swap in ((M, K, False), (K, M, True)):
@@ -136,7 +139,7 @@ class Kronecker:
     "The metric V ↦ Σ L·V·R + flat·V on matrices V; in loss per squared unit."
     def __init__(self,
         *pairs,             # (L, R): (m, m) or (m,), for the rows, and (n, n) or (n,), for the columns; symmetric, positive semi-definite; vectors are diagonals, None is the identity
-        flat:float=0.0,
+        flat:float=0.0,     # a multiple of the identity, added: damping or an anchor
     ):
         kept = []      # terms with one factor in common, or the identity there, are one term
         for L, R in pairs:
@@ -146,10 +149,13 @@ class Kronecker:
             else: l, r = kept[k]; kept[k] = (l, _plus(r, R)) if l is L and R is not None else (_plus(l, L), r)
         self.pairs, self.flat = tuple(kept), float(flat)
     @property
-    def diag(self):                  # (m, n), or what broadcasts to it
+    def diag(self)->Any:                  # (m, n), or what broadcasts to it
+        "The diagonal of the metric, which preconditions a sum."
         return sum(((1.0 if L is None else _read(L)[:, None])*(1.0 if R is None else _read(R)) for L, R in self.pairs), self.flat)
     @property
-    def unit(self)->float: return sum((1.0 if L is None else float(_read(L).double().mean()))*(1.0 if R is None else float(_read(R).double().mean())) for L, R in self.pairs) + self.flat
+    def unit(self)->float:
+        "The mean eigenvalue."
+        return sum((1.0 if L is None else float(_read(L).double().mean()))*(1.0 if R is None else float(_read(R).double().mean())) for L, R in self.pairs) + self.flat
     def __matmul__(self, v:Tensor)->Tensor:
         out = self.flat*v
         for L, R in self.pairs: out = out + _side(R, _side(L, v, 0), 1)
@@ -161,7 +167,7 @@ class Kronecker:
     __radd__ = __add__
     def __rmul__(self, w:float)->"Kronecker": return Kronecker(*((w*L, R) if L is not None else (None, w*R) for L, R in self.pairs), flat=w*self.flat)
     def solve(self, b:Tensor)->Tensor:
-        "The least step whose image is b: by division in the common bases of one or two terms, by conjugate residuals for more."
+        "A step whose image is b, (m, n), the least one in the bases that are used: by division in the common bases of one or two terms, by conjugate residuals for more; `ValueError` for negative curvature."
         terms = [(1.0, L, R) for L, R in self.pairs] + ([(self.flat, None, None)] if self.flat else [])
         if not terms: return torch.zeros_like(b)
         if len(terms) <= 2:
@@ -189,41 +195,46 @@ def _basis(Ms:list, others:list, like:Tensor):
         if M is not None: total = _plus(total, (1.0 if K is None else float(_read(K).double().mean()))*M.to(like.dtype))
     return torch.linalg.eigh(total)[1]
 
-# %% ../nbs/02_metrics.ipynb #3fea7688
-def as_metric(G)->Diagonal|Dense|Kronecker|Operator:
-    "A float, a tensor of diagonal entries, or a metric already; `ValueError` if it is negative or not finite."
+# %% ../nbs/02_metrics.ipynb #6ecdace9
+def as_metric(
+    G:Any,    # a number, a tensor of diagonal entries, or a metric already (anything that has `solve`)
+)->Diagonal|Dense|Kronecker|Operator:
+    "G as a metric; `ValueError` if it is negative, not finite, or none."
     if not isinstance(G, Tensor) and hasattr(G, "solve"): return G
     if not isinstance(G, (int, float, Tensor)): raise ValueError(f"a {type(G).__name__} is not a metric: pass a float or a tensor of diagonal entries.")
     low, high = (float(G), float(G)) if not isinstance(G, Tensor) else map(float, G.aminmax()) if G.numel() else (0.0, 0.0)
     if not 0 <= low <= high < float("inf"): raise ValueError(f"a metric has entries from {low:.3g} to {high:.3g}; they must be finite and >= 0. Clip it, or collect it again.")
     return Diagonal(G if isinstance(G, Tensor) else float(G))
 
-def numbers(Gs, T:int)->list[float]:
+def numbers(Gs:Sequence[Any]|None, T:int)->list[float]:
     "T metrics of one number each (default 1.0), as floats; `ValueError` if one of them prefers directions."
     Gs = [as_metric(G) for G in Gs or [1.0]*T]
     if not all(isinstance(getattr(G, "d", None), float) for G in Gs): raise ValueError("in the coordinates of this geometry a metric is one number per model, not one per parameter: use Euclidean() with these metrics.")
-    return [G.d for G in Gs]
+    return [float(G.d) for G in Gs]
 
-# %% ../nbs/02_metrics.ipynb #79f016b7
+# %% ../nbs/02_metrics.ipynb #719b7125
 def _unit(G)->float:
     if not hasattr(G, "unit"): raise ValueError("a metric that is only known by its product has no trace: normalise and damp it before it becomes an `Operator`.")
     return G.unit
 
-def normalised(Gs:list)->list:
-    "Each metric divided by its mean eigenvalue; a metric that is zero stays zero."
+def normalised(Gs:Sequence[Any])->list:
+    "Each metric divided by its mean eigenvalue; a metric that is zero stays zero; `ValueError` for an `Operator`."
     return [(1/u)*G if (u := _unit(G)) > 0 else G for G in map(as_metric, Gs)]
 
-def damped(Gs:list, mu:float)->list:
-    "Each metric plus mu times the mean eigenvalue of their average."
+def damped(
+    Gs:Sequence[Any],    # T metrics
+    mu:float,            # without unit: a share of the mean eigenvalue of their average; >= 0
+)->list:
+    "Each metric plus mu times the mean eigenvalue of their average; `ValueError` for an `Operator`, or another mu."
     if not (mu >= 0 and mu < float("inf")): raise ValueError(f"damping {mu} must be finite and >= 0.")
     Gs = [as_metric(G) for G in Gs]
     return [G + Diagonal(mu*sum(map(_unit, Gs))/len(Gs)) for G in Gs] if mu else Gs
 
-# %% ../nbs/02_metrics.ipynb #766e9f8e
+# %% ../nbs/02_metrics.ipynb #0e5ef179
 class MetricWarning(UserWarning): "A metric was not positive semi-definite, and was changed."
 
 def clipped(
-    M:Tensor,              # (n, n)
+    M:Tensor,              # (n, n), in any unit
     name:str="a metric",   # for the warning
 )->Tensor:
     "The nearest symmetric positive semi-definite matrix (Higham 1988); a `MetricWarning` says what was taken away, `ValueError` if M is not finite."

@@ -5,22 +5,26 @@
 # %% auto #0
 __all__ = ['COMPANIONS', 'staged', 'fingerprint', 'inputs', 'write_companions', 'write_card']
 
-# %% ../nbs/06_output.ipynb #c47d0148
+# %% ../nbs/06_output.ipynb #67dd556e
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .checkpoints import Checkpoint, MergeError
 
-# %% ../nbs/06_output.ipynb #14aa9586
+# %% ../nbs/06_output.ipynb #27f61a92
 @contextmanager
-def staged(out:Path):
-    "A new folder that becomes `out` on success and vanishes on failure."
+def staged(
+    out:Path,               # must not exist, or be an empty folder
+)->Iterator[Path]:          # the folder to write to
+    "A new folder that becomes `out` on success and vanishes on failure; `MergeError` if `out` is taken or another merge is writing it."
     import fcntl
     out = out.resolve()                                  # a link to a folder is that folder
     if out == Path.cwd(): raise MergeError(f"{out}: is the current folder, which cannot be replaced.\nName a folder in it.")
@@ -44,27 +48,40 @@ def staged(out:Path):
             raise
     finally: os.close(lock)
 
-# %% ../nbs/06_output.ipynb #6391e3b2
+# %% ../nbs/06_output.ipynb #81fc0553
 COMPANIONS = ("config.json", "generation_config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
-              "chat_template*", "preprocessor_config.json", "processor_config.json", "*.model", "modules.json", "sentence_*.json", "config_sentence_transformers.json")
+              "chat_template*", "preprocessor_config.json", "processor_config.json", "*.model", "modules.json", "sentence_*.json", "config_sentence_transformers.json")      # files beside the weights that a model needs
 
-def fingerprint(path:str|Path, full:bool=False)->str:
-    "sha256 of a file, exact if it is small, `full`, or named by its hash; `sampled:` otherwise."
+def fingerprint(
+    path:str|Path,
+    full:bool=False,        # read every byte of files above 64 MiB, too
+)->str:                     # "sha256:…", or "sampled:…" for a large file
+    "sha256 of a file, exact if it is small, `full`, or named by its hash; `OSError` if it cannot be read."
     real, block = os.path.realpath(path), 4096
     if len(name := os.path.basename(real)) == 64 and set(name) <= set("0123456789abcdef"): return f"sha256:{name}"
     with open(real, "rb") as f:
         size = os.fstat(f.fileno()).st_size
-        if full or size <= 64 << 20: return f"sha256:{hashlib.file_digest(f, 'sha256').hexdigest()}" if hasattr(hashlib, "file_digest") else f"sha256:{hashlib.sha256(f.read()).hexdigest()}"
+        if full or size <= 64 << 20:
+            h = hashlib.sha256()
+            while piece := f.read(1 << 20): h.update(piece)
+            return f"sha256:{h.hexdigest()}"
         h = hashlib.sha256(str(size).encode()); h.update(f.read(1 << 20))
         for k in range(128): f.seek(k*(size - block)//127); h.update(f.read(block))
     return f"sampled:{h.hexdigest()}"
 
-def inputs(c:Checkpoint, full:bool=False)->dict[str,str]:
+def inputs(
+    c:Checkpoint,
+    full:bool=False,        # as in `fingerprint`
+)->dict[str,str]:
     "File name → fingerprint of every file that a checkpoint reads."
     return {str(Path(f.parent.name)/f.name): fingerprint(f, full) for f in c.files}
 
-def write_companions(out:Path, source:Path|None, dtype:torch.dtype|None):
-    "Copy config and tokenizer files; the config says the new dtype."
+def write_companions(
+    out:Path,                   # the folder to write to
+    source:Path|None,           # the folder of a model; None: there is nothing to copy
+    dtype:torch.dtype|None,     # what the config is to say; None: what it says
+)->None:
+    "Copy config and tokenizer files."
     for f in sorted({f for p in COMPANIONS for f in source.glob(p) if f.is_file()} if source else []):
         if f.name.endswith(".index.json"): continue
         if f.name == "config.json" and dtype is not None:
@@ -73,7 +90,12 @@ def write_companions(out:Path, source:Path|None, dtype:torch.dtype|None):
         else: shutil.copyfile(f, out/f.name)
     if source and (source/"1_Pooling").is_dir(): shutil.copytree(source/"1_Pooling", out/"1_Pooling")
 
-def write_card(out:Path, title:str, recipe:dict, about:dict|None=None):
+def write_card(
+    out:Path,                           # the folder to write to
+    title:str,
+    recipe:dict[str,Any],               # what was merged, from what, and how
+    about:dict[str,Any]|None=None,      # keys of the card's head, such as `base_model`
+)->None:
     "README.md: a model card whose body is the recipe, as YAML."
     import yaml
     head = yaml.safe_dump({"library_name": "transformers", **{k: v for k, v in (about or {}).items() if v}, "tags": ["merge", "frechet_merge"]}, sort_keys=False)

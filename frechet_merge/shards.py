@@ -18,8 +18,8 @@ import torch
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
           "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool,
-          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
-CODES = {v: k for k, v in DTYPES.items()}
+          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}     # as headers name them → as torch does
+CODES = {v: k for k, v in DTYPES.items()}   # and back
 MAX_HEADER = 100 << 20  # bytes; the reference implementation's own limit
 
 
@@ -30,15 +30,19 @@ class MergeError(ValueError):
 @dataclass(frozen=True)
 class Entry:
     "Where one tensor lives: `nbytes` bytes at `offset` of `path`."
-    path: str
+    path: str      # of the file
     offset: int    # bytes from the start of the file
-    shape: tuple
-    dtype: torch.dtype
+    shape: tuple[int, ...]    # () for a scalar
+    dtype: torch.dtype        # as stored
 
     @property
-    def numel(self): return math.prod(self.shape)
+    def numel(self) -> int:
+        "The number of elements."
+        return math.prod(self.shape)
     @property
-    def nbytes(self): return self.numel * self.dtype.itemsize
+    def nbytes(self) -> int:
+        "The size in bytes."
+        return self.numel * self.dtype.itemsize
 
 
 def _unique(pairs):
@@ -85,8 +89,12 @@ def read_header(path: str | Path) -> tuple[dict[str, Entry], dict[str, str]]:
     return entries, meta
 
 
-def plan(tensors: dict[str, tuple[tuple, torch.dtype]], shard_size: int, stem="model") -> dict[str, dict]:
-    "{file name: {tensor name: (shape, dtype)}}, greedily in order; a tensor larger than `shard_size` bytes gets a shard of its own."
+def plan(
+    tensors: dict[str, tuple[tuple, torch.dtype]],   # name → (shape, dtype)
+    shard_size: int,                                 # bytes
+    stem: str = "model",                             # what file names begin with
+) -> dict[str, dict]:
+    "{file name: {tensor name: (shape, dtype)}}, greedily in order; a tensor larger than `shard_size` gets a shard of its own."
     groups, room = [{}], shard_size
     for name, (shape, dtype) in tensors.items():
         n = math.prod(shape) * dtype.itemsize
@@ -102,10 +110,18 @@ class ShardWriter:
     Construction writes the headers and reserves the disk space (so a disk that is too small says so now); `write` then
     fills any flat range of any tensor, in any order, from any thread. Memory never holds more than the range being written.
     """
-    def __init__(self, folder: Path, tensors: dict[str, tuple[tuple, torch.dtype]], shard_size: int, stem="model", metadata=None):
+    def __init__(
+        self,
+        folder: Path,                                    # must exist, without files of these names (`FileExistsError`)
+        tensors: dict[str, tuple[tuple, torch.dtype]],   # name → (shape, dtype), in the order of the file
+        shard_size: int,                                 # bytes; above it there are several files and an index
+        stem: str = "model",                             # what file names begin with
+        metadata: dict[str, str] | None = None,          # for the header of every file
+    ):
         self.entries, self.fds, files = {}, {}, plan(tensors, shard_size, stem)
         for file, group in files.items():
-            head, end = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
+            head: dict[str, dict] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+            end = 0
             for name, (shape, dtype) in group.items():
                 n = math.prod(shape) * dtype.itemsize
                 head[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [end, end + n]}; end += n
@@ -123,14 +139,15 @@ class ShardWriter:
                      "weight_map": {name: file for file, group in files.items() for name in group}}
             (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
-    def write(self, name: str, start: int, values: torch.Tensor):
+    def write(self, name: str, start: int, values: torch.Tensor) -> None:
         "Put flat `values` at element `start` of tensor `name`, cast to its dtype."
         e = self.entries[name]
-        data = memoryview(values.detach().to("cpu", e.dtype).contiguous().reshape(-1).view(torch.uint8).numpy())
+        data = values.detach().to("cpu", e.dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data
         at = e.offset + start * e.dtype.itemsize
         while data:
             done = os.pwrite(self.fds[e.path], data, at); data, at = data[done:], at + done
 
-    def close(self):
+    def close(self) -> None:
+        "Close the files; what was not written is zero."
         for fd in self.fds.values(): os.close(fd)
         self.fds = {}

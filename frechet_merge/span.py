@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['RUN', 'FAR', 'RANK_TOL', 'Stack', 'gram', 'coordinates', 'Combination', 'combine', 'Span']
 
-# %% ../nbs/04_span.ipynb #7197ac22
+# %% ../nbs/04_span.ipynb #6dfc74f7
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,14 +18,14 @@ from .checkpoints import CHUNK, LazyTensor, MemoryTensor, MergeError, scratch, s
 from .geometry import Geometry
 from .metrics import as_metric
 
-# %% ../nbs/04_span.ipynb #00eb1c48
-class Stack(Sequence):
+# %% ../nbs/04_span.ipynb #c83aafb6
+class Stack(Sequence[Tensor]):
     "T versions of one tensor, read a flat range at a time, as differences from `base` if there is one."
     separable = True      # a range of a tensor of metrics is a metric of that range
     def __init__(self,
-        lazy:list[LazyTensor],
-        base:LazyTensor|None=None,
-        device=None,                   # where chunks are computed
+        lazy:Sequence[LazyTensor],     # the versions, all of one shape
+        base:LazyTensor|None=None,     # of that shape too
+        device:Any=None,               # where chunks are computed, as torch names devices; default the CPU; `RuntimeError` for one that is not there
         name:str="tensor",             # for messages
         sources:tuple=(),              # names of the models, and last of the base, for messages
         allow_nonfinite:bool=False,    # treat NaN and Inf as zeros; `nonfinite` says where they are
@@ -39,19 +40,26 @@ class Stack(Sequence):
             if x.dtype.itemsize > 1: self.computes = torch.promote_types(self.computes, x.dtype)     # float8 does not promote
         self.narrow = all(x.dtype.itemsize <= 2 for x in every)
     @classmethod
-    def of(cls, thetas): return thetas if isinstance(thetas, cls) else cls([MemoryTensor(t) for t in thetas], device=thetas[0].device)
-    def __len__(self): return len(self.lazy)
-    def __getitem__(self, t):
+    def of(cls, thetas:Sequence[Tensor])->"Stack":
+        "A stack of tensors of one shape; a stack as it is."
+        return thetas if isinstance(thetas, Stack) else cls([MemoryTensor(t) for t in thetas], device=thetas[0].device)
+    def __len__(self)->int: return len(self.lazy)
+    def __getitem__(self, t)->Any:      # version t, whole
         if t >= len(self): raise IndexError(t)
         one, out = Stack([self.lazy[t]], self.base, self.device, self.name, (*self.sources[t:t + 1], *self.sources[len(self):]), self.allow_nonfinite, self.role), torch.empty(self.numel, dtype=self.computes, device=self.device)
         for i, j in self.spans(): out[i:j] = one.check(one.rows(i, j), i)[0]
         return out.view(self.shape)
-    def spans(self): return spans(self.numel, CHUNK if self.device.type == "cpu" else 64*CHUNK)
+    def spans(self)->Iterator[tuple[int,int]]:
+        "The ranges (start, stop) in which chunks are read: larger ones where each call costs more."
+        return spans(self.numel, CHUNK if self.device.type == "cpu" else 64*CHUNK)
     def raw(self, i:int, j:int)->Tensor:
+        "Elements i to j of every version as stored, and not as differences: (T, j-i), in a buffer that the next call overwrites."
         X = scratch(self.role, len(self)*(j - i), self.computes, self.device).view(len(self), j - i)
         for row, x in zip(X, self.lazy): x.into(row, i)
         return X
     def base_row(self, i:int, j:int)->Tensor:
+        "Elements i to j of the base: (j-i,), in a buffer that the next call overwrites; `ValueError` if there is none."
+        if self.base is None: raise ValueError(f"{self.name}: there is no base to read.")
         row = scratch("base", j - i, self.computes, self.device)
         self.base.into(row, i)
         return row
@@ -61,9 +69,10 @@ class Stack(Sequence):
         if self.base is not None: X -= self.base_row(i, j)
         return X.nan_to_num_(0, 0, 0) if self.allow_nonfinite else X
     def nonfinite(self, i:int, j:int)->Tensor:
+        "Which of the elements i to j are NaN or Inf in some version or in the base: (j-i,), bool."
         bad = ~self.raw(i, j).isfinite().all(0)
         return bad if self.base is None else bad | ~self.base_row(i, j).isfinite()
-    def check(self, X, i:int):
+    def check(self, X:Tensor, i:int)->Tensor:
         "X, rows from element i on; `MergeError` names the first NaN or Inf."
         if X.isfinite().all(): return X
         every = Stack(self.lazy if self.base is None else [*self.lazy, self.base], role="check").raw(i, i + X.shape[1])
@@ -73,38 +82,42 @@ class Stack(Sequence):
         who = self.sources[t] if t < len(self.sources) else f"model {t}"
         raise MergeError(f"{who}: tensor {self.name!r} is {every[t, k]} at element {i + k}.\nThe model is broken there: mend it, or merge anyway with allow_nonfinite=True (--allow-nonfinite), which writes NaN for such elements.")
 
-# %% ../nbs/04_span.ipynb #1b13962f
+# %% ../nbs/04_span.ipynb #f9905a0d
 RUN = 1024    # products of 16-bit numbers that are summed in float32 before float64 takes over: relative error about 1e-7 a run
 FAR = 64.0    # if taking c·θ₁ away made a tensor 8 times longer, it was the wrong thing to do
 
 def gram(
-    thetas,
-    run:int=RUN,           # 0: float64 throughout, as for tensors of 32 bits and more
-    c:Tensor|None=None,    # (T-1, 1); default: from the norms of the first chunk
-)->tuple[Tensor,Tensor]:
-    "Gram matrix K of Y, and L with θ = L·Y, where Y is the first tensor and what the others add to it: (T, T), float64 on the CPU."
+    thetas:Sequence[Tensor],    # T tensors of one shape, or a `Stack`
+    run:int=RUN,                # products that are summed in float32; 0: float64 throughout, as always for tensors of 32 bits and more
+    c:Tensor|None=None,         # (T-1, 1), of θ₁ in the others; default: from the norms of the first chunk
+)->tuple[Tensor,Tensor]:        # K (T, T) and L (T, T), unit lower triangular; float64 on the CPU
+    "Gram matrix K of Y, and L with θ = L·Y, where Y is the first tensor and what the others add to it; `MergeError` for NaN or Inf."
     stack = Stack.of(thetas); T = len(stack)
+    share = torch.zeros(T - 1, 1, dtype=torch.float64) if c is None else c
     K, L = torch.zeros(T, T, dtype=torch.float64, device=stack.device), torch.eye(T, dtype=torch.float64)
     for i, j in stack.spans():
         X = stack.rows(i, j)
-        if c is None:
+        if i == 0 and c is None:
             n = torch.linalg.vector_norm(X, dim=1).double().cpu()
-            c = (n[1:]/n[0]).log2().round().exp2().nan_to_num(0, 0, 0)[:, None]
-        X[1:].addcmul_(c.to(X), X[:1], value=-1)
+            share = (n[1:]/n[0]).log2().round().exp2().nan_to_num(0, 0, 0)[:, None]
+        X[1:].addcmul_(share.to(X), X[:1], value=-1)
         whole = (j - i)//run*run if run and stack.narrow else 0
         Y, tail = X[:, :whole].unflatten(1, (-1, run or 1)).transpose(0, 1), X[:, whole:].double()
         K += torch.bmm(Y, Y.mT).double().sum(0) + tail@tail.T
         if not math.isfinite(K.sum()): stack.check(stack.rows(i, j), i)
     K = K.cpu()
     if run and stack.narrow and not (K[0, 0] > 1e-20 and math.isfinite(K.sum())):                            # squares may have left float32's range,
-        if K.any() or any(stack.rows(i, j).any() for i, j in stack.spans()): return gram(stack, 0, c)         # unless there is nothing to square
-    L[1:, :1] = c
-    far = (K.diagonal() > FAR*(L@K@L.T).diagonal())[1:, None] & (c > 0)
-    return gram(stack, run, c.masked_fill(far, 0)) if far.any() else (K, L)
+        if K.any() or any(stack.rows(i, j).any() for i, j in stack.spans()): return gram(stack, 0, share)         # unless there is nothing to square
+    L[1:, :1] = share
+    far = (K.diagonal() > FAR*(L@K@L.T).diagonal())[1:, None] & (share > 0)
+    return gram(stack, run, share.masked_fill(far, 0)) if far.any() else (K, L)
 
-# %% ../nbs/04_span.ipynb #1014990e
-def coordinates(K:Tensor, L:Tensor)->tuple[Tensor,Tensor]:
-    "From `gram`: C (T, k), the models in an orthonormal basis of their span, and B (T, k) with θ-coefficients a = B@y of a point y."
+# %% ../nbs/04_span.ipynb #305e389f
+def coordinates(
+    K:Tensor,    # (T, T), from `gram`
+    L:Tensor,    # (T, T), from `gram`
+)->tuple[Tensor,Tensor]:    # C (T, k), the models; and B (T, k) with coefficients a = B@y on the models of a point y; float64
+    "The models in an orthonormal basis of their span, of dimension k <= T, and the way back."
     T = len(K); d = K.diagonal().clamp(min=0).sqrt()
     s = torch.where(d > 0, 1/d.clamp(min=1e-300), 0)
     lam, V = torch.linalg.eigh(s[:, None]*K*s)
@@ -114,15 +127,15 @@ def coordinates(K:Tensor, L:Tensor)->tuple[Tensor,Tensor]:
 
 RANK_TOL = 4e-16   # eigenvalues of a matrix with unit diagonal, below which they are the rounding of float64
 
-# %% ../nbs/04_span.ipynb #0582c449
+# %% ../nbs/04_span.ipynb #841cba4c
 @dataclass(frozen=True)
 class Combination(LazyTensor):
     "Σ a·θ, a range at a time, in a buffer that the next call overwrites."
-    a: Tensor        # (T,)
-    stack: Stack
+    a: Tensor        # (T,) coefficients
+    stack: Stack     # of the T versions
     shape = property(lambda self: self.stack.shape)
     dtype = property(lambda self: self.stack.computes)
-    def read(self, start=0, stop=None):
+    def read(self, start:int=0, stop:int|None=None)->Tensor:
         stop = self.numel if stop is None else min(stop, self.numel)
         out = scratch("out", stop - start, self.dtype, self.stack.device)
         return torch.mv(self.stack.rows(start, stop).T, self.a.to(self.stack.device, self.dtype), out=out)
@@ -131,16 +144,19 @@ class Combination(LazyTensor):
         for i, j in self.stack.spans(): out[i:j] = self.read(i, j)
         return out.view(self.shape)
 
-def combine(a:Tensor, thetas)->Tensor|Combination:
-    "Σ a·θ: a tensor like `thetas[0]`, or a promise of one if `thetas` is a `Stack`."
+def combine(
+    a:Tensor,                   # (T,) coefficients
+    thetas:Sequence[Tensor],    # T tensors of one shape, or a `Stack`
+)->Tensor|Combination:          # of their shape: a tensor with the dtype of the first, or a promise of one if `thetas` is a `Stack`
+    "The linear combination Σ a·θ."
     c = Combination(a, Stack.of(thetas))
     return c if thetas is c.stack else c.tensor().to(thetas[0].dtype)
 
-# %% ../nbs/04_span.ipynb #cc66a0d1
+# %% ../nbs/04_span.ipynb #dac40dbf
 @dataclass(frozen=True)
 class Span(Geometry):
     "An orthogonally invariant geometry on R^n, run on the span of the models: dimension at most T (reduction theorem)."
-    inner: Geometry
+    inner: Geometry      # of vectors, unchanged by orthogonal maps: `Sphere()`, `Euclidean()`
     radius = property(lambda self: self.inner.radius)
     laws_waived = property(lambda self: self.inner.laws_waived)
     def chart(self, thetas, Gs=None):

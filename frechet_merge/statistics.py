@@ -5,25 +5,34 @@
 # %% auto #0
 __all__ = ['PARTS', 'Coupled', 'statistics']
 
-# %% ../nbs/07a_statistics.ipynb #6c2b5702
+# %% ../nbs/07a_statistics.ipynb #b7c0b24f
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import Any
+
+from torch import Tensor
 
 from .blocks import Block, get
 from .checkpoints import Checkpoint, LazyTensor, MergeError, load
 from .metrics import Dense, Kronecker, clipped
 from .span import Stack
 
-# %% ../nbs/07a_statistics.ipynb #e4dccd62
-PARTS = ("left", "right", "projected")
+# %% ../nbs/07a_statistics.ipynb #027f333e
+PARTS = ("left", "right", "projected")    # what a key ends in if the metric is not a diagonal
 
-class Coupled(Sequence):
-    "The metrics of T versions of one tensor that couple its entries, read one at a time."
+class Coupled(Sequence[Dense | Kronecker]):
+    "The metrics of T versions of one tensor that couple its entries, read one at a time; `MergeError` if one has entries that are negative or not finite."
     separable = False      # a piece of the tensor has no metric of its own
-    def __init__(self, parts:list[dict[str,LazyTensor]], name:str, sources:tuple, device=None): self.parts, self.name, self.sources, self.device = parts, name, sources, device
-    def __len__(self): return len(self.parts)
-    def __getitem__(self, t):
+    def __init__(self,
+        parts:Sequence[Mapping[str,LazyTensor]],    # T mappings from `PARTS` to matrices
+        name:str,                                   # of the tensor, for messages
+        sources:Sequence[str],                      # T names of files, for messages
+        device:Any=None,                            # where they are read to, as torch names devices; default the CPU
+    ): self.parts, self.name, self.sources, self.device = parts, name, sources, device
+    def __len__(self)->int: return len(self.parts)
+    def __getitem__(self, t)->Any:      # metric t
         if t >= len(self): raise IndexError(t)
         read = {k: self._read(t, k, x) for k, x in self.parts[t].items()}
         return Dense(read["projected"]) if "projected" in read else Kronecker((read.get("left"), read.get("right")))
@@ -34,13 +43,13 @@ class Coupled(Sequence):
         return M
 
 def statistics(
-    metrics,                    # T mappings or paths, or None
-    blocks:list[Block],
-    T:int,
-    allow_pickle:bool=False,
-    device=None,
+    metrics:Sequence[str|PathLike|Mapping[str,Tensor]]|None,    # T mappings or paths; None: there are none
+    blocks:Sequence[Block],     # from `align`
+    T:int,                      # the number of models
+    allow_pickle:bool=False,    # as in `load`
+    device:Any=None,            # where metrics are read to, as torch names devices; default the CPU
 )->dict[str,Stack|Coupled]:     # name of a block → the metrics of its versions, for those that have one
-    "Match statistics to tensors; `MergeError` names what does not fit, a warning the tensors without a metric (with factors, the matrices among them)."
+    "Match statistics to tensors; `ValueError` unless there are T, `MergeError` names what does not fit, a warning the tensors without a metric (with factors, the matrices among them)."
     if metrics is None: return {}
     if len(metrics) != T: raise ValueError(f"{len(metrics)} metrics for {T} models: give one per model.")
     files, found, without = [load(m, allow_pickle, f"metrics[{i}]") for i, m in enumerate(metrics)], {}, []

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['BATCH', 'Update', 'align_updates', 'batches', 'merge_updates', 'factor_shapes', 'bias_key', 'peft_config']
 
-# %% ../nbs/10_updates.ipynb #1687d1c8
+# %% ../nbs/10_updates.ipynb #228a6f0a
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -17,17 +18,18 @@ from .adapters import Layer, layers
 from .blocks import Block, align
 from .checkpoints import Checkpoint, MergeError
 from .factors import Factors
+from .geometry import Geometry
 from .mean import Mean, frechet_mean
 
-# %% ../nbs/10_updates.ipynb #edaa6612
+# %% ../nbs/10_updates.ipynb #12c2c6a3
 @dataclass
 class Update:
     "One adapted layer of the merge: its versions, and which adapters have it."
-    name: str
-    versions: list[Layer]
+    name: str                      # of the module, as in the base
+    versions: list[Layer]          # of one shape and kind, of any ranks
     who: list[int]                 # indices of the adapters in `versions`
-    first = property(lambda self: self.versions[0])
-    ranks = property(lambda self: [v.rank for v in self.versions])
+    first = property(lambda self: self.versions[0])                   # whose names and dtypes are those of the mean
+    ranks = property(lambda self: [v.rank for v in self.versions])    # of the versions
 
 def align_updates(
     models:list[Checkpoint],       # adapters
@@ -38,7 +40,7 @@ def align_updates(
     for c in models:
         if c.adapter is None: raise MergeError(f"{c.source}: is a full model, others here are adapters.\nMerge one kind: put each adapter on its base, as BASE+ADAPTER.")
     read = [layers(c) for c in models]
-    bases = {b: c for c in models if (b := c.adapter.get("base_model_name_or_path"))}
+    bases = {b: c for c in models if (b := (c.adapter or {}).get("base_model_name_or_path"))}
     if len(bases) > 1 and not any_base: raise MergeError("; ".join(f"{c.source} is of base {b!r}" for b, c in list(bases.items())[:2]) + ".\nUpdates of different models have no common mean; if these are two names of one model, say so (any_base=True, --any-base).")
     updates = []
     for name in dict.fromkeys(n for found, _ in read for n in found):
@@ -50,10 +52,14 @@ def align_updates(
     whole, _ = align([Checkpoint(rest, c.source) for c, (_, rest) in zip(models, read)], absent="renormalise" if absent == "renormalise" else None)
     return updates, whole
 
-# %% ../nbs/10_updates.ipynb #fc80cc08
+# %% ../nbs/10_updates.ipynb #bb1fe482
 BATCH = 1 << 19    # numbers in the stacked factors of a batch: 4 MB in float64
 
-def batches(updates:list[Update], alike:Callable, most:int=BATCH)->list[list[Update]]:    # alike: name → what else a batch has in common (weights, scale)
+def batches(
+    updates:Sequence[Update],
+    alike:Callable[[str],Any],      # name → what else a batch has in common (weights, scale)
+    most:int=BATCH,                 # numbers in the factors of a batch; a larger update is a batch of its own
+)->list[list[Update]]:
     "Updates of equal shape, ranks and adapters, cut to `most` numbers; the costliest first."
     groups = {}
     for u in updates: groups.setdefault((u.first.shape, u.first.kind, tuple(u.who), tuple(u.ranks), tuple(v.bias is None for v in u.versions), alike(u.name)), []).append(u)
@@ -64,13 +70,13 @@ def batches(updates:list[Update], alike:Callable, most:int=BATCH)->list[list[Upd
 def _stacked(fs:list[Factors])->Factors: return Factors(fs[0].B[None], fs[0].A[None]) if len(fs) == 1 else Factors(torch.stack([f.B for f in fs]), torch.stack([f.A for f in fs]))
 
 def merge_updates(
-    g,                        # a `Geometry` of factors: `LoRA(...)`
-    batch:list[Update],       # N of one shape
-    ws:list[float],           # one per version, then one per adapter in which the layer is zero
-    scale:float=1.0,          # of the mean
-    device=None,
-)->tuple[Factors,list[Mean]]:    # B (N, m, k), A (N, k, n), float64
-    "Chart, mean, lift, for N layers at once."
+    g:Geometry,               # one of factors: `LoRA(...)`
+    batch:Sequence[Update],   # N of one shape and the same ranks; 1 unless the geometry is `batched`
+    ws:Sequence[float],       # one per version, then one per adapter in which the layer is zero
+    scale:float=1.0,          # of the mean; negative takes the update away
+    device:Any=None,          # where it is computed, as torch names devices; default the CPU
+)->tuple[Factors,list[Mean]]:    # B (N, m, k), A (N, k, n), float64; and N reports
+    "Chart, mean, lift, for N layers at once; `MergeError` for factors that are not finite."
     thetas = [_stacked([v.factors(device) for v in versions]) for versions in zip(*(u.versions for u in batch))]
     k = thetas[0].rank if g.keeps_rank else 1
     thetas += [Factors(torch.zeros_like(thetas[0].B[..., :k]), torch.zeros_like(thetas[0].A[..., :k, :]))]*(len(ws) - len(thetas))
@@ -85,18 +91,26 @@ def merge_updates(
     root = abs(scale)**.5
     return Factors(f.B*math.copysign(root, scale), f.A*root), means
 
-# %% ../nbs/10_updates.ipynb #7db0c736
-def factor_shapes(u:Update, k:int)->dict[str,tuple]:
+# %% ../nbs/10_updates.ipynb #6f4b686b
+def factor_shapes(
+    u:Update,
+    k:int,          # the rank that is written
+)->dict[str,tuple]:
     "Names and shapes of the two factors of rank k, as PEFT lays them out."
     A, B = u.first.A.shape, u.first.B.shape
     return {u.first.keys[0]: (k, *A[1:]), u.first.keys[1]: (B[0], k, *B[2:])}
 
 def bias_key(u:Update)->str|None:
+    "The name of the update's bias in the file; None if no adapter has one."
     return u.first.keys[1].removesuffix("weight") + "bias" if any(v.bias is not None for v in u.versions) else None
 
-def peft_config(models:list[Checkpoint], updates:list[Update], ranks:dict[str,int])->dict:
+def peft_config(
+    models:Sequence[Checkpoint],    # the adapters
+    updates:Sequence[Update],       # from `align_updates`
+    ranks:dict[str,int],            # of the mean, by module
+)->dict[str,Any]:
     "adapter_config.json of the mean; `MergeError` if the adapters disagree on something that has no mean."
-    cfgs = [c.adapter for c in models]
+    cfgs = [c.adapter or {} for c in models]
     def common(key, default=None):
         "What all adapters say, or None."
         said = [c.get(key) or default for c in cfgs]

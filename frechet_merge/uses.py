@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['MATRIX', 'kind', 'Use', 'Watch']
 
-# %% ../nbs/19_uses.ipynb #90172c29
+# %% ../nbs/19_uses.ipynb #e0146863
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import reduce
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../nbs/19_uses.ipynb #31716daf
+# %% ../nbs/19_uses.ipynb #85c629e7
 MATRIX = ("linear", "conv1d", "conv", "embedding")      # kinds of layers whose weight has rows and columns
 
 def kind(layer:nn.Module)->str:
@@ -30,42 +32,55 @@ def kind(layer:nn.Module)->str:
 @dataclass(eq=False)
 class Use:
     "One call of a layer: what went in, and later what came back."
-    layer: nn.Module
-    kind: str
+    layer: Any                       # nn.Module, whose further attributes are those of its kind
+    kind: str                        # see `kind`
     name: str                        # of the layer, for messages
     n: int                           # samples
     tokens: int | None               # of each sample, where the batch says so
     x: Tensor                        # its input; the ids of an embedding
     call: tuple = ()                 # (args, kwargs), to run it again
     mask: Tensor | None = None       # (N, tokens) bool: not padding
-    d: Tensor | None = None          # the gradient of the objective with respect to its output
+    d: Tensor | None = None          # δ, the gradient of the objective with respect to its output
+    patch: tuple = ()                # of a convolution, found here: (kernel, stride, padding, dilation)
     def __post_init__(self):
-        self.patch = (self.layer.kernel_size, self.layer.stride, self.layer.padding, self.layer.dilation) if self.kind == "conv" else None
+        if self.kind == "conv": self.patch = (self.layer.kernel_size, self.layer.stride, self.layer.padding, self.layer.dilation)
         self.version, self.key = self.x._version, (self.x.data_ptr(), self.x.shape, self.x.stride(), self.x.dtype, self.x._version, self.patch)
         inner = self.by_sample(self.x).shape[1:] if self.kind == "embedding" else self.by_sample(self.x).shape[1:-1]
         if self.mask is not None and (self.kind not in ("linear", "conv1d", "embedding") or inner != self.mask.shape[1:]): self.mask = None
     def by_sample(self, x:Tensor)->Tensor:      # (N, …)
-        "The samples first; refused if they are not."
+        "The samples first; `ValueError` if they are not."
         if x.dim() and x.shape[0] == self.n: return x
         if self.tokens and x.dim() == 2 and x.shape[0] == self.n*self.tokens and self.kind in ("linear", "conv1d", "norm"): return x.view(self.n, self.tokens, -1)
         raise ValueError(f"layer {self.name!r} was called with a tensor of shape {list(x.shape)}, whose first dimension is not the {self.n} samples of the batch: its gradient cannot be told apart by sample.\nPut the samples first, or leave its parameters out (parameters=).")
-    def flat(self, x:Tensor)->Tensor: return x.reshape(self.n, -1, math.prod(self.layer.normalized_shape) if self.kind == "norm" else x.shape[-1])
-    def ids(self)->Tensor: return self.x.reshape(self.n, -1)
-    def rows(self, dtype)->Tensor:
-        "What went in: (N, t, features); the patches of a convolution, the normalised input of a LayerNorm."
+    def flat(self, x:Tensor)->Tensor:           # (N, t, features)
+        "All of a sample's tokens on one axis."
+        return x.reshape(self.n, -1, math.prod(self.layer.normalized_shape) if self.kind == "norm" else x.shape[-1])
+    def ids(self)->Tensor:                      # (N, t)
+        "What an embedding looked up."
+        return self.x.reshape(self.n, -1)
+    def rows(self, dtype:torch.dtype)->Tensor:
+        "What went in, a: (N, t, features); the patches of a convolution, the normalised input of a LayerNorm."
         x = self.by_sample(self.x).to(dtype)
         if self.kind == "norm": return self.flat(F.layer_norm(x, self.layer.normalized_shape, eps=self.layer.eps))
         if self.kind != "conv": return self.flat(x)
         k, s, p, d = self.patch
         if x.dim() == 3: x, k, s, p, d = x[:, :, None], (1, *k), (1, *s), (0, *p), (1, *d)
         return F.unfold(x, k, d, p, s).mT
-    def back(self, dtype)->Tensor:
-        "What came back: (N, t, features)."
-        d = self.by_sample(self.d).to(dtype)
+    def delta(self)->Tensor:                    # (N, …)
+        "What came back, as it came; `ValueError` before it has."
+        if self.d is None: raise ValueError(f"nothing has come back to layer {self.name!r} yet.\nDifferentiate the outputs first (Watch.collect).")
+        return self.by_sample(self.d)
+    def back(self, dtype:torch.dtype)->Tensor:
+        "What came back, δ: (N, t, features); zero where an embedding pads."
+        d = self.delta().to(dtype)
         if self.kind == "conv": return d.flatten(2).mT
-        return self.flat(d) if getattr(self.layer, "padding_idx", None) is None else self.flat(d)*(self.ids() != self.layer.padding_idx)[..., None]
-    def gradient(self, role:str, dtype, i=0, j=None)->Tensor:
-        "Gradients of the parameter for each of the samples i to j: (j - i, *shape)."
+        return self.flat(d) if getattr(self.layer, "padding_idx", None) is None else self.flat(d)*self.ids().ne(self.layer.padding_idx)[..., None]
+    def gradient(self,
+        role:str,                    # "weight" or "bias", or what else the layer calls it
+        dtype:torch.dtype,           # of the result
+        i:int=0, j:int|None=None,    # samples i to j; default: all
+    )->Tensor:                       # (j - i, *shape)
+        "Gradients of a parameter, sample by sample, as the table has them."
         p, s = self.layer._parameters[role], slice(i, j)
         if self.kind == "other": return torch.stack([self.rerun(p, k) for k in range(*s.indices(self.n))]).to(dtype)
         d = self.back(dtype)[s]
@@ -82,17 +97,17 @@ class Use:
         was, p.requires_grad = p.requires_grad, True
         try:
             with torch.enable_grad(): out = self.layer(*map(one, self.call[0]), **{k: one(v) for k, v in self.call[1].items()})
-            return torch.autograd.grad(out, p, self.d[i:i + 1].to(out.dtype))[0]
+            return torch.autograd.grad(out, p, self.delta()[i:i + 1].to(out.dtype))[0]
         finally: p.requires_grad = was
 
-# %% ../nbs/19_uses.ipynb #40e2dbfd
+# %% ../nbs/19_uses.ipynb #82e1835c
 @dataclass(eq=False)
 class Watch:
     "A model in eval mode with frozen parameters, whose uses of each chosen parameter go to `sink` once a batch; everything is put back on leaving."
-    model: nn.Module
-    chosen: dict[str, nn.Parameter]
+    model: nn.Module                                 # in any mode
+    chosen: dict[str, nn.Parameter]                  # name → parameter to watch; what is dropped is taken out
     sink: Callable                                   # (name, [(role in its layer, Use), …])
-    backward: bool = True                            # wait for what comes back
+    backward: bool = True                            # wait for what comes back; False: only inputs are noted, and no gradient is computed
     skipped: dict[str, str] = field(default_factory=dict)      # name → why it is left out
     def __enter__(self):
         self.modes, self.flags, self.handles = [(m, m.training) for m in self.model.modules()], [(p, p.requires_grad) for p in self.model.parameters()], []
@@ -108,17 +123,18 @@ class Watch:
         for h in self.handles: h.remove()
         for m, mode in self.modes: m.training = mode
         for p, flag in self.flags: p.requires_grad = flag
-    def drop(self, name, why): self.skipped[name] = why; self.chosen.pop(name, None); self.calls.pop(name, None)
+    def drop(self, name:str, why:str):
+        "Leave a parameter out from here on."
+        self.skipped[name] = why; self.chosen.pop(name, None); self.calls.pop(name, None)
     def _hook(self, name, kind, own):
         def hook(layer, args, kwargs, out):
             live = [(p, role) for p, role in own if p in self.chosen]
             if not self.on or not live or self.backward and not torch.is_grad_enabled(): return None
-            x, why = args[0] if args else next(iter(kwargs.values()), None), None
-            if not isinstance(out, Tensor) or not isinstance(x, Tensor): why = f"its layer {name!r} does not map one tensor to one tensor"
-            elif kind == "other" and (x.shape[:1] != (self.n,) or out.shape[:1] != (self.n,)): why = f"its layer {name!r} is of no known kind, and its samples do not come first"
-            if why:
-                for p, _ in live: self.drop(p, why)
-                return None
+            x = args[0] if args else next(iter(kwargs.values()), None)
+            def no(why):
+                for p, _ in live: self.drop(p, f"its layer {name!r} {why}")
+            if not isinstance(out, Tensor) or not isinstance(x, Tensor): return no("does not map one tensor to one tensor")
+            if kind == "other" and (x.shape[:1] != (self.n,) or out.shape[:1] != (self.n,)): return no("is of no known kind, and its samples do not come first")
             if kind == "embedding":                      # positions, looked up once for all samples
                 if self.rehearsing and x.dim() == 1 and x.shape[0] == self.tokens != self.n: self.spread.add(name)
                 if name in self.spread: x, out = (v.expand(self.n, *v.shape) for v in (x, out))
@@ -144,8 +160,13 @@ class Watch:
         with torch.no_grad(), torch.autocast(self.chosen[p].device.type, enabled=False):
             if uses: self.sink(p, uses)
         self.on = on
-    def forward(self, forward, batch, n, tokens=None, mask=None)->Tensor:
-        "The outputs for a batch of n samples, its uses noted."
+    def forward(self,
+        forward:Callable,            # (model, batch) → (N, …)
+        batch:Any, n:int,            # n samples
+        tokens:int|None=None,        # of each, where the batch says so
+        mask:Tensor|None=None,       # (N, tokens) bool: not padding
+    )->Tensor:                       # (N, …)
+        "The outputs for a batch, its uses noted; `ValueError` if they are not one tensor, samples first."
         self.n, self.tokens, self.mask, self.calls, self.leaves, self.on, self.noting = n, tokens, mask, {}, [], True, True
         try:
             with torch.set_grad_enabled(self.backward): out = forward(self.model, batch)
@@ -154,15 +175,15 @@ class Watch:
             raise ValueError(f"the model returned {f'a tensor of shape {list(out.shape)}' if isinstance(out, Tensor) else f'a {type(out).__name__}'} for {n} samples.\nPass forward=lambda model, batch: … that returns one tensor, samples first.")
         return out
     def collect(self, objective:Tensor|None=None):
-        "Take what comes back from a sum over samples, and hand out the uses."
+        "Take what comes back from a sum over samples (None: nothing does), and hand the uses to `sink`; `ValueError` if nothing watched was called."
         if objective is not None:
             if not self.leaves: raise ValueError("no watched layer was called on the way to the outputs.")
             self.on = True                   # a checkpointed part runs its layers again
             try: torch.autograd.grad(objective, self.leaves, allow_unused=True)
             finally: self.on = False
         for p in list(self.calls): self._deliver(p)
-    def rehearse(self, forward, batch, n, tokens=None, mask=None)->dict:
-        "Two samples: drops the parameters that are not made of their uses, and returns the uses of the others."
+    def rehearse(self, forward:Callable, batch:Any, n:int, tokens:int|None=None, mask:Tensor|None=None)->dict[str,list]:     # name → [(role, Use), …]
+        "Two samples, as for `forward`: drops the parameters that are not made of their uses, and returns the uses of the others; `ValueError` where samples mix."
         self.rehearsing = True
         for p in self.chosen.values(): p.requires_grad = self.backward
         try:
@@ -189,6 +210,6 @@ class Watch:
         for _, u in uses:
             if u.by_sample(u.d)[1:].any(): raise ValueError(f"layer {u.name!r} mixes samples: what comes back to one of them depends on the outputs of another.\nPut the samples first in its input, or leave its parameters out (parameters=).")
         dtype, eps = torch.promote_types(torch.float32, g.dtype), max(torch.finfo(t.dtype).eps for t in (g, *(u.d for _, u in uses)))
-        ours = sum(u.gradient(role, dtype, 0, 1)[0] for role, u in uses)
+        ours = reduce(torch.add, (u.gradient(role, dtype, 0, 1)[0] for role, u in uses))
         noise = 10*eps*sum(float(u.d.norm())*(1 + float(u.x.float().norm())) for _, u in uses)      # of a gradient that vanishes, as that of an attention's key bias does
         if (ours - g).norm() > eps**.5*(ours.norm() + g.norm()) + noise: self.drop(p, "its gradient is not that of its layer's calls: it is used elsewhere too")

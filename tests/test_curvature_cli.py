@@ -1,10 +1,8 @@
 """From a folder and a file of examples to statistics, and from those to a merge, as users run it."""
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 import warnings
 
 import pytest
@@ -94,10 +92,17 @@ def test_mistakes_are_named_in_three_lines(work, tmp_path, monkeypatch, args, sa
     assert not list(tmp_path.iterdir())
 
 
-def test_exit_codes(work, tmp_path):
-    for args, code, says in ((["unlabelled.jsonl", "--estimator", "empirical"], 1, "error: unlabelled.jsonl: the empirical Fisher needs labels"), (["a.jsonl", "--form", "kroneker"], 2, "error: no form is called"), (["a.jsonl"], 0, "")):
-        rc, out, err = cli("curvature", "bert", *args, "-o", tmp_path/"s.safetensors", cwd=work)
-        assert rc == code and err.startswith(says) and len(err.splitlines()) <= 3, err
+def test_exit_codes(work, tmp_path, monkeypatch, capsys):
+    "One in a process of its own; the others in this one, up to the exit."
+    rc, out, err = cli("curvature", "bert", "a.jsonl", "--form", "kroneker", "-o", tmp_path/"s.safetensors", cwd=work)
+    assert rc == 2 and err.startswith("error: no form is called") and len(err.splitlines()) <= 3 and out == "", err
+    from frechet_merge import cli as module
+    monkeypatch.chdir(work); monkeypatch.setattr(module.os, "_exit", sys.exit); monkeypatch.setattr(module.signal, "signal", lambda *_: None); monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    for args, code, says in ((["unlabelled.jsonl", "--estimator", "empirical"], 1, "error: unlabelled.jsonl: the empirical Fisher needs labels"), (["a.jsonl"], 0, "")):
+        monkeypatch.setattr(sys, "argv", ["frechet-merge", "curvature", "bert", *args, "-o", str(tmp_path/"s.safetensors")]); capsys.readouterr()
+        with pytest.raises(SystemExit) as e: module.main()
+        out, err = capsys.readouterr()
+        assert e.value.code == code and err.startswith(says) and len(err.splitlines()) <= 3, err
     assert [p.name for p in tmp_path.iterdir()] == ["s.safetensors"] and "40 samples" in out
 
 
@@ -121,19 +126,37 @@ def test_only_some_parameters(work, tmp_path):
     assert {n.rpartition(".")[0] for n in load(tmp_path/"s.safetensors")} == {n for n in matrices(work/"bert") if n.endswith("query.weight")}
 
 
+KILLED = """
+import os, signal, frechet_merge.curvature as c
+from frechet_merge.cli import main
+save = c.State.save
+def then_die(self, every=0):
+    save(self)
+    if self.samples >= 24: c.State.save = save; os.kill(os.getpid(), signal.SIGTERM)
+c.State.save = then_die; main()
+"""
+
+
 def test_a_killed_run_goes_on(work, tmp_path):
-    rows = [{"text": " ".join(ROWS[(7*i + j) % 40]["sentence"] for j in range(6))} for i in range(4000)]
-    data = write(tmp_path/"long.jsonl", rows); args = ["curvature", str(work/"bert"), str(data), "--max-samples", "4000", "-q", "-o", "s.safetensors"]
-    often = "import frechet_merge.curvature as c; c.SAVE = 0; from frechet_merge.cli import main; main()"
-    p = subprocess.Popen([sys.executable, "-c", often, *args], cwd=tmp_path, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    while not (tmp_path/"s.safetensors.state").exists() and p.poll() is None: time.sleep(.05)
-    p.send_signal(signal.SIGTERM); p.communicate(timeout=60)
-    assert p.returncode == 143 and sorted(x.name for x in tmp_path.iterdir()) == ["long.jsonl", "s.safetensors.state"]
-    assert 0 < torch.load(tmp_path/"s.safetensors.state", weights_only=True)["done"][0] < 4000
-    whole, again = (collect(work/"bert", data, tmp_path/f"{n}.safetensors", max_samples=4000, resume=n == "s") for n in ("whole", "s"))
-    assert sorted(x.name for x in tmp_path.iterdir()) == ["long.jsonl", "s.safetensors", "whole.safetensors"] and again.about["samples"] == 4000
+    rows = [{"text": " ".join(ROWS[(7*i + j) % 40]["sentence"] for j in range(6))} for i in range(80)]
+    data = write(tmp_path/"long.jsonl", rows); args = ["curvature", str(work/"bert"), str(data), "-q", "-o", "s.safetensors"]
+    r = subprocess.run([sys.executable, "-c", KILLED, *args], cwd=tmp_path, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert r.returncode == 143 and sorted(x.name for x in tmp_path.iterdir()) == ["long.jsonl", "s.safetensors.state"], r.stderr
+    assert torch.load(tmp_path/"s.safetensors.state", weights_only=True)["done"][0] == 24
+    whole, again = (collect(work/"bert", data, tmp_path/f"{n}.safetensors", resume=n == "s") for n in ("whole", "s"))
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["long.jsonl", "s.safetensors", "whole.safetensors"] and again.about["samples"] == 80
     for n in whole: torch.testing.assert_close(again[n], whole[n], rtol=1e-4, atol=1e-7)
-    assert collect(work/"bert", data, tmp_path/"s.safetensors", resume=True).about["samples"] == 4000      # a loop that was killed passes over what is finished
+    assert collect(work/"bert", data, tmp_path/"s.safetensors", resume=True).about["samples"] == 80      # a loop that was killed passes over what is finished
+
+
+@pytest.mark.parametrize("args, says", [(dict(form="kroneker"), "no form is called 'kroneker'"), (dict(estimator="fisher"), "no estimator is called 'fisher'")])
+def test_a_mistyped_name_is_said_before_anything_is_opened(tmp_path, args, says):
+    with pytest.raises(ValueError, match=says): collect(tmp_path/"absent", tmp_path/"absent.jsonl", tmp_path/"s.safetensors", **args)
+
+
+def test_a_tied_embedding_is_said_to_have_no_factors(work, tmp_path):
+    with pytest.warns(UserWarning, match=r"no metric for transformer\.wte\.weight: it is shared by layers of different kinds \(embedding, linear\)"): collect(work/"gpt2", work/"a.jsonl", tmp_path/"s.safetensors")
+    with warnings.catch_warnings(): warnings.simplefilter("error"); assert "transformer.wte.weight" in collect(work/"gpt2", work/"a.jsonl", tmp_path/"d.safetensors", form="diagonal")
 
 
 def test_the_state_of_another_run_is_refused(work, tmp_path):
@@ -165,7 +188,7 @@ def test_statistics_merge(work, tmp_path, kind, form):
 def test_the_packaged_experts(tmp_path):
     task = "movie"
     from frechet_merge.demo import tasks
-    write(tmp_path/"movie.jsonl", [{"text": t, "label": y} for t, y in tasks()[task]["test"][:8]])
+    write(tmp_path/"movie.jsonl", [{"text": t, "label": y} for t, y in tasks()[task]["test"][:4]])
     with pytest.warns(UserWarning, match="no metric for pooler.dense.weight: no gradient reach"): collect(f"{base_folder()}+{DATA/task}", tmp_path/"movie.jsonl", tmp_path/"s.safetensors", head=f"{DATA/'heads.safetensors'}:{task}")
     s, base = load(tmp_path/"s.safetensors"), load(base_folder())
     for n in base.lazy:

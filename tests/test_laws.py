@@ -92,6 +92,12 @@ class TestSphere:
         m, _ = mean_of(karcher(), list(self.x), w)
         assert math.isclose(m.norm(), sum(a*b.norm() for a, b in zip(w, self.x)), rel_tol=1e-10)
 
+    @pytest.mark.parametrize("ws", [[1.0, 0.0], [0.0, 1.0]], ids=str)
+    def test_weight_zero_in_float32(self, ws):
+        "All that pulls is at the mean, and the rest is rounding."
+        x = torch.randn(2, 20000, generator=torch.Generator().manual_seed(0))
+        m, mean = mean_of(Sphere(), list(x), ws, warn=False)
+        assert mean.converged and torch.allclose(m, x[ws.index(1.0)], atol=1e-4)
     def test_identical_inputs(self):
         m, mean = mean_of(karcher(), [self.x[0]]*5)
         torch.testing.assert_close(m, self.x[0], rtol=1e-12, atol=1e-14); assert mean.variance < 1e-20

@@ -12,7 +12,8 @@ from frechet_merge.checkpoints import MergeError
 from frechet_merge.diagnostics import inspect
 from frechet_merge.geometries.fisher import Curved, pullback
 from frechet_merge.geometries.subspace import EpiMer
-from frechet_merge.laws import LAWS, check_geometry
+from frechet_merge.geometry import Euclidean
+from frechet_merge.laws import LAWS, check_geometry, mean_of
 from frechet_merge.metrics import Kronecker, MetricWarning
 
 GEOMETRIES = {"Curved": Curved(), "pullback": pullback(), "EpiMer": EpiMer()}      # EpiMer's own laws are in test_subspace.py
@@ -119,3 +120,18 @@ def test_eta_from_files_and_on_the_command_line(models, base, stats, tmp_path):
     assert run.returncode == 0, run.stderr
     said = json.loads(run.stdout)
     assert said["verdict"].startswith("Curvature ") and 0 < said["gain"] <= 1 and (tmp_path/"eta.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("seed", [16, 54, 61, 63, 122, 141, 171])
+def test_singular_metrics_that_leave_each_other_room(seed):
+    "A point at distance zero of all models: there the pulls are rounding, and a solver that follows them walks away."
+    gen = torch.Generator().manual_seed(seed)
+    def size(a, b): return int(torch.randint(a, b, (), generator=gen))
+    n, m, k = size(2, 6), size(2, 8), size(2, 8)
+    def thin(k): X = torch.randn(k, size(1, k), generator=gen, dtype=torch.float64); return X @ X.T
+    Gs = [Kronecker((thin(m), thin(k))) for _ in range(n)]
+    xs = [torch.randn(m, k, generator=gen, dtype=torch.float64) for _ in range(n)]
+    x, mean = mean_of(Euclidean(), xs, None, Gs)
+    assert mean.converged
+    def pulls(x): return [G @ (t - x) for G, t in zip(Gs, xs)]
+    assert sum(pulls(x)).norm() <= 1e-9*sum(p.norm() for p in pulls(sum(xs)/n))

@@ -2,7 +2,7 @@
 
 python bench/demo/train.py        writes frechet_merge/demo_data (3 to 5 minutes on two cores)
 python bench/demo/train.py --rank 8 --targets query,key,value,dense --out EXPERTS        larger ones, for bench/adapter_quality.py
-python bench/demo/train.py --full --examples 1500 --epochs 2 --out EXPERTS               full models, for bench/expert_quality.py
+python bench/demo/train.py --full --examples 1500 --epochs 2 --out EXPERTS               full models, for bench/quality.py
 
 Each task has a linear head that is never trained: the nearest-centroid classifier of the *base* encoder on eight labelled
 examples a class. So an expert, and a merge, is judged by its encoder alone. `tasks.json.gz` beside this file holds the texts:
@@ -44,9 +44,9 @@ def head(enc, tok, task):
     return (W*s).contiguous(), (b*s).contiguous()
 
 
-def train(base, tok, rows, W, b, rank, targets, epochs):
+def train(base, tok, rows, W, b, rank, targets, epochs, seed):
     "An adapter of this rank, or without a rank all of the encoder's layers (not the embeddings)."
-    torch.manual_seed(0); gen = torch.Generator().manual_seed(0)
+    torch.manual_seed(seed); gen = torch.Generator().manual_seed(seed)
     model = AutoModel.from_pretrained(base, add_pooling_layer=False)
     if rank:
         model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2*rank, target_modules=targets))
@@ -66,7 +66,7 @@ def train(base, tok, rows, W, b, rank, targets, epochs):
 if __name__ == "__main__":
     a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a.add_argument("--rank", type=int, default=RANK); a.add_argument("--targets", default="query,value"); a.add_argument("--out", type=Path, default=OUT)
-    a.add_argument("--full", action="store_true"); a.add_argument("--examples", type=int); a.add_argument("--epochs", type=int, default=EPOCHS)
+    a.add_argument("--full", action="store_true"); a.add_argument("--examples", type=int); a.add_argument("--epochs", type=int, default=EPOCHS); a.add_argument("--seed", type=int, default=0)
     a.add_argument("--tasks", type=Path, default=HERE/"tasks.json.gz"); a.add_argument("--heads", type=Path, help="use these fixed heads")
     args = a.parse_args()
     tasks, base = json.load(gzip.open(args.tasks, "rt")), base_folder()
@@ -75,7 +75,7 @@ if __name__ == "__main__":
     for name, task in tasks.items():
         if not args.heads: heads[f"{name}.weight"], heads[f"{name}.bias"] = head(enc, tok, task)
         W, b = heads[f"{name}.weight"], heads[f"{name}.bias"]
-        train(base, tok, task["train"][:args.examples], W, b, None if args.full else args.rank, args.targets.split(","), args.epochs).save_pretrained(args.out/name)
+        train(base, tok, task["train"][:args.examples], W, b, None if args.full else args.rank, args.targets.split(","), args.epochs, args.seed).save_pretrained(args.out/name)
         if args.full: tok.save_pretrained(args.out/name)
         else:
             factors = load_file(args.out/name/"adapter_model.safetensors")

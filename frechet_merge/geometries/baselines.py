@@ -16,7 +16,7 @@ from ..factors import svd
 from ..geometry import Geometry, Point
 from ..metrics import numbers
 
-# %% ../../nbs/geometries/12e_baselines.ipynb #74729733
+# %% ../../nbs/geometries/12e_baselines.ipynb #4f67485b
 def ties(
     X:list[Tensor],      # T matrices (…, p, q)
     n:Tensor,            # (…,) entries that each may keep
@@ -24,10 +24,10 @@ def ties(
 )->list[Tensor]:         # T masks of zeros and ones
     "Trim to the n largest entries, elect the sign of their sum, keep who agrees (TIES; Yadav et al. 2023)."
     kept = [x*(x.abs().flatten(-2).argsort(-1, descending=True).argsort(-1) < n[..., None]).view_as(x) for x in X]
-    vote = sum(g*x for g, x in zip(Gs, kept)).sign()
+    vote = sum((g*x for g, x in zip(Gs, kept)), X[0].new_zeros(())).sign()
     return [(x.sign()*vote > 0).to(x) for x in kept]
 
-# %% ../../nbs/geometries/12e_baselines.ipynb #d751b158
+# %% ../../nbs/geometries/12e_baselines.ipynb #0a8da15e
 RANK = 1e-6    # of the largest singular value, below which one is the rounding of factors that were written in float32
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class KnOTS(Geometry):
     def __post_init__(self):
         if not 0 < self.density <= 1: raise ValueError(f"KnOTS(density={self.density}): the share of entries to keep must be in (0, 1].")
     def chart(self, thetas, Gs=None):
+        "X_t = Uᵀ·C_t·V with masks as metrics, times the number that a model brings; back, U·m·Vᵀ. `ValueError` for vectors."
         if thetas[0].dim() < 2: raise ValueError(f"KnOTS needs matrices, not a tensor of shape {list(thetas[0].shape)}: merge it with Euclidean().")
         C, Gs = [t.double() for t in thetas], numbers(Gs, len(thetas))
         U, S, _ = torch.linalg.svd(torch.cat(C, -1), full_matrices=False); _, R, Vt = torch.linalg.svd(torch.cat(C, -2), full_matrices=False)
@@ -47,13 +48,15 @@ class KnOTS(Geometry):
         X = [U.mT @ c @ V for c in C]
         masks = ties(X, (self.density*(u.sum(-1)*v.sum(-1)).double()).long().clamp(min=1), Gs)
         return [Point(x*M, g*M) for x, M, g in zip(X, masks, Gs)], lambda m: (U @ m @ V.mT).to(thetas[0].dtype)
-    def log(self, m, x): return x - m
-    def exp(self, m, v): return m + v
+    def log(self, m, x): "The difference x − m."; return x - m
+    def exp(self, m, v): "The sum m + v."; return m + v
 
-# %% ../../nbs/geometries/12e_baselines.ipynb #4a6b037f
+# %% ../../nbs/geometries/12e_baselines.ipynb #97925a49
 NARROW = 1e-6    # a singular value of U = [U₁ … U_T], whose columns are of length 1, below which directions coincide
 
-def polar(U:Tensor)->tuple[Tensor,Tensor]:    # U (…, R, K) → U_⊥ (…, R, K), its rank (…,)
+def polar(
+    U:Tensor,                 # (…, R, K), columns of length 1
+)->tuple[Tensor,Tensor]:      # U_⊥ (…, R, K), its rank (…,): K unless directions coincide
     "The nearest matrix with orthonormal columns, P·Qᵀ from U = P·D·Qᵀ; directions without D are left out."
     P, D, Qt = torch.linalg.svd(U, full_matrices=False)
     return (P*(D > NARROW)[..., None, :]) @ Qt, (D > NARROW).sum(-1)
@@ -67,6 +70,7 @@ class TSVM(Geometry):
     def __post_init__(self):
         if self.k is not None and (not isinstance(self.k, int) or self.k < 1): raise ValueError(f"TSVM(k={self.k!r}): keep at least one singular triplet of each update.")
     def chart(self, thetas, Gs=None):
+        "Singular values (Σk,) of each on its own directions, zeros on the others'; back, T·U_⊥·diag(m)·V_⊥ᵀ. Warns if directions coincide."
         T, room, Gs = len(thetas), min(thetas[0].shape), numbers(Gs, len(thetas))
         ks = [min(f.rank, room, self.k or room) for f in thetas]
         if sum(ks) > room: ks = [min(k, max(1, room//T)) for k in ks]
@@ -80,5 +84,5 @@ class TSVM(Geometry):
             warnings.warn(f"TSVM: updates {s} and {t} have a direction in common (cosine {near:.7f}): there is no unique way to turn them apart, and they share it. Merge copies of one adapter first.", stacklevel=2)
         own = [torch.cat([S*(s == t) for s, S in enumerate(Ss)], -1) for t in range(T)]
         return [Point(x, g) for x, g in zip(own, Gs)], lambda m: ((U*(T*m)[..., None, :]) @ V.mT).to(thetas[0].dtype)
-    def log(self, m, x): return x - m
-    def exp(self, m, v): return m + v
+    def log(self, m, x): "The difference x − m."; return x - m
+    def exp(self, m, v): "The sum m + v."; return m + v

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['METRICS', 'LoRA']
 
-# %% ../../nbs/geometries/12_lora.ipynb #b57b8cc4
+# %% ../../nbs/geometries/12_lora.ipynb #2bff4b0b
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +17,8 @@ from .quotient import Quotient
 from .wasserstein import Wasserstein
 from ..geometry import Euclidean, Geometry
 
-# %% ../../nbs/geometries/12_lora.ipynb #a7d070ad
-METRICS = {"flat": Euclidean, "mix": lambda: Quotient("mix"), "inv": lambda: Quotient("inv"), "wasserstein": Wasserstein}
+# %% ../../nbs/geometries/12_lora.ipynb #9fae4820
+METRICS: dict[str,Callable[[],Geometry]] = {"flat": Euclidean, "mix": lambda: Quotient("mix"), "inv": lambda: Quotient("inv"), "wasserstein": Wasserstein}    # name → geometry of the core matrices
 
 @dataclass(frozen=True)
 class LoRA(Geometry):
@@ -32,21 +33,26 @@ class LoRA(Geometry):
         _ = self.inner      # which says what is wrong with its arguments
     @property
     def inner(self)->Geometry:
+        "The geometry of the core matrices. `ValueError` for a name that is none of `METRICS`."
         if self.pinned is not None: return Pinned(self.pinned)
         if isinstance(self.metric, Geometry): return self.metric
         if self.metric not in METRICS: raise ValueError(f"no metric of adapters is called {self.metric!r}: use {', '.join(METRICS)}, or a Geometry.")
         return METRICS[self.metric]()
-    batched = property(lambda self: self.inner.batched)
+    batched = property(lambda self: self.inner.batched)            # these four are the inner geometry's
     keeps_rank = property(lambda self: self.inner.keeps_rank)
     radius = property(lambda self: self.inner.radius)
     laws_waived = property(lambda self: self.inner.laws_waived)
-    def out_rank(self, ranks:list[int], shape:tuple)->int:
+    def out_rank(self,
+        ranks:list[int],      # of the T updates
+        shape:tuple,          # (m, n) of the layer
+    )->int:                   # ≤ Σ ranks, m, n and `rank`; the largest of the ranks for a metric that keeps them
         "Rank of the result for updates of these ranks and this shape."
         top = max(ranks) if self.keeps_rank else sum(ranks)
         return min(top, *shape, self.rank or top)
     def chart(self, thetas, Gs=None):
+        "Cores (R_G, R_H) of `Factors` as points of the inner geometry; back, the balanced pair of rank `out_rank`. `ValueError` if shapes differ."
         if any(f.shape != thetas[0].shape for f in thetas): raise ValueError(f"updates of shapes {[f.shape for f in thetas]} cannot be merged: the adapters are of different bases.")
-        (QG, QH, pairs), dtype, k = core(thetas), thetas[0].dtype, self.out_rank([f.rank for f in thetas], thetas[0].shape)
+        (QG, QH, pairs), dtype, k = core(list(thetas)), thetas[0].dtype, self.out_rank([f.rank for f in thetas], thetas[0].shape)
         points, back = self.inner.chart(pairs if self.inner.factors else [c.delta() for c in pairs], Gs)
         def lift(m):
             x = back(m)
@@ -55,6 +61,6 @@ class LoRA(Geometry):
             f = balanced(QG @ U[..., :k], S[..., :k], QH @ V[..., :k])
             return Factors(f.B.to(dtype), f.A.to(dtype))
         return points, lift
-    def log(self, m, x): return self.inner.log(m, x)
-    def exp(self, m, v): return self.inner.exp(m, v)
-    def start(self, points, ws): return self.inner.start(points, ws)
+    def log(self, m, x): "Of the inner geometry."; return self.inner.log(m, x)
+    def exp(self, m, v): "Of the inner geometry."; return self.inner.exp(m, v)
+    def start(self, points, ws): "Of the inner geometry."; return self.inner.start(points, ws)

@@ -6,8 +6,9 @@
 __all__ = ['NODES', 'WINDOW', 'PACE', 'TOL', 'RESOLVED', 'EPS', 'ANGLE', 'RANK', 'pair', 'frame', 'lift', 'seen', 'norm', 'gamma',
            'speed2', 'gauss', 'along', 'geodesic', 'sqrtm', 'align', 'moved', 'Quotient']
 
-# %% ../../nbs/geometries/12a_quotient.ipynb #8cde021e
+# %% ../../nbs/geometries/12a_quotient.ipynb #4b2214f3
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -18,8 +19,12 @@ from torch import Tensor
 from ..factors import Factors, balanced, svd
 from ..geometry import Geometry, Point
 
-# %% ../../nbs/geometries/12a_quotient.ipynb #3efd5d8c
-def pair(f:Factors, R:int, r:int|None=None)->Tensor:    # (…, 2, R, r); NaN where f is not finite
+# %% ../../nbs/geometries/12a_quotient.ipynb #14e500f2
+def pair(
+    f:Factors,          # ΔW of shape (…, m, n)
+    R:int,              # rows of either factor, at least max(m, n)
+    r:int|None=None,    # the rank wanted; default that of f
+)->Tensor:              # (…, 2, R, r), float64; NaN where f is not finite
     "Balanced pair (UΣ^½, VΣ^½) of an update, or of the best approximation of rank r to it; rows of zeros up to R."
     f = f.double()
     bad = ~(f.B.isfinite().all(-1).all(-1) & f.A.isfinite().all(-1).all(-1))
@@ -28,54 +33,59 @@ def pair(f:Factors, R:int, r:int|None=None)->Tensor:    # (…, 2, R, r); NaN wh
     x = torch.stack([torch.nn.functional.pad(z, (0, 0, 0, R - z.shape[-2])) for z in (b.B, b.A.mT)], -3)
     return x.masked_fill(bad[..., None, None, None], math.nan)
 
-# %% ../../nbs/geometries/12a_quotient.ipynb #ac0e1cf6
-def frame(metric:str, x:Tensor)->tuple[Tensor,...]:    # x (…, 2, R, r) balanced → U (…, 2, R, r), w (…, 1, 1, r), p (…, 1, 1, r), q (…, 1, r, r)
+# %% ../../nbs/geometries/12a_quotient.ipynb #718c7681
+def frame(
+    metric:str,    # "mix" or "inv"
+    x:Tensor,      # (…, 2, R, r) balanced
+)->tuple[Tensor,Tensor,Tensor,Tensor]:    # U (…, 2, R, r), w (…, 1, 1, r), p (…, 1, 1, r), q (…, 1, r, r)
     "At a balanced pair: U and V, the weights of tangents v = ξ·w, and those of the lift."
     s = x.square().sum(-2).mean(-2)[..., None, None, :]; root = s.sqrt()
     return (x/root, root, torch.ones_like(s), torch.full_like(s, .5)) if metric == "mix" else (x/root, 1/root, 1/s, s/(s**2 + s.mT**2))
 
-def lift(U, p, q, Z): N = U.mT @ Z; return p*(Z - U @ N) + U @ (q*N)    # Z = (DV, DᵀU) → the horizontal tangent v over D
+def lift(U:Tensor, p:Tensor, q:Tensor, Z:Tensor)->Tensor: "The horizontal tangent v over D, (…, 2, R, r), from a `frame` and Z = (DV, DᵀU)."; N = U.mT @ Z; return p*(Z - U @ N) + U @ (q*N)
+def seen(U:Tensor, x:Tensor)->Tensor: "(WV, WᵀU) of W = GHᵀ, both (…, 2, R, r), from a pair x of any gauge."; return x @ (x.mT @ U).flip(-3)
+def norm(v:Tensor)->Tensor: "Length (…,) of tangents v (…, 2, R, r), or of one node of several."; return torch.linalg.vector_norm(v, dim=(-3, -2, -1))
 
-def seen(U, x): return x @ (x.mT @ U).flip(-3)                          # (WV, WᵀU) of W = GHᵀ
-def norm(v): return torch.linalg.vector_norm(v, dim=(-3, -2, -1))
-
-# %% ../../nbs/geometries/12a_quotient.ipynb #ed1b914a
-def gamma(metric:str, x:Tensor, v:Tensor)->Tensor:    # (…, 2, R, r) each
-    "Γ_x(v, v): geodesics solve ẍ = -Γ_x(ẋ, ẋ). Inf or NaN, and no error, where x has lost rank."
+# %% ../../nbs/geometries/12a_quotient.ipynb #a2ce8fb7
+def gamma(metric:str, x:Tensor, v:Tensor)->Tensor:    # pairs of any gauge, changes of their factors, and the result: (…, 2, R, r) each
+    "Γ_x(v, v): geodesics solve ẍ = -Γ_x(ẋ, ẋ) (arXiv 2505.05409, eq. 11, 12). Inf or NaN, and no error, where x has lost rank."
     r = x.shape[-1]; Z = torch.cat([x, v], -1); Q = Z.mT @ Z
     S, K, L = Q[..., :r, :r], Q[..., r:, :r], Q[..., r:, r:]
     C = torch.linalg.solve_ex(S, torch.cat([-L, K + K.mT], -1))[0]
     return Z @ torch.cat(C.flip(-3).mT.split(r, -2) if metric == "mix" else C.neg().split(r, -1), -2)
 
-def speed2(metric:str, x:Tensor, v:Tensor)->Tensor:    # (…)
-    "⟨v, v⟩ at any pair x, balanced or not."
+def speed2(metric:str, x:Tensor, v:Tensor)->Tensor:    # (…, 2, R, r) twice → (…); in units of ΔW² for mix, none for inv
+    "⟨v, v⟩ at any pair x, balanced or not (arXiv 2505.05409, eq. 9, 10)."
     S, L = x.mT @ x, v.mT @ v
     return (S.flip(-3)*L).sum((-3, -2, -1)) if metric == "mix" else torch.linalg.solve_ex(S, L)[0].diagonal(dim1=-2, dim2=-1).sum((-2, -1))
 
-# %% ../../nbs/geometries/12a_quotient.ipynb #95b4e1f6
+# %% ../../nbs/geometries/12a_quotient.ipynb #f7bb0f62
 NODES = 12         # K, stages of Gauss's method
 WINDOW = 5         # iterates that Anderson's method combines
 PACE = 0.8         # an iteration whose k-th correction is above 10·PACE^k of the velocity is lost: it leads nowhere, or off the manifold
 TOL = 1e-14        # on the last correction, relative to the velocity
 RESOLVED = 1e-8    # relative change of the squared speed along a path, above which K stages were too few for it
-EPS = 2.0**-52
+EPS = 2.0**-52     # of float64
 
 @cache
-def gauss(K:int)->tuple[Tensor,Tensor]:    # t (K + 2,): 0, the nodes, 1; A (K + 2, K): integrals from 0 to t of the Lagrange polynomials
-    "Gauss–Legendre collocation on [0, 1]."
+def gauss(
+    K:int,                    # stages
+)->tuple[Tensor,Tensor]:      # t (K + 2,): 0, the nodes, 1; A (K + 2, K): integrals from 0 to t of the Lagrange polynomials; float64
+    "Gauss–Legendre collocation on [0, 1] (Hairer, Lubich & Wanner 2006, II.1)."
     c = (np.polynomial.legendre.leggauss(K)[0] + 1)/2; t = np.concatenate([[0], c, [1]])
     basis = [np.polynomial.legendre.Legendre.basis(j, [0, 1]) for j in range(K)]
     P, I = np.stack([b(c) for b in basis], 1), np.stack([b.integ(lbnd=0)(t) for b in basis], 1)
-    return torch.as_tensor(t), torch.as_tensor(np.linalg.solve(P.T, I.T).T.copy())
+    return torch.as_tensor(t), torch.as_tensor(np.linalg.solve(np.asarray(P.T, float), np.asarray(I.T, float)).T.copy())
 
-def along(A, V): return (A @ V.flatten(2)).view(len(V), -1, *V.shape[2:])    # sums over nodes
+def along(A:Tensor, V:Tensor)->Tensor: "Sums over nodes: A (L, K) times V (N, K, …) is (N, L, …)."; return (A @ V.flatten(2)).view(len(V), -1, *V.shape[2:])
 
-def geodesic(metric:str,
+def geodesic(
+    metric:str,        # "mix" or "inv"
     x:Tensor,          # (N, 2, R, r) where they start
     w:Tensor,          # (N, 1, 1, r) weights in which velocities have their length
     V:Tensor,          # (N, K + 1, 2, R, r) a first guess of the velocities at 0 and the nodes
-    pull=None,         # (ends, indices of their problems) → correction of the first velocities; default: these are given
-    floor=0.0,         # (N,) the length below which a velocity is rounding
+    pull:Callable|None=None,    # (ends, indices of their problems) → correction of the first velocities; default: these are given
+    floor:Tensor|float=0.0,    # (N,) the length below which a velocity is rounding
 )->tuple[Tensor,Tensor]:    # velocities at 0 and ends, (N, 2, R, r); NaN where the iteration is lost
     "N geodesics by Gauss's method, with an end condition if there is a `pull`; each is dropped when it is done or lost."
     A, i, k = gauss(V.shape[1] - 1)[1].to(x), torch.arange(len(x), device=x.device), 0
@@ -102,11 +112,14 @@ def geodesic(metric:str,
         k += 1
     return first, last
 
-# %% ../../nbs/geometries/12a_quotient.ipynb #5e71bafb
+# %% ../../nbs/geometries/12a_quotient.ipynb #53a2d9a9
 ANGLE = 1e-3       # rad from the negative axis, within which an eigenvalue has no square root worth following
 RANK = 1e-12       # σ_r/σ_1, at and below which an update has not the rank that it is written with
 
-def sqrtm(A:Tensor, rounds:int=40)->Tensor:    # (N, r, r), no eigenvalue on the negative axis
+def sqrtm(
+    A:Tensor,          # (N, r, r), no eigenvalue on the negative axis: there the iteration does not converge, and nothing says so
+    rounds:int=40,     # at most; about ten are needed
+)->Tensor:             # (N, r, r)
     "Principal square roots by Denman and Beavers' (1976) iteration, scaled by determinants (Higham 2008, §6.3)."
     Y, Z, r = A, torch.eye(A.shape[-1]).to(A).expand_as(A), A.shape[-1]
     for _ in range(rounds):
@@ -115,7 +128,8 @@ def sqrtm(A:Tensor, rounds:int=40)->Tensor:    # (N, r, r), no eigenvalue on the
         if (torch.linalg.matrix_norm(Y - X) <= 1e-8*torch.linalg.matrix_norm(Y)).all(): break      # quadratic: what is left is below rounding
     return Y
 
-def align(metric:str,
+def align(
+    metric:str,  # "mix" or "inv"
     m:Tensor,    # (N, 2, R, r) balanced
     x:Tensor,    # (N, 2, R, r) any pairs of their orbits
 )->tuple[Tensor,Tensor]:    # the pair of x's orbit; (N,) whether there is one
@@ -129,9 +143,9 @@ def align(metric:str,
     X, Y = M*col**(k/2), (row**-.5*M*col if metric == "mix" else row**1.5*M*col**-3).mT
     return x @ torch.linalg.solve_ex(c, torch.stack([X, Y], -3))[0], fine
 
-def moved(U, x, xi): return xi @ (x.mT @ U).flip(-3) + x @ (xi.mT @ U).flip(-3)    # what a change ξ of x does to `seen`
+def moved(U:Tensor, x:Tensor, xi:Tensor)->Tensor: "What a change ξ of the factors x does to `seen`; all (…, 2, R, r)."; return xi @ (x.mT @ U).flip(-3) + x @ (xi.mT @ U).flip(-3)
 
-# %% ../../nbs/geometries/12a_quotient.ipynb #3f396d62
+# %% ../../nbs/geometries/12a_quotient.ipynb #a99731cb
 @dataclass(frozen=True)
 class Quotient(Geometry):
     "Updates of one rank modulo GL(r), with shortest paths among them: points are balanced pairs (…, 2, R, r), tangents ξ·w are horizontal."
@@ -141,14 +155,17 @@ class Quotient(Geometry):
     def __post_init__(self):
         if self.metric not in ("mix", "inv"): raise ValueError(f"metric = {self.metric!r}: the metrics of the quotient are 'mix' and 'inv'.")
     def chart(self, thetas, Gs=None):
+        "Balanced pairs (…, 2, max(m, n), r) of `Factors`. `ValueError` unless all have one rank."
         if len({f.rank for f in thetas}) > 1: raise ValueError(f"updates of ranks {[f.rank for f in thetas]}: same-rank mean needs equal ranks; use metric='flat'.")
         (m, n), dtype = thetas[0].shape, thetas[0].dtype
         def up(x): return Factors(x[..., 0, :m, :].to(dtype), x[..., 1, :n, :].mT.to(dtype))
         return [Point(pair(f, max(m, n)), G) for f, G in zip(thetas, Gs or [1.0]*len(thetas))], up
     def start(self, points, ws):
+        "The truncated mean: the best approximation of rank r to Σ w·ΔW."
         G, H = torch.cat([w*p.x[..., 0, :, :] for w, p in zip(ws, points)], -1), torch.cat([p.x[..., 1, :, :] for p in points], -1)
         return pair(Factors(G, H.mT), *points[0].x.shape[-2:])
     def log(self, m, x):
+        "v (…, 2, R, r), horizontal, as long as the geodesic to x that continues the aligned start; NaN where none is found."
         g, shape = self.metric, m.shape; m, x = (z.reshape(-1, *shape[-3:]) for z in (m, x))
         s, t = (z.square().sum(-2) for z in (m, x)); v = torch.full_like(m, math.nan)
         i = ((s > RANK*s.amax(-1, True)) & (t > RANK*t.amax(-1, True)) & (s + t).isfinite()).all(-1).all(-1).nonzero()[:, 0]
@@ -162,6 +179,7 @@ class Quotient(Geometry):
         v[i] = Q @ torch.where((norm(u) <= floor)[:, None, None, None], 0, u)
         return v.view(shape)
     def exp(self, m, v):
+        "The end of the geodesic with the first velocity v, rebalanced; NaN where it leaves the space."
         shape = m.shape; m, v = (z.reshape(-1, *shape[-3:]) for z in (m, v)); y = m.clone()
         i = (v != 0).flatten(1).any(1).nonzero()[:, 0]                         # who does not move keeps its pair, and its last bit
         Q = torch.linalg.qr(torch.cat([m[i], v[i]], -1))[0]; m, v = Q.mT @ m[i], Q.mT @ v[i]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CUT', 'ZERO', 'Sphere', 'karcher']
 
-# %% ../../nbs/geometries/11_sphere.ipynb #108701fa
+# %% ../../nbs/geometries/11_sphere.ipynb #b6eeffe7
 import math
 from dataclasses import dataclass
 
@@ -16,26 +16,29 @@ from ..geometry import Geometry, Point
 from ..metrics import Diagonal, as_metric
 from ..span import Span
 
-# %% ../../nbs/geometries/11_sphere.ipynb #9f9043a6
+# %% ../../nbs/geometries/11_sphere.ipynb #b847c4fc
 CUT = 1e-3    # rad from the opposite point, within which the direction of a shortest path is rounding
 
 @dataclass(frozen=True)
 class Sphere(Geometry):
     "Norm and direction of a tensor, with great-circle distance between directions. Use `Span(Sphere())` on anything large."
-    radius = math.pi/2
+    radius = math.pi/2    # rad: convexity radius of the unit sphere
     def chart(self, thetas, Gs=None):
+        "Points (1 + n,): the norm, in units of the largest, and the unit vector. `ValueError` for metrics that are not numbers."
         x = [t.flatten() for t in thetas]
         n = torch.stack([torch.linalg.vector_norm(t) for t in x])
         unit = n.max() if n.max() > 0 else torch.ones_like(n.max())
         some = x[int(n.argmax())]/unit
         Gs = [as_metric(G) for G in (Gs or [1.0]*len(x))]
-        if any(isinstance(G.d, Tensor) for G in Gs): raise ValueError("a sphere takes one number per model as its metric, not one per parameter: use Euclidean() with these metrics.")
+        ds = [G.d for G in Gs if isinstance(G, Diagonal) and not isinstance(G.d, Tensor)]
+        if len(ds) < len(x): raise ValueError("a sphere takes one number per model as its metric, not one per parameter: use Euclidean() with these metrics.")
         points = []
-        for t, k, G in zip(x, n/unit, Gs):
+        for t, k, G, d in zip(x, n/unit, Gs, ds):
             if k > ZERO: points.append(Point(torch.cat([k[None], t/(k*unit)]), G))
-            else: points.append(Point(torch.cat([k[None], some]), Diagonal(G.d*torch.eye(1, len(t) + 1).to(t)[0])))
+            else: points.append(Point(torch.cat([k[None], some]), Diagonal(d*torch.eye(1, len(t) + 1).to(t)[0])))
         return points, lambda m: (unit*m[0]*m[1:]).view(thetas[0].shape)
     def log(self, m, x):
+        "Rise of the norm, and the tangent of the great circle, as long as the angle in rad; NaN within `CUT` of the opposite point."
         rise = float(x[0] - m[0])
         c = float(torch.dot(m[1:], x[1:]))
         v = torch.sub(x, m, alpha=c); v[0] = 0
@@ -45,6 +48,7 @@ class Sphere(Geometry):
         v[0] = rise
         return v
     def exp(self, m, v):
+        "The norm raised by v[0], the direction moved along the great circle of v[1:]."
         t = float(torch.linalg.vector_norm(v[1:]))
         y = m*math.cos(t) + v*(math.sin(t)/t if t > 0 else 1.0); y[0] = 0
         r = float(torch.linalg.vector_norm(y))

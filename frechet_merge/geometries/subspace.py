@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['EXACT', 'SQUARES', 'LARGE', 'top_svd', 'LabeledBasis', 'labeled_basis', 'EpiMer', 'Eta', 'eta', 'error_bound']
 
-# %% ../../nbs/geometries/13_subspace.ipynb #3502eb7f
+# %% ../../nbs/geometries/13_subspace.ipynb #70cd374e
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ from ..geometry import Euclidean, Geometry, Point
 from ..mean import _of_points, _pulls
 from ..metrics import Dense, Diagonal, Kronecker, as_metric, clipped, damped, normalised
 
-# %% ../../nbs/geometries/13_subspace.ipynb #a3450347
+# %% ../../nbs/geometries/13_subspace.ipynb #44dffb6a
 EXACT = 1e-4               # σ_k/σ_1 above which the squares in a Gram matrix leave eight digits
 SQUARES = 1e-100, 1e100    # entries whose squares a float64 holds
 
@@ -40,10 +41,10 @@ def _gram(X:Tensor)->Tensor:
 
 def top_svd(
     X:Tensor,       # (m, n), of any floating dtype
-    k:int,
+    k:int,          # triplets wanted; at most min(m, n) are found
 )->tuple[Tensor,Tensor,Tensor]:    # U (m, k), σ (k,) descending, V (n, k); float64
-    "The k largest singular triplets, of the Gram matrix of the smaller side where that is exact enough, of X itself otherwise."
-    if X.shape[0] > X.shape[1]: return top_svd(X.mT, k)[::-1]
+    "The k largest singular triplets, of the Gram matrix of the smaller side where that is exact enough, of X itself otherwise. `ValueError` if an entry is not finite."
+    if X.shape[0] > X.shape[1]: V, S, U = top_svd(X.mT, k); return U, S, V
     X, k, top = X.double(), min(k, *X.shape), max(map(abs, map(float, X.aminmax())))
     if not top < float("inf"): raise ValueError(f"a matrix of {list(X.shape)} has entries that are not finite.")
     if not top: return torch.eye(len(X), k).to(X), X.new_zeros(k), torch.eye(X.shape[1], k).to(X)
@@ -53,7 +54,7 @@ def top_svd(
     U, S, Vt = torch.linalg.svd(X, full_matrices=False)
     return U[:, :k], S[:k], Vt[:k].mT
 
-# %% ../../nbs/geometries/13_subspace.ipynb #17506e39
+# %% ../../nbs/geometries/13_subspace.ipynb #aec4aec8
 LARGE = 1 << 17    # entries, above which whitening by a Gram matrix may cost digits: seven remain
 
 @dataclass(frozen=True)
@@ -63,9 +64,12 @@ class LabeledBasis:
     V: Tensor        # (n, p)
     sigma: Tensor    # (p,) what its model has on each atom, in the unit of the updates
     label: Tensor    # (p,) index of that model
-    def project(self, X:Tensor)->Tensor: return (self.U*(X.double() @ self.V)).sum(0)      # (m, n) → (p,), the ⟨a_i, X⟩
-    def lift(self, x:Tensor)->Tensor: return (self.U*x) @ self.V.mT                         # (p,) → (m, n), Σ x_i a_i
-    def coordinates(self, deltas, kind:str="labeled")->list[Tensor]:
+    def project(self, X:Tensor)->Tensor: "The products ⟨a_i, X⟩, (p,), of X (m, n) with the atoms."; return (self.U*(X.double() @ self.V)).sum(0)
+    def lift(self, x:Tensor)->Tensor: "The sum Σ x_i·a_i, (m, n), of coordinates x (p,)."; return (self.U*x) @ self.V.mT
+    def coordinates(self,
+        deltas:Sequence[Tensor],    # the T updates (m, n) that the basis was made of
+        kind:str="labeled",         # or "projected"
+    )->list[Tensor]:                # T of (p,), float64
         "Where the T models are: on their own atoms only, or wherever they project."
         return [self.sigma*(self.label == t) for t in range(len(deltas))] if kind == "labeled" else [self.project(x) for x in deltas]
 
@@ -80,7 +84,7 @@ def labeled_basis(
     deltas:list[Tensor],    # T matrices (m, n)
     k:int|None=None,        # singular triplets of each; default, and at most, min(m, n)//T
 )->LabeledBasis:
-    "The leading singular vectors of all updates, turned until they are orthonormal (TSV-M; Gargiulo et al., arXiv 2412.00081)."
+    "The leading singular vectors of all updates, turned until they are orthonormal (TSV-M; Gargiulo et al., arXiv 2412.00081). `ValueError` if there are more models than rows or columns; warns if k is cut or directions coincide."
     shape, T = list(deltas[0].shape), len(deltas); room = min(shape)//T
     if not room: raise ValueError(f"{shape} has no room for a direction of each of {T} models: merge it as it is.")
     if k is not None and k > room: warnings.warn(f"k = {k} triplets of each of {T} models do not fit into {shape} as orthonormal directions; the first {room} are used.", stacklevel=2)
@@ -95,21 +99,22 @@ def labeled_basis(
         warnings.warn(f"updates {s} and {t} have a direction in common (cosine {near:.7f}): there is no unique way to turn them apart, and they share it. Leave out copies of a model.", stacklevel=2)
     return LabeledBasis(U, V, torch.cat(Ss), label)
 
-# %% ../../nbs/geometries/13_subspace.ipynb #83b65c20
+# %% ../../nbs/geometries/13_subspace.ipynb #3db5a5c5
 def _projected(G, b:LabeledBasis, name:str="a metric"):
     "SᵀGS, a `Dense` of side p, or the number that G is; a diagonal in its own dtype, for speed."
     G, p = as_metric(G), len(b.sigma)
-    if isinstance(G, Diagonal) and not isinstance(G.d, Tensor): return G     # a multiple of SᵀS = 1
-    if isinstance(G, Diagonal): return Dense(projected_diagonal(G.d.expand(len(b.U), len(b.V)), b.U.to(G.d.dtype), b.V.to(G.d.dtype)).double())
+    if isinstance(G, Diagonal):
+        if not isinstance(d := G.d, Tensor): return G     # a multiple of SᵀS = 1
+        return Dense(projected_diagonal(d.expand(len(b.U), len(b.V)), b.U.to(d.dtype), b.V.to(d.dtype)).double())
     if isinstance(G, Kronecker):
         pairs = [[None if M is None else M.double() for M in pair] for pair in (*G.pairs, (None, None))]
-        M = sum(w*projected_kronecker(L, R, b.U, b.V) for w, (L, R) in zip([*[1.0]*len(G.pairs), G.flat], pairs))
+        M = sum((w*projected_kronecker(L, R, b.U, b.V) for w, (L, R) in zip([*[1.0]*len(G.pairs), G.flat], pairs)), b.U.new_zeros(()))
     elif not isinstance(G, Dense): M = torch.stack([b.project(G @ torch.outer(u, v)) for u, v in zip(b.U.mT, b.V.mT)])
     elif G.M.shape == (p, p): M = G.M.double()
     else: raise ValueError(f"a projected metric of {list(G.M.shape)} is not of a basis of {p} directions: collect it in the basis of these models, in this order, with this k.")
     return Dense(clipped(M, name))
 
-# %% ../../nbs/geometries/13_subspace.ipynb #0d83e45c
+# %% ../../nbs/geometries/13_subspace.ipynb #c5128d11
 @dataclass(frozen=True)
 class EpiMer(Geometry):
     "The models in their labeled basis, each with its curvature there (EpiMer, arXiv 2605.26693); without metrics TSV-M. A sum, not a mean."
@@ -124,6 +129,7 @@ class EpiMer(Geometry):
         if self.coordinates not in ("labeled", "projected"): raise ValueError(f"EpiMer(coordinates={self.coordinates!r}): use 'labeled' or 'projected'.")
         if self.k is not None and (not isinstance(self.k, int) or self.k < 1): raise ValueError(f"EpiMer(k={self.k!r}): keep at least one singular triplet of each update.")
     def chart(self, thetas, Gs=None):
+        "Coordinates (p,) in the `labeled_basis` with metrics of side p, damped; tensors without such a basis as they are. Back: α·T·Σ x_i·a_i."
         thetas = list(thetas); like, T = thetas[0], len(thetas); Gs = Gs or [1.0]*T
         if like.dim() == 2 and min(like.shape) < T: warnings.warn(f"a matrix of {list(like.shape)} has no room for a direction of each of {T} models: it is averaged.", stacklevel=2)
         if like.dim() != 2 or min(like.shape) < T or not any(t.any() for t in thetas): return [Point(t, G) for t, G in zip(thetas, Gs)], lambda m: m
@@ -131,35 +137,40 @@ class EpiMer(Geometry):
         Gs = [_projected(G, b, f"the metric of model {t}") for t, G in enumerate(Gs)]
         Gs = damped(normalised(Gs) if self.normalise else Gs, self.damping)
         return [Point(x, G) for x, G in zip(b.coordinates(thetas, self.coordinates), Gs)], lambda m: b.lift(self.alpha*T*m).to(like.dtype)
-    def log(self, m, x): return x - m
-    def exp(self, m, v): return m + v
-    def start(self, points, ws): return sum(w*p.x for p, w in zip(points, ws))      # where nobody knows anything, TSV-M
+    def log(self, m, x): "The difference x − m."; return x - m
+    def exp(self, m, v): "The sum m + v."; return m + v
+    def start(self, points, ws)->Tensor: "The plain mean: where nobody knows anything, TSV-M."; return sum((w*p.x for p, w in zip(points, ws)), points[0].x.new_zeros(()))
 
-# %% ../../nbs/geometries/13_subspace.ipynb #7f203f5c
+# %% ../../nbs/geometries/13_subspace.ipynb #a9c7124a
 @dataclass(frozen=True)
 class Eta:
     "How much lower than the plain mean the mean with metrics lies, on the models' own quadratic surrogate."
     eta: float    # F(δ̄) − F(δ_H) = cᵀH̄⁻¹c, in units of F = Σ w⟨δ−δ_t, H_t(δ−δ_t)⟩: twice the loss
     F: float      # F(δ̄), in the same unit
-    ratio = property(lambda self: self.eta/self.F if self.F > 0 else 0.0)    # in [0, 1]
+    @property
+    def ratio(self)->float: "η/F(δ̄), in [0, 1], without a unit; 0 where all models agree."; return self.eta/self.F if self.F > 0 else 0.0
     def __add__(self, other): return Eta(self.eta + other.eta, self.F + other.F)
-    __radd__ = lambda self, zero: self      # of `sum`
+    def __radd__(self, zero): return self      # of `sum`
 
-def eta(points:list[Point], ws=None, g:Geometry=Euclidean())->Eta:
-    "η of one tensor in a flat geometry, from any metrics; those of tensors add up."
+def eta(
+    points:list[Point],        # T models of one tensor, each with any metric
+    ws=None,                   # T weights >= 0; default equal
+    g:Geometry=Euclidean(),    # a flat geometry: its log is the difference
+)->Eta:
+    "η of one tensor (EpiMer, arXiv 2605.26693); those of tensors add up. Raises what `normalise` of weights does."
     ws, Gs = _of_points(ws, points), [as_metric(p.G) for p in points]
     at = _pulls(g, sum(w*p.x for w, p in zip(ws, points)), points, Gs, ws)
     return Eta(max(0.0, float((at.b.double()*at.A.solve(at.b).double()).sum())), float(at.var[0]))
 
-# %% ../../nbs/geometries/13_subspace.ipynb #f45c3afd
+# %% ../../nbs/geometries/13_subspace.ipynb #9dc1b7db
 def error_bound(
     deltas:list[Tensor],         # T matrices (m, n)
     Gs:list,                     # their metrics, not damped and not projected
-    b:LabeledBasis,
-    ws=None,                     # default equal
-    coordinates:str="labeled",
+    b:LabeledBasis,              # of these updates, in this order
+    ws=None,                     # T weights >= 0; default equal
+    coordinates:str="labeled",   # or "projected"
 )->tuple[float,float]:           # V_S, R_S, in units of F
-    "What is lost within the subspace and outside of it: at the mean Σ w (L_t − L_t(θ_t)) ≤ V_S + R_S for quadratic losses."
+    "What is lost within the subspace and outside of it: at the mean Σ w (L_t − L_t(θ_t)) ≤ V_S + R_S for quadratic losses (cf. EpiMer, Theorem 2)."
     ws, xs = _of_points(ws, deltas), b.coordinates(deltas, coordinates)
     inside = eta([Point(x, _projected(G, b)) for x, G in zip(xs, Gs)], ws)
     rest = [d.double() - b.lift(x) for d, x in zip(deltas, xs)]

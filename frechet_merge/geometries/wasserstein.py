@@ -15,11 +15,19 @@ from ..factors import Factors, balanced, svd
 from ..geometry import Geometry, Point
 from ..metrics import numbers
 
-# %% ../../nbs/geometries/12d_wasserstein.ipynb #12fe2a61
-def halves(f:Factors, R:int, k:int)->Tensor:    # (…, 2, R, k): U√Σ and V√Σ, padded with zeros
+# %% ../../nbs/geometries/12d_wasserstein.ipynb #f0cc8b93
+def halves(
+    f:Factors,    # a balanced pair of rank at most k
+    R:int,        # rows of either half, at least max(m, n)
+    k:int,        # columns
+)->Tensor:        # (…, 2, R, k)
+    "U√Σ and V√Σ, padded with zeros."
     return torch.stack([torch.nn.functional.pad(h, (0, k - h.shape[-1], 0, R - h.shape[-2])) for h in (f.B, f.A.mT)], -3)
 
-def align(m:Tensor, x:Tensor)->Tensor:    # both (…, 2, R, k)
+def align(
+    m:Tensor,     # (…, 2, R, k) halves to be near to
+    x:Tensor,     # (…, 2, R, k) halves to turn
+)->Tensor:        # (…, 2, R, k); one of the best where xᵀm is singular
     "x·Q, Q ∈ O(k) such that it is as close to m as possible: the polar factor of xᵀm (Schönemann 1966)."
     U, _, Vt = torch.linalg.svd(x.flatten(-3, -2).mT @ m.flatten(-3, -2))
     return x @ (U @ Vt).unsqueeze(-3)
@@ -30,14 +38,15 @@ class Wasserstein(Geometry):
     factors = batched = keeps_rank = True
     radius = None
     def chart(self, thetas, Gs=None):
+        "`halves` (…, 2, max(m, n), k) of the balanced pairs, k the largest rank; back, the pair of the product."
         (m, n), dtype = thetas[0].shape, thetas[0].dtype
         k = min(max(f.rank for f in thetas), m, n)
         points = [Point(halves(balanced(*svd(f)), max(m, n), k), g) for f, g in zip(thetas, numbers(Gs, len(thetas)))]
         return points, lambda z: Factors(z[..., 0, :m, :].to(dtype), z[..., 1, :n, :].mT.to(dtype))
-    def log(self, m, x): return align(m, x) - m
-    def exp(self, m, v): return m + v
+    def log(self, m, x): "The difference to the nearest of x·Q."; return align(m, x) - m
+    def exp(self, m, v): "The sum m + v."; return m + v
     def start(self, points, ws):
         "The balanced pair of the best matrix of rank k to the mean of ΔW: of all models alike."
-        U, S, Vt = torch.linalg.svd(sum(w*p.x[..., 0, :, :] @ p.x[..., 1, :, :].mT for p, w in zip(points, ws)), full_matrices=False)
+        U, S, Vt = torch.linalg.svd(sum((w*p.x[..., 0, :, :] @ p.x[..., 1, :, :].mT for p, w in zip(points, ws)), points[0].x.new_zeros(())), full_matrices=False)
         R, k = points[0].x.shape[-2:]
         return halves(balanced(U[..., :k], S[..., :k], Vt.mT[..., :k]), R, k)

@@ -1,0 +1,82 @@
+"""Families of real experts: one base, and for each task a fine-tuned encoder (a full model, or a PEFT adapter) and a fixed linear head.
+
+A merge is judged by its encoder alone. Each task's test examples are split: one half (of texts, those at even positions; of
+images, the first) chooses scales, the other is reported.
+"""
+import gzip
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from transformers import AutoModel
+
+from frechet_merge import load
+from frechet_merge.adapters import bake
+from frechet_merge.curvature import curvature
+from frechet_merge.demo import TOKENS, base_folder
+
+SAMPLES, VALIDATION = 64, 120     # unlabelled training examples that statistics see; test examples that choose a scale, at most
+
+
+class Experts:
+    def __init__(self, base, folder, heads, tasks, only=None):
+        self.base, self.folder, self.heads = Path(base), Path(folder), heads
+        self.model = AutoModel.from_pretrained(base, **self.options).eval()
+        self.W = {k: v.clone() for k, v in self.model.state_dict().items() if k.startswith("encoder.")}
+        self.names = [n for n in tasks if (self.folder/n).is_dir() and (not only or n in only)]
+        self.folders = [self.folder/n for n in self.names]
+        self.adapters, whole = (self.folders[0]/"adapter_config.json").exists(), load(base)
+        self.delta = {n: {k: s[k].float() - w for k, w in self.W.items()} for n, f in zip(self.names, self.folders) for s in [bake(whole, load(f)) if self.adapters else load(f)]}
+        self.tests = {(n, half): self.batches(*self.examples(tasks[n], "test", self.half(tasks[n], half), None if half else VALIDATION)) for n in self.names for half in (0, 1)}
+        self.tasks = tasks
+
+    def half(self, task, k): return slice(k, None, 2)
+
+    def put(self, delta): self.model.load_state_dict({k: w + delta[k].float() if k in delta else w for k, w in self.W.items()}, strict=False)
+
+    @torch.no_grad()
+    def right(self, delta, half, names=None):
+        "task → which examples of that half are classified correctly."
+        self.put(delta); out = {}
+        for n in names or self.names:
+            out[n] = torch.zeros(sum(len(at) for at, _ in self.tests[n, half]), dtype=torch.bool)
+            for at, b in self.tests[n, half]: out[n][at] = self.logits(self.model, n, b).argmax(1) == b["labels"]
+        return out
+
+    def statistics(self, n, form, estimator=None, samples=SAMPLES):
+        self.put(self.delta[n]); inputs = self.examples(self.tasks[n], "train", slice(-samples, None), None)
+        return curvature(self.model, [b for _, b in self.batches(*inputs, 32)], form, estimator, forward=lambda model, b: self.logits(model, n, b), parameters="encoder.*")
+
+    def head(self, n, h): return F.linear(h, self.heads[f"{n}.weight"], self.heads[f"{n}.bias"])
+
+
+class Text(Experts):
+    "The sentence encoder of `frechet_merge.demo`, mean-pooled; TASKS is a file like bench/demo/tasks.json.gz."
+    options = {"add_pooling_layer": False}
+    def __init__(self, folder, tasks, heads=None, base=None, only=None):
+        from transformers import AutoTokenizer
+        base = base or base_folder(); self.tok = AutoTokenizer.from_pretrained(base)
+        super().__init__(base, folder, load_file(heads or Path(folder)/"heads.safetensors"), json.load(gzip.open(tasks, "rt")), only)
+    def examples(self, task, split, which, most): return self.tok([t for t, _ in task[split][which][:most]], truncation=True, max_length=TOKENS)["input_ids"], [y for _, y in task[split][which][:most]]
+    def batches(self, ids, labels, size=64):
+        "Texts of like length together, and where they were."
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i])); pad = torch.nn.utils.rnn.pad_sequence
+        return [(at, {"input_ids": pad([torch.tensor(ids[i]) for i in at], batch_first=True), "attention_mask": pad([torch.ones(len(ids[i]), dtype=torch.long) for i in at], batch_first=True),
+                      "labels": torch.tensor([labels[i] for i in at])}) for k in range(0, len(order), size) for at in [order[k:k + size]]]
+    def logits(self, model, n, b):
+        h, m = model(input_ids=b["input_ids"], attention_mask=b["attention_mask"]).last_hidden_state, b["attention_mask"][..., None].float()
+        return self.head(n, (h*m).sum(1)/m.sum(1))
+
+
+class Images(Experts):
+    "A ViT, by its class token; TASKS is a folder of `NAME.safetensors` with train_x, test_x (uint8, n × 3 × side × side) and train_y, test_y."
+    options, MEAN, STD = {}, torch.tensor([.485, .456, .406])[:, None, None], torch.tensor([.229, .224, .225])[:, None, None]
+    def __init__(self, folder, tasks, heads=None, base=None, only=None):
+        tasks = Path(tasks)
+        super().__init__(base or tasks.parent/"base", folder, load_file(heads or tasks.parent/"heads.safetensors"), {f.stem: load_file(f) for f in sorted(tasks.glob("*.safetensors"))}, only)
+    def half(self, task, k): n = len(task["test_y"]); return slice(n//2, None) if k else slice(0, n//2)      # several images of one source are neighbours
+    def examples(self, task, split, which, most): return task[f"{split}_x"][which][:most], task[f"{split}_y"][which][:most]
+    def batches(self, x, labels, size=64): return [(list(range(i, min(i + size, len(x)))), {"pixel_values": (x[i:i + size]/255 - self.MEAN)/self.STD, "labels": labels[i:i + size]}) for i in range(0, len(x), size)]
+    def logits(self, model, n, b): return self.head(n, model(pixel_values=b["pixel_values"]).last_hidden_state[:, 0])

@@ -1,0 +1,269 @@
+"""What merges of real experts keep: every geometry of the library, the methods it has to beat, and PEFT's and mergekit's own code.
+
+    python bench/quality.py all WORK               trains the families of FAMILIES into WORK, and runs every method and size on each of them
+    python bench/quality.py FOLDER --tasks TASKS [--heads HEADS] [--base BASE] [--name NAME]           one family that is there already
+    python bench/quality.py FOLDER --tasks TASKS --sizes 2,3,4 [--subsets 3]                         how it goes with the number of models
+
+FOLDER has a folder for each task, with a full model or a PEFT adapter; which tasks, and what is on their disks, see `experts.py`.
+Where a method has a scale, the one is taken that is best on validation examples; its grid is widened until the best is inside of it,
+six times at most.
+What is reported are other examples: mean accuracy over the tasks; the worst task, and the mean task, relative to its own expert; the
+difference from tuned TSV-M with its standard error, from a paired bootstrap over examples; CPU seconds and peak memory of one merge in
+memory, without statistics; of PEFT with loading the adapters, and of mergekit, whose memory is not seen, the whole command and the
+baking of adapters before it. Standard errors are over examples: neither over trainings nor over choices of scale. Statistics are those of `frechet_merge.curvature`, from 64 training
+examples of each task, whose labels only the empirical ones see. KFAC means without a closed form are solved to a relative residual of
+1e-2. With --mergekit PATH, mergekit-pytorch runs beside. Finished rows are kept in WORK or --cache FILE, from which a run goes on.
+"""
+import argparse
+import itertools
+import json
+import os
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from adapters import about, write_rows
+from experts import SAMPLES, VALIDATION, Images, Text
+
+from frechet_merge import LoRA, Span, Sphere, load, merge, metrics
+from frechet_merge.adapters import bake
+from frechet_merge.geometries.baselines import KnOTS, TSVM, ties
+from frechet_merge.geometries.fisher import Curved, pullback
+from frechet_merge.geometries.subspace import EpiMer
+from frechet_merge.mean import frechet_mean
+from frechet_merge.metrics import Diagonal, Kronecker
+
+HERE, BOOT, WIDER, ROUNDING = Path(__file__).parent, 2000, 6, 1e-5
+metrics.SOLVED = 1e-2/torch.finfo(torch.float32).eps
+TRAIN_TEXT = [sys.executable, HERE/"demo"/"train.py", "--seed", "1"]
+FAMILIES = {"text_full": (Text, HERE/"demo"/"tasks.json.gz", [*TRAIN_TEXT, "--full", "--examples", "1500", "--epochs", "2"]),
+            "text_lora": (Text, HERE/"demo"/"tasks.json.gz", [*TRAIN_TEXT, "--rank", "8", "--targets", "query,key,value,dense"])}
+
+
+def merged(ex, g, stats=None, use="both", names=None, whole=False):
+    "Tensor → merged difference; tensors without a metric, where there should be one, by their plain mean. Of whole weights if asked."
+    names, out = names or ex.names, {}
+    for k, w in ex.W.items():
+        x = [ex.delta[n][k] for n in names]
+        if not any(d.any() for d in x): continue
+        Gs = None if stats is None else [metric(stats[n], k, use) for n in names]
+        if Gs is not None and None in Gs or stats is None and x[0].dim() < 2 and not whole: out[k] = sum(x)/len(x); continue
+        points, lift = g.chart([w + d for d in x] if whole else x, Gs)
+        m = lift(frechet_mean(g, points, [1.0]*len(names), tol=1e-2 if Gs else 1e-10, warn=False).x); out[k] = m - w if whole else m
+    return out
+
+def metric(s, k, use):
+    if k in s: return Diagonal(s[k])
+    return Kronecker((s.get(f"{k}.left") if use != "inputs" else None, s.get(f"{k}.right") if use != "outputs" else None)) if f"{k}.right" in s else None
+
+def difference(ex, state): return {k: state[k].float() - w for k, w in ex.W.items()}
+
+def adapter(ex, g, **how): return difference(ex, bake(load(ex.base), merge(ex.folders, g, dtype="fp32", **how).tensors))
+
+def peft(ex, kind, **how):
+    "The base with `add_weighted_adapter` on it."
+    from peft import PeftModel
+    from transformers import AutoModel
+    model = PeftModel.from_pretrained(AutoModel.from_pretrained(ex.base, **ex.options), str(ex.folders[0]), adapter_name="a0")
+    for i, f in enumerate(ex.folders[1:], 1): model.load_adapter(str(f), f"a{i}")
+    model.add_weighted_adapter([f"a{i}" for i in range(len(ex.names))], [1/len(ex.names)]*len(ex.names), "m", combination_type=kind, **how); model.set_adapter("m")
+    return difference(ex, model.merge_and_unload().state_dict())
+
+def mergekit(ex, command, method, **parameters):
+    "What mergekit-pytorch writes of full checkpoints (adapters: put on the base by us before; mergekit-yaml 0.1.5 fails at encoders of this kind)."
+    with tempfile.TemporaryDirectory() as tmp:
+        tmp, models = Path(tmp), ex.folders
+        if ex.adapters: models = [merge([f], LoRA(), bake=ex.base, out=tmp/f.name).out for f in ex.folders]
+        each = {k: parameters.pop(k) for k in [*parameters] if k in ("weight", "density")}
+        (tmp/"recipe.yml").write_text(json.dumps({"models": [{"model": str(Path(m)/"model.safetensors"), "parameters": each} for m in models], **({} if method in ("linear", "karcher") else {"base_model": str(Path(ex.base)/"model.safetensors")}), "merge_method": method, "parameters": parameters, "dtype": "float32"}))
+        r = subprocess.run([command, tmp/"recipe.yml", tmp/"out", "--quiet"], capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        if r.returncode: raise RuntimeError(f"mergekit {method}: {r.stderr[-400:]}")
+        return difference(ex, load(tmp/"out"))
+
+def ties_of(ex, names, density=.2):
+    out = {}
+    for k in ex.W:
+        X = [ex.delta[n][k].reshape(1, -1) for n in names]
+        if not any(x.any() for x in X): continue
+        masks = ties(X, torch.tensor(max(1, int(density*X[0].numel()))), [1.0]*len(X))
+        out[k] = (sum(x*m for x, m in zip(X, masks))/sum(masks).clamp(min=1)).view(ex.W[k].shape)
+    return out
+
+def iso_c(ex, names):
+    "Iso-C (Marczak et al., arXiv 2502.04959): the sum with all its singular values (of adapters: those that are not rounding) replaced by their mean; other tensors by the mean."
+    out = {}
+    for k in ex.W:
+        x = [ex.delta[n][k] for n in names]
+        if not any(d.any() for d in x): continue
+        if x[0].dim() < 2: out[k] = sum(x)/len(x); continue
+        U, S, Vt = torch.linalg.svd(sum(x), full_matrices=False); r = int((S > ROUNDING*S[0]).sum()); out[k] = S[:r].mean()*(U[:, :r] @ Vt[:r])
+    return out
+
+def total(ex, names): return {k: sum(ex.delta[n][k] for n in names) for k in ex.W}
+def every(delta, s): return {k: s*v for k, v in delta.items()}
+def matrices(delta, s): return {k: s*v if v.dim() > 1 else v for k, v in delta.items()}
+
+
+class Method(NamedTuple):
+    name: str; code: str; needs: str
+    merge: object             # (statistics, if it has a form) → difference; with a setting as well where `how` is None
+    grid: tuple = ()          # settings to choose from
+    how: object = every       # (difference, setting) → difference
+    form: tuple = ()          # estimator, and number of examples if not SAMPLES, of the statistics
+
+def core(ex, names, anchors=(4.,)):
+    "Methods that are run at every number of models."
+    T = len(names)
+    yield Method("mean", "frechet_merge", "–", lambda: every(total(ex, names), 1/T))
+    yield Method("task arithmetic", "frechet_merge", "scale", lambda: total(ex, names), (.3, .42, .6))
+    yield Method("TIES 20 %", "frechet_merge", "scale", lambda: ties_of(ex, names), (1., 1.4, 2.))
+    yield Method("TSV-M", "frechet_merge", "scale", lambda: merged(ex, EpiMer(), names=names), (1., 1.3, 1.7), matrices)
+    yield Method("Iso-C", "here", "scale", lambda: iso_c(ex, names), (1.4, 2., 2.8), matrices)
+    for c in anchors: yield Method(f"pullback(anchor={c:g})", "frechet_merge", "inputs", lambda S, c=c: merged(ex, pullback(c), S, names=names), form=("kronecker", "pullback"))
+
+def methods(ex, mergekit_pytorch=None):
+    yield from core(ex, ex.names, sorted({4., float(len(ex.names))}))
+    kron, empirical = ("kronecker", "pullback"), ("diagonal", "empirical")
+    yield Method("pullback(), anchor tuned", "frechet_merge", "inputs, scale", lambda S, c: merged(ex, pullback(c), S), (2., 4., 6., 10.), None, kron)
+    yield Method("pullback(share='left')", "frechet_merge", "inputs", lambda S: merged(ex, pullback(share="left"), S), form=kron)
+    yield Method("pullback(2), outputs only", "frechet_merge", "inputs", lambda S: merged(ex, pullback(2., share=None), S, "outputs"), form=kron)
+    yield Method("pullback(), inputs only", "frechet_merge", "inputs", lambda S: merged(ex, pullback(share=None), S, "inputs"), form=kron)
+    scales, fisher = (1.4, 2., 2.8), Curved(normalise=True, damping=.1)
+    yield Method("RegMean", "frechet_merge", "inputs, scale", lambda S: merged(ex, fisher, S, "inputs"), scales, form=kron)
+    at32 = (.8, 1.1, 1.5)
+    for c in ("labeled", "projected"): yield Method(f"EpiMer, k = 32, {c}, pullback", "frechet_merge", "inputs, scale", lambda S, c=c: merged(ex, EpiMer(32, c, normalise=True, damping=.05), S), at32, matrices, kron)
+    yield Method("pullback(), true Fisher", "frechet_merge", "inputs", lambda S: merged(ex, pullback(), S), form=("kronecker", "true"))
+    yield Method("Fisher, diagonal", "frechet_merge", "inputs, scale", lambda S: merged(ex, fisher, S), scales, form=("diagonal", "true"))
+    for c in ("labeled", "projected"): yield Method(f"EpiMer, k = 32, {c}, Fisher", "frechet_merge", "labels, scale", lambda S, c=c: merged(ex, EpiMer(32, c, normalise=True, damping=.05), S), at32, matrices, empirical)
+    yield Method("TSV-M, k = 32", "frechet_merge", "scale", lambda: merged(ex, EpiMer(32)), at32, matrices)
+    yield Method("Karcher mean of weights", "frechet_merge", "–", lambda: merged(ex, Span(Sphere()), whole=True))
+    yield Method("Karcher mean of differences", "frechet_merge", "scale", lambda: merged(ex, Span(Sphere())), (1., 1.4, 2.))
+    if ex.adapters:
+        r = max(load(f).adapter["r"] for f in ex.folders); grid = (1.4, 2., 2.8)
+        for name, g in ((f"LoRA(rank={r})", LoRA(rank=r)), ("LoRA(metric='mix')", LoRA(metric="mix")), ("LoRA(metric='wasserstein')", LoRA(metric="wasserstein")), ("LoRA(pinned=0.02)", LoRA(pinned=.02)), ("KnOTS()", KnOTS()), ("TSVM()", TSVM())):
+            yield Method(name, "frechet_merge", "scale", lambda g=g: adapter(ex, g), grid)
+        for kind, how in (("linear", {}), ("cat", {}), ("svd", {"svd_rank": r}), ("ties", {"density": .2})):
+            yield Method(f"PEFT {kind}", "PEFT", "scale", lambda kind=kind, how=how: peft(ex, kind, **how), grid)
+    if mergekit_pytorch:
+        for m, how in (("linear", {"weight": 1.}), ("karcher", {}), ("task_arithmetic", {"weight": 1.}), ("ties", {"weight": 1., "density": .2}), ("dare_ties", {"weight": 1., "density": .5}), ("breadcrumbs", {"weight": 1., "density": .9}), ("sce", {"select_topk": .2}), ("model_stock", {})):
+            yield Method(f"mergekit {m}", "mergekit", "scale" if m not in ("linear", "karcher", "model_stock") else "–", lambda m=m, how=how: mergekit(ex, mergekit_pytorch, m, **how), (.3, .42, .6) if m not in ("linear", "karcher", "model_stock") else ())
+    yield Method(f"pullback(), {4*SAMPLES} examples", "frechet_merge", "inputs", lambda S: merged(ex, pullback(), S), form=(*kron, 4*SAMPLES))
+    yield Method("KFAC, pullback", "frechet_merge", "inputs, scale", lambda S: merged(ex, fisher, S), scales, form=("kronecker", "pullback"))
+    yield Method("KFAC, true", "frechet_merge", "inputs, scale", lambda S: merged(ex, fisher, S), scales, form=("kronecker", "true"))
+    yield Method("KFAC, empirical", "frechet_merge", "labels, scale", lambda S: merged(ex, fisher, S), scales, form=("kronecker", "empirical"))
+    yield Method("pullback(share=None)", "frechet_merge", "inputs", lambda S: merged(ex, pullback(share=None), S), form=kron)
+
+
+def cpu(): return sum(sum(resource.getrusage(w)[:2]) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+def memory(what): return next(int(x.split()[1])/1024 for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(what))
+
+def measured(make):
+    "make(), its CPU seconds, and the MiB by which it raised this process's memory at its peak (none where the system does not say)."
+    try: Path("/proc/self/clear_refs").write_text("5"); before = memory("VmRSS")
+    except OSError: before = None
+    start = cpu(); x = make()
+    return x, cpu() - start, None if before is None else max(0., memory("VmHWM") - before)
+
+def mean(c): return sum(float(v.float().mean()) for v in c.values())/len(c)
+
+def run(ex, m, names, stats):
+    "Setting, examples right on the reported half, validation accuracy, CPU seconds, MiB."
+    S = [stats(*m.form)] if m.form else []
+    first, s, mib = measured(lambda: m.merge(*S, *m.grid[:0 if m.how else 1]))
+    if not m.grid: return None, ex.right(first, 1, names), None, s, mib
+    def at(v): return m.how(first, v) if m.how else m.merge(*S, v)
+    tried = {v: mean(ex.right(at(v), 0, names)) for v in m.grid}
+    for _ in range(WIDER):
+        order = sorted(tried); best = max(order, key=tried.get); end = order.index(best)
+        if 0 < end < len(order) - 1: break
+        new = best**2/order[1] if end == 0 else best**2/order[-2]; tried[new] = mean(ex.right(at(new), 0, names))
+    best = max(sorted(tried), key=tried.get)
+    return best, ex.right(at(best), 1, names), tried[best], s, mib
+
+def bootstrap(cases, gen):
+    "Standard error of the mean of `cases`, each {task: a number for each example}, over resampled examples, the same in every case."
+    n = {t: len(v) for c in cases for t, v in c.items()}; out = []
+    for _ in range(BOOT):
+        at = {t: torch.randint(k, (k,), generator=gen) for t, k in n.items()}
+        out.append(sum(sum(float(v[at[t]].mean()) for t, v in c.items())/len(c) for c in cases)/len(cases))
+    return torch.tensor(out).std().item()
+
+def minus(a, b): return {t: a[t].float() - b[t].float() for t in a}
+
+
+def family(ex, name, cache, command, only=None, mergekit_pytorch=None, sizes=(), subsets=3):
+    kept, gen = torch.load(cache, weights_only=False) if cache.exists() else {}, torch.Generator().manual_seed(0)
+    def keep(key, make):
+        if key not in kept: kept[key] = make(); torch.save(kept, f"{cache}.part"); os.replace(f"{cache}.part", cache)
+        return kept[key]
+    held, spent = {}, keep("statistics", dict)
+    def stats(*which):
+        if which not in held:
+            held.clear(); start = cpu()
+            held[which] = {n: ex.statistics(n, *which) for n in ex.names}
+            spent[", ".join(map(str, which))] = round((cpu() - start)/len(ex.names), 1)
+        return held[which]
+    own = keep("experts", lambda: [{n: ex.right(ex.delta[n], half, [n])[n] for n in ex.names} for half in (0, 1)])[1]
+    facts = dict(tasks=ex.names, samples=SAMPLES, validation=VALIDATION, reported={n: len(v) for n, v in own.items()})
+    if keep("facts", lambda: facts) != facts: raise SystemExit(f"{cache} is of other tasks or examples: delete it.")
+    def relative(c): return [float(c[n].float().mean()/own[n].float().mean()) for n in c]
+
+    if not sizes:
+        found = {"base": ("", "–", (None, keep("base", lambda: ex.right({}, 1)), None, None, None)), "experts": ("", "–", (None, own, None, None, None))}
+        for m in methods(ex, mergekit_pytorch):
+            if only and not m.name.startswith(tuple(only)): continue
+            try: r = keep(m.name, lambda m=m: run(ex, m, ex.names, stats))
+            except Exception as e:
+                if m.code == "frechet_merge": raise
+                print(f"{m.name}: {type(e).__name__}: {str(e).splitlines()[-1][:160]}", flush=True); continue
+            found[m.name] = (m.code, m.needs, r)
+            print(f"{m.name:32} {r[0] if r[0] is None else round(r[0], 3)!s:6} validation {r[2] if r[2] is None else round(r[2], 4)!s:6} reported {mean(r[1]):.4f}  {r[3]:.1f} s", flush=True)
+        rows = []
+        for m, (code, needs, (s, c, _, sec, mib)) in found.items():
+            d = minus(c, found["TSV-M"][2][1]) if "TSV-M" in found and m != "TSV-M" else None
+            rows.append({"method": m, "code": code, "needs": needs, "tuned": "" if s is None else round(s, 3), "mean": round(mean(c), 4), "se": round(bootstrap([{n: x.float() for n, x in c.items()}], gen), 4), "worst": round(min(relative(c)), 3), "normalised": round(sum(relative(c))/len(c), 3),
+                         "from_tsvm": "" if d is None else round(mean(d), 4), "se_from": "" if d is None else round(bootstrap([d], gen), 4), "cpu_s": "" if sec is None else round(sec, 2), "mib": "" if mib is None or code == "mergekit" else round(mib), **{n: round(float(c[n].float().mean()), 3) for n in ex.names}})
+        write_rows(f"quality_{name}", rows, about(command, **facts, statistics_cpu_s_per_task=spent))
+        return
+    rows = []
+    for T in sizes:
+        every_set = list(itertools.combinations(ex.names, T)); random.Random(T).shuffle(every_set); cases = {}
+        for names in every_set[:subsets]:
+            for m in core(ex, list(names), (1., 2., 3., 4., 6., 8.)):
+                cases.setdefault(m.name, []).append(keep((T, names, m.name), lambda m=m, names=names: run(ex, m, names, stats)))
+            print(T, names, {m: round(mean(r[-1][1]), 4) for m, r in cases.items()}, flush=True)
+        for m, rs in cases.items():
+            d = [minus(r[1], t[1]) for r, t in zip(rs, cases["TSV-M"])]
+            rows.append({"models": T, "method": m, "sets": len(rs), "mean": round(sum(mean(r[1]) for r in rs)/len(rs), 4), "normalised": round(sum(sum(relative(r[1]))/T for r in rs)/len(rs), 4),
+                         "from_tsvm": round(sum(map(mean, d))/len(d), 4), "se_from": round(bootstrap(d, gen), 4) if m != "TSV-M" else ""})
+    write_rows(f"sizes_{name}", rows, about(command, **facts, sets=subsets))
+
+
+if __name__ == "__main__":
+    a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    a.add_argument("folder"); a.add_argument("work", nargs="?", type=Path); a.add_argument("--kind", choices=("text", "images"), default="text")
+    a.add_argument("--tasks", type=Path); a.add_argument("--heads", type=Path); a.add_argument("--base"); a.add_argument("--only", help="these tasks, as a,b,c")
+    a.add_argument("--methods", help="only those whose name starts with one of these, as a,b (TSV-M too, to compare with)"); a.add_argument("--name", help="of the results")
+    a.add_argument("--sizes"); a.add_argument("--subsets", type=int, default=3); a.add_argument("--cache", type=Path); a.add_argument("--mergekit")
+    args = a.parse_args(); warnings.simplefilter("ignore"); torch.manual_seed(0)
+    def numbers(x): return tuple(int(n) for n in x.split(",")) if x else ()
+    if args.folder == "all":
+        args.work.mkdir(parents=True, exist_ok=True)
+        for name, (kind, tasks, train) in FAMILIES.items():
+            folder = args.work/name
+            if not (folder/"heads.safetensors").exists(): shutil.rmtree(folder, ignore_errors=True); subprocess.run([*train, "--out", folder], check=True)
+            ex = kind(folder, tasks)
+            for sizes in ((), (2, 3, 4)): family(ex, name, args.work/f"{name}{'_sizes' if sizes else ''}.pt", "python bench/quality.py all WORK", None, args.mergekit, sizes)
+    else:
+        ex = {"text": Text, "images": Images}[args.kind](args.folder, args.tasks, args.heads, args.base, args.only and args.only.split(","))
+        name = args.name or Path(args.folder).name
+        family(ex, name, args.cache or Path(f"{args.folder}.{'sizes' if args.sizes else 'quality'}.pt"), f"python bench/quality.py {name} --tasks TASKS" + (f" --sizes {args.sizes}" if args.sizes else ""),
+               args.methods and args.methods.split(","), args.mergekit, numbers(args.sizes), args.subsets)
