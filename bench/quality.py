@@ -199,7 +199,7 @@ def bootstrap(cases, gen):
 def minus(a, b): return {t: a[t].float() - b[t].float() for t in a}
 
 
-def family(ex, name, cache, command, only=None, mergekit_pytorch=None, sizes=(), subsets=3):
+def family(ex, name, cache, command, only=None, mergekit_pytorch=None, sizes=(), subsets=3, finished=False):
     kept, gen = torch.load(cache, weights_only=False) if cache.exists() else {}, torch.Generator().manual_seed(0)
     def keep(key, make):
         if key not in kept: kept[key] = make(); torch.save(kept, f"{cache}.part"); os.replace(f"{cache}.part", cache)
@@ -219,7 +219,7 @@ def family(ex, name, cache, command, only=None, mergekit_pytorch=None, sizes=(),
     if not sizes:
         found = {"base": ("", "–", (None, keep("base", lambda: ex.right({}, 1)), None, None, None)), "experts": ("", "–", (None, own, None, None, None))}
         for m in methods(ex, mergekit_pytorch):
-            if only and not m.name.startswith(tuple(only)): continue
+            if only and not m.name.startswith(tuple(only)) or finished and m.name not in kept: continue
             try: r = keep(m.name, lambda m=m: run(ex, m, ex.names, stats))
             except Exception as e:
                 if m.code == "frechet_merge": raise
@@ -252,7 +252,7 @@ if __name__ == "__main__":
     a.add_argument("folder"); a.add_argument("work", nargs="?", type=Path); a.add_argument("--kind", choices=("text", "images"), default="text")
     a.add_argument("--tasks", type=Path); a.add_argument("--heads", type=Path); a.add_argument("--base"); a.add_argument("--only", help="these tasks, as a,b,c")
     a.add_argument("--methods", help="only those whose name starts with one of these, as a,b (TSV-M too, to compare with)"); a.add_argument("--name", help="of the results")
-    a.add_argument("--sizes"); a.add_argument("--subsets", type=int, default=3); a.add_argument("--cache", type=Path); a.add_argument("--mergekit")
+    a.add_argument("--finished", action="store_true", help="run nothing: write the rows that an interrupted run has finished"); a.add_argument("--sizes"); a.add_argument("--subsets", type=int, default=3); a.add_argument("--cache", type=Path); a.add_argument("--mergekit")
     args = a.parse_args(); warnings.simplefilter("ignore"); torch.manual_seed(0)
     def numbers(x): return tuple(int(n) for n in x.split(",")) if x else ()
     if args.folder == "all":
@@ -265,5 +265,5 @@ if __name__ == "__main__":
     else:
         ex = {"text": Text, "images": Images}[args.kind](args.folder, args.tasks, args.heads, args.base, args.only and args.only.split(","))
         name = args.name or Path(args.folder).name
-        family(ex, name, args.cache or Path(f"{args.folder}.{'sizes' if args.sizes else 'quality'}.pt"), f"python bench/quality.py {name} --tasks TASKS" + (f" --sizes {args.sizes}" if args.sizes else ""),
-               args.methods and args.methods.split(","), args.mergekit, numbers(args.sizes), args.subsets)
+        family(ex, name, args.cache or Path(f"{args.folder}.{'sizes' if args.sizes else 'quality'}.pt"), f"python bench/quality.py {name} --tasks TASKS" + (f" --sizes {args.sizes}" if args.sizes else "") + " --finished"*args.finished,
+               args.methods and args.methods.split(","), args.mergekit, numbers(args.sizes), args.subsets, args.finished)

@@ -244,16 +244,16 @@ def test_checkpointed_layers():
 
 def test_pullback_of_a_linear_model_and_of_its_last_layer():
     "E[JᵀJ] of x ↦ M₂M₁x, dense; and the last layer's left factor is the identity."
-    model, x = nn.Sequential(nn.Linear(4, 5, bias=False), nn.Linear(5, 3, bias=False)), torch.randn(5000, 4)
+    model, x = nn.Sequential(nn.Linear(4, 5, bias=False), nn.Linear(5, 3, bias=False)), torch.randn(20000, 4)
     M2 = model[1].weight.detach()
     s = curvature(model, list(x.split(1000)), "kronecker")
-    close(s["1.weight.left"], torch.eye(3), .1); close(s["0.weight.left"], M2.T @ M2, .1)
+    close(s["1.weight.left"], torch.eye(3), .05); close(s["0.weight.left"], M2.T @ M2, .05)
     d = curvature(model, list(x.split(1000)), "diagonal")
     want = torch.outer((M2**2).sum(0), (x**2).mean(0))       # J for weight (o, i) is M₂[:, o] x_i
-    close(d["0.weight"], want, .1)
+    close(d["0.weight"], want, .05)
     U, V = torch.randn(5, 4), torch.randn(4, 4)
     p = curvature(model, list(x.split(1000)), "projected", "pullback", basis={"0.weight": (U, V)})["0.weight.projected"]
-    close(p, projected_kronecker(M2.T @ M2, x.T @ x/len(x), U, V), .1)       # δ and a are independent here: the factors are exact
+    close(p, projected_kronecker(M2.T @ M2, x.T @ x/len(x), U, V), .06)       # δ and a are independent here: the factors are exact
     assert abs(float((p - projected_kronecker(M2.T @ M2, x.T @ x/len(x), U, V)).norm()/p.norm())) < 5*float(curvature(model, [x], "projected", "pullback", basis={"0.weight": (U, V)}).about["error"]["0.weight"])
 
 
@@ -263,9 +263,9 @@ def test_true_fisher_is_the_softmax_hessian_in_the_middle():
     p = model(x).softmax(-1).detach(); F_ = torch.einsum("nci,ncd,ndj->ij", J, p.diag_embed() - p[:, :, None]*p[:, None], J)/6
     E = torch.eye(12).view(12, 3, 4)       # a basis of all entries is of rank one each
     basis = {"0.weight": (E.sum(2).T, E.sum(1).T)}
-    s = curvature(model, [x.repeat(1000, 1)], "projected", "true", basis=basis)
+    s = curvature(model, [x.repeat(4000, 1)], "projected", "true", basis=basis)
     close(s["0.weight.projected"], F_, .05)
-    close(curvature(model, [x.repeat(1000, 1)], "diagonal", "true")["0.weight"].flatten(), F_.diagonal(), .05)
+    close(curvature(model, [x.repeat(4000, 1)], "diagonal", "true")["0.weight"].flatten(), F_.diagonal(), .05)
 
 
 @pytest.mark.parametrize("name, weight", [("mlp", "two.weight"), ("conv", "point.weight"), ("gpt2", "transformer.h.0.mlp.c_fc.weight"), ("gpt2", "transformer.wte.weight"), ("bert", "bert.encoder.layer.0.attention.self.query.weight")])

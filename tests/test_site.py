@@ -91,6 +91,9 @@ def test_formulas_and_directives_are_rendered(pages):
     assert not seen, seen
     unknown = {n: found for n, p in pages.items() if (found := re.findall(r"\\[A-Za-z]+|\$", " ".join(p.math)))}
     assert not unknown, f"commands that latex2mathml does not know: {unknown}"
+    for n, p in pages.items():
+        html = p.path.read_text(); prose = re.sub(r"<(script|style|pre|code|div class=.highlight).*?</\1.*?>|<[^>]+>", "", html, flags=re.S)
+        assert "<h1" in html and "#|" not in prose and "$" not in prose and "\\frac" not in prose, n
     leftover = {n: m[0] for n, p in pages.items() if (m := re.search(r"(?:^|>)\s*#\|.*", p.path.read_text(), re.M))}
     assert not leftover, leftover
 

@@ -111,7 +111,7 @@ def upright(root):
     for f in sorted(next(root.rglob("tuxpaint/stamps")).rglob("*.png")):
         if "symbols" in f.parts or "mirror" in f.stem: continue
         x = fit(Image.open(f)); rows.append([(np.rot90(x, k).copy(), k) for k in range(4)])
-    return deal(rows) | {"labels": ["0", "90", "180", "270"], "source": "Debian tuxpaint-stamps-default", "license": "GPL-2+ and public domain"}
+    return deal(rows) | {"labels": ["0", "90", "180", "270"], "source": "Debian tuxpaint-stamps-default", "license": "GPL-2"}
 
 
 TASKS = {f.__name__: f for f in (mnist, fashion, digits, emoji, clipart, letters, upright)}
