@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .geometry import Geometry
-from .mean import Mean, _of_points, _pulls, frechet_mean
+from .mean import Mean, _of_points, _pulls, _total, frechet_mean
 from .metrics import as_metric
 
 # %% ../nbs/05_laws.ipynb #9f7680da
@@ -51,7 +51,7 @@ def _off(g, points, ws):
     "How far the next step from the mean would lead, relative to where it is and to the distances."
     ws, Gs, m = _of_points(ws, points), [as_metric(p.G) for p in points], frechet_mean(g, points, ws, warn=False).x
     at = _pulls(g, m, points, Gs, ws)
-    return float(at.A.solve(at.b).norm())/(float(m.norm()) + float(at.reach[0]) or 1.0)
+    return float(_total(Gs, ws).solve(at.b).norm())/(float(m.norm()) + float(at.reach[0]) or 1.0)
 
 def _derivative(g, points, ws):
     "The finite difference of the variance along a direction, against what the pull says."

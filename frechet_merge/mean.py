@@ -10,7 +10,9 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from importlib import import_module
+from operator import add
 from typing import Any, overload
 
 import numpy as np
@@ -61,12 +63,15 @@ def _dot(u, v, N): return (torch.dot(u.flatten(), v.flatten())[None] if N == 1 e
 
 @dataclass
 class _At:
-    "What the models do at a point, for each of N problems: the pull b = Σ w G v and Σ w G; sums over models as arrays of N."
-    b: Any; A: Any
+    "What the models do at a point, for each of N problems: the pull b = Σ w G v; sums over models as arrays of N."
+    b: Any
     size: np.ndarray; reach: np.ndarray; var: np.ndarray; far: np.ndarray; lost: np.ndarray    # Σ‖w G v‖, Σ w‖v‖, Σ w⟨v, G v⟩, max ⟨v, G v⟩, models with no path
 
+def _total(Gs, ws)->Any:      # Σ w G, which undoes every pull: a metric rides on its point, not on where the solver is
+    return reduce(add, (w*G for G, w in zip(Gs, ws)))
+
 def _pulls(g, m, points, Gs, ws, N=1)->_At:
-    at = _At(None, None, *np.zeros((5, N)))
+    at = _At(None, *np.zeros((5, N)))
     for p, G, w in zip(points, Gs, ws):
         v = g.log(m, p.x)
         Gv = G @ v
@@ -74,7 +79,7 @@ def _pulls(g, m, points, Gs, ws, N=1)->_At:
         if (gone := ~np.isfinite(d2)).any():      # no shortest path to this model: it cannot pull
             d2 = np.where(gone, 0, d2); at.lost += gone & (w > 0)
             v, Gv = (x.reshape(N, -1).masked_fill(torch.as_tensor(gone, device=x.device)[:, None], 0).view_as(x) for x in (v, Gv))
-        at.b, at.A = w*Gv if at.b is None else at.b.add_(Gv, alpha=w), w*G if at.A is None else at.A + w*G
+        at.b = w*Gv if at.b is None else at.b.add_(Gv, alpha=w)
         n = np.sqrt(d2.clip(0)) if Gv is v else _length(v, N)
         at.size += w*(n if Gv is v else _length(Gv, N)); at.reach += w*n; at.var += w*d2; at.far = np.maximum(at.far, d2)
     return at
@@ -85,7 +90,7 @@ ROUNDING = 64    # eps of the dtype: a residual that is left to rounding
 
 def _solve(g, points, ws, tol, maxiter, N)->tuple[Tensor,list[Mean]]:
     ws, Gs, k = _of_points(ws, points), [as_metric(p.G) for p in points], 0
-    m = g.start(points, ws)
+    A, m = _total(Gs, ws), g.start(points, ws)
     at, stuck, eps = _pulls(g, m, points, Gs, ws, N), np.zeros(N, bool), torch.finfo(m.dtype).eps
     tol, most, stiff, before = max(tol, ROUNDING*eps), at.size, np.zeros(N), np.full(N, np.inf)
     while True:
@@ -93,7 +98,7 @@ def _solve(g, points, ws, tol, maxiter, N)->tuple[Tensor,list[Mean]]:
         most, stiff = np.maximum(most, at.size), np.maximum(stiff, np.divide(at.size, at.reach, out=np.zeros(N), where=at.reach > 0))
         rounding = (at.size <= ROUNDING*eps*np.maximum(most, stiff*at.reach)) | (at.reach <= ROUNDING*eps*_length(m, N)) | (residual <= ROUNDING**2*eps) & (residual > before/2)      # pulls that are rounding have no direction, and steps that are do not help
         if (done := (residual <= tol) | rounding).all(): break
-        step = at.A.solve(at.b)
+        step = A.solve(at.b)
         done |= _length(step, N) <= eps*(_length(m, N) + at.reach)
         t = (~(done | stuck | (at.lost > 0))).astype(float)      # the share of the step that each problem takes
         if not t.any() or k >= maxiter: break

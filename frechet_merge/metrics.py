@@ -147,7 +147,7 @@ class Kronecker:
             k = next((k for k, (l, r) in enumerate(kept) if r is R and (L is None) == (l is None) or l is L and (R is None) == (r is None)), None)
             if k is None: kept.append((L, R))
             else: l, r = kept[k]; kept[k] = (l, _plus(r, R)) if l is L and R is not None else (_plus(l, L), r)
-        self.pairs, self.flat = tuple(kept), float(flat)
+        self.pairs, self.flat, self._solvers = tuple(kept), float(flat), {}
     @property
     def diag(self)->Any:                  # (m, n), or what broadcasts to it
         "The diagonal of the metric, which preconditions a sum."
@@ -167,23 +167,27 @@ class Kronecker:
     __radd__ = __add__
     def __rmul__(self, w:float)->"Kronecker": return Kronecker(*((w*L, R) if L is not None else (None, w*R) for L, R in self.pairs), flat=w*self.flat)
     def solve(self, b:Tensor)->Tensor:
-        "A step whose image is b, (m, n), the least one in the bases that are used: by division in the common bases of one or two terms, by conjugate residuals for more; `ValueError` for negative curvature."
+        "A step whose image is b, (m, n), the least one in the bases that are used, which are kept: by division in the common bases of one or two terms, by conjugate residuals for more; `ValueError` for negative curvature."
+        if (kind := (b.dtype, b.device)) not in self._solvers: self._solvers[kind] = self._solver(b)
+        return self._solvers[kind](b)
+    def _solver(self, b:Tensor)->Callable:
         terms = [(1.0, L, R) for L, R in self.pairs] + ([(self.flat, None, None)] if self.flat else [])
-        if not terms: return torch.zeros_like(b)
+        if not terms: return torch.zeros_like
         if len(terms) <= 2:
             one, two = [*terms, (0.0, None, None)][:2]
             rows, cols = (_together(one[s], two[s], b) for s in (1, 2))
             if rows and cols:
                 def outer(w, l, r): return w*(l[:, None] if isinstance(l, Tensor) else l)*r
                 lam = sum(outer(t[0], rows[k], cols[k]) for k, t in enumerate(terms, 1))
-                y = _side(cols[0], _side(None if rows[0] is None else rows[0].mT, b, 0), 1)
-                return _side(None if cols[0] is None else cols[0].mT, _side(rows[0], _inverse(torch.as_tensor(lam, dtype=b.dtype, device=b.device))*y, 0), 1)
+                over = _inverse(torch.as_tensor(lam, dtype=b.dtype, device=b.device))
+                return lambda b: _between(rows[0], cols[0], lambda y: over*y, b)
         Q, P = (_basis([p[s] for p in self.pairs], [p[1 - s] for p in self.pairs], b) for s in (0, 1))
         turned = Kronecker(*((_turn(L, Q, b), _turn(R, P, b)) for L, R in self.pairs), flat=self.flat)
-        y = _side(P, _side(None if Q is None else Q.mT, b, 0), 1)
         diag = torch.as_tensor(turned.diag).clamp(min=0)
-        x = Operator(turned.__matmul__, diag*(diag > NULL*torch.finfo(b.dtype).eps*diag.max())).solve(y)
-        return _side(None if P is None else P.mT, _side(Q, x, 0), 1)
+        G = Operator(turned.__matmul__, diag*(diag > NULL*torch.finfo(b.dtype).eps*diag.max()))
+        return lambda b: _between(Q, P, G.solve, b)
+
+def _between(Q, P, f:Callable, b:Tensor)->Tensor: return _side(None if P is None else P.mT, _side(Q, f(_side(P, _side(None if Q is None else Q.mT, b, 0), 1)), 0), 1)
 
 def _read(M:Tensor)->Tensor: return M if M.dim() == 1 else M.diagonal()
 def _turn(M, Q, like:Tensor): return M if M is None or Q is None else Q.mT @ _side(M.to(like.dtype), Q, 0)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..forms import projected_diagonal, projected_kronecker
 from .baselines import RANK, polar
 from ..geometry import Euclidean, Geometry, Point
-from ..mean import _of_points, _pulls
+from ..mean import _of_points, _pulls, _total
 from ..metrics import Dense, Diagonal, Kronecker, as_metric, clipped, damped, normalised
 
 # %% ../../nbs/geometries/13_subspace.ipynb #44dffb6a
@@ -160,7 +160,7 @@ def eta(
     "η of one tensor (EpiMer, arXiv 2605.26693); those of tensors add up. Raises what `normalise` of weights does."
     ws, Gs = _of_points(ws, points), [as_metric(p.G) for p in points]
     at = _pulls(g, sum(w*p.x for w, p in zip(ws, points)), points, Gs, ws)
-    return Eta(max(0.0, float((at.b.double()*at.A.solve(at.b).double()).sum())), float(at.var[0]))
+    return Eta(max(0.0, float((at.b.double()*_total(Gs, ws).solve(at.b).double()).sum())), float(at.var[0]))
 
 # %% ../../nbs/geometries/13_subspace.ipynb #9dc1b7db
 def error_bound(
