@@ -28,6 +28,7 @@ class Layer:
     keys: tuple                      # the names of A and B in the file
     bias: LazyTensor | None = None   # (m,): adds s·bias to the output (`lora_bias`)
     transposed: bool = False         # the weight of the base is (n, m): embeddings, `fan_in_fan_out`
+    source: str = ""                 # the adapter, for messages
     rank = property(lambda self: self.A.shape[0])                                     # r
     shape = property(lambda self: (self.B.shape[0], math.prod(self.A.shape[1:])))     # (m, n) of ΔW
     kind = property(lambda self: (self.keys[0].rpartition(".")[2], self.A.shape[1:], self.B.shape[:1] + self.B.shape[2:], self.transposed))    # what versions must share
@@ -35,7 +36,7 @@ class Layer:
         "The factors, with `MergeError` if they are not finite."
         B, A = (x.tensor().to(device).flatten(1).double() for x in (self.B, self.A))
         for k, x in zip(self.keys, (A, B)):
-            if not math.isfinite(float(x.sum())): raise MergeError(f"tensor {k!r} has {int((~x.isfinite()).sum())} values that are NaN or infinite.\nThe adapter is broken there: train or download it again.")
+            if not math.isfinite(float(x.sum())): raise MergeError(f"{self.source}: tensor {k!r} has {int((~x.isfinite()).sum())} values that are NaN or infinite.\nThe adapter is broken there: train or download it again.")
         return Factors(self.s*B, A)
 
 # %% ../nbs/08_adapters.ipynb #d98d63c1
@@ -73,7 +74,7 @@ def layers(c:Checkpoint)->tuple[dict[str,Layer],dict[str,LazyTensor]]:    # by m
         if not isinstance(r, int) or r < 1 or not isinstance(alpha, (int, float)) or not math.isfinite(alpha): raise no(f"has r = {r!r} and lora_alpha = {alpha!r} for {name!r}", "Mend adapter_config.json.")
         if min(len(A.shape), len(B.shape)) < 2 or A.shape[0] != r or B.shape[1] != r or math.prod(B.shape[2:]) != 1 or not (A.dtype.is_floating_point and B.dtype.is_floating_point):
             raise no(f"has factors of shapes {list(B.shape)} and {list(A.shape)} for {name!r}, not of rank r = {r}", "Mend adapter_config.json (r, rank_pattern); grouped convolutions and quantised factors cannot be merged.")
-        out[name] = Layer(name, A, B, alpha/(math.sqrt(r) if cfg.get("use_rslora") else r), (k["A"], k["B"]), c.lazy.get(k.get("bias")), "embedding" in k["A"] or bool(cfg.get("fan_in_fan_out")))
+        out[name] = Layer(name, A, B, alpha/(math.sqrt(r) if cfg.get("use_rslora") else r), (k["A"], k["B"]), c.lazy.get(k.get("bias")), "embedding" in k["A"] or bool(cfg.get("fan_in_fan_out")), str(c.source))
     if not out: raise no("holds no LoRA factors", "Name a folder that PEFT saved.")
     return out, rest
 

@@ -191,12 +191,13 @@ def basis_command(
 @app.command("demo")
 def demo_command(
     out: Annotated[Path, typer.Option("-o", "--out", help="Where to save the picture.")] = Path("frechet_merge_demo.png"),
+    texts: Annotated[int, typer.Option(help="Test texts of each task: fewer are faster.", min=1, max=200)] = 100,
 ):
     "Merge five packaged real experts offline, in every geometry; print accuracies and save a picture."
     from rich.console import Console
     from rich.table import Table
     from frechet_merge.demo import demo, picture
-    start, results = time.time(), demo(say=lambda s: print(s, file=sys.stderr))
+    start, results = time.time(), demo(lambda s: print(s, file=sys.stderr), texts)
     names = list(next(iter(results.values())))
     t = Table("accuracy", *names, "average", title="Five tasks, one model")
     for who, acc in results.items(): t.add_row(who, *(f"{acc[n]:.3f}" for n in names), f"{sum(acc.values())/len(acc):.3f}")

@@ -69,13 +69,14 @@ def embed(
 def accuracy(
     model, tokenizer,                  # a transformers encoder in eval mode, and its tokenizer
     names:list[str]|None=None,         # of tasks; default: all
+    texts:int=200,                     # of each task, the first ones
 )->dict[str,float]:                    # per task, from 0 to 1
     "Share of test texts that the fixed head of each task gets right."
     heads, found = load(DATA/"heads.safetensors"), {}
     for name, task in tasks().items():
         if names and name not in names: continue
-        y = torch.tensor([y for _, y in task["test"]])
-        logits = F.linear(embed(model, tokenizer, [t for t, _ in task["test"]]), heads[f"{name}.weight"], heads[f"{name}.bias"])
+        xs, ys = zip(*task["test"][:texts]); y = torch.tensor(ys)
+        logits = F.linear(embed(model, tokenizer, list(xs)), heads[f"{name}.weight"], heads[f"{name}.bias"])
         found[name] = float((logits.argmax(1) == y).float().mean())
     return found
 
@@ -90,6 +91,7 @@ def merges(T:int)->dict[str,dict]:    # T: number of models
 
 def demo(
     say:Callable=lambda text: None,    # called with what is being done
+    texts:int=100,                     # test texts of each task, at most 200: nearly all of the time
 )->dict[str,dict[str,float]]:          # who → task → accuracy, from 0 to 1
     "Accuracy per task of the base, each expert on its own task, and every merge, from disk to disk; `MergeError` without transformers."
     try: import transformers
@@ -98,18 +100,18 @@ def demo(
     folder, names = base_folder(), list(tasks())
     tokenizer, base = transformers.AutoTokenizer.from_pretrained(folder), load(folder)
     model = transformers.AutoModel.from_pretrained(folder).eval()
-    say("base …"); found = {"base": accuracy(model, tokenizer), "experts": {}}
+    say("base …"); found = {"base": accuracy(model, tokenizer, None, texts), "experts": {}}
     adapters: list[Checkpoint] = [load(DATA/n) for n in names]
     experts = [bake(base, a) for a in adapters]
     for name, expert in zip(names, experts):
         say(f"expert {name} …"); model.load_state_dict(dict(expert), strict=False)
-        found["experts"] |= accuracy(model, tokenizer, [name])
+        found["experts"] |= accuracy(model, tokenizer, [name], texts)
     with tempfile.TemporaryDirectory() as tmp:
         for k, (how, args) in enumerate(merges(len(names)).items()):
             say(f"merge: {how} …")
             out = Path(tmp)/str(k)
             merge(adapters if "bake" in args else experts, out=out, **args)
-            found[how] = accuracy(transformers.AutoModel.from_pretrained(out).eval(), tokenizer)
+            found[how] = accuracy(transformers.AutoModel.from_pretrained(out).eval(), tokenizer, None, texts)
     return found
 
 def picture(
@@ -128,6 +130,6 @@ def picture(
     for i, task in enumerate(results["base"]): ax.plot([results[k][task] for k in shown], range(len(shown)), ".", color=f"C{i + 1}", label=task)
     best = max(v for k, v in average.items() if k not in ("base", "experts"))
     ax.invert_yaxis()
-    ax.set(title="One merged model does five jobs better than its base" if best > average["base"] else "No merge beats the base on average", xlabel="accuracy: average (bar) and each task (dots), share of 200 texts", xlim=(0.3, 1))
+    ax.set(title="One merged model does five jobs better than its base" if best > average["base"] else "No merge beats the base on average", xlabel="accuracy: average (bar) and each task (dots), share of test texts", xlim=(0.3, 1))
     ax.legend(frameon=False, ncol=5, fontsize=8, loc="upper center", bbox_to_anchor=(.4, -.13)); ax.spines[["top", "right"]].set_visible(False)
     return ax

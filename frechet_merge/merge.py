@@ -147,7 +147,7 @@ def plan_adapters(models:list[Checkpoint], g:Geometry,         # a geometry of m
         u0 = batch[0]; w = versions(u0)
         def do(write):
             try: f, means = merge_updates(g, batch, w, scales[u0.name], device)
-            except MergeError as e: raise MergeError(f"{', '.join(models[i].source for i in u0.who)}: {e}") from e
+            except MergeError: raise
             except (ValueError, RuntimeError) as e: raise MergeError(f"layer {u0.name!r}: {e}") from e
             for u, B, A in zip(batch, f.B, f.A):
                 k, pad = ranks[u.name], torch.nn.functional.pad      # a negative pad cuts: singular values beyond k are zero
