@@ -11,6 +11,8 @@ from safetensors.torch import save_file
 
 ROOT = Path(__file__).parents[1]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:      # beside others, each process keeps to one core, and so do those that it starts
+    os.environ.setdefault("OMP_NUM_THREADS", "1"); torch.set_num_threads(1)
 
 
 def tensors(seed=0, dtype=torch.float32, hidden=8, vocab=11):

@@ -25,6 +25,7 @@ import frechet_merge
 try: import tomllib
 except ImportError: import tomli as tomllib      # Python 3.10; pytest brings it
 
+pytestmark = pytest.mark.xdist_group("package")
 TOML = tomllib.loads((ROOT/"pyproject.toml").read_text())
 PROMISED = "merge frechet_mean load check_geometry Geometry Euclidean Sphere Span LoRA".split()
 

@@ -60,7 +60,7 @@ def rewrite(path, change):
     (lambda h: h.update(c={"dtype": "F32", "shape": [1], "data_offsets": [32, 36]}), "the file has"),
     (lambda h: h.update(c={"dtype": "F32", "shape": [1], "data_offsets": [1000, 1004]}), "starts at byte"),
     (lambda h: h.update(c=[1, 2]), "'c'.*malformed"),
-], ids=str)
+], ids=range(11))
 def test_headers_that_lie(good, change, says):
     rewrite(good, change)
     with pytest.raises(MergeError, match=f"(?s){says}") as e: read_header(good)

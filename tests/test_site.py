@@ -20,6 +20,7 @@ import docs
 import pytest
 from conftest import ROOT
 
+pytestmark = pytest.mark.xdist_group("site")      # which is built once
 MB = 2**20
 DESKTOP, PHONE = (1440, 900), (390, 844)      # CSS pixels
 RAW = re.compile(r"\\(?:frac|sum|log|exp|mathbb|mathrm|operatorname|lVert|langle|theta|begin|text|left|cdot)|\$\$|\$[^$\n]{1,80}\$|^#\||^---$|:::", re.M)
