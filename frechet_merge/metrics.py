@@ -79,11 +79,12 @@ class Operator:
         return unit*x
 
 # %% ../nbs/02_metrics.ipynb #a0825e8b
-def _inverse(lam:Tensor, top=None)->Tensor:
-    "1/λ, and 0 where λ is 0 up to rounding; `ValueError` if it is negative."
-    top = lam.abs().max() if top is None else top
+def _inverse(lam:Tensor, floor:float=0.0)->Tensor:
+    "1/λ, and 0 where λ is 0 up to rounding, unless none can be below a floor > 0; `ValueError` if it is negative."
+    top = lam.abs().max()
     null = NULL*torch.finfo(lam.dtype).eps*top
     if (lam < -torch.finfo(lam.dtype).eps**.5*top).any(): raise ValueError(NEGATIVE)
+    if floor > 0: return 1/lam.clamp(min=floor)
     return torch.where(lam > null, 1/torch.where(lam > null, lam, 1), 0)
 
 @dataclass(frozen=True)
@@ -179,12 +180,12 @@ class Kronecker:
             if rows and cols:
                 def outer(w, l, r): return w*(l[:, None] if isinstance(l, Tensor) else l)*r
                 lam = sum(outer(t[0], rows[k], cols[k]) for k, t in enumerate(terms, 1))
-                over = _inverse(torch.as_tensor(lam, dtype=b.dtype, device=b.device))
+                over = _inverse(torch.as_tensor(lam, dtype=b.dtype, device=b.device), self.flat)
                 return lambda b: _between(rows[0], cols[0], lambda y: over*y, b)
         Q, P = (_basis([p[s] for p in self.pairs], [p[1 - s] for p in self.pairs], b) for s in (0, 1))
         turned = Kronecker(*((_turn(L, Q, b), _turn(R, P, b)) for L, R in self.pairs), flat=self.flat)
         diag = torch.as_tensor(turned.diag).clamp(min=0)
-        G = Operator(turned.__matmul__, diag*(diag > NULL*torch.finfo(b.dtype).eps*diag.max()))
+        G = Operator(turned.__matmul__, diag*(diag > (0 if self.flat > 0 else NULL*torch.finfo(b.dtype).eps*diag.max())))
         return lambda b: _between(Q, P, G.solve, b)
 
 def _between(Q, P, f:Callable, b:Tensor)->Tensor: return _side(None if P is None else P.mT, _side(Q, f(_side(P, _side(None if Q is None else Q.mT, b, 0), 1)), 0), 1)

@@ -14,6 +14,7 @@ from frechet_merge.geometries.fisher import Curved, pullback
 from frechet_merge.geometries.subspace import EpiMer
 from frechet_merge.geometry import Euclidean
 from frechet_merge.laws import LAWS, check_geometry, mean_of
+from frechet_merge.mean import frechet_mean
 from frechet_merge.metrics import Kronecker, MetricWarning
 
 GEOMETRIES = {"Curved": Curved(), "pullback": pullback(), "EpiMer": EpiMer()}      # EpiMer's own laws are in test_subspace.py
@@ -135,3 +136,18 @@ def test_singular_metrics_that_leave_each_other_room(seed):
     assert mean.converged
     def pulls(x): return [G @ (t - x) for G, t in zip(Gs, xs)]
     assert sum(pulls(x)).norm() <= 1e-9*sum(p.norm() for p in pulls(sum(xs)/n))
+
+
+@pytest.mark.parametrize("share", ["right", None])
+def test_an_anchor_below_the_rounding_of_the_steepest_direction_still_holds(share):
+    "Second moments of correlated inputs have one large eigenvalue; what float32 cannot tell from zero beside it is where the anchor decides."
+    g, n, T = torch.Generator().manual_seed(0), 300, 3
+    v = torch.randn(n, 1, generator=g, dtype=torch.float64)
+    def steep(): X = torch.randn(n, 4, generator=g, dtype=torch.float64); return v @ v.T + 1e-3*X @ X.T
+    metrics, x = [(steep(), steep()) for _ in range(T)], [torch.randn(n, n, generator=g, dtype=torch.float64) for _ in range(T)]
+    def mean(dtype):
+        geometry = pullback(share=share)
+        points, lift = geometry.chart([t.to(dtype) for t in x], [Kronecker((L.to(dtype), R.to(dtype))) for L, R in metrics])
+        return lift(frechet_mean(geometry, points, [1.0]*T, warn=False).x).double()
+    exact = mean(torch.float64)
+    assert (mean(torch.float32) - exact).norm() <= 2e-3*exact.norm()
