@@ -1,7 +1,7 @@
 """Families of real experts: one base, and for each task a fine-tuned encoder (a full model, or a PEFT adapter) and a fixed linear head.
 
 A merge is judged by its encoder alone. Each task's test examples are split: one half (of texts, those at even positions; of
-images, the first) chooses scales, the other is reported.
+images, the first) chooses scales, the other is reported, with the training texts that the experts have not seen (`seen.json`).
 """
 import gzip
 import json
@@ -30,9 +30,15 @@ class Experts:
         self.adapters, whole = (self.folders[0]/"adapter_config.json").exists(), load(base)
         self.delta = {n: {k: s[k].float() - w for k, w in self.W.items()} for n, f in zip(self.names, self.folders) for s in [bake(whole, load(f)) if self.adapters else load(f)]}
         self.tests = {(n, half): self.batches(*self.examples(tasks[n], "test", self.half(tasks[n], half), None if half else VALIDATION)) for n in self.names for half in (0, 1)}
+        for n in self.names:
+            at = sum(len(i) for i, _ in self.tests[n, 1])
+            self.tests[n, 1] += [([at + i for i in where], b) for where, b in self.batches(*self.unseen(tasks[n], n))]
         self.tasks = tasks
 
     def half(self, task, k): return slice(k, None, 2)
+    def unseen(self, task, n): "Training examples that its expert was not trained on, and which no other example repeats."; return [], []
+    def taught(self, n): "How many of the training examples, the first ones, its expert was trained on."; return None
+    def groups(self, n): "A number for each reported example, the same for those of one source; none if each has its own."; return None
 
     def put(self, delta): self.model.load_state_dict({k: w + delta[k].float() if k in delta else w for k, w in self.W.items()}, strict=False)
 
@@ -46,7 +52,7 @@ class Experts:
         return out
 
     def statistics(self, n, form, estimator=None, samples=SAMPLES):
-        self.put(self.delta[n]); inputs = self.examples(self.tasks[n], "train", slice(-samples, None), None)
+        self.put(self.delta[n]); inputs = self.examples(self.tasks[n], "train", slice(0, self.taught(n)), None); inputs = [x[-samples:] for x in inputs]
         return curvature(self.model, [b for _, b in self.batches(*inputs, 32)], form, estimator, forward=lambda model, b: self.logits(model, n, b), parameters="encoder.*")
 
     def head(self, n, h): return F.linear(h, self.heads[f"{n}.weight"], self.heads[f"{n}.bias"])
@@ -57,9 +63,16 @@ class Text(Experts):
     options = {"add_pooling_layer": False}
     def __init__(self, folder, tasks, heads=None, base=None, only=None):
         from transformers import AutoTokenizer
-        base = base or base_folder(); self.tok = AutoTokenizer.from_pretrained(base)
+        base = base or base_folder(); self.tok, seen = AutoTokenizer.from_pretrained(base), Path(folder)/"seen.json"
+        self.seen = json.loads(seen.read_text()) if seen.exists() else {}
         super().__init__(base, folder, load_file(heads or Path(folder)/"heads.safetensors"), json.load(gzip.open(tasks, "rt")), only)
     def examples(self, task, split, which, most): return self.tok([t for t, _ in task[split][which][:most]], truncation=True, max_length=TOKENS)["input_ids"], [y for _, y in task[split][which][:most]]
+    def taught(self, n): return self.seen.get(n)
+    def unseen(self, task, n):
+        known, rows = {x for x, _ in task["train"][:self.taught(n)] + task["test"]}, []
+        for x, y in task["train"][self.taught(n):] if n in self.seen else []:
+            if x not in known: rows.append((x, y)); known.add(x)
+        return self.examples({"unseen": rows}, "unseen", slice(None), None) if rows else ([], [])
     def batches(self, ids, labels, size=64):
         "Texts of like length together, and where they were."
         order = sorted(range(len(ids)), key=lambda i: len(ids[i])); pad = torch.nn.utils.rnn.pad_sequence
@@ -77,6 +90,7 @@ class Images(Experts):
         tasks = Path(tasks)
         super().__init__(base or tasks.parent/"base", folder, load_file(heads or tasks.parent/"heads.safetensors"), {f.stem: load_file(f) for f in sorted(tasks.glob("*.safetensors"))}, only)
     def half(self, task, k): n = len(task["test_y"]); return slice(n//2, None) if k else slice(0, n//2)      # several images of one source are neighbours
+    def groups(self, n): return self.tasks[n]["test_group"][self.half(self.tasks[n], 1)]
     def examples(self, task, split, which, most): return task[f"{split}_x"][which][:most], task[f"{split}_y"][which][:most]
     def batches(self, x, labels, size=64): return [(list(range(i, min(i + size, len(x)))), {"pixel_values": (x[i:i + size]/255 - self.MEAN)/self.STD, "labels": labels[i:i + size]}) for i in range(0, len(x), size)]
     def logits(self, model, n, b): return self.head(n, model(pixel_values=b["pixel_values"]).last_hidden_state[:, 0])

@@ -1,6 +1,7 @@
 """What merges of real experts keep: every geometry of the library, the methods it has to beat, and PEFT's and mergekit's own code.
 
-    python bench/quality.py all WORK               trains the families of FAMILIES into WORK, and runs every method and size on each of them
+    python bench/quality.py all WORK [--images IMAGES]     trains families of experts into WORK, and runs every method and size on each of them;
+                                                           those of images where `images/tasks.py` has written base and tasks into IMAGES
     python bench/quality.py FOLDER --tasks TASKS [--heads HEADS] [--base BASE] [--name NAME]           one family that is there already
     python bench/quality.py FOLDER --tasks TASKS --sizes 2,3,4 [--subsets 3]                         how it goes with the number of models
 
@@ -40,11 +41,20 @@ from frechet_merge.geometries.subspace import EpiMer
 from frechet_merge.mean import frechet_mean
 from frechet_merge.metrics import Diagonal, Kronecker
 
-HERE, BOOT, WIDER, ROUNDING = Path(__file__).parent, 2000, 6, 1e-5
+HERE, BOOT, WIDER, ROUNDING, CURVE = Path(__file__).parent, 2000, 6, 1e-5, (.5, 1., 1.5, 2., 3., 4., 6., 8., 12.)
 metrics.SOLVED = 1e-2/torch.finfo(torch.float32).eps
-TRAIN_TEXT = [sys.executable, HERE/"demo"/"train.py", "--seed", "1"]
-FAMILIES = {"text_full": (Text, HERE/"demo"/"tasks.json.gz", [*TRAIN_TEXT, "--full", "--examples", "1500", "--epochs", "2"]),
-            "text_lora": (Text, HERE/"demo"/"tasks.json.gz", [*TRAIN_TEXT, "--rank", "8", "--targets", "query,key,value,dense"])}
+TASKS, ADAPTERS = HERE/"demo"/"tasks.json.gz", ["--rank", "8", "--targets", "query,key,value,dense"]
+
+
+def families(work, images):
+    "Name and experts, which are trained first where they are not there."
+    for name, how in (("text_full", ["--full"]), ("text_lora", ADAPTERS)):
+        if not (work/name/"heads.safetensors").exists():
+            shutil.rmtree(work/name, ignore_errors=True); subprocess.run([sys.executable, HERE/"demo"/"train.py", "--share", ".6", *how, "--out", work/name], check=True)
+        yield name, Text(work/name, TASKS)
+    for kind, how in (("full", ["--full"]), ("lora", ["--rank", "8"])) if images else ():
+        subprocess.run([sys.executable, HERE/"images"/"train.py", images, *how], check=True)
+        yield f"images_{kind}", Images(images/kind, images/"tasks")
 
 
 def merged(ex, g, stats=None, use="both", names=None, whole=False):
@@ -108,30 +118,36 @@ def iso_c(ex, names):
 
 def total(ex, names): return {k: sum(ex.delta[n][k] for n in names) for k in ex.W}
 def every(delta, s): return {k: s*v for k, v in delta.items()}
+def between(delta, c): a, b = delta; return {k: a[k] + c*(b[k] - a[k]) for k in a}      # means are affine in their anchor
 def matrices(delta, s): return {k: s*v if v.dim() > 1 else v for k, v in delta.items()}
 
 
 class Method(NamedTuple):
     name: str; code: str; needs: str
-    merge: object             # (statistics, if it has a form) → difference; with a setting as well where `how` is None
+    merge: object             # (statistics, if it has a form) → difference, or whatever `how` reads
     grid: tuple = ()          # settings to choose from
     how: object = every       # (difference, setting) → difference
     form: tuple = ()          # estimator, and number of examples if not SAMPLES, of the statistics
 
-def core(ex, names, anchors=(4.,)):
-    "Methods that are run at every number of models."
-    T = len(names)
+def core(ex, names, anchors=(4.,), curve=()):
+    "Methods that are run at every number of models; `curve` are anchors that only their accuracy is wanted of."
+    T, ends = len(names), []
     yield Method("mean", "frechet_merge", "–", lambda: every(total(ex, names), 1/T))
     yield Method("task arithmetic", "frechet_merge", "scale", lambda: total(ex, names), (.3, .42, .6))
     yield Method("TIES 20 %", "frechet_merge", "scale", lambda: ties_of(ex, names), (1., 1.4, 2.))
     yield Method("TSV-M", "frechet_merge", "scale", lambda: merged(ex, EpiMer(), names=names), (1., 1.3, 1.7), matrices)
     yield Method("Iso-C", "here", "scale", lambda: iso_c(ex, names), (1.4, 2., 2.8), matrices)
-    for c in anchors: yield Method(f"pullback(anchor={c:g})", "frechet_merge", "inputs", lambda S, c=c: merged(ex, pullback(c), S, names=names), form=("kronecker", "pullback"))
+    def at(c): return lambda S: merged(ex, pullback(c), S, names=names)
+    def line(S):
+        if not ends: ends.extend(at(c)(S) for c in (0., 1.))
+        return ends
+    for c in anchors: yield Method(f"pullback(anchor={c:g})", "frechet_merge", "inputs", at(c), form=("kronecker", "pullback"))
+    for c in curve: yield Method(f"pullback(anchor={c:g})", "frechet_merge", "inputs", lambda S, c=c: between(line(S), c), form=("kronecker", "pullback"))
+    yield Method("pullback(), anchor tuned", "frechet_merge", "inputs, scale", line, (1., 2., 3., 4., 6., 8.), between, ("kronecker", "pullback"))
 
 def methods(ex, mergekit_pytorch=None):
     yield from core(ex, ex.names, sorted({4., float(len(ex.names))}))
     kron, empirical = ("kronecker", "pullback"), ("diagonal", "empirical")
-    yield Method("pullback(), anchor tuned", "frechet_merge", "inputs, scale", lambda S, c: merged(ex, pullback(c), S), (2., 4., 6., 10.), None, kron)
     yield Method("pullback(share='left')", "frechet_merge", "inputs", lambda S: merged(ex, pullback(share="left"), S), form=kron)
     yield Method("pullback(2), outputs only", "frechet_merge", "inputs", lambda S: merged(ex, pullback(2., share=None), S, "outputs"), form=kron)
     yield Method("pullback(), inputs only", "frechet_merge", "inputs", lambda S: merged(ex, pullback(share=None), S, "inputs"), form=kron)
@@ -177,24 +193,25 @@ def mean(c): return sum(float(v.float().mean()) for v in c.values())/len(c)
 def run(ex, m, names, stats):
     "Setting, examples right on the reported half, validation accuracy, CPU seconds, MiB."
     S = [stats(*m.form)] if m.form else []
-    first, s, mib = measured(lambda: m.merge(*S, *m.grid[:0 if m.how else 1]))
+    first, s, mib = measured(lambda: m.merge(*S))
     if not m.grid: return None, ex.right(first, 1, names), None, s, mib
-    def at(v): return m.how(first, v) if m.how else m.merge(*S, v)
-    tried = {v: mean(ex.right(at(v), 0, names)) for v in m.grid}
+    tried = {v: mean(ex.right(m.how(first, v), 0, names)) for v in m.grid}
     for _ in range(WIDER):
         order = sorted(tried); best = max(order, key=tried.get); end = order.index(best)
         if 0 < end < len(order) - 1: break
-        new = best**2/order[1] if end == 0 else best**2/order[-2]; tried[new] = mean(ex.right(at(new), 0, names))
+        new = best**2/order[1] if end == 0 else best**2/order[-2]; tried[new] = mean(ex.right(m.how(first, new), 0, names))
     best = max(sorted(tried), key=tried.get)
-    return best, ex.right(at(best), 1, names), tried[best], s, mib
+    return best, ex.right(m.how(first, best), 1, names), tried[best], s, mib
 
-def bootstrap(cases, gen):
-    "Standard error of the mean of `cases`, each {task: a number for each example}, over resampled examples, the same in every case."
-    n = {t: len(v) for c in cases for t, v in c.items()}; out = []
-    for _ in range(BOOT):
-        at = {t: torch.randint(k, (k,), generator=gen) for t, k in n.items()}
-        out.append(sum(sum(float(v[at[t]].mean()) for t, v in c.items())/len(c) for c in cases)/len(cases))
-    return torch.tensor(out).std().item()
+def bootstrap(cases, gen, groups):
+    "Standard error of the mean of `cases`, each {task: a number for each example}, over resampled sources of examples, the same in every case."
+    out = torch.zeros(BOOT)
+    for t in dict.fromkeys(t for c in cases for t in c):
+        v, of = sum(c[t].float()/len(c)/len(cases) for c in cases if t in c), groups(t)
+        of = torch.arange(len(v)) if of is None else of.unique(return_inverse=True)[1]; k = int(of.max()) + 1
+        total, size = (torch.zeros(k).index_add(0, of, x) for x in (v, torch.ones(len(v)))); at = torch.randint(k, (BOOT, k), generator=gen)
+        out += total[at].sum(1)/size[at].sum(1)
+    return out.std().item()
 
 def minus(a, b): return {t: a[t].float() - b[t].float() for t in a}
 
@@ -229,27 +246,27 @@ def family(ex, name, cache, command, only=None, mergekit_pytorch=None, sizes=(),
         rows = []
         for m, (code, needs, (s, c, _, sec, mib)) in found.items():
             d = minus(c, found["TSV-M"][2][1]) if "TSV-M" in found and m != "TSV-M" else None
-            rows.append({"method": m, "code": code, "needs": needs, "tuned": "" if s is None else round(s, 3), "mean": round(mean(c), 4), "se": round(bootstrap([{n: x.float() for n, x in c.items()}], gen), 4), "worst": round(min(relative(c)), 3), "normalised": round(sum(relative(c))/len(c), 3),
-                         "from_tsvm": "" if d is None else round(mean(d), 4), "se_from": "" if d is None else round(bootstrap([d], gen), 4), "cpu_s": "" if sec is None else round(sec, 2), "mib": "" if mib is None or code == "mergekit" else round(mib), **{n: round(float(c[n].float().mean()), 3) for n in ex.names}})
+            rows.append({"method": m, "code": code, "needs": needs, "tuned": "" if s is None else round(s, 3), "mean": round(mean(c), 4), "se": round(bootstrap([c], gen, ex.groups), 4), "worst": round(min(relative(c)), 3), "normalised": round(sum(relative(c))/len(c), 3),
+                         "from_tsvm": "" if d is None else round(mean(d), 4), "se_from": "" if d is None else round(bootstrap([d], gen, ex.groups), 4), "cpu_s": "" if sec is None else round(sec, 2), "mib": "" if mib is None or code == "mergekit" else round(mib), **{n: round(float(c[n].float().mean()), 3) for n in ex.names}})
         write_rows(f"quality_{name}", rows, about(command, **facts, statistics_cpu_s_per_task=spent))
         return
     rows = []
     for T in sizes:
         every_set = list(itertools.combinations(ex.names, T)); random.Random(T).shuffle(every_set); cases = {}
         for names in every_set[:subsets]:
-            for m in core(ex, list(names), (1., 2., 3., 4., 6., 8.)):
+            for m in core(ex, list(names), (), CURVE):
                 cases.setdefault(m.name, []).append(keep((T, names, m.name), lambda m=m, names=names: run(ex, m, names, stats)))
             print(T, names, {m: round(mean(r[-1][1]), 4) for m, r in cases.items()}, flush=True)
         for m, rs in cases.items():
             d = [minus(r[1], t[1]) for r, t in zip(rs, cases["TSV-M"])]
             rows.append({"models": T, "method": m, "sets": len(rs), "mean": round(sum(mean(r[1]) for r in rs)/len(rs), 4), "normalised": round(sum(sum(relative(r[1]))/T for r in rs)/len(rs), 4),
-                         "from_tsvm": round(sum(map(mean, d))/len(d), 4), "se_from": round(bootstrap(d, gen), 4) if m != "TSV-M" else ""})
+                         "from_tsvm": round(sum(map(mean, d))/len(d), 4), "se_from": round(bootstrap(d, gen, ex.groups), 4) if m != "TSV-M" else ""})
     write_rows(f"sizes_{name}", rows, about(command, **facts, sets=subsets))
 
 
 if __name__ == "__main__":
     a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    a.add_argument("folder"); a.add_argument("work", nargs="?", type=Path); a.add_argument("--kind", choices=("text", "images"), default="text")
+    a.add_argument("folder"); a.add_argument("work", nargs="?", type=Path); a.add_argument("--images", type=Path); a.add_argument("--kind", choices=("text", "images"), default="text")
     a.add_argument("--tasks", type=Path); a.add_argument("--heads", type=Path); a.add_argument("--base"); a.add_argument("--only", help="these tasks, as a,b,c")
     a.add_argument("--methods", help="only those whose name starts with one of these, as a,b (TSV-M too, to compare with)"); a.add_argument("--name", help="of the results")
     a.add_argument("--finished", action="store_true", help="run nothing: write the rows that an interrupted run has finished"); a.add_argument("--sizes"); a.add_argument("--subsets", type=int, default=3); a.add_argument("--cache", type=Path); a.add_argument("--mergekit")
@@ -257,10 +274,7 @@ if __name__ == "__main__":
     def numbers(x): return tuple(int(n) for n in x.split(",")) if x else ()
     if args.folder == "all":
         args.work.mkdir(parents=True, exist_ok=True)
-        for name, (kind, tasks, train) in FAMILIES.items():
-            folder = args.work/name
-            if not (folder/"heads.safetensors").exists(): shutil.rmtree(folder, ignore_errors=True); subprocess.run([*train, "--out", folder], check=True)
-            ex = kind(folder, tasks)
+        for name, ex in families(args.work, args.images):
             for sizes in ((), (2, 3, 4)): family(ex, name, args.work/f"{name}{'_sizes' if sizes else ''}.pt", "python bench/quality.py all WORK", None, args.mergekit, sizes)
     else:
         ex = {"text": Text, "images": Images}[args.kind](args.folder, args.tasks, args.heads, args.base, args.only and args.only.split(","))

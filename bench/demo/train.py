@@ -2,11 +2,12 @@
 
 python bench/demo/train.py        writes frechet_merge/demo_data (3 to 5 minutes on two cores)
 python bench/demo/train.py --rank 8 --targets query,key,value,dense --out EXPERTS        larger ones, for bench/adapter_quality.py
-python bench/demo/train.py --full --examples 1500 --epochs 2 --out EXPERTS               full models, for bench/quality.py
+python bench/demo/train.py --full --share .6 --out EXPERTS                               full models, for bench/quality.py
 
 Each task has a linear head that is never trained: the nearest-centroid classifier of the *base* encoder on eight labelled
 examples a class. So an expert, and a merge, is judged by its encoder alone. `tasks.json.gz` beside this file holds the texts:
-{task: {labels, train: [[text, y]], test: [[text, y]], source, license}}, at most 300 characters each.
+{task: {labels, train: [[text, y]], test: [[text, y]], source, license}}, at most 300 characters each. With a --share below 1, the
+last training examples of each task are left out, and can test; OUT/seen.json says how many were seen.
 """
 import argparse
 import gzip
@@ -66,16 +67,17 @@ def train(base, tok, rows, W, b, rank, targets, epochs, seed):
 if __name__ == "__main__":
     a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a.add_argument("--rank", type=int, default=RANK); a.add_argument("--targets", default="query,value"); a.add_argument("--out", type=Path, default=OUT)
-    a.add_argument("--full", action="store_true"); a.add_argument("--examples", type=int); a.add_argument("--epochs", type=int, default=EPOCHS); a.add_argument("--seed", type=int, default=0)
+    a.add_argument("--full", action="store_true"); a.add_argument("--share", type=float, default=1.0); a.add_argument("--epochs", type=int, default=EPOCHS); a.add_argument("--seed", type=int, default=0)
     a.add_argument("--tasks", type=Path, default=HERE/"tasks.json.gz"); a.add_argument("--heads", type=Path, help="use these fixed heads")
     args = a.parse_args()
     tasks, base = json.load(gzip.open(args.tasks, "rt")), base_folder()
     tok, enc, heads = AutoTokenizer.from_pretrained(base), AutoModel.from_pretrained(base, add_pooling_layer=False).eval(), load_file(args.heads) if args.heads else {}
     args.out.mkdir(exist_ok=True, parents=True)
+    seen = {name: round(args.share*len(task["train"])) for name, task in tasks.items()}
     for name, task in tasks.items():
         if not args.heads: heads[f"{name}.weight"], heads[f"{name}.bias"] = head(enc, tok, task)
         W, b = heads[f"{name}.weight"], heads[f"{name}.bias"]
-        train(base, tok, task["train"][:args.examples], W, b, None if args.full else args.rank, args.targets.split(","), args.epochs, args.seed).save_pretrained(args.out/name)
+        train(base, tok, task["train"][:seen[name]], W, b, None if args.full else args.rank, args.targets.split(","), args.epochs, args.seed).save_pretrained(args.out/name)
         if args.full: tok.save_pretrained(args.out/name)
         else:
             factors = load_file(args.out/name/"adapter_model.safetensors")
@@ -83,6 +85,7 @@ if __name__ == "__main__":
         (args.out/name/"README.md").unlink(missing_ok=True)
         print(name, "done", flush=True)
     save_file(heads, args.out/"heads.safetensors")
+    if args.share < 1: (args.out/"seen.json").write_text(json.dumps(seen))
     if args.out == OUT:
         small = {k: {"labels": v["labels"], "source": v["source"], "license": v["license"], "test": v["test"][:TESTS]} for k, v in tasks.items()}
         with gzip.GzipFile(args.out/"tests.json.gz", "wb", mtime=0) as f: f.write(json.dumps(small, ensure_ascii=False, separators=(",", ":")).encode())
