@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .blocks import align
-from .checkpoints import MergeError, load
+from .checkpoints import MergeError, Notes, load
 from .geometries.subspace import labeled_basis
 
 # %% ../nbs/20c_bases.ipynb #e10b0574
@@ -26,20 +26,21 @@ def bases(
     only:str|None=None,      # tensors, by a pattern of names
     allow_pickle:bool=False, # accept .bin files (plain tensors only)
     progress:bool=False,     # a bar on stderr
-)->dict[str,Tensor]:         # P.U (m, p) and P.V (n, p), float32; each atom u_i v_iᵀ of length 1
+)->dict[str,Tensor]:         # P.U (m, p), P.V (n, p) and P.sigma (p,), float32; each atom u_i v_iᵀ of length 1
     "The labeled basis of every matrix that the models changed (EpiMer, arXiv 2605.26693); `MergeError` if there is none."
     from tqdm import tqdm
     held, start = [load(m, allow_pickle, f"models[{i}]") for i, m in enumerate(models)], load(base, allow_pickle, "base")
     blocks = [b for b in align(held, start)[0] if b.mergeable and len(b.first.shape) > 1 and (only is None or fnmatchcase(b.name, only))]
-    out = {}
+    out, notes = {}, Notes()
     for b in tqdm(blocks, desc="basis", unit="tensor", disable=not progress, leave=False):
         rows = b.first.shape[0]      # `first` is the base's
         if min(rows, b.first.numel//rows) < len(models): continue
         before = b.first.tensor().float().view(rows, -1)
         deltas = [x.tensor().float().view(rows, -1) - before for x in b.lazy]
         if not any(d.any() for d in deltas): continue
-        found = labeled_basis(deltas, min(k or rows, min(deltas[0].shape)//len(models)))
-        out |= {f"{b.name}.U": found.U.float().contiguous(), f"{b.name}.V": found.V.float().contiguous()}
+        with notes.about(b.name): found = labeled_basis(deltas, min(k or rows, min(deltas[0].shape)//len(models)))
+        out |= {f"{b.name}.{n}": x.float().contiguous() for n, x in (("U", found.U), ("V", found.V), ("sigma", found.sigma))}
+    notes.tell(stacklevel=3)
     if not out: raise MergeError(f"{start.source}: " + (f"no matrix is called {only!r}" if not blocks else "the models differ from it in no matrix") + ".\nName the models, and the base that they were trained from.")
     return out
 

@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'spans', 'scratch', 'LazyTensor', 'MemoryTensor', 'Files', 'FileTensor', 'Checkpoint', 'tied_names',
-           'from_state_dict', 'weight_files', 'load']
+           'from_state_dict', 'weight_files', 'load', 'Notes', 'warn']
 
 # %% ../nbs/00_checkpoints.ipynb #24c30824
 import json
 import math
 import os
 import threading
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -243,3 +246,26 @@ def load(
     if path.is_dir() and (folder/"adapter_config.json").exists() or any(".lora_A." in n or ".lora_B." in n for n in c.lazy):
         c.adapter = _json(folder/"adapter_config.json") if (folder/"adapter_config.json").exists() else {}
     return c
+
+# %% ../nbs/00_checkpoints.ipynb #8d3b6f12
+_now: ContextVar[Any] = ContextVar("now", default=None)      # the notes that are taken, and the tensor that is worked on; each thread has its own
+
+class Notes(dict):
+    "Warnings that wait until all tensors are done: (text, category) → the tensors that they are about."
+    @contextmanager
+    def about(self, name:str):
+        "What `warn` hears within is about this tensor."
+        token = _now.set((self, name))
+        try: yield
+        finally: _now.reset(token)
+    def tell(self, stacklevel:int=2):
+        "One warning for each text, with its tensors where it does not name them itself."
+        for (text, category), names in sorted(self.items(), key=lambda x: x[0][0]):
+            first, *others = sorted(names)
+            some = ", ".join([first, *others[:2]]) + (f" and {len(others) - 2} more" if others[2:] else "")
+            warnings.warn(text if first in text else f"{some}: {text}", category, stacklevel=stacklevel + 1)
+
+def warn(text:str, category:type[Warning]=UserWarning, stacklevel:int=2):
+    "Warn, as `warnings.warn` does; within `Notes.about` later, and by name."
+    if (now := _now.get()) is None: warnings.warn(text, category, stacklevel=stacklevel + 1)
+    else: now[0].setdefault((text, category), {})[now[1]] = None

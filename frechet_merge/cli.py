@@ -51,6 +51,19 @@ def _numbers(text:str|None, what:str)->list[float]|None:
     try: return None if text is None else [float(x) for x in text.split(",")]
     except ValueError: raise ValueError(f"{what} {text!r} are not numbers: write them as 0.5,0.3,0.2.") from None
 
+def _names(text:str|None)->list[str]|None:
+    "'A, B' → A and B."
+    if text is None: return None
+    if not all(names := [x.strip() for x in text.split(",")]): raise ValueError(f"--metrics {text!r} has an empty name: write one file per model, as A,B,C.")
+    return names
+
+def _picture(path:Path|None):
+    "`MergeError` if no picture can be written there, before there is one."
+    if path is None: return
+    if path.is_dir() or not path.absolute().parent.is_dir(): raise MergeError(f"{path}: {'is a folder' if path.is_dir() else 'its folder does not exist'}.\nName a file, such as {path.name or 'picture'}.png, in a folder that exists.")
+    from matplotlib.backend_bases import FigureCanvasBase
+    if path.suffix and path.suffix[1:].lower() not in (known := FigureCanvasBase.get_supported_filetypes()): raise MergeError(f"{path}: no picture ends in {path.suffix}.\nIt may end in .{', .'.join(sorted(known))}.")
+
 @app.command("merge")
 def merge_command(
     models: Models,
@@ -75,7 +88,7 @@ def merge_command(
     "Merge MODELS into the folder OUT."
     from frechet_merge.merge import merge
     start = time.time()
-    merge(models, geometry, base, _numbers(weights, "weights"), scale, metrics.split(",") if metrics else None, out, dtype, executor, device,
+    merge(models, geometry, base, _numbers(weights, "weights"), scale, _names(metrics), out, dtype, executor, device,
           shard_size=_size(shard_size), bake=bake, absent=absent, any_base=any_base, allow_nonfinite=allow_nonfinite, allow_pickle=allow_pickle,
           full_hash=full_hash, progress=not quiet and sys.stderr.isatty())
     written = load(out).lazy; n = sum(x.numel for x in written.values())
@@ -98,8 +111,9 @@ def inspect_command(
     "Compare MODELS tensor by tensor; merge nothing. Exit code 1 if they cannot be merged as they are."
     from dataclasses import asdict
     from frechet_merge.diagnostics import inspect, plot_eta
-    if plot and not metrics: raise ValueError("--plot draws what metrics would change: give --metrics.")
-    found = inspect(models, base, allow_pickle, not headers, sys.stderr.isatty(), metrics.split(",") if metrics else None, _numbers(weights, "weights"), damping)
+    if plot and metrics is None: raise ValueError("--plot draws what metrics would change: give --metrics.")
+    _picture(plot)
+    found = inspect(models, base, allow_pickle, not headers, sys.stderr.isatty(), _names(metrics), _numbers(weights, "weights"), damping)
     if as_json: print(json.dumps(asdict(found) | {"gain": found.gain, "verdict": found.verdict, "mergeable": found.mergeable}))
     else: _show(found, top, base is not None)
     if plot and found.eta: plot_eta(found).figure.savefig(plot, dpi=150, bbox_inches="tight")
@@ -185,7 +199,7 @@ def basis_command(
     "Write the labeled basis of MODELS, for `curvature --form projected`."
     from frechet_merge.bases import write_bases
     start, found = time.time(), write_bases(models, base, out, k, only, allow_pickle, not quiet and sys.stderr.isatty())
-    print(f"{out}: {len(found)//2} matrices, at most {max(x.shape[1] for x in found.values())} directions each, {time.time() - start:.1f} s, {out.stat().st_size/1e6:,.1f} MB")
+    print(f"{out}: {len(found)//3} matrices, at most {max(x.shape[-1] for x in found.values())} directions each, {time.time() - start:.1f} s, {out.stat().st_size/1e6:,.1f} MB")
 
 # %% ../nbs/40_cli.ipynb #3ffd9fc3
 @app.command("demo")
@@ -197,6 +211,7 @@ def demo_command(
     from rich.console import Console
     from rich.table import Table
     from frechet_merge.demo import demo, picture
+    _picture(out)
     start, results = time.time(), demo(lambda s: print(s, file=sys.stderr), texts)
     names = list(next(iter(results.values())))
     t = Table("accuracy", *names, "average", title="Five tasks, one model")

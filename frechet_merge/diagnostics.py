@@ -7,6 +7,7 @@ __all__ = ['WORTH', 'Inspection', 'inspect', 'plot_eta']
 
 # %% ../nbs/30_diagnostics.ipynb #d3c2b22f
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .blocks import align, get
-from .checkpoints import _same_bytes, load
+from .checkpoints import Notes, _same_bytes, load
 from .factors import core
 from .jobs import bar
 from .mean import normalise
@@ -49,15 +50,15 @@ class Inspection:
         return sum(r["eta"] for r in self.eta)/F if F > 0 else None
     @property
     def verdict(self)->str:
-        "One sentence: is curvature worth its cost here? Empty without metrics."
+        "One sentence: what do the models' own parabolas say that metrics would change? Empty without metrics."
         if (gain := self.gain) is None: return ""
+        if gain < WORTH: return f"Metrics are not worth collecting here: by the models' own parabolas their mean saves {100*gain:.0f} % of F, which is what the plain mean loses, and they cannot change the merge by more."
         half, n = 0.0, 0
         for r in self.eta:
             if half >= .5: break
             half, n = half + r["share"], n + 1
-        where = f"; half of that is in {n} of {len(self.eta)} tensors" if gain > 0 else ""
-        said = "is worth its cost" if gain >= WORTH else "is hardly worth its cost"
-        return f"Curvature {said} here: on the models' own quadratic surrogate it saves {100*gain:.0f} % of what the plain mean loses{where}."
+        where = ", ".join(r["name"] for r in self.eta[:min(n, 3)]) + (" …" if n > 3 else "")
+        return f"By the models' own parabolas the mean with metrics saves {100*gain:.0f} % of F, which is what the plain mean loses, half of it in {n} of {len(self.eta)} tensors ({where}); only examples can say whether for the better."
     @property
     def mergeable(self)->bool:
         "Could `merge` take these models as they are?"
@@ -80,7 +81,8 @@ def inspect(
     weights:Sequence[float]|None=None,         # of the mean that η is about; default equal
     damping:float=0.1,           # of the metrics, in their own units (`metrics.damped`): an estimate from few examples has a null space
 )->Inspection:
-    "Compare checkpoints tensor by tensor without merging them; `MergeError` if one cannot be read, `ValueError` for metrics of adapters."
+    "Compare checkpoints tensor by tensor without merging them; `MergeError` if one cannot be read, `ValueError` for metrics of adapters, or without numbers."
+    if metrics is not None and not numbers: raise ValueError("what metrics would change is not in the headers: leave out --headers (numbers=False), or the metrics.")
     every = [*([load(base, allow_pickle, "base")] if base is not None else []), *(load(m, allow_pickle, f"models[{i}]") for i, m in enumerate(models))]
     found = Inspection([c.source for c in every], [sum(x.numel for x in c.lazy.values()) for c in every],
                        [sorted({str(x.dtype).removeprefix("torch.") for x in c.lazy.values()}) for c in every])
@@ -109,19 +111,21 @@ def inspect(
         d = total.diagonal().clamp(min=0).sqrt()
         found.distance = (d[1:]/d[0]).tolist()
         found.cosine = (total[1:, 1:]/(d[1:, None]*d[1:]).clamp(min=1e-300)).tolist()
-    if metrics is not None and numbers and found.mergeable: found.eta = _etas(every[len(every) - len(models):], metrics, weights, damping, allow_pickle, progress)
+    if metrics is not None and not found.mergeable: warnings.warn("η was not computed: these models cannot be merged as they are, and what metrics would change is not known", stacklevel=2)
+    elif metrics is not None: found.eta = _etas(every[len(every) - len(models):], metrics, weights, damping, allow_pickle, progress)
     return found
 
 def _etas(models, metrics, weights, damping, allow_pickle, progress)->list[dict]:
     from frechet_merge.geometries.fisher import Curved
     from frechet_merge.geometries.subspace import eta
     blocks, ws, g = align(models)[0], normalise(weights, len(models)), Curved(share="right", damping=damping)
-    Gs, rows = statistics(metrics, blocks, len(models), allow_pickle), []
+    Gs, rows, notes = statistics(metrics, blocks, len(models), allow_pickle, models=[m.source for m in models], projected=False), [], Notes()
     with bar("η", sum(b.first.numel for b in blocks if b.name in Gs), progress) as tick:
         for b in (b for b in blocks if b.name in Gs):
             x = [t.flatten(1) if t.dim() > 2 and not Gs[b.name].separable else t for t in Stack(b.lazy, name=b.name)]
-            e = eta(g.chart(x, list(Gs[b.name]))[0], [ws[i] for i in b.who])
+            with notes.about(b.name): e = eta(g.chart(x, list(Gs[b.name]))[0], [ws[i] for i in b.who])
             rows.append({"name": b.name, "eta": e.eta, "F": e.F}); tick(b.first.numel)
+    notes.tell(stacklevel=4)
     total = sum(r["eta"] for r in rows) or 1.0
     return sorted([r | {"share": r["eta"]/total} for r in rows], key=lambda r: -r["eta"])
 
@@ -155,6 +159,6 @@ def plot_eta(
     rows = found.eta[:30][::-1]
     ax.barh([r["name"] for r in rows], [100*r["share"] for r in rows], color="C0", alpha=.8)
     for i, r in enumerate(rows): ax.text(100*r["share"], i, f" {100*r['eta']/r['F'] if r['F'] else 0:.0f} % of F", va="center", fontsize=7, color="0.4")
-    ax.set(title=f"Metrics would save {100*(found.gain or 0):.0f} % of what the plain mean loses", xlabel="share of η that a tensor holds, %"); ax.margins(x=.12)
+    ax.set(title=f"By the models' own parabolas, metrics save {100*(found.gain or 0):.0f} % of F", xlabel="share of η that a tensor holds, %"); ax.margins(x=.12)
     ax.tick_params(axis="y", labelsize=7); ax.spines[["top", "right"]].set_visible(False)
     return ax

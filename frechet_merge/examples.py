@@ -127,13 +127,15 @@ def batches(
     seed:int=0,                # of the order
     label2id:dict|None=None,   # for labels that are names
 )->list[dict[str,Tensor]]:     # input_ids, attention_mask, …: (B, L); labels: (B,), or (B, L) with -100 where nothing is predicted
-    "Padded batches of texts of like length, in random order; labels where all records have one. `MergeError` for labels that are no classes."
+    "Padded batches of texts of like length, in random order; labels where all records have one. `MergeError` for labels that are no classes, `ValueError` for a length with room for special tokens only."
     limit = min(max_length, tokenizer.model_max_length)
     chat = isinstance(records[0]["text"], list)
     if chat and tokenizer.chat_template is None: raise MergeError("these are chats, and the tokenizer has no chat template.\nName a column of texts (--text).")
     texts = [tokenizer.apply_chat_template(r["text"], tokenize=False) if chat else str(r["text"]) for r in records]
     pairs = [str(r["pair"]) for r in records] if "pair" in records[0] else None
     if kind == "causal" and pairs: texts, pairs = [a + ("" if a[-1:].isspace() or b[:1].isspace() else " ") + b for a, b in zip(texts, pairs)], None
+    special = 0 if chat else tokenizer.num_special_tokens_to_add(pairs is not None)
+    if limit < (least := max(1 + special, 2 if kind == "causal" else 1)): raise ValueError(f"texts are cut at {limit} tokens, and {least} are the least that say anything: the tokenizer adds {special} of its own.\nRaise the length (--max-length).")
     with quiet(need("transformers")): found = tokenizer(texts, pairs, truncation=True, max_length=limit, add_special_tokens=not chat)
     rows = [{k: v[i] for k, v in found.items()} for i in range(len(texts))]
     if full := [i for i, r in enumerate(rows) if len(r["input_ids"]) == limit]:

@@ -31,6 +31,7 @@ class Geometry(ABC):
     factors = False      # its chart reads low-rank pairs (`Factors`), not tensors
     curved = False       # its point is the metrics: a tensor for which there are none is merged as in flat space
     differences = False  # it adds what models changed, and needs the base from which they did
+    needs_metrics = False    # without metrics there is nothing of it: refused, instead of merged as in flat space
     keeps_rank = False   # a mean of low-rank updates has their rank, and not the sum of their ranks
     batched = False      # its points may have one more dimension in front, which counts problems of one shape
     radius = math.inf    # float | None: if every model is closer to a stationary point than this, that point is the mean; None: not known

@@ -171,7 +171,7 @@ def collect(
     estimator:str|None=None,       # pullback | true | empirical; default: empirical if projected, otherwise pullback
     *, head:Name|None=None,        # as for `open_model`
     tokenizer:Name|None=None,      # as for `open_model`
-    basis:Name|None=None,          # file with P.U and P.V, for the projected form: see `write_bases`
+    basis:Name|None=None,          # file with P.U, P.V and P.sigma, for the projected form: see `write_bases`
     split:str="train", text:str|None=None, pair:str|None=None, label:str|None=None,      # as for `examples`
     max_samples:int|None=256,      # a random subset of this size; None: all
     seed:int=0,                    # of the subset, the order and what is drawn
@@ -204,7 +204,8 @@ def collect(
     if estimator == "empirical" and "labels" not in fed[0]: raise MergeError(f"{data}: the empirical Fisher needs labels, and no column is called one.\nName it (--label), or use --estimator pullback.")
     classes = read_head(head)[0].shape[0] if head else m.config.num_labels
     if m.kind != "causal" and (top := max((int(b["labels"].max()) for b in fed if "labels" in b), default=0)) >= classes: raise MergeError(f"{data}: a label is {top}, and {head or model} has {classes} classes, from 0.\nIs it the right column (--label)?")
-    bases = None if basis is None else _bases(load(basis), m, basis)
+    held = {} if basis is None else load(basis)
+    bases = None if basis is None else _bases(held, m, basis)
     chosen = _chosen(m, only, model) & set(bases or m.names)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "no metric for")      # said below, by the names of the checkpoint
@@ -212,6 +213,7 @@ def collect(
                           parameters=chosen.__contains__, seed=seed, resume=state, progress=progress, max_samples=sum(len(b["input_ids"]) for b in fed) if progress else None)     # the bar's end
     stats = renamed(stats, m.names, load(model, allow_pickle))
     if said := stats.lacking(): warnings.warn(f"no metric for {said}", stacklevel=2)
+    stats |= {k: held[k] for n in stats if n.endswith(".projected") and (k := n.removesuffix("projected") + "sigma") in held}      # by which a merge knows its basis
     stats.about |= {"model": str(model), "data": str(data)}
     try: stats.save(out)
     finally: Path(f"{out}.part").unlink(missing_ok=True)

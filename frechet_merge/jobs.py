@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoints import MergeError, from_state_dict, load
+from .checkpoints import MergeError, Notes, from_state_dict, load
 from .mean import ConvergenceWarning, Mean
 from .output import staged
 from .shards import ShardWriter
@@ -30,6 +30,7 @@ class Job:
     "A piece of a merge that can be done on its own."
     size: int          # numbers that it goes through; the largest go first, so that no thread is left alone with one
     do: Callable[[Callable],dict[str,Mean]]     # write(name, start, flat values) → {block name: Mean}
+    name: str = ""     # of its tensors, for warnings
 
 @dataclass
 class Plan:
@@ -130,12 +131,14 @@ def carry_out(
             y = x.to(plan.layout[name][1])
             if y.is_floating_point() and not (y.float() if y.dtype.itemsize == 1 else y).sum(dtype=torch.promote_types(torch.float32, x.dtype)).isfinite(): overflow(name, x, y, plan.allow_nonfinite)
             sink.write(name, i, y)
-        means, seen = {}, 0
-        def do(job): return job, job.do(write)
+        means, seen, notes = {}, 0, Notes()
+        def do(job):
+            with notes.about(job.name): return job, job.do(write)
         with _mapper(executor) as over, bar("merging", sum(j.size for j in plan.jobs), progress) as tick:
             for job, found in over(do, sorted(plan.jobs, key=lambda j: -j.size)):
                 tick(job.size); seen += 1; means |= found
         if seen != len(plan.jobs): raise ValueError(f"the executor returned {seen} of {len(plan.jobs)} tensors: it must act like `map`.")
+        notes.tell(stacklevel=5)
         return {n: means[n] for n in plan.names if n in means}
     if out is None:
         sink = _Memory(plan.layout); means = run(sink)

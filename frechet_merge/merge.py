@@ -25,6 +25,7 @@ from .adapters import bake as put_on
 from .blocks import Block, align, by_name
 from .checkpoints import Checkpoint, MemoryTensor, MergeError, load, spans
 from .geometries.lora import LoRA
+from .geometries.subspace import EpiMer
 from .geometry import Euclidean, Geometry
 from .jobs import Job, Merged, Plan, as_dtype, carry_out, report
 from .mean import Mean, frechet_mean, normalise
@@ -88,9 +89,9 @@ def geometry_named(text:str)->Geometry:      # NAME or NAME:ARGUMENT=VALUE,…, 
         except (ValueError, SyntaxError): return v
     make = known[name].load()
     try: return make(**{k.strip(): value(v.strip()) for k, _, v in (a.partition("=") for a in args.split(",") if a)})
-    except TypeError as e:
+    except (TypeError, ValueError) as e:
         import inspect
-        raise ValueError(f"{text!r}: {e}.\n{name} takes: {', '.join(map(str, inspect.signature(make).parameters.values())) or 'nothing'}.") from e
+        raise ValueError(f"{text!r}: {str(e).splitlines()[0].rstrip('.')}.\n{name} takes: {', '.join(map(str, inspect.signature(make).parameters.values())) or 'nothing'}.") from e
 
 # %% ../nbs/21_merge.ipynb #0ce5ab0c
 def _weights(names, weights, scale, T:int):
@@ -104,16 +105,19 @@ def _of_those(name:str, ws:list[float], who:list[int])->list[float]:
     if not any(w := [ws[i] for i in who]): raise MergeError(f"tensor {name!r}: the models that have it all have weight 0.\nGive one of them a weight.")
     return w
 
+def _needs(g:Geometry, remedy:str): return ValueError(f"{g!r} is made of the models' metrics, and there are none: it would be the plain mean.\n{remedy}")
+
 def plan_models(models:list[Checkpoint], g:Geometry, base:Checkpoint|None,
     weights, scale, metrics, dtype:torch.dtype|None, device, absent:str|None, allow_nonfinite:bool, allow_pickle:bool,     # as for `merge`
 )->Plan:
     "Full checkpoints → full checkpoint; `MergeError` if they do not match, `ValueError` if the arguments do not."
     if g.factors: raise ValueError(f"{g!r} merges adapters, and these are full models.\nName the adapters alone, or use another geometry (TSV-M of full models is EpiMer() without metrics).")
     if g.differences and base is None: raise ValueError(f"{g!r} adds up what the models changed.\nName the model from which they did: base=, --base.")
+    if g.needs_metrics and metrics is None: raise _needs(g, "Collect them with `frechet-merge curvature`, one file per model, and name them: metrics=, --metrics.")
     blocks, tied = align(models, base, absent)
     if base is None and (isinstance(scale, Mapping) or scale != 1.0): raise ValueError("scale multiplies the difference from a base: give base= too.")
     ws, scales = _weights([b.name for b in blocks], weights, scale, len(models))
-    Gs = statistics(metrics, blocks, len(models), allow_pickle, device)
+    Gs = statistics(metrics, blocks, len(models), allow_pickle, device, [m.source for m in models], isinstance(g, EpiMer))
     layout = {b.name: (b.first.shape, dtype if dtype and b.first.dtype.is_floating_point else b.first.dtype) for b in blocks}
     def job(b:Block):
         def do(write):
@@ -125,7 +129,7 @@ def plan_models(models:list[Checkpoint], g:Geometry, base:Checkpoint|None,
             try: return {b.name: merge_block(g, stack, w, lambda i, x: write(b.name, i, x), scales[b.name], Gs.get(b.name))}
             except MergeError: raise
             except ValueError as e: raise MergeError(f"tensor {b.name!r}: {e}") from e
-        return Job(b.first.numel, do)
+        return Job(b.first.numel, do, b.name)
     return Plan(layout, [job(b) for b in blocks], tied, [b.name for b in blocks], allow_nonfinite=allow_nonfinite)
 
 # %% ../nbs/21_merge.ipynb #832a0569
@@ -134,6 +138,7 @@ def plan_adapters(models:list[Checkpoint], g:Geometry,         # a geometry of m
 )->Plan:
     "PEFT adapters → PEFT adapter; `MergeError` if they do not match, `ValueError` if the arguments do not."
     g = g if isinstance(g, LoRA) else LoRA(metric=g)
+    if g.inner.needs_metrics: raise _needs(g.inner, "Metrics are for full models: name each adapter as BASE+ADAPTER, collect metrics with `frechet-merge curvature`, and give --base.")
     updates, whole = align_updates(models, absent, any_base)
     ws, scales = _weights([*(u.name for u in updates), *(b.name for b in whole)], weights, scale, len(models))
     ranks = {u.name: g.out_rank(u.ranks, u.first.shape) for u in updates}
@@ -156,7 +161,7 @@ def plan_adapters(models:list[Checkpoint], g:Geometry,         # a geometry of m
                     n = sum(w)
                     write(key, 0, scales[u.name]*sum(x/n*v.s*v.bias.tensor().double() for x, v in zip(w, u.versions) if v.bias is not None))
             return {u.name: replace(mean, x=None) for u, mean in zip(batch, means)}
-        return Job(sum(sum(u.first.shape)*sum(u.ranks) for u in batch), do)
+        return Job(sum(sum(u.first.shape)*sum(u.ranks) for u in batch), do, u0.name + (f" and {len(batch) - 1} like it" if batch[1:] else ""))
     jobs = [job(b) for b in batches(updates, lambda n: (tuple(ws[n]), scales[n], ranks[n]), BATCH if g.batched else 1)]
     rest = plan_models([Checkpoint({n: b.lazy[b.who.index(i)] for b in whole for n in [b.name] if i in b.who}, m.source) for i, m in enumerate(models)], Euclidean(), None,
                        {b.name: ws[b.name] for b in whole} or None, 1.0, None, dtype, device, "renormalise", False, False)
@@ -203,7 +208,7 @@ def merge(
         if bake is not None: plan.layout = {k: (s, torch.promote_types(torch.float32, d) if ".lora_" in k else d) for k, (s, d) in plan.layout.items()}     # rounded once, on the base
     else: plan = plan_models(models, g, base, weights, scale, metrics, dtype, device, absent, allow_nonfinite, allow_pickle)
 
-    recipe, title = ({}, "") if out is None else (_recipe(g, models, base, weights, scale, dtype, metrics, full_hash), Path(out).name)
+    recipe, title = ({}, "") if out is None else (_recipe(g, models, base, weights, scale, dtype, None if metrics is None else [load(m, allow_pickle, "in memory") for m in metrics], full_hash), Path(out).name)
     def dress(part, folder=next((c.folder for c in (base, *models) if c is not None and c.folder), None), config=plan.config):
         write_companions(part, folder, dtype)
         if config is not None: (part/"adapter_config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
@@ -225,6 +230,6 @@ def _recipe(g, models, base, weights, scale, dtype, metrics, full)->dict:
     w = plain(weights) if weights is not None else [1.0]*len(models)
     made = {"geometry": repr(g), "models": [{"model": m.source, "files": inputs(m, full)} for m in models], "weights": w}
     if base is not None: made |= {"base": {"model": base.source, "files": inputs(base, full)}, "scale": plain(scale)}
-    if metrics is not None: made["metrics"] = [str(m) if isinstance(m, (str, os.PathLike)) else "in memory" for m in metrics]
+    if metrics is not None: made["metrics"] = [{"metrics": m.source, "files": inputs(m, full)} for m in metrics]
     if dtype: made["dtype"] = str(dtype).removeprefix("torch.")
     return made | {"frechet_merge": frechet_merge.__version__, "torch": str(torch.__version__)}

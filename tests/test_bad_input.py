@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from conftest import cli, save, tensors
+from safetensors.torch import save_file
 
 from frechet_merge import MergeError, load, merge
 
@@ -110,6 +111,36 @@ def test_other_wrong_usage(models, tmp_path):
     refused("m0", "m1", "--shard-size", "big", cwd=tmp_path, code=2, says="big|5GB")
     refused("m0", "m1", "--scale", "2", cwd=tmp_path, code=2, says="base")
     assert cli("merge", "m0", cwd=tmp_path)[0] == 2 and cli("frobnicate")[0] == 2 and cli("merge", "--out")[0] == 2
+
+@pytest.mark.parametrize("text, says", [("epimer:alpha=x", "'epimer:alpha=x'|alpha"), ("epimer:k=0", "'epimer:k=0'|singular triplet"), ("pullback:nu=x", "'pullback:nu=x'|nu"), ("pullback:nu=-1", "anchor's metric"), ("lora:rank=x", "rank"), ("sphere:x=1", "x")])
+def test_arguments_of_a_geometry(models, tmp_path, text, says):
+    refused("m0", "m1", "--base", "m2", "--geometry", text, cwd=tmp_path, code=2, says=f"{says}|{text.partition(':')[0]} takes: ")
+
+
+@pytest.mark.parametrize("text", ["", "a,", " ", "a,,b"])
+def test_empty_names_of_metrics(models, tmp_path, text):
+    refused("m0", "m1", "--metrics", text, cwd=tmp_path, code=2, says="--metrics|empty name|A,B,C")
+    rc, _, err = cli("inspect", "m0", "m1", "--metrics", text, cwd=tmp_path)
+    assert rc == 2 and "empty name" in err
+
+
+def test_blanks_around_names_of_metrics(models, tmp_path):
+    for i in range(2): save_file({"q.bias": torch.ones(8)}, tmp_path/f"s{i}.safetensors")
+    assert cli("merge", "m0", "m1", "--metrics", "s0.safetensors, s1.safetensors ", "-o", "out", cwd=tmp_path)[0] == 0
+
+
+def test_what_inspect_cannot_do_is_refused_before_the_work(models, tmp_path):
+    for i in range(3): save_file({"q.bias": torch.ones(8)}, tmp_path/f"s{i}.safetensors")
+    metrics, before = ("--metrics", "s0.safetensors,s1.safetensors,s2.safetensors"), sorted(os.listdir(tmp_path))
+    for args, code, says in ((("--headers", *metrics), 2, "--headers"), ((*metrics, "--plot", "nodir/x.png"), 1, "nodir/x.png: its folder does not exist"), ((*metrics, "--plot", "m0"), 1, "is a folder"), ((*metrics, "--plot", "x.doc"), 1, "no picture ends in .doc")):
+        rc, out, err = cli("inspect", "m0", "m1", "m2", *args, cwd=tmp_path)
+        assert rc == code and says in err and not out and len(err.strip().splitlines()) <= 3, err
+    rc, out, err = cli("demo", "-o", "nodir/x.png", cwd=tmp_path)
+    assert rc == 1 and "nodir/x.png: its folder does not exist" in err and len(err.strip().splitlines()) <= 2
+    save(tmp_path/"odd", tensors() | {"q.bias": torch.ones(9)})
+    rc, out, err = cli("inspect", "m0", "m1", "odd", *metrics, cwd=tmp_path)
+    assert rc == 1 and "warning: η was not computed" in err and sorted(os.listdir(tmp_path)) == sorted([*before, "odd"])
+
 
 def test_debug_shows_the_traceback(models, tmp_path):
     rc, _, err = cli("merge", "m0", "nowhere", "-o", "out", "--debug", cwd=tmp_path)

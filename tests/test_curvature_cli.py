@@ -83,7 +83,8 @@ def test_names_follow_the_file(work, tmp_path):
     (["bert", "absent.jsonl"], "there is no such file", 1), (["absent/model", "a.jsonl"], "not a folder here", 1), (["bert", "a.jsonl", "--text", "txt"], "no column 'txt'", 1), (["bert", "a.jsonl", "--form", "kroneker"], "no form is called", 2),
     (["bert", "a.jsonl", "--estimator", "fisher"], "no estimator is called", 2), (["bert", "unlabelled.jsonl", "--estimator", "empirical"], "needs labels", 1), (["bert-encoder", "a.jsonl", "--estimator", "true"], "--head FILE:NAME", 1),
     (["bert", "a.jsonl", "--only", "nothing*"], "no parameter is called 'nothing\\*'", 1), (["bert", "a.jsonl", "--form", "projected"], "frechet-merge basis", 2), (["bert", "a.jsonl", "--basis", "x"], "form = projected only", 2), (["bert", "a.jsonl", "--split", "test"], "cannot be read|Unknown split", 1),
-    (["bert", "a.jsonl", "--head", "head/model.safetensors:y"], "holds no head", 1), (["bert", "a.jsonl", "--device", "abacus"], "no device 'abacus'", 2), (["bert", "a.jsonl", "--dtype", "fp8"], "fp8", 2)], ids=lambda x: None if not isinstance(x, str) else "".join(c for c in x if c.isalnum()))
+    (["bert", "a.jsonl", "--head", "head/model.safetensors:y"], "holds no head", 1), (["bert", "a.jsonl", "--device", "abacus"], "no device 'abacus'", 2), (["bert", "a.jsonl", "--dtype", "fp8"], "fp8", 2),
+    (["gpt2", "a.jsonl", "--max-length", "1"], "cut at 1 tokens, and 2 are the least(?s:.*)--max-length", 2)], ids=lambda x: None if not isinstance(x, str) else "".join(c for c in x if c.isalnum()))
 def test_mistakes_are_named_in_three_lines(work, tmp_path, monkeypatch, args, says, code):
     "A MergeError is exit code 1, any other ValueError is 2."
     monkeypatch.chdir(work)
@@ -200,7 +201,10 @@ def test_projected_statistics(tmp_path, monkeypatch, capsys, work):
     with pytest.raises(MergeError, match="differ from it in no matrix"): run("basis", base, base, "--base", base, "-o", "none.safetensors")
     for n in "ab": run("curvature", n, work/"a.jsonl", "--form", "projected", "--basis", "basis.safetensors", "-o", f"{n}.safetensors")
     held = load("a.safetensors")
-    assert len(held.lazy) == 12 and all(n.endswith(".projected") and held[n].shape == (6, 6) for n in held)
+    assert len(held.lazy) == 24 and all(held[n].shape == {"projected": (6, 6), "sigma": (6,)}[n.rpartition(".")[2]] for n in held)
     with pytest.warns(UserWarning, match="no metric for"): merged = merge(["a", "b"], EpiMer(k=3), base=base, metrics=["a.safetensors", "b.safetensors"])
     assert all(merged.tensors[n].isfinite().all() for n in merged.tensors)
+    with pytest.raises(MergeError, match="tensor '.*order"), pytest.warns(UserWarning, match="no metric for"): merge(["b", "a"], EpiMer(k=3), base=base, metrics=["b.safetensors", "a.safetensors"])
+    for args in (("merge", "--geometry", "pullback", "-o", "no"), ("inspect",)):
+        with pytest.raises(MergeError, match="a.safetensors: the metric of tensor '.*' is projected"): run(args[0], "a", "b", "--base", base, "--metrics", "a.safetensors, b.safetensors", *args[1:])
     with pytest.raises(MergeError, match="a basis for none"): collect(work/"gpt2", work/"a.jsonl", tmp_path/"t.safetensors", form="projected", basis="basis.safetensors")

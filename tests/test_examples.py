@@ -257,3 +257,13 @@ def test_shards_and_old_names(tmp_path):
     from transformers import AutoModelForSequenceClassification
     AutoModelForSequenceClassification.from_pretrained(m).save_pretrained(tmp_path/"s", max_shard_size="10kB"); tokenizer(unk_token="[UNK]", pad_token="[PAD]").save_pretrained(tmp_path/"s")
     assert len(list((tmp_path/"s").glob("*.safetensors"))) > 1 and set(open_model(tmp_path/"s").names.values()) == set(held)
+
+
+def test_a_length_that_leaves_no_room_beside_special_tokens_is_refused():
+    from transformers import AutoTokenizer
+    tok = AutoTokenizer.from_pretrained(base_folder())      # [CLS] and [SEP] around each text
+    for kind, rows, least in (("encoder", [{"text": "good film"}], 3), ("classifier", [{"text": "good", "pair": "bad film"}], 4)):
+        for n in (1, least - 1):
+            with pytest.raises(ValueError, match=f"cut at {n} tokens, and {least} are the least.*adds {least - 1} of its own") as e: batches(kind, tok, rows, max_length=n)
+            assert not isinstance(e.value, MergeError)
+        with pytest.warns(UserWarning, match="are cut there"): assert batches(kind, tok, rows, max_length=least)[0]["input_ids"].shape == (1, least)

@@ -6,12 +6,12 @@
 __all__ = ['RANK', 'NARROW', 'ties', 'KnOTS', 'polar', 'TSVM']
 
 # %% ../../nbs/geometries/12e_baselines.ipynb #fe7ff375
-import warnings
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..checkpoints import warn
 from ..factors import svd
 from ..geometry import Geometry, Point
 from ..metrics import numbers
@@ -81,7 +81,7 @@ class TSVM(Geometry):
         short = torch.minimum(u, v) < torch.cat(live, -1).sum(-1).clamp(max=room)
         if short.any():
             near, s, t = max((float(torch.linalg.matrix_norm(X[s].mT @ X[t], 2).max()), s, t) for X in (Us, Vs) for s in range(T) for t in range(s + 1, T))
-            warnings.warn(f"TSVM: updates {s} and {t} have a direction in common (cosine {near:.7f}): there is no unique way to turn them apart, and they share it. Merge copies of one adapter first.", stacklevel=2)
+            warn(f"TSVM: updates {s} and {t} have a direction in common (cosine {near:.7f}): there is no unique way to turn them apart, and they share it. Merge copies of one adapter first.", stacklevel=2)
         own = [torch.cat([S*(s == t) for s, S in enumerate(Ss)], -1) for t in range(T)]
         return [Point(x, g) for x, g in zip(own, Gs)], lambda m: ((U*(T*m)[..., None, :]) @ V.mT).to(thetas[0].dtype)
     def log(self, m, x): "The difference x − m."; return x - m

@@ -27,9 +27,12 @@ class Curved(Geometry):
     curved = True
     separable = property(lambda self: not self.normalise and not self.damping)    # units are those of whole tensors
     differences = property(lambda self: self.anchor is not None)                 # a sum is one of differences
+    needs_metrics = property(lambda self: self != Curved())                      # which alone is the mean
     laws_waived = property(lambda self: (3, 4, 9) if self.anchor is not None else (4,) if self.share or self.damping and not self.normalise else ())
     def __post_init__(self):
         if self.share not in (None, "left", "right"): raise ValueError(f"Curved(share={self.share!r}): use 'right' (the inputs of nn.Linear) or 'left'.")
+        for k in ("damping", "nu", "anchor"):
+            if not isinstance(x := getattr(self, k), (int, float)) and not (k == "anchor" and x is None): raise ValueError(f"Curved({k}={x!r}): a number.")
         if not 0 <= self.damping < math.inf: raise ValueError(f"Curved(damping={self.damping}): a share of the metrics, finite and >= 0.")
         if not 0 < self.nu < math.inf: raise ValueError(f"Curved(nu={self.nu}): the anchor's metric must be finite and > 0; leave the anchor out for none.")
         if self.anchor is not None and not math.isfinite(self.anchor): raise ValueError(f"Curved(anchor={self.anchor}): the multiple of the sum must be finite.")

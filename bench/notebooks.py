@@ -1,0 +1,34 @@
+"""How long each notebook runs, and the site builds: one after the other, each in a process of its own, on all cores of an idle machine.
+
+    python bench/notebooks.py
+"""
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from adapters import about, write_rows
+
+ROOT = Path(__file__).parents[1]
+RUN = "import sys; from pathlib import Path; from nbdev.test import test_nb; sys.exit(not test_nb(Path(sys.argv[1]), do_print=False, showerr=True)[0])"
+
+
+def timed(*command, cwd):
+    "Seconds on the clock and of CPU, its children's too."
+    def spent(): r = resource.getrusage(resource.RUSAGE_CHILDREN); return r.ru_utime + r.ru_stime
+    start, cpu = time.time(), spent()
+    subprocess.run(command, cwd=cwd, check=True, capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "agg"})
+    return round(time.time() - start, 1), round(spent() - cpu, 1)
+
+
+if __name__ == "__main__":
+    rows = []
+    for nb in sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts):
+        rows.append({"what": str(nb.relative_to(ROOT)), **dict(zip(("seconds", "cpu_s"), timed(sys.executable, "-c", RUN, nb.name, cwd=nb.parent)))})
+        print(rows[-1], flush=True)
+    with tempfile.TemporaryDirectory() as tmp:
+        rows.append({"what": "the site (python tests/docs.py OUT)", **dict(zip(("seconds", "cpu_s"), timed(sys.executable, ROOT/"tests"/"docs.py", tmp, cwd=ROOT)))})
+    write_rows("notebooks", sorted(rows, key=lambda r: -r["seconds"]), about("python bench/notebooks.py"))
