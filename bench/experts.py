@@ -37,6 +37,7 @@ class Experts:
 
     def half(self, task, k): return slice(k, None, 2)
     def unseen(self, task, n): "Training examples that its expert was not trained on, and which no other example repeats."; return [], []
+    def fresh(self, n): "Which reported examples repeat none that its expert was trained on, or that chose a scale."; return slice(None)
     def taught(self, n): "How many of the training examples, the first ones, its expert was trained on."; return None
     def groups(self, n): "A number for each reported example, the same for those of one source; none if each has its own."; return None
 
@@ -68,11 +69,17 @@ class Text(Experts):
         super().__init__(base, folder, load_file(heads or Path(folder)/"heads.safetensors"), json.load(gzip.open(tasks, "rt")), only)
     def examples(self, task, split, which, most): return self.tok([t for t, _ in task[split][which][:most]], truncation=True, max_length=TOKENS)["input_ids"], [y for _, y in task[split][which][:most]]
     def taught(self, n): return self.seen.get(n)
-    def unseen(self, task, n):
+    def more(self, task, n):
         known, rows = {x for x, _ in task["train"][:self.taught(n)] + task["test"]}, []
         for x, y in task["train"][self.taught(n):] if n in self.seen else []:
             if x not in known: rows.append((x, y)); known.add(x)
-        return self.examples({"unseen": rows}, "unseen", slice(None), None) if rows else ([], [])
+        return [x for x, _ in rows], rows
+    def unseen(self, task, n): return self.examples({"unseen": rows}, "unseen", slice(None), None) if (rows := self.more(task, n)[1]) else ([], [])
+    def fresh(self, n):
+        def plain(x): return " ".join(x.lower().split())
+        task = self.tasks[n]; chose = task["test"][self.half(task, 0)][:VALIDATION]
+        known, rest = {plain(x) for x, _ in task["train"][:self.taught(n)] + chose}, [x for x, _ in task["test"][self.half(task, 1)]] + self.more(task, n)[0]
+        return torch.tensor([plain(x) not in known for x in rest])
     def batches(self, ids, labels, size=64):
         "Texts of like length together, and where they were."
         order = sorted(range(len(ids)), key=lambda i: len(ids[i])); pad = torch.nn.utils.rnn.pad_sequence

@@ -9,9 +9,9 @@ FOLDER has a folder for each task, with a full model or a PEFT adapter; which ta
 Where a method has a scale, the one is taken that is best on validation examples; its grid is widened until the best is inside of it,
 six times at most.
 What is reported are other examples: mean accuracy over the tasks; the worst task, and the mean task, relative to its own expert; the
-difference from tuned TSV-M with its standard error, from a paired bootstrap over examples; CPU seconds and peak memory of one merge in
-memory, without statistics; of PEFT with loading the adapters, and of mergekit, whose memory is not seen, the whole command and the
-baking of adapters before it. Standard errors are over examples: neither over trainings nor over choices of scale. Statistics are those of `frechet_merge.curvature`, from 64 training
+difference from tuned TSV-M with its standard error, from a paired bootstrap over examples; CPU seconds of one merge in memory, on one
+thread, without statistics; of PEFT with loading the adapters, and of mergekit the whole command and the baking of adapters before it.
+Texts that repeat one that an expert was trained on, or that chose a scale, are not reported. Standard errors are over examples: neither over trainings nor over choices of scale. Statistics are those of `frechet_merge.curvature`, from 64 training
 examples of each task, whose labels only the empirical ones see. KFAC means without a closed form are solved to a relative residual of
 1e-2. With --mergekit PATH, mergekit-pytorch runs beside. Finished rows are kept in WORK or --cache FILE, from which a run goes on.
 """
@@ -179,29 +179,20 @@ def methods(ex, mergekit_pytorch=None):
 
 def cpu(): return sum(sum(resource.getrusage(w)[:2]) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
-def memory(what): return next(int(x.split()[1])/1024 for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(what))
-
-def measured(make):
-    "make(), its CPU seconds, and the MiB by which it raised this process's memory at its peak (none where the system does not say)."
-    try: Path("/proc/self/clear_refs").write_text("5"); before = memory("VmRSS")
-    except OSError: before = None
-    start = cpu(); x = make()
-    return x, cpu() - start, None if before is None else max(0., memory("VmHWM") - before)
-
 def mean(c): return sum(float(v.float().mean()) for v in c.values())/len(c)
 
 def run(ex, m, names, stats):
-    "Setting, examples right on the reported half, validation accuracy, CPU seconds, MiB."
+    "Setting, examples right on the reported half, validation accuracy, CPU seconds."
     S = [stats(*m.form)] if m.form else []
-    first, s, mib = measured(lambda: m.merge(*S))
-    if not m.grid: return None, ex.right(first, 1, names), None, s, mib
+    start = cpu(); first = m.merge(*S); s = cpu() - start
+    if not m.grid: return None, ex.right(first, 1, names), None, s
     tried = {v: mean(ex.right(m.how(first, v), 0, names)) for v in m.grid}
     for _ in range(WIDER):
         order = sorted(tried); best = max(order, key=tried.get); end = order.index(best)
         if 0 < end < len(order) - 1: break
         new = best**2/order[1] if end == 0 else best**2/order[-2]; tried[new] = mean(ex.right(m.how(first, new), 0, names))
     best = max(sorted(tried), key=tried.get)
-    return best, ex.right(m.how(first, best), 1, names), tried[best], s, mib
+    return best, ex.right(m.how(first, best), 1, names), tried[best], s
 
 def bootstrap(cases, gen, groups):
     "Standard error of the mean of `cases`, each {task: a number for each example}, over resampled sources of examples, the same in every case."
@@ -228,34 +219,36 @@ def family(ex, name, cache, command, only=None, mergekit_pytorch=None, sizes=(),
             held[which] = {n: ex.statistics(n, *which) for n in ex.names}
             spent[", ".join(map(str, which))] = round((cpu() - start)/len(ex.names), 1)
         return held[which]
-    own = keep("experts", lambda: [{n: ex.right(ex.delta[n], half, [n])[n] for n in ex.names} for half in (0, 1)])[1]
+    def fresh(c): return {n: v[ex.fresh(n)] for n, v in c.items()}
+    own = fresh(keep("experts", lambda: [{n: ex.right(ex.delta[n], half, [n])[n] for n in ex.names} for half in (0, 1)])[1])
     facts = dict(tasks=ex.names, samples=SAMPLES, validation=VALIDATION, reported={n: len(v) for n, v in own.items()})
-    if keep("facts", lambda: facts) != facts: raise SystemExit(f"{cache} is of other tasks or examples: delete it.")
+    mine = {k: v for k, v in facts.items() if k != "reported"}
+    if {k: v for k, v in keep("facts", lambda: facts).items() if k != "reported"} != mine: raise SystemExit(f"{cache} is of other tasks or examples: delete it.")
     def relative(c): return [float(c[n].float().mean()/own[n].float().mean()) for n in c]
 
     if not sizes:
-        found = {"base": ("", "–", (None, keep("base", lambda: ex.right({}, 1)), None, None, None)), "experts": ("", "–", (None, own, None, None, None))}
+        found = {"base": ("", "–", (None, fresh(keep("base", lambda: ex.right({}, 1))), None, None)), "experts": ("", "–", (None, own, None, None))}
         for m in methods(ex, mergekit_pytorch):
             if only and not m.name.startswith(tuple(only)) or finished and m.name not in kept: continue
             try: r = keep(m.name, lambda m=m: run(ex, m, ex.names, stats))
             except Exception as e:
                 if m.code == "frechet_merge": raise
                 print(f"{m.name}: {type(e).__name__}: {str(e).splitlines()[-1][:160]}", flush=True); continue
-            found[m.name] = (m.code, m.needs, r)
+            r = (r[0], fresh(r[1]), *r[2:4]); found[m.name] = (m.code, m.needs, r)
             print(f"{m.name:32} {r[0] if r[0] is None else round(r[0], 3)!s:6} validation {r[2] if r[2] is None else round(r[2], 4)!s:6} reported {mean(r[1]):.4f}  {r[3]:.1f} s", flush=True)
         rows = []
-        for m, (code, needs, (s, c, _, sec, mib)) in found.items():
+        for m, (code, needs, (s, c, _, sec)) in found.items():
             d = minus(c, found["TSV-M"][2][1]) if "TSV-M" in found and m != "TSV-M" else None
             rows.append({"method": m, "code": code, "needs": needs, "tuned": "" if s is None else round(s, 3), "mean": round(mean(c), 4), "se": round(bootstrap([c], gen, ex.groups), 4), "worst": round(min(relative(c)), 3), "normalised": round(sum(relative(c))/len(c), 3),
-                         "from_tsvm": "" if d is None else round(mean(d), 4), "se_from": "" if d is None else round(bootstrap([d], gen, ex.groups), 4), "cpu_s": "" if sec is None else round(sec, 2), "mib": "" if mib is None or code == "mergekit" else round(mib), **{n: round(float(c[n].float().mean()), 3) for n in ex.names}})
-        write_rows(f"quality_{name}", rows, about(command, **facts, statistics_cpu_s_per_task=spent))
+                         "from_tsvm": "" if d is None else round(mean(d), 4), "se_from": "" if d is None else round(bootstrap([d], gen, ex.groups), 4), "cpu_s": "" if sec is None else round(sec, 2), **{n: round(float(c[n].float().mean()), 3) for n in ex.names}})
+        write_rows(f"quality_{name}", rows, about(command, threads=1, **facts, statistics_cpu_s_per_task=spent))
         return
     rows = []
     for T in sizes:
         every_set = list(itertools.combinations(ex.names, T)); random.Random(T).shuffle(every_set); cases = {}
         for names in every_set[:subsets]:
             for m in core(ex, list(names), (), CURVE):
-                cases.setdefault(m.name, []).append(keep((T, names, m.name), lambda m=m, names=names: run(ex, m, names, stats)))
+                r = keep((T, names, m.name), lambda m=m, names=names: run(ex, m, names, stats)); cases.setdefault(m.name, []).append((r[0], fresh(r[1]), *r[2:4]))
             print(T, names, {m: round(mean(r[-1][1]), 4) for m, r in cases.items()}, flush=True)
         for m, rs in cases.items():
             d = [minus(r[1], t[1]) for r, t in zip(rs, cases["TSV-M"])]
@@ -270,7 +263,7 @@ if __name__ == "__main__":
     a.add_argument("--tasks", type=Path); a.add_argument("--heads", type=Path); a.add_argument("--base"); a.add_argument("--only", help="these tasks, as a,b,c")
     a.add_argument("--methods", help="only those whose name starts with one of these, as a,b (TSV-M too, to compare with)"); a.add_argument("--name", help="of the results")
     a.add_argument("--finished", action="store_true", help="run nothing: write the rows that an interrupted run has finished"); a.add_argument("--sizes"); a.add_argument("--subsets", type=int, default=3); a.add_argument("--cache", type=Path); a.add_argument("--mergekit")
-    args = a.parse_args(); warnings.simplefilter("ignore"); torch.manual_seed(0)
+    args = a.parse_args(); warnings.simplefilter("ignore"); torch.manual_seed(0); torch.set_num_threads(1)
     def numbers(x): return tuple(int(n) for n in x.split(",")) if x else ()
     if args.folder == "all":
         args.work.mkdir(parents=True, exist_ok=True)
