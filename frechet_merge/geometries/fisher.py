@@ -27,7 +27,7 @@ class Curved(Geometry):
     curved = True
     separable = property(lambda self: not self.normalise and not self.damping)    # units are those of whole tensors
     differences = property(lambda self: self.anchor is not None)                 # a sum is one of differences
-    needs_metrics = property(lambda self: self != Curved())                      # which alone is the mean
+    needs_metrics = property(lambda self: self.anchor is not None or self.normalise or self.damping > 0 or self.share is not None)      # without all of them it is the mean
     laws_waived = property(lambda self: (3, 4, 9) if self.anchor is not None else (4,) if self.share or self.damping and not self.normalise else ())
     def __post_init__(self):
         if self.share not in (None, "left", "right"): raise ValueError(f"Curved(share={self.share!r}): use 'right' (the inputs of nn.Linear) or 'left'.")
