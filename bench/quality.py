@@ -11,9 +11,9 @@ six times at most.
 What is reported are other examples: mean accuracy over the tasks; the worst task, and the mean task, relative to its own expert; the
 difference from tuned TSV-M with its standard error, from a paired bootstrap over examples; CPU seconds of one merge in memory, on one
 thread, without statistics; of PEFT with loading the adapters, and of mergekit the whole command and the baking of adapters before it.
-Texts that repeat one that an expert was trained on, or that chose a scale, are not reported. Standard errors are over examples: neither over trainings nor over choices of scale. Statistics are those of `frechet_merge.curvature`, from 64 training
-examples of each task, whose labels only the empirical ones see. KFAC means without a closed form are solved to a relative residual of
-1e-2. With --mergekit PATH, mergekit-pytorch runs beside. Finished rows are kept in WORK or --cache FILE, from which a run goes on.
+Texts that repeat one that an expert was trained on, or that chose a scale, are not reported. Standard errors are over examples: neither
+over trainings nor over choices of scale. Statistics are those of `frechet_merge.curvature`, from 64 training examples of each task,
+whose labels only the empirical ones see. KFAC means without a closed form are solved to a relative residual of 1e-2. With --mergekit PATH, mergekit-pytorch runs beside. Finished rows are kept in WORK or --cache FILE, from which a run goes on.
 """
 import argparse
 import itertools
@@ -220,10 +220,11 @@ def family(ex, name, cache, command, only=None, mergekit_pytorch=None, sizes=(),
             spent[", ".join(map(str, which))] = round((cpu() - start)/len(ex.names), 1)
         return held[which]
     def fresh(c): return {n: v[ex.fresh(n)] for n, v in c.items()}
-    own = fresh(keep("experts", lambda: [{n: ex.right(ex.delta[n], half, [n])[n] for n in ex.names} for half in (0, 1)])[1])
-    facts = dict(tasks=ex.names, samples=SAMPLES, validation=VALIDATION, reported={n: len(v) for n, v in own.items()})
-    mine = {k: v for k, v in facts.items() if k != "reported"}
-    if {k: v for k, v in keep("facts", lambda: facts).items() if k != "reported"} != mine: raise SystemExit(f"{cache} is of other tasks or examples: delete it.")
+    judged = keep("experts", lambda: [{n: ex.right(ex.delta[n], half, [n])[n] for n in ex.names} for half in (0, 1)])[1]
+    own = fresh(judged)
+    facts = dict(tasks=ex.names, samples=SAMPLES, validation=VALIDATION, reported={n: len(v) for n, v in judged.items()})
+    if keep("facts", lambda: facts) != facts: raise SystemExit(f"{cache} is of other tasks or examples: delete it.")
+    said = about(command, threads=1, **facts | {"reported": {n: len(v) for n, v in own.items()}})
     def relative(c): return [float(c[n].float().mean()/own[n].float().mean()) for n in c]
 
     if not sizes:
@@ -241,7 +242,7 @@ def family(ex, name, cache, command, only=None, mergekit_pytorch=None, sizes=(),
             d = minus(c, found["TSV-M"][2][1]) if "TSV-M" in found and m != "TSV-M" else None
             rows.append({"method": m, "code": code, "needs": needs, "tuned": "" if s is None else round(s, 3), "mean": round(mean(c), 4), "se": round(bootstrap([c], gen, ex.groups), 4), "worst": round(min(relative(c)), 3), "normalised": round(sum(relative(c))/len(c), 3),
                          "from_tsvm": "" if d is None else round(mean(d), 4), "se_from": "" if d is None else round(bootstrap([d], gen, ex.groups), 4), "cpu_s": "" if sec is None else round(sec, 2), **{n: round(float(c[n].float().mean()), 3) for n in ex.names}})
-        write_rows(f"quality_{name}", rows, about(command, threads=1, **facts, statistics_cpu_s_per_task=spent))
+        write_rows(f"quality_{name}", rows, said | {"statistics_cpu_s_per_task": spent})
         return
     rows = []
     for T in sizes:
@@ -254,7 +255,7 @@ def family(ex, name, cache, command, only=None, mergekit_pytorch=None, sizes=(),
             d = [minus(r[1], t[1]) for r, t in zip(rs, cases["TSV-M"])]
             rows.append({"models": T, "method": m, "sets": len(rs), "mean": round(sum(mean(r[1]) for r in rs)/len(rs), 4), "normalised": round(sum(sum(relative(r[1]))/T for r in rs)/len(rs), 4),
                          "from_tsvm": round(sum(map(mean, d))/len(d), 4), "se_from": round(bootstrap(d, gen, ex.groups), 4) if m != "TSV-M" else ""})
-    write_rows(f"sizes_{name}", rows, about(command, **facts, sets=subsets))
+    write_rows(f"sizes_{name}", rows, said | {"sets": subsets})
 
 
 if __name__ == "__main__":
@@ -272,5 +273,5 @@ if __name__ == "__main__":
     else:
         ex = {"text": Text, "images": Images}[args.kind](args.folder, args.tasks, args.heads, args.base, args.only and args.only.split(","))
         name = args.name or Path(args.folder).name
-        family(ex, name, args.cache or Path(f"{args.folder}.{'sizes' if args.sizes else 'quality'}.pt"), f"python bench/quality.py {name} --tasks TASKS" + (f" --sizes {args.sizes}" if args.sizes else "") + " --finished"*args.finished,
+        family(ex, name, args.cache or Path(f"{args.folder}.{'sizes' if args.sizes else 'quality'}.pt"), f"python bench/quality.py FOLDER --name {name} --kind {args.kind} --tasks TASKS" + (f" --sizes {args.sizes} --subsets {args.subsets}" if args.sizes else "") + " --finished"*args.finished,
                args.methods and args.methods.split(","), args.mergekit, numbers(args.sizes), args.subsets, args.finished)

@@ -63,7 +63,7 @@ def _of_points(ws, points)->list[float]:
 
 def _length(v, N):
     v = v.reshape(N, -1); n = torch.linalg.vector_norm(v, dim=1).double()
-    if not ((n > SQUARES[0]) & (n < SQUARES[1])).all(): n = torch.linalg.vector_norm(v.double(), dim=1)      # slow, and so only where it must be
+    if not ((n > SQUARES[0]) & (n < SQUARES[1])).all() and v.any(): n = torch.linalg.vector_norm(v.double(), dim=1)      # slow, and so only where it must be
     return n.cpu().numpy()
 def _dot(u, v, N): return (torch.dot(u.flatten(), v.flatten())[None] if N == 1 else torch.linalg.vecdot(u.reshape(N, -1), v.reshape(N, -1))).double().cpu().numpy()
 
