@@ -5,6 +5,7 @@ images, the first) chooses scales, the other is reported, with the training text
 """
 import gzip
 import json
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from frechet_merge import load
 from frechet_merge.adapters import bake
 from frechet_merge.curvature import curvature
 from frechet_merge.demo import TOKENS, base_folder
+from frechet_merge.tune import OutputDistance
 
 SAMPLES, VALIDATION = 64, 120     # unlabelled training examples that statistics see; test examples that choose a scale, at most
 
@@ -52,9 +54,24 @@ class Experts:
             for at, b in self.tests[n, half]: out[n][at] = self.logits(self.model, n, b).argmax(1) == b["labels"]
         return out
 
+    def unlabelled(self, n, samples, after=0):
+        "Batches of training examples, the last but so many, whose labels are there for the empirical Fisher alone."
+        inputs = self.examples(self.tasks[n], "train", slice(0, self.taught(n)), None); inputs = [x[len(x) - samples - after:len(x) - after] for x in inputs]
+        return [b for _, b in self.batches(*inputs, 32)]
     def statistics(self, n, form, estimator=None, samples=SAMPLES):
-        self.put(self.delta[n]); inputs = self.examples(self.tasks[n], "train", slice(0, self.taught(n)), None); inputs = [x[-samples:] for x in inputs]
-        return curvature(self.model, [b for _, b in self.batches(*inputs, 32)], form, estimator, forward=lambda model, b: self.logits(model, n, b), parameters="encoder.*")
+        self.put(self.delta[n])
+        return curvature(self.model, self.unlabelled(n, samples), form, estimator, forward=lambda model, b: self.logits(model, n, b), parameters="encoder.*")
+
+    @cached_property
+    def distance(self):
+        "The distance of outputs from each expert's, on as many examples as the statistics see, but others; and that of the base."
+        d = OutputDistance()
+        for n in self.names: self.put(self.delta[n]); d.add(self.model, self.unlabelled(n, SAMPLES, after=SAMPLES), lambda model, b, n=n: self.logits(model, n, b))
+        self.put({}); return d, d(self.model)
+    def lost(self, delta, names):
+        "Mean distance from the experts, each in units of the base's."
+        d, unit = self.distance; self.put(delta)
+        return sum(x/u for n, x, u in zip(self.names, d(self.model), unit) if n in names)/len(names)
 
     def head(self, n, h): return F.linear(h, self.heads[f"{n}.weight"], self.heads[f"{n}.bias"])
 

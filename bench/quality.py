@@ -13,7 +13,8 @@ difference from tuned TSV-M with its standard error, from a paired bootstrap ove
 thread, without statistics; of PEFT with loading the adapters, and of mergekit the whole command and the baking of adapters before it.
 Texts that repeat one that an expert was trained on, or that chose a scale, are not reported. Standard errors are over examples: neither
 over trainings nor over choices of scale. Statistics are those of `frechet_merge.curvature`, from 64 training examples of each task,
-whose labels only the empirical ones see. KFAC means without a closed form are solved to a relative residual of 1e-2. With --mergekit PATH, mergekit-pytorch runs beside. Finished rows are kept in WORK or --cache FILE, from which a run goes on.
+whose labels only the empirical ones see. Rows "by outputs" take the setting whose outputs are nearest to the experts' on 64
+other examples (`frechet_merge.tune`), and see no label. KFAC means without a closed form are solved to a relative residual of 1e-2. With --mergekit PATH, mergekit-pytorch runs beside. Finished rows are kept in WORK or --cache FILE, from which a run goes on.
 """
 import argparse
 import itertools
@@ -40,6 +41,7 @@ from frechet_merge.geometries.fisher import Curved, pullback
 from frechet_merge.geometries.subspace import EpiMer
 from frechet_merge.mean import frechet_mean
 from frechet_merge.metrics import Diagonal, Kronecker
+from frechet_merge.tune import nearest
 
 HERE, BOOT, WIDER, ROUNDING, CURVE = Path(__file__).parent, 2000, 6, 1e-5, (.5, 1., 1.5, 2., 3., 4., 6., 8., 12.)
 metrics.SOLVED = 1e-2/torch.finfo(torch.float32).eps
@@ -128,6 +130,7 @@ class Method(NamedTuple):
     grid: tuple = ()          # settings to choose from
     how: object = every       # (difference, setting) → difference
     form: tuple = ()          # estimator, and number of examples if not SAMPLES, of the statistics
+    lines: object = None      # in place of a grid: what `merge` returns → {name: number → difference}, of which the outputs choose
 
 def core(ex, names, anchors=(4.,), curve=()):
     "Methods that are run at every number of models; `curve` are anchors that only their accuracy is wanted of."
@@ -144,6 +147,10 @@ def core(ex, names, anchors=(4.,), curve=()):
     for c in anchors: yield Method(f"pullback(anchor={c:g})", "frechet_merge", "inputs", at(c), form=("kronecker", "pullback"))
     for c in curve: yield Method(f"pullback(anchor={c:g})", "frechet_merge", "inputs", lambda S, c=c: between(line(S), c), form=("kronecker", "pullback"))
     yield Method("pullback(), anchor tuned", "frechet_merge", "inputs, scale", line, (1., 2., 3., 4., 6., 8.), between, ("kronecker", "pullback"))
+    yield Method("TSV-M, by outputs", "frechet_merge", "inputs", lambda: merged(ex, EpiMer(), names=names), lines=lambda d: {"": lambda s: matrices(d, s)})
+    def sides(S, *which): return {share: [merged(ex, pullback(c, share=share), S, names=names) for c in (0., 1.)] for share in which}
+    def along(found): return {share: (lambda c, ends=ends: between(ends, c)) for share, ends in found.items()}
+    for which in (("right",), ("left",), ("right", "left")): yield Method(f"pullback(share={' or '.join(map(repr, which))}), by outputs", "frechet_merge", "inputs", lambda S, which=which: sides(S, *which), form=("kronecker", "pullback"), lines=along)
 
 def methods(ex, mergekit_pytorch=None):
     yield from core(ex, ex.names, sorted({4., float(len(ex.names))}))
@@ -185,6 +192,10 @@ def run(ex, m, names, stats):
     "Setting, examples right on the reported half, validation accuracy, CPU seconds."
     S = [stats(*m.form)] if m.form else []
     start = cpu(); first = m.merge(*S); s = cpu() - start
+    if m.lines:
+        lines = m.lines(first); found = {name: nearest(lambda x, line=line: ex.lost(line(x), names)) for name, line in lines.items()}
+        name = min(found, key=lambda k: min(found[k][1].values())); x = found[name][0]
+        return x if len(lines) == 1 else f"{x:.3g} {name}", ex.right(lines[name](x), 1, names), min(found[name][1].values()), s
     if not m.grid: return None, ex.right(first, 1, names), None, s
     tried = {v: mean(ex.right(m.how(first, v), 0, names)) for v in m.grid}
     for _ in range(WIDER):
@@ -236,11 +247,11 @@ def family(ex, name, cache, command, only=None, mergekit_pytorch=None, sizes=(),
                 if m.code == "frechet_merge": raise
                 print(f"{m.name}: {type(e).__name__}: {str(e).splitlines()[-1][:160]}", flush=True); continue
             r = (r[0], fresh(r[1]), *r[2:4]); found[m.name] = (m.code, m.needs, r)
-            print(f"{m.name:32} {r[0] if r[0] is None else round(r[0], 3)!s:6} validation {r[2] if r[2] is None else round(r[2], 4)!s:6} reported {mean(r[1]):.4f}  {r[3]:.1f} s", flush=True)
+            print(f"{m.name:32} {r[0] if r[0] is None or isinstance(r[0], str) else round(r[0], 3)!s:6} validation {r[2] if r[2] is None else round(r[2], 4)!s:6} reported {mean(r[1]):.4f}  {r[3]:.1f} s", flush=True)
         rows = []
         for m, (code, needs, (s, c, _, sec)) in found.items():
             d = minus(c, found["TSV-M"][2][1]) if "TSV-M" in found and m != "TSV-M" else None
-            rows.append({"method": m, "code": code, "needs": needs, "tuned": "" if s is None else round(s, 3), "mean": round(mean(c), 4), "se": round(bootstrap([c], gen, ex.groups), 4), "worst": round(min(relative(c)), 3), "normalised": round(sum(relative(c))/len(c), 3),
+            rows.append({"method": m, "code": code, "needs": needs, "tuned": "" if s is None else s if isinstance(s, str) else round(s, 3), "mean": round(mean(c), 4), "se": round(bootstrap([c], gen, ex.groups), 4), "worst": round(min(relative(c)), 3), "normalised": round(sum(relative(c))/len(c), 3),
                          "from_tsvm": "" if d is None else round(mean(d), 4), "se_from": "" if d is None else round(bootstrap([d], gen, ex.groups), 4), "cpu_s": "" if sec is None else round(sec, 2), **{n: round(float(c[n].float().mean()), 3) for n in ex.names}})
         write_rows(f"quality_{name}", rows, said | {"statistics_cpu_s_per_task": spent})
         return

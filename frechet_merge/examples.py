@@ -103,12 +103,14 @@ def examples(
     text:str|None=None, pair:str|None=None, label:str|None=None,      # a column each; default: guessed
     max_samples:int|None=None,     # a random subset of this size, not the head: files are often sorted; default: all
     seed:int=0,                    # of the subset; a larger one with the same seed contains it
+    skip:int=0,                    # leave out the first so many of that order: what a subset of that size with the same seed holds
 )->list[dict]:                     # {"text": str or chat, "pair": str?, "label": int or str?}
     "Records from wherever they are; `MergeError` if they cannot be read or hold no texts."
     with table(data, split) as rows:
         kinds = {c: str(getattr(f, "dtype", type(f).__name__)) for c, f in rows.features.items()}
         part = columns(kinds, text, pair, label, data)
-        if max_samples and max_samples < len(rows): rows = rows.select(torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:max_samples].tolist())
+        if skip >= len(rows): raise MergeError(f"{data}: holds {len(rows)} examples, and {skip} of them are to be left out.\nGive other examples, or more.")
+        if skip or max_samples and max_samples < len(rows): rows = rows.select(torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[skip:skip + (max_samples or len(rows))].tolist())
         found = [{k: r[c] for k, c in part.items()} for r in rows.select_columns(list(set(part.values()))).to_list()]
     full = [r for r in found if r["text"] not in (None, "", [])]
     if not full: raise MergeError(f"{data}: column {part['text']!r} has no text in any of {len(found)} examples.\nIts columns are: {', '.join(kinds)}. Name one with --text.")
