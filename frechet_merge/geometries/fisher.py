@@ -61,7 +61,7 @@ def shared(
     return [Kronecker((u*M, mean) if side == "right" else (mean, u*M)) for u, M in zip(units, own)]
 
 def pullback(
-    anchor:float=4.0,           # c: the anchor is at c times the sum of the models' differences; 4 was chosen on eight text tasks
+    anchor:float=4.0,           # c: the anchor is at c times the sum of the models' differences; 4 was chosen on eight text tasks, and is too far for large updates: `frechet_merge.tune` finds it
     nu:float=1.0,               # > 0, the anchor's flat metric, in units of the models' mean eigenvalue
     share:str|None="right",     # the side on which models share a factor, as in `Curved`; None: none, and no closed form
 )->Curved:
