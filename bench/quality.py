@@ -10,13 +10,15 @@ Where a method has a scale, the one is taken that is best on validation examples
 six times at most.
 What is reported are other examples: mean accuracy over the tasks; the worst task, and the mean task, relative to its own expert; the
 difference from tuned TSV-M with its standard error, from a paired bootstrap over examples; CPU seconds of one merge in memory, on one
-thread, without statistics; of PEFT with loading the adapters, and of mergekit the whole command and the baking of adapters before it.
+thread, without statistics; of PEFT with loading the adapters, and of mergekit the whole command and the baking of adapters before it;
+with --memory, by how many MiB that merge raised the process's resident memory at most, beyond experts and statistics (which are in it).
 Texts that repeat one that an expert was trained on, or that chose a scale, are not reported. Standard errors are over examples: neither
 over trainings nor over choices of scale. Statistics are those of `frechet_merge.curvature`, from 64 training examples of each task,
 whose labels only the empirical ones see. Rows "by outputs" take the setting whose outputs are nearest to the experts' on 64
 other examples (`frechet_merge.tune`), and see no label. KFAC means without a closed form are solved to a relative residual of 1e-2. With --mergekit PATH, mergekit-pytorch runs beside. Finished rows are kept in WORK or --cache FILE, from which a run goes on.
 """
 import argparse
+import ctypes
 import itertools
 import json
 import os
@@ -43,7 +45,7 @@ from frechet_merge.mean import frechet_mean
 from frechet_merge.metrics import Diagonal, Kronecker
 from frechet_merge.tune import nearest
 
-HERE, BOOT, WIDER, ROUNDING, CURVE = Path(__file__).parent, 2000, 6, 1e-5, (.5, 1., 1.5, 2., 3., 4., 6., 8., 12.)
+HERE, BOOT, WIDER, ROUNDING, LONG, CURVE = Path(__file__).parent, 2000, 6, 1e-5, 120, (.5, 1., 1.5, 2., 3., 4., 6., 8., 12.)
 metrics.SOLVED = 1e-2/torch.finfo(torch.float32).eps
 TASKS, ADAPTERS = HERE/"demo"/"tasks.json.gz", ["--rank", "8", "--targets", "query,key,value,dense"]
 
@@ -184,6 +186,13 @@ def methods(ex, mergekit_pytorch=None):
     yield Method("pullback(share=None)", "frechet_merge", "inputs", lambda S: merged(ex, pullback(share=None), S), form=kron)
 
 
+def resident(what): return next(int(line.split()[1])/1024 for line in Path("/proc/self/status").open() if line.startswith(what))
+def peak(f, *args):
+    "By how many MiB a call raises resident memory at most (Linux)."
+    ctypes.CDLL("libc.so.6").malloc_trim(0); Path("/proc/self/clear_refs").write_text("5")      # what is free goes back, and the highest mark is now
+    before = resident("VmRSS"); f(*args)
+    return resident("VmHWM") - before
+
 def cpu(): return sum(sum(resource.getrusage(w)[:2]) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 def mean(c): return sum(float(v.float().mean()) for v in c.values())/len(c)
@@ -218,7 +227,7 @@ def bootstrap(cases, gen, groups):
 def minus(a, b): return {t: a[t].float() - b[t].float() for t in a}
 
 
-def family(ex, name, cache, command, only=None, mergekit_pytorch=None, sizes=(), subsets=3, finished=False):
+def family(ex, name, cache, command, only=None, mergekit_pytorch=None, sizes=(), subsets=3, finished=False, memory=False):
     kept, gen = torch.load(cache, weights_only=False) if cache.exists() else {}, torch.Generator().manual_seed(0)
     def keep(key, make):
         if key not in kept: kept[key] = make(); torch.save(kept, f"{cache}.part"); os.replace(f"{cache}.part", cache)
@@ -246,13 +255,14 @@ def family(ex, name, cache, command, only=None, mergekit_pytorch=None, sizes=(),
             except Exception as e:
                 if m.code == "frechet_merge": raise
                 print(f"{m.name}: {type(e).__name__}: {str(e).splitlines()[-1][:160]}", flush=True); continue
+            if memory and m.code != "mergekit" and r[3] < LONG: keep((m.name, "MiB"), lambda m=m: peak(m.merge, *([stats(*m.form)] if m.form else [])))
             r = (r[0], fresh(r[1]), *r[2:4]); found[m.name] = (m.code, m.needs, r)
             print(f"{m.name:32} {r[0] if r[0] is None or isinstance(r[0], str) else round(r[0], 3)!s:6} validation {r[2] if r[2] is None else round(r[2], 4)!s:6} reported {mean(r[1]):.4f}  {r[3]:.1f} s", flush=True)
         rows = []
         for m, (code, needs, (s, c, _, sec)) in found.items():
             d = minus(c, found["TSV-M"][2][1]) if "TSV-M" in found and m != "TSV-M" else None
             rows.append({"method": m, "code": code, "needs": needs, "tuned": "" if s is None else s if isinstance(s, str) else round(s, 3), "mean": round(mean(c), 4), "se": round(bootstrap([c], gen, ex.groups), 4), "worst": round(min(relative(c)), 3), "normalised": round(sum(relative(c))/len(c), 3),
-                         "from_tsvm": "" if d is None else round(mean(d), 4), "se_from": "" if d is None else round(bootstrap([d], gen, ex.groups), 4), "cpu_s": "" if sec is None else round(sec, 2), **{n: round(float(c[n].float().mean()), 3) for n in ex.names}})
+                         "from_tsvm": "" if d is None else round(mean(d), 4), "se_from": "" if d is None else round(bootstrap([d], gen, ex.groups), 4), "cpu_s": "" if sec is None else round(sec, 2), **({"MiB": round(kept[m, "MiB"]) if (m, "MiB") in kept else ""} if any(k[1:] == ("MiB",) for k in kept) else {}), **{n: round(float(c[n].float().mean()), 3) for n in ex.names}})
         write_rows(f"quality_{name}", rows, said | {"statistics_cpu_s_per_task": spent})
         return
     rows = []
@@ -274,7 +284,7 @@ if __name__ == "__main__":
     a.add_argument("folder"); a.add_argument("work", nargs="?", type=Path); a.add_argument("--images", type=Path); a.add_argument("--kind", choices=("text", "images"), default="text")
     a.add_argument("--tasks", type=Path); a.add_argument("--heads", type=Path); a.add_argument("--base"); a.add_argument("--only", help="these tasks, as a,b,c")
     a.add_argument("--methods", help="only those whose name starts with one of these, as a,b (TSV-M too, to compare with)"); a.add_argument("--name", help="of the results")
-    a.add_argument("--finished", action="store_true", help="run nothing: write the rows that an interrupted run has finished"); a.add_argument("--sizes"); a.add_argument("--subsets", type=int, default=3); a.add_argument("--cache", type=Path); a.add_argument("--mergekit")
+    a.add_argument("--finished", action="store_true", help="run nothing: write the rows that an interrupted run has finished"); a.add_argument("--sizes"); a.add_argument("--memory", action="store_true", help="measure it, of merges that take less than two minutes"); a.add_argument("--subsets", type=int, default=3); a.add_argument("--cache", type=Path); a.add_argument("--mergekit")
     args = a.parse_args(); warnings.simplefilter("ignore"); torch.manual_seed(0); torch.set_num_threads(1)
     def numbers(x): return tuple(int(n) for n in x.split(",")) if x else ()
     if args.folder == "all":
@@ -285,4 +295,4 @@ if __name__ == "__main__":
         ex = {"text": Text, "images": Images}[args.kind](args.folder, args.tasks, args.heads, args.base, args.only and args.only.split(","))
         name = args.name or Path(args.folder).name
         family(ex, name, args.cache or Path(f"{args.folder}.{'sizes' if args.sizes else 'quality'}.pt"), f"python bench/quality.py FOLDER --name {name} --kind {args.kind} --tasks TASKS" + (f" --sizes {args.sizes} --subsets {args.subsets}" if args.sizes else "") + " --finished"*args.finished,
-               args.methods and args.methods.split(","), args.mergekit, numbers(args.sizes), args.subsets, args.finished)
+               args.methods and args.methods.split(","), args.mergekit, numbers(args.sizes), args.subsets, args.finished, args.memory)

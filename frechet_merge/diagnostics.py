@@ -26,7 +26,7 @@ from .statistics import statistics
 from .updates import align_updates
 
 # %% ../nbs/30_diagnostics.ipynb #1862d6a6
-WORTH = 0.1    # η/F above which the metrics disagree enough to move a merge; a convention, see "Does η tell the truth?"
+WORTH = 0.1    # η/F above which `verdict` calls the gain worth examples; a convention
 
 @dataclass
 class Inspection:
@@ -52,7 +52,7 @@ class Inspection:
     def verdict(self)->str:
         "One sentence: what do the models' own parabolas say that metrics would change? Empty without metrics."
         if (gain := self.gain) is None: return ""
-        if gain < WORTH: return f"Metrics are not worth collecting here: by the models' own parabolas their mean saves {100*gain:.0f} % of F, which is what the plain mean loses, and they cannot change the merge by more."
+        if gain < WORTH: return f"Metrics are not worth collecting here: by the models' own parabolas their mean saves {100*gain:.0f} % of F, which is what the plain mean loses, and what else it changes lies where they are weak."
         half, n = 0.0, 0
         for r in self.eta:
             if half >= .5: break

@@ -37,12 +37,12 @@ class Mean:
     converged: bool       # residual <= tol, or the step was below the resolution of the dtype
     variance: float       # Σ w d², in the units of the metric: how far the models are from agreeing
     unique: bool = True   # every model is within `radius` of the mean, so that there is no other; also if no radius is known
-    lost: int = 0         # models to which no shortest path leads from where the solver started, and so stayed
+    lost: int = 0         # models to which no single shortest path leads from where the solver started, and so stayed
 
     @property
     def problem(self)->str:
         "What a user should know, in words; empty if nothing."
-        if self.lost: return f"is where the solver started, and may not be the only mean: there is no shortest path from it to {self.lost} of the models"
+        if self.lost: return f"is where the solver started, and may not be the only mean: there is no single shortest path from it to {self.lost} of the models"
         if not self.converged: return f"did not converge: residual {self.residual:.1e} after {self.iterations} iterations"
         return "" if self.unique else "may not be the only mean: some models are too far apart for this geometry"
 
@@ -71,7 +71,7 @@ def _dot(u, v, N): return (torch.dot(u.flatten(), v.flatten())[None] if N == 1 e
 class _At:
     "What the models do at a point, for each of N problems: the pull b = Σ w G v; sums over models as arrays of N."
     b: Any
-    size: np.ndarray; reach: np.ndarray; var: np.ndarray; far: np.ndarray; lost: np.ndarray    # Σ‖w G v‖, Σ w‖v‖, Σ w⟨v, G v⟩, max ⟨v, G v⟩, models with no path
+    size: np.ndarray; reach: np.ndarray; var: np.ndarray; far: np.ndarray; lost: np.ndarray    # Σ‖w G v‖, Σ w‖v‖, Σ w⟨v, G v⟩, max ‖v‖, models with no path
 
 def _total(Gs, ws)->Any:      # Σ w G, which undoes every pull: a metric rides on its point, not on where the solver is
     return reduce(add, (w*G for G, w in zip(Gs, ws)))
@@ -82,12 +82,12 @@ def _pulls(g, m, points, Gs, ws, N=1)->_At:
         v = g.log(m, p.x)
         Gv = G @ v
         d2 = _dot(v, Gv, N)
-        if (gone := ~np.isfinite(d2)).any():      # no shortest path to this model: it cannot pull
+        if (gone := ~np.isfinite(d2)).any():      # no single shortest path to this model: it cannot pull
             d2 = np.where(gone, 0, d2); at.lost += gone & (w > 0)
             v, Gv = (x.reshape(N, -1).masked_fill(torch.as_tensor(gone, device=x.device)[:, None], 0).view_as(x) for x in (v, Gv))
         at.b = w*Gv if at.b is None else at.b.add_(Gv, alpha=w)
         n = np.sqrt(d2.clip(0)) if Gv is v else _length(v, N)
-        at.size += w*(n if Gv is v else _length(Gv, N)); at.reach += w*n; at.var += w*d2; at.far = np.maximum(at.far, d2)
+        at.size += w*(n if Gv is v else _length(Gv, N)); at.reach += w*n; at.var += w*d2; at.far = np.maximum(at.far, n)
     return at
 
 # %% ../nbs/03_mean.ipynb #64fa3ddc
@@ -119,7 +119,7 @@ def _solve(g, points, ws, tol, maxiter, N)->tuple[Tensor,list[Mean]]:
             t = np.where(stuck, 0, np.where(worse, t/2, t))
         before, m, at = residual, y, to
     return m, [Mean(None, *row) for row in zip(residual.tolist(), [k]*N, done.tolist(), at.var.tolist(),
-               ((at.lost == 0) & (g.radius is None or np.sqrt(at.far) < g.radius)).tolist(), at.lost.astype(int).tolist())]
+               ((at.lost == 0) & (g.radius is None or at.far < g.radius)).tolist(), at.lost.astype(int).tolist())]
 
 # %% ../nbs/03_mean.ipynb #f745252c
 @overload

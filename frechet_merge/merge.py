@@ -23,7 +23,7 @@ from torch import Tensor
 import frechet_merge
 from .adapters import bake as put_on
 from .blocks import Block, align, by_name
-from .checkpoints import Checkpoint, MemoryTensor, MergeError, load, spans
+from .checkpoints import Checkpoint, MemoryTensor, MergeError, load, spans, warn
 from .geometries.lora import LoRA
 from .geometries.subspace import EpiMer
 from .geometry import Euclidean, Geometry
@@ -165,6 +165,8 @@ def plan_adapters(models:list[Checkpoint], g:Geometry,         # a geometry of m
     jobs = [job(b) for b in batches(updates, lambda n: (tuple(ws[n]), scales[n], ranks[n]), BATCH if g.batched else 1)]
     rest = plan_models([Checkpoint({n: b.lazy[b.who.index(i)] for b in whole for n in [b.name] if i in b.who}, m.source) for i, m in enumerate(models)], Euclidean(), None,
                        {b.name: ws[b.name] for b in whole} or None, 1.0, None, dtype, device, "renormalise", False, False)
+    if models[1:] and (heads := [b.name for b in whole if len(b.first.shape) > 1]):
+        warn(f"{', '.join(heads[:3])}{' …'*(len(heads) > 3)}: saved whole beside the adapters (modules_to_save), and averaged without scale. If these are heads of different tasks, their mean answers none: keep each one, and put it on after the merge", stacklevel=4)
     return Plan({**layout, **rest.layout}, jobs + rest.jobs, {}, [*(u.name for u in updates), *rest.names], peft_config(models, updates, ranks))
 
 # %% ../nbs/21_merge.ipynb #d56a05c7

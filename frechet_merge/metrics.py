@@ -48,7 +48,7 @@ NEGATIVE = "a sum of metrics is not positive semi-definite: it has a direction o
 class Operator:
     "The metric ⟨v, mv(v)⟩, given by its product with a tangent; it adds up with every other metric."
     mv: Callable[[Tensor],Tensor]    # v → G v of the same shape: linear, symmetric, positive semi-definite; in loss per squared unit
-    diag: float | Tensor = 1.0       # the diagonal of G, or any guess at it that is > 0 where G is not 0: the speed of `solve` depends on it, the answer does not
+    diag: float | Tensor = 1.0       # the diagonal of G, or any guess at it that is > 0 where G is not 0: the speed of `solve` depends on it, and where G is singular, which of the steps it takes
     lead: int = 0                    # leading dimensions that count independent problems, in which G is block-diagonal
     def __matmul__(self, v:Tensor)->Tensor: return self.mv(v)
     def __add__(self, other):
@@ -56,7 +56,7 @@ class Operator:
     __radd__ = __add__
     def __rmul__(self, w:float)->"Operator": return Operator(lambda v: w*self.mv(v), w*self.diag, self.lead)
     def solve(self, b:Tensor)->Tensor:
-        "G⁺b, the least step (measured by `diag`) whose image is b, by conjugate residuals from zero (Stiefel 1955); `SolveWarning` if they do not end, `ValueError` for negative curvature."
+        "The least step, measured by `diag`, whose image is b (G⁺b if that is a number), by conjugate residuals from zero (Stiefel 1955); `SolveWarning` if they do not end, `ValueError` for negative curvature."
         eps, dims = torch.finfo(b.dtype).eps, tuple(range(self.lead, b.dim()))
         def dot(u, v): return (u*v).sum(dims, keepdim=True)
         def ratio(a, b): return torch.where(b > 0, a/torch.where(b > 0, b, 1), 0)
@@ -185,7 +185,7 @@ class Kronecker:
     __radd__ = __add__
     def __rmul__(self, w:float)->"Kronecker": return Kronecker()._gather([(w*u, L, R) for u, L, R in self.terms], w*self.flat)
     def solve(self, b:Tensor)->Tensor:
-        "A step whose image is b, (m, n), the least one in the bases that are used, which are kept: by division in the common bases of one or two terms, by conjugate residuals for more; `ValueError` for negative curvature."
+        "A step whose image is b, (m, n), the least one as measured in the bases that are used, which are kept, and by the preconditioner: by division in the common bases of one or two terms, by conjugate residuals for more; `ValueError` for negative curvature."
         if (kind := (b.dtype, b.device)) not in self._solvers: self._solvers[kind] = self._solver(b)
         return self._solvers[kind](b)
     def _solver(self, b:Tensor)->Callable:

@@ -56,7 +56,7 @@ def facts(metrics:str|os.PathLike|Mapping[str,Tensor], c:Checkpoint)->dict[str,A
     def value(v):
         try: return json.loads(v)
         except ValueError: return v
-    return {k: value(v) for f in c.files if f.suffix == ".safetensors" for k, v in read_header(f)[1].items()}
+    return {k: value(v) for f in c.files if f.suffix not in (".bin", ".pt", ".pth") for k, v in read_header(f)[1].items()}
 
 def _agree(files:list[Checkpoint], about:list[dict], models:Sequence[str]):
     "`MergeError` if statistics are of different kinds, a warning if one is of another of the models than it is given for."

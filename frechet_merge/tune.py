@@ -185,9 +185,11 @@ def tune(
     adapters = any(c.adapter is not None for c in loaded)
     gs = [geometry_named(g) if isinstance(g, str) else g for g in geometries or ([pullback(share="right"), pullback(share="left")] if metrics is not None else ["tsvm"] if adapters else [EpiMer()])]
     def merging(g, scale, to, dtype=dtype): return merge(models, g, None if adapters else base, ws, scale, metrics, to, dtype, device=device, allow_pickle=allow_pickle)
-    for g in gs:      # refused before anything runs
-        if adapters: plan_adapters(loaded, g, ws, 1.0, None, device, None, False)
-        else: plan_models(loaded, g, origin, ws, 1.0, metrics, None, device, None, False, allow_pickle)
+    with warnings.catch_warnings():      # what cannot be is refused before anything runs; the merges will warn
+        warnings.simplefilter("ignore")
+        for g in gs:
+            if adapters: plan_adapters(loaded, g, ws, 1.0, None, device, None, False)
+            else: plan_models(loaded, g, origin, ws, 1.0, metrics, None, device, None, False, allow_pickle)
 
     distance, opened = OutputDistance(), None
     asking = [_unseen(d, s, split, text, pair, max_samples, seed) for d, s in zip(data, metrics or [None]*T)]

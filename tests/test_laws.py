@@ -135,6 +135,13 @@ class TestSphere:
         _, mean = mean_of(Sphere(), list(torch.stack([t.cos(), t.sin()], 1).double()), warn=False)
         assert not mean.unique
 
+    @pytest.mark.parametrize("G", [.1, 1.0, 1e4])
+    def test_the_radius_is_in_radians_whatever_the_unit_of_the_metrics(self, G):
+        t = torch.arange(3)*2*math.pi/3; ring = torch.stack([t.cos(), t.sin(), 0*t], 1).double()
+        for up, unique in ((0.0, False), (3.0, True)):
+            x = ring + torch.tensor([0, 0, up], dtype=torch.float64)
+            assert mean_of(Sphere(), list(x), Gs=[G]*3, warn=False)[1].unique == unique
+
     def test_diagonal_metrics_are_refused(self):
         with pytest.raises(ValueError, match="one number per model"): mean_of(karcher(), list(self.x), Gs=[torch.ones(50)]*4)
 

@@ -247,6 +247,8 @@ def test_metrics_in_another_order_than_the_models(models, stats, tmp_path, monke
 def test_statistics_of_mixed_kinds_are_refused(models, stats, tmp_path, what, said):
     one, other = dict.fromkeys(said)
     with pytest.raises(MergeError, match=f"is of {what} '{one}' and .* is of {what} '{other}'"): merge(models, metrics=labelled(stats, tmp_path, **{what: said}))
+    other_suffix = [f.rename(f.with_suffix(".st")) for f in labelled(stats, tmp_path, **{what: said})]
+    with pytest.raises(MergeError, match=f"s0.st is of {what} '{one}'"): merge(models, metrics=other_suffix)
     held = [Statistics(s, {what: k}) for s, k in zip(stats, said)]
     with pytest.raises(MergeError, match=f"metrics.0. is of {what} '{one}'"): merge(models, metrics=held)
     merge(models, metrics=held[:1]*T)

@@ -119,7 +119,10 @@ def test_absent_layers_are_zero_or_not_there(make, tmp_path):
 def test_what_is_saved_whole_is_averaged(cfg, make, tmp_path):
     "The whole model, run: all its outputs are linear in one linear layer, in its bias, and in the norm's and the head's own."
     folders = [make("a", 0, target_modules=["fan"], fan_in_fan_out=True, **cfg), make("b", 1, target_modules=["fan"], fan_in_fan_out=True, r=2, **cfg)]
-    out = merge(folders, weights=[3, 1], out=tmp_path/"out").out
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always"); out = merge(folders, weights=[3, 1], out=tmp_path/"out").out
+    heads = [str(w.message) for w in said if "saved whole beside the adapters" in str(w.message)]
+    assert [h.split(":")[0] for h in heads] == (["base_model.model.head.weight"] if "modules_to_save" in cfg else [])
     a, b, m = (read(f)[1] for f in (*folders, out))
     linear = 1 if "modules_to_save" not in cfg and cfg.get("bias") != "all" else None
     if linear:

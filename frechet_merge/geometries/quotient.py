@@ -120,7 +120,7 @@ def sqrtm(
     A:Tensor,          # (N, r, r), no eigenvalue on the negative axis: there the iteration does not converge, and nothing says so
     rounds:int=40,     # at most; about ten are needed
 )->Tensor:             # (N, r, r)
-    "Principal square roots by Denman and Beavers' (1976) iteration, scaled by determinants (Higham 2008, §6.3)."
+    "Principal square roots by Denman and Beavers' (1976) iteration, scaled by determinants (Higham 2008, §6.3 and 6.5)."
     Y, Z, r = A, torch.eye(A.shape[-1]).to(A).expand_as(A), A.shape[-1]
     for _ in range(rounds):
         s, X = torch.exp((torch.linalg.slogdet(Y)[1] + torch.linalg.slogdet(Z)[1])/(-2*r))[..., None, None], Y

@@ -24,7 +24,7 @@ class Sphere(Geometry):
     "Norm and direction of a tensor, with great-circle distance between directions. Use `Span(Sphere())` on anything large."
     radius = math.pi/2    # rad: convexity radius of the unit sphere
     def chart(self, thetas, Gs=None):
-        "Points (1 + n,): the norm, in units of the largest, and the unit vector. `ValueError` for metrics that are not numbers."
+        "Points (1 + D,): the norm, in units of the largest, and the unit vector. `ValueError` for metrics that are not numbers."
         x = [t.flatten() for t in thetas]
         n = torch.stack([torch.linalg.vector_norm(t) for t in x])
         unit = n.max() if n.max() > 0 else torch.ones_like(n.max())
