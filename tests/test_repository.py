@@ -66,6 +66,12 @@ def test_versions_and_requirements_agree():
     assert names(ini["DEFAULT"]["requirements"].split()) == names(toml["project"]["dependencies"])
 
 
+def test_no_output_names_a_place_of_the_machine_it_ran_on():
+    for nb in (ROOT/"nbs").rglob("*.ipynb"):
+        said = json.dumps([c.get("outputs", []) for c in json.loads(nb.read_text())["cells"]])
+        assert not re.search(r"site-packages|/home/\w|/root/|/Users/\w|ipykernel_", said), nb.name
+
+
 def test_every_notebook_was_run():
     "No cell shows an error, and each that ends in a value shows it."
     for path in (ROOT/"nbs").rglob("*.ipynb"):
