@@ -20,7 +20,8 @@ from adapters import about, write_rows
 from experts import SAMPLES, Images, Text
 from quality import between, bootstrap, mean, merged, minus
 
-from frechet_merge.geometries.fisher import pullback
+from frechet_merge.geometries.fisher import pullback, shared
+from frechet_merge.metrics import Kronecker
 from frechet_merge.tune import OutputDistance, nearest
 
 FORM, STEPS, DAMPING = ("kronecker", "pullback"), 2, (2.**8, 2.**24)      # damping in units of the sum's mean eigenvalue over all matrices
@@ -47,8 +48,8 @@ def anchor_each(ex, line, c, keys):
 
 def descend(ex, delta, stats, seen, unit, keys):
     def factors(k):
-        R, L = ([stats[n][f"{k}.{side}"].double() for n in ex.names] for side in ("right", "left")); size = [r.diagonal().mean() for r in R]
-        return [(e.clamp(min=0), Q) for e, Q in (torch.linalg.eigh(sum(M)/len(M)) for M in ([s*m/u for m, s, u in zip(L, size, unit)], [r/s for r, s in zip(R, size)]))]
+        Gs = shared([Kronecker((stats[n][f"{k}.left"].double()/u, stats[n][f"{k}.right"].double())) for n, u in zip(ex.names, unit)], "right")
+        return [(e.clamp(min=0), Q) for e, Q in map(torch.linalg.eigh, (sum(G.pairs[0][0] for G in Gs)/len(Gs), Gs[0].pairs[0][1]))]
     F = {k: factors(k) for k in keys}; flat = sum(float(l.mean()*r.mean()) for (l, _), (r, _) in F.values())/len(F)
     for _ in range(STEPS):
         g = {k: F[k][0][1].mT @ v.double() @ F[k][1][1] for k, v in gradient(ex, delta, seen, unit, keys)[1].items()}

@@ -294,5 +294,5 @@ if __name__ == "__main__":
     else:
         ex = {"text": Text, "images": Images}[args.kind](args.folder, args.tasks, args.heads, args.base, args.only and args.only.split(","))
         name = args.name or Path(args.folder).name
-        family(ex, name, args.cache or Path(f"{args.folder}.{'sizes' if args.sizes else 'quality'}.pt"), f"python bench/quality.py FOLDER --name {name} --kind {args.kind} --tasks TASKS" + (f" --sizes {args.sizes} --subsets {args.subsets}" if args.sizes else "") + " --finished"*args.finished,
+        family(ex, name, args.cache or Path(f"{args.folder}.{'sizes' if args.sizes else 'quality'}.pt"), f"python bench/quality.py FOLDER --name {name} --kind {args.kind} --tasks TASKS" + (f" --sizes {args.sizes} --subsets {args.subsets}" if args.sizes else "") + " --mergekit MERGEKIT-PYTORCH"*bool(args.mergekit) + " --memory"*args.memory + " --finished"*args.finished,
                args.methods and args.methods.split(","), args.mergekit, numbers(args.sizes), args.subsets, args.finished, args.memory)

@@ -6,7 +6,6 @@
 __all__ = ['SKETCH', 'BOUNDS', 'CLOSE', 'OutputDistance', 'nearest', 'Setting', 'Tuned', 'tune']
 
 # %% ../nbs/22_tune.ipynb #bf52dc0c
-import json
 import math
 import tempfile
 import warnings
@@ -30,7 +29,7 @@ from .huggingface import Name, open_model
 from .jobs import Merged
 from .mean import normalise
 from .merge import geometry_named, merge, plan_adapters, plan_models
-from .shards import read_header
+from .statistics import facts
 
 # %% ../nbs/22_tune.ipynb #d14b2e31
 SKETCH = 256      # numbers that are kept of one output
@@ -113,15 +112,10 @@ class Tuned:
     merged: Merged | None = None  # as `merge` returns it
     best = property(lambda self: self.settings[0])      # the nearest
 
-def _seen(statistics)->tuple[int,int|None]:
-    "How many examples a metric was made of, in the order of which seed; 0 and None if it does not say."
-    about = getattr(statistics, "about", None)
-    if about is None and isinstance(statistics, (str, Path)) and Path(statistics).is_file(): about = {k: json.loads(v) for k, v in read_header(Path(statistics))[1].items() if k in ("samples", "seed")}
-    return (about or {}).get("samples", 0), (about or {}).get("seed")
-
-def _unseen(data, statistics, split, text, pair, max_samples, seed)->list[dict]:
+def _unseen(data, statistics, split, text, pair, max_samples, seed, allow_pickle=False)->list[dict]:
     "Examples that a metric has not seen, texts alone; all of them, with a warning, if there are not 8."
-    n, s = _seen(statistics); at = (split, text, pair, None, max_samples, seed if s is None else s)
+    about = {} if statistics is None else facts(statistics, load(statistics, allow_pickle))
+    n = about.get("samples", 0); at = (split, text, pair, None, max_samples, about.get("seed", seed))      # the order of which those are the first
     try: rows = examples(data, *at, skip=n)
     except MergeError:
         if not n: raise
@@ -192,7 +186,7 @@ def tune(
             else: plan_models(loaded, g, origin, ws, 1.0, metrics, None, device, None, False, allow_pickle)
 
     distance, opened = OutputDistance(), None
-    asking = [_unseen(d, s, split, text, pair, max_samples, seed) for d, s in zip(data, metrics or [None]*T)]
+    asking = [_unseen(d, s, split, text, pair, max_samples, seed, allow_pickle) for d, s in zip(data, metrics or [None]*T)]
     for m, rows, h in zip(models, asking, given):
         say(f"{m}: outputs …")
         opened = open_model(f"{base}+{m}" if adapters else m, h, tokenizer, allow_pickle=allow_pickle)

@@ -134,8 +134,9 @@ def test_it_asks_what_the_metrics_have_not_seen(work, tmp_path, monkeypatch):
     s = tmp_path/"s.safetensors"
     with warnings.catch_warnings(): warnings.simplefilter("ignore"); collect(work/"bert0", data, s, max_samples=20, seed=3)
     seen = {r["text"] for r in t.examples(data, max_samples=20, seed=3)}
-    for k in (None, 64, 10):
-        asked = {r["text"] for r in t._unseen(data, s, "train", None, None, k, 0)}
+    folder = tmp_path/"stats"; folder.mkdir(); shutil.copy(s, folder/"model.safetensors")
+    for k, at in ((None, s), (64, s), (10, s), (64, folder)):
+        asked = {r["text"] for r in t._unseen(data, at, "train", None, None, k, 0)}
         assert not asked & seen and len(asked) == min(12, k or 12)
     assert {r["text"] for r in t._unseen(data, None, "train", None, None, None, 0)} > seen
     with pytest.warns(UserWarning, match="fewer than 8 others"): assert len(t._unseen(write(tmp_path/"few.jsonl", rows[:22]), s, "train", None, None, 64, 0)) == 22
