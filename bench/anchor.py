@@ -14,6 +14,7 @@ import warnings
 import torch
 from adapters import about, write_rows
 from experts import Images, Text
+from quality import spectral
 
 from frechet_merge.geometries.fisher import shared
 from frechet_merge.metrics import Kronecker, normalised
@@ -29,9 +30,8 @@ def shares(ex, stats):
         anchor = 1/(lam.clamp(min=0)[:, None]*mu.clamp(min=0) + 1); total = (Q.mT @ sum(x) @ P)**2
         own = []
         for d, G in zip(x, Gs): (l, U), (m, V) = (torch.linalg.eigh(M) for M in G.pairs[0]); z = (U.mT @ d @ V)**2; own.append(float(z[l[:, None]*m < 1].sum()/z.sum()))
-        def ratio(y, p, w=ex.W[k]): return float(torch.linalg.matrix_norm(y, p)/torch.linalg.matrix_norm(w, p))
-        found.append((float(anchor.mean()), float((anchor*total).sum()/total.sum()), sum(own)/len(own), sum(ratio(d, "fro") for d in x)/len(x), ratio(sum(x), 2)))
-    return [sum(c)/len(found) for c in zip(*found)]
+        found.append((float(anchor.mean()), float((anchor*total).sum()/total.sum()), sum(own)/len(own), sum(float(d.norm()/ex.W[k].norm()) for d in x)/len(x)))
+    return [*(sum(c)/len(found) for c in zip(*found)), spectral(ex, ex.names)]
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python bench/curvature_cost.py
 
-writes bench/results/curvature_cost.csv, with versions and machine beside it. Seconds are of processor time in one thread, the least of two runs. A random BERT-base-shaped encoder (12 layers, 768 wide, MLP 3072, 12 heads)
+writes bench/results/curvature_cost.csv, with versions and machine beside it. Seconds are of processor time in one thread, the least of two runs (of the diagonal and the Kronecker form one). A random BERT-base-shaped encoder (12 layers, 768 wide, MLP 3072, 12 heads)
 with a head of 3 classes; 4 batches of 8 sequences of 32 tokens; the projected form in random orthonormal bases of p = kT = 256 matrices for
 each of its 72 weights (k = 32, T = 8). A step is a forward and a backward pass with gradients of all weights, no optimiser. `curvature` is timed as a
 user calls it, with its rehearsal on two samples. A Hessian-vector product is timed on one batch, over all weights at once, by differentiating

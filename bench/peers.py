@@ -29,15 +29,15 @@ import llama  # noqa: E402
 HERE = Path(__file__).parent
 
 
+LAUNCH = """import json, os, subprocess, sys, time
+start = time.perf_counter(); p = subprocess.Popen(sys.argv[2:], stdout=open(sys.argv[1], "w"), stderr=subprocess.STDOUT); _, status, used = os.wait4(p.pid, 0)
+print(json.dumps([time.perf_counter() - start, used.ru_maxrss/1024, os.waitstatus_to_exitcode(status)]))"""      # a child's peak begins at its parent's memory: this one has no torch
+
 def run(command, cwd, log):
     "Wall seconds and peak resident MiB of a command, which must succeed."
-    start = time.perf_counter()
-    with open(log, "w") as f: p = subprocess.Popen(command, cwd=cwd, stdout=f, stderr=f, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    _, status, used = os.wait4(p.pid, 0)
-    wall = time.perf_counter() - start
-    p.returncode = os.waitstatus_to_exitcode(status)
-    if p.returncode: raise SystemExit(f"{' '.join(map(str, command))} failed:\n{Path(log).read_text()[-2000:]}")
-    return wall, used.ru_maxrss/1024
+    wall, peak, code = json.loads(subprocess.run([sys.executable, "-S", "-c", LAUNCH, log, *map(str, command)], cwd=cwd, capture_output=True, text=True, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}).stdout)
+    if code: raise SystemExit(f"{' '.join(map(str, command))} failed:\n{Path(log).read_text()[-2000:]}")
+    return wall, peak
 
 
 def karcher_float64(xs):
@@ -118,7 +118,7 @@ def main():
         for k in ("rounding Karcher", "rounding linear"): w.writerow([f"{k} to bf16", "", "", "", "", f"{err[k]:.3e}"])
     import frechet_merge
     params = sum(torch.Size(s).numel() for _, s in llama.layout(a.size))
-    (out/"peers.json").write_text(json.dumps({"command": "python bench/peers.py --mergekit MERGEKIT_YAML" + (f" --size {a.size}" if a.size != "0.5B" else ""), "parameters": params, "models": 5, "runs": a.runs,
+    (out/"peers.json").write_text(json.dumps({"command": "python bench/peers.py --mergekit MERGEKIT_YAML" + (f" --size {a.size}" if a.size != "0.5B" else "") + f" --runs {a.runs}", "parameters": params, "models": 5, "runs": a.runs,
         "frechet_merge": frechet_merge.__version__, "torch": str(torch.__version__), "python": platform.python_version(), "cores": os.cpu_count(), "mergekit": "0.1.5" if a.mergekit else None}, indent=1) + "\n")
 
 

@@ -15,9 +15,11 @@ with --memory, by how many MiB that merge raised the process's resident memory a
 Texts that repeat one that an expert was trained on, or that chose a scale, are not reported. Standard errors are over examples: neither
 over trainings nor over choices of scale. Statistics are those of `frechet_merge.curvature`, from 64 training examples of each task,
 whose labels only the empirical ones see. Rows "by outputs" take the setting whose outputs are nearest to the experts' on 64
-other examples (`frechet_merge.tune`), and see no label. KFAC means without a closed form are solved to a relative residual of 1e-2. With --mergekit PATH, mergekit-pytorch runs beside. Finished rows are kept in WORK or --cache FILE, from which a run goes on.
+other examples (`frechet_merge.tune`), and see no label. KFAC means without a closed form are solved to a relative residual of 1e-2. With --mergekit PATH, mergekit-pytorch runs beside. Finished rows are kept in WORK or --cache FILE, from which a run goes on;
+where that is lost, rows that are not run stay in the results as they are, if base and experts are exactly as good on every task there.
 """
 import argparse
+import csv
 import ctypes
 import itertools
 import json
@@ -119,6 +121,11 @@ def iso_c(ex, names):
         if x[0].dim() < 2: out[k] = sum(x)/len(x); continue
         U, S, Vt = torch.linalg.svd(sum(x), full_matrices=False); r = int((S > ROUNDING*S[0]).sum()); out[k] = S[:r].mean()*(U[:, :r] @ Vt[:r])
     return out
+
+def spectral(ex, names):
+    "How large the sum of updates is: the ratio of its spectral norm and the base's weights', averaged over matrices."
+    rs = [float(torch.linalg.matrix_norm(v, 2)/torch.linalg.matrix_norm(ex.W[k], 2)) for k, v in total(ex, names).items() if v.dim() == 2 and v.any()]
+    return sum(rs)/len(rs)
 
 def total(ex, names): return {k: sum(ex.delta[n][k] for n in names) for k in ex.W}
 def every(delta, s): return {k: s*v for k, v in delta.items()}
@@ -224,6 +231,16 @@ def bootstrap(cases, gen, groups):
         out += total[at].sum(1)/size[at].sum(1)
     return out.std().item()
 
+def shown(c): return {n: round(float(x.float().mean()), 3) for n, x in c.items()}
+
+def earlier(name, judged):
+    "Rows of the results that are there, and what is said of them, if these ones were exactly as good."
+    f = HERE/"results"/f"{name}.csv"
+    if not f.exists(): return {}, {}
+    rows = {r["method"]: r for r in csv.DictReader(f.open(newline=""))}
+    same = all(rows.get(m, {}).get(n) == str(x) for m, c in judged.items() for n, x in c.items())
+    return (rows, json.loads(f.with_suffix(".json").read_text())) if same else ({}, {})
+
 def minus(a, b): return {t: a[t].float() - b[t].float() for t in a}
 
 
@@ -249,32 +266,42 @@ def family(ex, name, cache, command, only=None, mergekit_pytorch=None, sizes=(),
 
     if not sizes:
         found = {"base": ("", "–", (None, fresh(keep("base", lambda: ex.right({}, 1))), None, None)), "experts": ("", "–", (None, own, None, None))}
-        for m in methods(ex, mergekit_pytorch):
-            if only and not m.name.startswith(tuple(only)) or finished and m.name not in kept: continue
-            try: r = keep(m.name, lambda m=m: run(ex, m, ex.names, stats))
-            except Exception as e:
-                if m.code == "frechet_merge": raise
-                print(f"{m.name}: {type(e).__name__}: {str(e).splitlines()[-1][:160]}", flush=True); continue
-            if memory and m.code != "mergekit" and r[3] < LONG: keep((m.name, "MiB"), lambda m=m: peak(m.merge, *([stats(*m.form)] if m.form else [])))
-            r = (r[0], fresh(r[1]), *r[2:4]); found[m.name] = (m.code, m.needs, r)
-            print(f"{m.name:32} {r[0] if r[0] is None or isinstance(r[0], str) else round(r[0], 3)!s:6} validation {r[2] if r[2] is None else round(r[2], 4)!s:6} reported {mean(r[1]):.4f}  {r[3]:.1f} s", flush=True)
+        old, about_old = earlier(f"quality_{name}", {m: shown(c) for m, (_, _, (_, c, _, _)) in found.items()})
+        for m in methods(ex, mergekit_pytorch or "mergekit-pytorch"):
+            chosen = not finished and (not only or m.name.startswith(tuple(only))) and (mergekit_pytorch or m.code != "mergekit")
+            if chosen or m.name in kept:
+                try: r = keep(m.name, lambda m=m: run(ex, m, ex.names, stats))
+                except Exception as e:
+                    if m.code == "frechet_merge": raise
+                    print(f"{m.name}: {type(e).__name__}: {str(e).splitlines()[-1][:160]}", flush=True); continue
+                r = (r[0], fresh(r[1]), *r[2:4]); found[m.name], sec = (m.code, m.needs, r), r[3]
+                print(f"{m.name:32} {r[0] if r[0] is None or isinstance(r[0], str) else round(r[0], 3)!s:6} validation {r[2] if r[2] is None else round(r[2], 4)!s:6} reported {mean(r[1]):.4f}  {sec:.1f} s", flush=True)
+            elif m.name in old: found[m.name], sec = None, float(old[m.name]["cpu_s"])
+            else: continue
+            if memory and m.code != "mergekit" and sec < LONG:
+                print(f"{m.name:32} {keep((m.name, 'MiB'), lambda m=m: peak(m.merge, *([stats(*m.form)] if m.form else []))):.0f} MiB", flush=True)
         rows = []
-        for m, (code, needs, (s, c, _, sec)) in found.items():
+        for m, one in found.items():
+            mib = round(kept[m, "MiB"]) if (m, "MiB") in kept else old.get(m, {}).get("MiB", "")
+            if one is None: rows.append(old[m] | {"MiB": mib}); continue
+            code, needs, (s, c, _, sec) = one
             d = minus(c, found["TSV-M"][2][1]) if "TSV-M" in found and m != "TSV-M" else None
             rows.append({"method": m, "code": code, "needs": needs, "tuned": "" if s is None else s if isinstance(s, str) else round(s, 3), "mean": round(mean(c), 4), "se": round(bootstrap([c], gen, ex.groups), 4), "worst": round(min(relative(c)), 3), "normalised": round(sum(relative(c))/len(c), 3),
-                         "from_tsvm": "" if d is None else round(mean(d), 4), "se_from": "" if d is None else round(bootstrap([d], gen, ex.groups), 4), "cpu_s": "" if sec is None else round(sec, 2), **({"MiB": round(kept[m, "MiB"]) if (m, "MiB") in kept else ""} if any(k[1:] == ("MiB",) for k in kept) else {}), **{n: round(float(c[n].float().mean()), 3) for n in ex.names}})
-        write_rows(f"quality_{name}", rows, said | {"statistics_cpu_s_per_task": spent})
+                         "from_tsvm": "" if d is None else round(mean(d), 4), "se_from": "" if d is None else round(bootstrap([d], gen, ex.groups), 4), "cpu_s": "" if sec is None else round(sec, 2), "MiB": mib, **shown(c)})
+        write_rows(f"quality_{name}", rows, said | {"statistics_cpu_s_per_task": about_old.get("statistics_cpu_s_per_task", {}) | spent, "rows_of_earlier_runs": [m for m, one in found.items() if one is None]})
         return
     rows = []
     for T in sizes:
-        every_set = list(itertools.combinations(ex.names, T)); random.Random(T).shuffle(every_set); cases = {}
+        every_set = list(itertools.combinations(ex.names, T)); random.Random(T).shuffle(every_set); cases, size = {}, []
         for names in every_set[:subsets]:
+            size.append(keep((T, names), lambda names=names: spectral(ex, names)))
             for m in core(ex, list(names), (), CURVE):
                 r = keep((T, names, m.name), lambda m=m, names=names: run(ex, m, names, stats)); cases.setdefault(m.name, []).append((r[0], fresh(r[1]), *r[2:4]))
             print(T, names, {m: round(mean(r[-1][1]), 4) for m, r in cases.items()}, flush=True)
+        def settings(xs): return "; ".join(f"{x:.3g}" if isinstance(x, float) else x for x in xs if x is not None)
         for m, rs in cases.items():
             d = [minus(r[1], t[1]) for r, t in zip(rs, cases["TSV-M"])]
-            rows.append({"models": T, "method": m, "sets": len(rs), "mean": round(sum(mean(r[1]) for r in rs)/len(rs), 4), "normalised": round(sum(sum(relative(r[1]))/T for r in rs)/len(rs), 4),
+            rows.append({"models": T, "method": m, "sets": len(rs), "sum / weights, spectral": settings(size), "tuned": settings(r[0] for r in rs), "mean": round(sum(mean(r[1]) for r in rs)/len(rs), 4), "normalised": round(sum(sum(relative(r[1]))/T for r in rs)/len(rs), 4),
                          "from_tsvm": round(sum(map(mean, d))/len(d), 4), "se_from": round(bootstrap(d, gen, ex.groups), 4) if m != "TSV-M" else ""})
     write_rows(f"sizes_{name}", rows, said | {"sets": subsets})
 
@@ -294,5 +321,5 @@ if __name__ == "__main__":
     else:
         ex = {"text": Text, "images": Images}[args.kind](args.folder, args.tasks, args.heads, args.base, args.only and args.only.split(","))
         name = args.name or Path(args.folder).name
-        family(ex, name, args.cache or Path(f"{args.folder}.{'sizes' if args.sizes else 'quality'}.pt"), f"python bench/quality.py FOLDER --name {name} --kind {args.kind} --tasks TASKS" + (f" --sizes {args.sizes} --subsets {args.subsets}" if args.sizes else "") + " --mergekit MERGEKIT-PYTORCH"*bool(args.mergekit) + " --memory"*args.memory + " --finished"*args.finished,
+        family(ex, name, args.cache or Path(f"{args.folder}.{'sizes' if args.sizes else 'quality'}.pt"), f"python bench/quality.py FOLDER --name {name} --kind {args.kind} --tasks TASKS" + (f" --sizes {args.sizes} --subsets {args.subsets}" if args.sizes else "") + " --mergekit MERGEKIT-PYTORCH"*bool(args.mergekit) + " --memory"*args.memory,
                args.methods and args.methods.split(","), args.mergekit, numbers(args.sizes), args.subsets, args.finished, args.memory)

@@ -6,13 +6,14 @@
 __all__ = ['Block', 'get', 'align', 'tied_in_all', 'by_name']
 
 # %% ../nbs/07_blocks.ipynb #5eeab715
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
-from .checkpoints import Checkpoint, LazyTensor, MergeError, _same_bytes
+from .checkpoints import Checkpoint, LazyTensor, MergeError, _same_bytes, codes
 
 # %% ../nbs/07_blocks.ipynb #0ad99592
 @dataclass
@@ -35,15 +36,37 @@ def get(c:Checkpoint, name:str)->LazyTensor|None:
     "A tensor by any of its names, or None."
     return c.lazy.get(c.tied.get(name, name))
 
+def _named(c:Checkpoint, like:Checkpoint)->Checkpoint:
+    "c under the names of another: with or without a leading part (`bert.`), and with LayerNorm's old names, as transformers would load it."
+    names, want = {*c}, {*like}
+    def renamed(to): return Checkpoint({to(n): x for n, x in c.lazy.items()}, c.source, c.folder, {to(n): to(k) for n, k in c.tied.items()}, c.adapter, c.files)
+    old = {n: m for n in names - want if (m := n.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")) != n and m not in names and any(w == m or w.endswith("." + m) or m.endswith("." + w) for w in want)}
+    if old: return _named(renamed(lambda n: old.get(n, n)), like)
+    if not names or names & want or c.adapter is not None: return c
+    if lead := _lead(names, want): return renamed(lambda n: lead + n)
+    if lead := _lead(want, names): return renamed(lambda n: n.removeprefix(lead))
+    return c
+
+def _lead(names:set[str], others:set[str])->str:
+    "What most of the names lack in front of them, to be others; empty if there is no such part."
+    leads:dict[str, list[str]] = {}
+    for m in others:
+        for i, x in enumerate(m):
+            if x == ".": leads.setdefault(m[i + 1:], []).append(m[:i + 1])
+    (lead, k), *_ = Counter(p for n in names for p in leads.get(n, [])).most_common(1) or [("", 0)]
+    return lead if k > len(names)/2 else ""
+
 def align(
     models:list[Checkpoint],
     base:Checkpoint|None=None,      # what only it has is copied
     absent:str|None=None,           # of a tensor that some models lack: "renormalise" merges it over those that have it; default: refuse
 )->tuple[list[Block],dict[str,str]]:
     "Blocks in the order of the base or first model, and the names that stay tied; `MergeError` names what does not match."
-    every = [*([] if base is None else [base]), *models]
+    every = [*([] if base is None else [_named(base, models[0])]), models[0], *(_named(m, models[0]) for m in models[1:])]
     for c in every:
+        if name := codes(c): raise MergeError(f"{c.source}: tensor {name!r} is in 8 bits with a scale beside it: its numbers are codes, which have no mean.\nSave the model in bfloat16 first.")
         if c.adapter is not None: raise MergeError(f"{c.source}: is a PEFT adapter; its factors cannot be averaged, since they are only defined up to GL(r).\nMerge full models: name it as BASE+{c.source}.")
+    if base is not None and not {*every[0]} & {n for c in every[1:] for n in c}: raise MergeError(f"{base.source}: has no tensor under a name of {models[0].source}'s, such as {next(iter(models[0]), '')!r}.\nName the model that they were trained from.")
     blocks, tied = [], tied_in_all(every)
     for name in dict.fromkeys(n for c in every for n in (*c.lazy, *c.tied) if n not in tied):
         found = [get(c, name) for c in every]

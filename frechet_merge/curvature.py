@@ -159,6 +159,7 @@ def curvature(
 )->Statistics:                           # squared outputs or nats, per squared unit of the weight; float32 (float64 of a float64 model); `about`: form, estimator, samples, tokens, seed, error, skipped, diagonal
     "What a model's outputs say about its weights: a metric for each parameter. `ValueError` names what does not fit, a warning what has no metric."
     estimator = checked(form, estimator)
+    if max_samples is not None and max_samples < 1: raise ValueError(f"max_samples = {max_samples}: at least one, or None for all.")
     if (basis is not None) != (form == "projected"): raise ValueError("form='projected' needs basis={parameter: (U, V)}, and no other form takes one.")
     forward, mask, backward, shift = forward or default_forward, mask or default_mask, form != "inputs", causal(model)
     chosen, names, skipped = choose(model, parameters if parameters is not None or basis is None else list(basis))
@@ -168,7 +169,7 @@ def curvature(
     device, run = next((p.device for p in model.parameters()), torch.device("cpu")), ""
     if resume is not None:
         run = json.dumps([form, estimator, seed, {n: [*p.shape, float(p.detach().sum(dtype=torch.float64))] for n, p in chosen.items()}, {n: [float(B.double().sum()) for B in b] for n, b in sink.basis.items()}])
-    state, ready, ended, limit = State(resume, run, sink.sums, sink.diagonal, device), False, False, max_samples or sys.maxsize
+    state, ready, ended, limit = State(resume, run, sink.sums, sink.diagonal, device), False, False, sys.maxsize if max_samples is None else max_samples
     def part(batch, which):
         batch = take(batch, which, device); m = mask(batch)
         m = None if m is None else m.to(device, torch.bool)

@@ -86,7 +86,7 @@ def merges(T:int)->dict[str,dict]:    # T: number of models
     of_weights = {"mean of weights": dict(geometry=Euclidean()), "Karcher of weights": dict(geometry=karcher())}
     of_updates = {"LoRA(), scaled": dict(geometry=LoRA(), scale=0.3*T), "LoRA(rank=4), scaled": dict(geometry=LoRA(rank=4), scale=0.3*T),
                   "LoRA(metric='mix'), scaled": dict(geometry=LoRA(metric="mix"), scale=0.3*T), "LoRA(metric='wasserstein'), scaled": dict(geometry=LoRA(metric="wasserstein"), scale=0.3*T),
-                  "LoRA(pinned=0.05)": dict(geometry=LoRA(pinned=0.05)), "Karcher of updates": dict(geometry=karcher()), "KnOTS": dict(geometry=KnOTS()), "TSV-M": dict(geometry=TSVM())}
+                  "LoRA(pinned=0.02)": dict(geometry=LoRA(pinned=0.02)), "Karcher of updates": dict(geometry=karcher()), "KnOTS": dict(geometry=KnOTS()), "TSV-M": dict(geometry=TSVM())}
     return of_weights | {k: v | {"bake": base_folder()} for k, v in of_updates.items()}
 
 def demo(
@@ -118,7 +118,7 @@ def picture(
     results:dict[str,dict[str,float]],    # what `demo` returns
     ax=None,                              # matplotlib axes; default: new ones
 )->Any:                                   # the axes
-    "Average accuracy of base, merges and experts as bars, each task as a dot."
+    "Average accuracy of base, merges and experts, and a small dot for each task."
     import matplotlib
     if ax is None:
         if "MPLBACKEND" not in os.environ and not matplotlib.is_interactive(): matplotlib.use("Agg")
@@ -126,10 +126,12 @@ def picture(
         _, ax = plt.subplots(figsize=(7, 4))
     shown = ["base", *(k for k in results if k not in ("base", "experts")), "experts"]
     average = {k: sum(results[k].values())/len(results[k]) for k in shown}
-    ax.barh(shown, list(average.values()), color=["0.75" if k == "base" else "0.35" if k == "experts" else "C0" for k in shown], alpha=.8)
-    for i, task in enumerate(results["base"]): ax.plot([results[k][task] for k in shown], range(len(shown)), ".", color=f"C{i + 1}", label=task)
+    for i, k in enumerate(shown): ax.plot([min(results[k].values()), max(results[k].values())], [i, i], color="0.85", lw=6, solid_capstyle="round", zorder=0)
+    for i, task in enumerate(results["base"]): ax.plot([results[k][task] for k in shown], range(len(shown)), ".", ms=7, color=f"C{i + 1}", label=task)
+    ax.plot(list(average.values()), range(len(shown)), "|", ms=16, mew=3, color="k", label="average"); ax.axvline(average["base"], color="0.7", lw=1, ls=":", zorder=0)
+    ax.set_yticks(range(len(shown)), shown)
     best = max(v for k, v in average.items() if k not in ("base", "experts"))
     ax.invert_yaxis()
-    ax.set(title="One merged model does five jobs better than its base" if best > average["base"] else "No merge beats the base on average", xlabel="accuracy: average (bar) and each task (dots), share of test texts", xlim=(0.3, 1))
-    ax.legend(frameon=False, ncol=5, fontsize=8, loc="upper center", bbox_to_anchor=(.4, -.13)); ax.spines[["top", "right"]].set_visible(False)
+    ax.set(title="On average, one merged model does these jobs better than its base" if best > average["base"] else "No merge beats the base on average", xlabel="accuracy: share of test texts")
+    ax.legend(frameon=False, ncol=6, fontsize=8, loc="upper center", bbox_to_anchor=(.35, -.13), handletextpad=.2, columnspacing=1); ax.spines[["top", "right"]].set_visible(False)
     return ax

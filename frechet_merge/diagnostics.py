@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .blocks import align, get
-from .checkpoints import Notes, _same_bytes, load
+from .checkpoints import MergeError, Notes, _same_bytes, codes, load
 from .factors import core
 from .jobs import bar
 from .mean import normalise
@@ -52,7 +52,7 @@ class Inspection:
     def verdict(self)->str:
         "One sentence: what do the models' own parabolas say that metrics would change? Empty without metrics."
         if (gain := self.gain) is None: return ""
-        if gain < WORTH: return f"Metrics are not worth collecting here: by the models' own parabolas their mean saves {100*gain:.0f} % of F, which is what the plain mean loses, and what else it changes lies where they are weak."
+        if gain < WORTH: return f"By the models' own parabolas the mean with metrics saves {100*gain:.0f} % of F, which is what the plain mean loses: little, and what else it changes lies where they are weak."
         half, n = 0.0, 0
         for r in self.eta:
             if half >= .5: break
@@ -90,6 +90,9 @@ def inspect(
     if len(found.adapters) == len(every):
         if metrics is not None: raise ValueError("metrics are for the tensors of full models: put the adapters on their base, as BASE+ADAPTER.")
         return _inspect_adapters(found, every, numbers)
+    if base is not None and len(found.adapters) == len(models): raise ValueError("adapters are differences from their base already: leave the base out, or put each on it, as BASE+ADAPTER.")
+    for c in every:
+        if name := codes(c): raise MergeError(f"{c.source}: tensor {name!r} is in 8 bits with a scale beside it: its numbers are codes, which cannot be compared.\nSave the model in bfloat16 first.")
     total, stacks = torch.zeros(len(every), len(every), dtype=torch.float64), []
     for name in dict.fromkeys(n for c in every for n in c.lazy):
         lazy = [x for c in every if (x := get(c, name)) is not None]

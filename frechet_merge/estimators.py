@@ -76,12 +76,12 @@ def cross_entropy(
     if outputs.dim() not in (2, 3) or outputs.shape[-1] < 2 or labels.is_floating_point() or labels.shape != outputs.shape[:-1]:
         raise ValueError(f"cross-entropy needs outputs (N, C) or (N, tokens, C) with C > 1 and integer labels (N) or (N, tokens), not {list(outputs.shape)} and {list(labels.shape)} of {labels.dtype}.\nPass loss=lambda outputs, batch: one number per sample.")
     if shift and outputs.dim() == 3: outputs, labels = outputs[:, :-1], labels[:, 1:]
-    each = F.cross_entropy(outputs.flatten(0, -2).to(torch.promote_types(torch.float32, outputs.dtype)), labels.flatten(), reduction="none", ignore_index=-100)
+    each = F.cross_entropy(outputs.flatten(0, -2).to(torch.promote_types(torch.float32, outputs.dtype)), labels.flatten().long(), reduction="none", ignore_index=-100)
     return each.view(len(labels), -1).sum(1)
 
 def draws(seed:int, first:int, n:int)->list[torch.Generator]:
     "The random numbers of samples first to first + n, each with its own."
-    return [torch.Generator().manual_seed((seed << 40) + first + i) for i in range(n)]
+    return [torch.Generator().manual_seed((seed << 40) + first + i & 2**63 - 1) for i in range(n)]
 
 def objective(
     estimator:str,               # one of `ESTIMATORS`

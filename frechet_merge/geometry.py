@@ -66,4 +66,5 @@ class Euclidean(Geometry):
     def start(self, points, ws):
         m = ws[0]*points[0].x
         for p, w in zip(points[1:], ws[1:]): m.add_(p.x, alpha=w)
-        return m
+        top = torch.finfo(m.dtype).max
+        return m.clamp_(-top, top)      # weights sum to one but for rounding, which the largest number has no room for

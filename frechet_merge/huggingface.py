@@ -188,7 +188,10 @@ def collect(
     estimator, out = checked(form, estimator), Path(out); state = out.with_name(out.name + ".state")
     if out.is_dir() or not out.absolute().parent.is_dir(): raise MergeError(f"{out}: {'is a folder' if out.is_dir() else 'its folder does not exist'}.\nName a file, such as stats.safetensors.")
     if out.exists():
-        if resume: return Statistics.load(out)      # a loop over models that was killed starts with finished ones
+        if resume:      # a loop over models that was killed starts with finished ones
+            done = Statistics.load(out); asked = {"model": str(model), "data": str(data), "form": form, "estimator": estimator, "seed": seed}
+            if other := [f"{k} {done.about.get(k)!r}" for k, x in asked.items() if done.about.get(k, x) != x]: raise MergeError(f"{out}: is finished, and of another run: {', '.join(other)}.\nRemove it, or name another file.")
+            return done
         raise MergeError(f"{out}: exists already.\nRemove it, or name another file.")
     if (basis is None) == (form == "projected"): raise ValueError("form = projected needs a basis (--basis), which `frechet-merge basis` makes." if basis is None else "a basis is for form = projected only.")
     try: torch.empty(0, device=device or "cpu")

@@ -58,19 +58,21 @@ def as_dtype(
     dtype:str|torch.dtype|None,    # or its name: bf16, fp16, fp32, fp64, or torch's
 )->torch.dtype|None:               # None stays None
     "A floating-point dtype by its name; `ValueError` if there is none of that name."
-    if dtype is None or isinstance(dtype, torch.dtype): return dtype
-    found = getattr(torch, {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}.get(dtype, dtype), None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point: raise ValueError(f"no floating-point dtype is called {dtype!r}: use bf16, fp16, fp32 or fp64.")
+    if dtype is None: return dtype
+    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}.get(dtype, dtype), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize == 1: raise ValueError(f"no floating-point dtype is called {dtype!r}: use bf16, fp16, fp32 or fp64.")
     return found
 
+def _over(x, dtype): return x.abs() > (1 + torch.finfo(dtype).eps/4)*torch.finfo(dtype).max      # 8-bit casts have no infinity, and end at the largest number
 def overflow(
     name:str,        # of the tensor, for the message
     x:Tensor,        # what was computed
     y:Tensor,        # what is written: x, cast
     allowed:bool,    # whether x may have NaNs
 )->None:
-    "`MergeError` if y has values that are not finite, other than where x has NaNs that it may have."
-    bad = ~y.isfinite() & ~(x.isnan() if allowed else torch.zeros_like(x, dtype=torch.bool))
+    "`MergeError` if y has values that are not finite or, of 8 bits, the largest that there is in place of a larger one, other than where x has NaNs that it may have."
+    bad = (~y.float().isfinite() if y.dtype.itemsize == 1 else ~y.isfinite()) | _over(x, y.dtype)
+    bad &= ~(x.isnan() if allowed else torch.zeros_like(x, dtype=torch.bool))
     if bad.any(): raise MergeError(f"tensor {name!r} would be written with {int(bad.sum())} values that {str(y.dtype).removeprefix('torch.')} cannot hold, the first of them {float(x[bad][0]):.4g}.\nWrite a wider dtype (bf16 or fp32), or lower the scale.")
 
 # %% ../nbs/11_jobs.ipynb #7ff14b02
@@ -129,7 +131,8 @@ def carry_out(
     def run(sink):
         def write(name, i, x):
             y = x.to(plan.layout[name][1])
-            if y.is_floating_point() and not (y.float() if y.dtype.itemsize == 1 else y).sum(dtype=torch.promote_types(torch.float32, x.dtype)).isfinite(): overflow(name, x, y, plan.allow_nonfinite)
+            small = y.is_floating_point() and y.dtype.itemsize == 1
+            if small and _over(x, y.dtype).any() or y.is_floating_point() and not (y.float() if small else y).sum(dtype=torch.promote_types(torch.float32, x.dtype)).isfinite(): overflow(name, x, y, plan.allow_nonfinite)
             sink.write(name, i, y)
         means, seen, notes = {}, 0, Notes()
         def do(job):

@@ -65,7 +65,9 @@ def _length(v, N):
     v = v.reshape(N, -1); n = torch.linalg.vector_norm(v, dim=1).double()
     if not ((n > SQUARES[0]) & (n < SQUARES[1])).all() and v.any(): n = torch.linalg.vector_norm(v.double(), dim=1)      # slow, and so only where it must be
     return n.cpu().numpy()
-def _dot(u, v, N): return (torch.dot(u.flatten(), v.flatten())[None] if N == 1 else torch.linalg.vecdot(u.reshape(N, -1), v.reshape(N, -1))).double().cpu().numpy()
+def _dot(u, v, N):
+    d = (torch.dot(u.flatten(), v.flatten())[None] if N == 1 else torch.linalg.vecdot(u.reshape(N, -1), v.reshape(N, -1))).double().cpu().numpy()
+    return d if np.isfinite(d).all() or u.dtype == torch.float64 else _dot(u.double(), v.double(), N)      # squares may leave float32's range
 
 @dataclass
 class _At:
@@ -99,11 +101,13 @@ def _solve(g, points, ws, tol, maxiter, N)->tuple[Tensor,list[Mean]]:
     A, m = _total(Gs, ws), g.start(points, ws)
     at, stuck, eps = _pulls(g, m, points, Gs, ws, N), np.zeros(N, bool), torch.finfo(m.dtype).eps
     tol, most, stiff, before = max(tol, ROUNDING*eps), at.size, np.zeros(N), np.full(N, np.inf)
+    plain = all(isinstance(getattr(G, "d", None), float) for G in Gs)      # else pulls that cancel as a whole may hide a direction in which all are weak
     while True:
         residual = np.divide(_length(at.b, N), at.size, out=np.zeros(N), where=at.size > 0)
         most, stiff = np.maximum(most, at.size), np.maximum(stiff, np.divide(at.size, at.reach, out=np.zeros(N), where=at.reach > 0))
-        rounding = (at.size <= ROUNDING*eps*np.maximum(most, stiff*at.reach)) | (at.reach <= ROUNDING*eps*_length(m, N)) | (residual <= ROUNDING**2*eps) & (residual > before/2)      # pulls that are rounding have no direction, and steps that are do not help
-        if (done := (residual <= tol) | rounding).all(): break
+        rounding = (at.size <= ROUNDING*eps*np.maximum(most, stiff*at.reach)) | (at.reach <= ROUNDING*eps*_length(m, N)) | (residual <= ROUNDING**2*eps) & (residual > .9*before)      # pulls that are rounding have no direction, and steps that are do not help
+        small = (residual <= tol) | rounding
+        if (done := small & (k > 0 or plain)).all(): break
         step = A.solve(at.b)
         far = _length(step, N); done |= far <= eps*(_length(m, N) + at.reach)
         t = (~(done | stuck | (at.lost > 0)) & np.isfinite(far)).astype(float)      # the share of the step that each problem takes
@@ -115,7 +119,7 @@ def _solve(g, points, ws, tol, maxiter, N)->tuple[Tensor,list[Mean]]:
             nearer = (to.var <= at.var*(1 + eps**.5)) & (_length(to.b, N) < residual*to.size)      # a rise that rounding explains
             worse = (t > 0) & ((to.var > at.var*(1 + 8*eps)) & ~nearer | (to.lost > 0))
             if not worse.any(): break
-            stuck |= worse & ((t < 2.0**-HALVINGS) | (k >= maxiter))
+            stuck |= worse & (small | (t < 2.0**-HALVINGS) | (k >= maxiter))
             t = np.where(stuck, 0, np.where(worse, t/2, t))
         before, m, at = residual, y, to
     return m, [Mean(None, *row) for row in zip(residual.tolist(), [k]*N, done.tolist(), at.var.tolist(),

@@ -116,6 +116,7 @@ def plan_models(models:list[Checkpoint], g:Geometry, base:Checkpoint|None,
     if g.needs_metrics and metrics is None: raise _needs(g, "Collect them with `frechet-merge curvature`, one file per model, and name them: metrics=, --metrics.")
     blocks, tied = align(models, base, absent)
     if base is None and (isinstance(scale, Mapping) or scale != 1.0): raise ValueError("scale multiplies the difference from a base: give base= too.")
+    if base is not None and (bare := [b.name for b in blocks if b.base is None and b.mergeable]): warn(f"{len(bare)} tensors that {base.source} lacks are merged whole, without scale: {', '.join(bare[:3])}{' …'*(len(bare) > 3)}", stacklevel=4)
     ws, scales = _weights([b.name for b in blocks], weights, scale, len(models))
     Gs = statistics(metrics, blocks, len(models), allow_pickle, device, [m.source for m in models], isinstance(g, EpiMer))
     layout = {b.name: (b.first.shape, dtype if dtype and b.first.dtype.is_floating_point else b.first.dtype) for b in blocks}
@@ -163,9 +164,9 @@ def plan_adapters(models:list[Checkpoint], g:Geometry,         # a geometry of m
             return {u.name: replace(mean, x=None) for u, mean in zip(batch, means)}
         return Job(sum(sum(u.first.shape)*sum(u.ranks) for u in batch), do, u0.name + (f" and {len(batch) - 1} like it" if batch[1:] else ""))
     jobs = [job(b) for b in batches(updates, lambda n: (tuple(ws[n]), scales[n], ranks[n]), BATCH if g.batched else 1)]
-    rest = plan_models([Checkpoint({n: b.lazy[b.who.index(i)] for b in whole for n in [b.name] if i in b.who}, m.source) for i, m in enumerate(models)], Euclidean(), None,
+    rest = plan_models([Checkpoint({b.name: b.lazy[b.who.index(i) if b.who else 0] for b in whole if i in b.who or not b.who}, m.source) for i, m in enumerate(models)], Euclidean(), None,
                        {b.name: ws[b.name] for b in whole} or None, 1.0, None, dtype, device, "renormalise", False, False)
-    if models[1:] and (heads := [b.name for b in whole if len(b.first.shape) > 1]):
+    if models[1:] and (heads := [b.name for b in whole if len(b.first.shape) > 1 and ".base_layer." not in b.name]):
         warn(f"{', '.join(heads[:3])}{' …'*(len(heads) > 3)}: saved whole beside the adapters (modules_to_save), and averaged without scale. If these are heads of different tasks, their mean answers none: keep each one, and put it on after the merge", stacklevel=4)
     return Plan({**layout, **rest.layout}, jobs + rest.jobs, {}, [*(u.name for u in updates), *rest.names], peft_config(models, updates, ranks))
 
@@ -210,9 +211,10 @@ def merge(
         if bake is not None: plan.layout = {k: (s, torch.promote_types(torch.float32, d) if ".lora_" in k else d) for k, (s, d) in plan.layout.items()}     # rounded once, on the base
     else: plan = plan_models(models, g, base, weights, scale, metrics, dtype, device, absent, allow_nonfinite, allow_pickle)
 
-    recipe, title = ({}, "") if out is None else (_recipe(g, models, base, weights, scale, dtype, None if metrics is None else [load(m, allow_pickle, "in memory") for m in metrics], full_hash), Path(out).name)
-    def dress(part, folder=next((c.folder for c in (base, *models) if c is not None and c.folder), None), config=plan.config):
-        write_companions(part, folder, dtype)
+    recipe, title = ({}, "") if out is None else (_recipe(g, models, base, weights, scale, dtype, None if metrics is None else [load(m, allow_pickle, "in memory") for m in metrics], full_hash, absent=absent, any_base=any_base, allow_nonfinite=allow_nonfinite), Path(out).name)
+    kinds = {d for _, d in plan.layout.values() if d.is_floating_point}
+    def dress(part, folder=next((c.folder for c in (*models, base) if c is not None and c.folder), None), config=plan.config):
+        write_companions(part, folder, dtype or (kinds.pop() if len(kinds) == 1 else None))
         if config is not None: (part/"adapter_config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
         write_card(part, title, recipe, None if config is None else {"library_name": "peft", "base_model": config["base_model_name_or_path"]})
     if bake is not None:
@@ -227,11 +229,11 @@ def merge(
     return merged
 
 # %% ../nbs/21_merge.ipynb #5bcb16f3
-def _recipe(g, models, base, weights, scale, dtype, metrics, full)->dict:
-    def plain(v): return {k: plain(x) for k, x in v.items()} if isinstance(v, Mapping) else [float(x) for x in v] if hasattr(v, "__len__") else float(v)
+def _recipe(g, models, base, weights, scale, dtype, metrics, full, **options)->dict:
+    def plain(v): return {k: plain(x) for k, x in v.items()} if isinstance(v, Mapping) else [float(x) for x in v] if hasattr(v, "__len__") and getattr(v, "ndim", 1) else float(v)
     w = plain(weights) if weights is not None else [1.0]*len(models)
-    made = {"geometry": repr(g), "models": [{"model": m.source, "files": inputs(m, full)} for m in models], "weights": w}
-    if base is not None: made |= {"base": {"model": base.source, "files": inputs(base, full)}, "scale": plain(scale)}
+    made = {"geometry": repr(g), "models": [{"model": m.source, "files": inputs(m, full)} for m in models], "weights": w, "scale": plain(scale)}
+    if base is not None: made["base"] = {"model": base.source, "files": inputs(base, full)}
     if metrics is not None: made["metrics"] = [{"metrics": m.source, "files": inputs(m, full)} for m in metrics]
     if dtype: made["dtype"] = str(dtype).removeprefix("torch.")
-    return made | {"frechet_merge": frechet_merge.__version__, "torch": str(torch.__version__)}
+    return made | {k: v for k, v in options.items() if v} | {"frechet_merge": frechet_merge.__version__, "torch": str(torch.__version__)}

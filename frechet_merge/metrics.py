@@ -8,7 +8,7 @@ __all__ = ['SOLVED', 'NULL', 'STEPS', 'GROWN', 'NEGATIVE', 'Diagonal', 'SolveWar
 
 # %% ../nbs/02_metrics.ipynb #945ac1be
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,12 +22,13 @@ class Diagonal:
     "The metric ⟨v, d∘v⟩; `d` is a number or a tensor of the shape of the tangents, >= 0, in loss per squared unit."
     d: float | Tensor                       # in loss per squared unit
     diag = property(lambda self: self.d)    # what preconditions a sum
-    def __matmul__(self, v:Tensor)->Tensor: return v if isinstance(self.d, float) and self.d == 1 else self.d*v
+    def __matmul__(self, v:Tensor)->Tensor: return v if isinstance(self.d, float) and self.d == 1 else self._like(v)*v
+    def _like(self, v): return self.d.to(v.dtype) if isinstance(self.d, Tensor) else self.d
     def __add__(self, other): return Diagonal(self.d + other.d) if isinstance(other, Diagonal) else NotImplemented
     def __rmul__(self, w:float)->"Diagonal": return Diagonal(w*self.d)
     def solve(self, b:Tensor)->Tensor:
         "d⁺∘b, of the shape of b: the least step whose image is b; zero where no model knows anything."
-        d = self.d
+        d = self._like(b)
         if not isinstance(d, Tensor): return b/d if d > 0 else torch.zeros_like(b)
         return torch.where(d > 0, b/torch.where(d > 0, d, 1), 0)
     @property
@@ -50,14 +51,15 @@ class Operator:
     mv: Callable[[Tensor],Tensor]    # v → G v of the same shape: linear, symmetric, positive semi-definite; in loss per squared unit
     diag: float | Tensor = 1.0       # the diagonal of G, or any guess at it that is > 0 where G is not 0: the speed of `solve` depends on it, and where G is singular, which of the steps it takes
     lead: int = 0                    # leading dimensions that count independent problems, in which G is block-diagonal
+    eps: float = 0.0                 # relative rounding of what G is made of, if that is more than of the tangents: what is below it is not known
     def __matmul__(self, v:Tensor)->Tensor: return self.mv(v)
     def __add__(self, other):
-        return Operator(lambda v: self.mv(v) + other @ v, self.diag + other.diag, min(self.lead, other.lead) if isinstance(other, Operator) else self.lead)
+        return Operator(lambda v: self.mv(v) + other @ v, self.diag + other.diag, min(self.lead, other.lead) if isinstance(other, Operator) else self.lead, max(self.eps, getattr(other, "eps", 0.0)))
     __radd__ = __add__
-    def __rmul__(self, w:float)->"Operator": return Operator(lambda v: w*self.mv(v), w*self.diag, self.lead)
+    def __rmul__(self, w:float)->"Operator": return Operator(lambda v: w*self.mv(v), w*self.diag, self.lead, self.eps)
     def solve(self, b:Tensor)->Tensor:
         "The least step, measured by `diag`, whose image is b (G⁺b if that is a number), by conjugate residuals from zero (Stiefel 1955); `SolveWarning` if they do not end, `ValueError` for negative curvature."
-        eps, dims = torch.finfo(b.dtype).eps, tuple(range(self.lead, b.dim()))
+        eps, dims = torch.finfo(b.dtype).eps, tuple(range(self.lead, b.dim())); known = max(eps, self.eps)
         def dot(u, v): return (u*v).sum(dims, keepdim=True)
         def ratio(a, b): return torch.where(b > 0, a/torch.where(b > 0, b, 1), 0)
         u = torch.arange(b.numel(), dtype=b.dtype, device=b.device).cos().view_as(b)      # some direction: its curvature is the unit of all others
@@ -67,13 +69,14 @@ class Operator:
         x, r, z = 0*b, b, M(b)
         Az = self @ z; p, Ap = z, Az
         best, least, grew, k = x, dot(z, r), torch.zeros_like(unit, dtype=torch.bool), 0
+        first = least
         while True:
             curve, size = dot(z, Az), dot(z, r)
             top = torch.maximum(top, ratio(curve, size))
-            if (curve < -eps**.5*top*size).any(): raise ValueError(NEGATIVE)
-            grew |= ~(size <= GROWN*least) & ~least.isnan()      # it cannot, but by rounding
+            if ((negative := curve < -known**.5*top*size) & (size > known**.5*first)).any(): raise ValueError(NEGATIVE)
+            grew |= negative | ~(size <= GROWN*least) & ~least.isnan()      # it cannot, but by rounding
             best, least = torch.where(size <= least, x, best), torch.minimum(size, least)
-            live = ~grew & (dot(r, r) > enough) & (curve > NULL*eps*top*size)
+            live = ~grew & (dot(r, r) > enough) & (curve > NULL*known*top*size)
             if not live.any() or k == STEPS: break
             k += 1
             a = torch.where(live, ratio(curve, dot(Ap, M(Ap))), 0)
@@ -87,10 +90,12 @@ class Operator:
         return unit*x
 
 # %% ../nbs/02_metrics.ipynb #a0825e8b
-def _known(lam, null=NULL)->Any:
+def _eps(*Ms)->float: return max((min(torch.finfo(M.dtype).eps, torch.finfo(torch.float32).eps) for M in Ms if isinstance(M, Tensor)), default=0.0)
+
+def _known(lam, null=NULL, eps=0.0)->Any:
     "Eigenvalues without those that may be rounding, which are 0 (None but the negative ones for null = 0); numbers as they are; `ValueError` if one is negative."
     if not isinstance(lam, Tensor): return lam
-    eps, top = torch.finfo(lam.dtype).eps, lam.abs().max()
+    eps, top = max(eps, torch.finfo(lam.dtype).eps), lam.abs().max()
     if (lam < -eps**.5*top).any(): raise ValueError(NEGATIVE)
     return torch.where(lam > null*eps*top, lam, 0)
 
@@ -100,25 +105,26 @@ def _inverse(lam:Tensor)->Tensor: "1/λ, and 0 where λ is 0."; return torch.whe
 class Dense:
     "The metric ⟨v, M·v⟩ of tangents of n numbers."
     M: Tensor     # (n, n), symmetric, positive semi-definite; in loss per squared unit
+    eps: float = field(default=0.0, kw_only=True)     # relative rounding of what M was made of, if that is more than its own
     diag = property(lambda self: self.M.diagonal())                           # what preconditions a sum
     unit = property(lambda self: float(self.M.diagonal().double().mean()))    # the mean eigenvalue
     def __matmul__(self, v:Tensor)->Tensor:
         if v.numel() != len(self.M): raise ValueError(f"a metric of {len(self.M)} coordinates was given a difference of {v.numel()}: a projected metric is for EpiMer, in the basis that it was collected in.")
         return (self.M.to(v.dtype) @ v.flatten()).view_as(v)
     def __add__(self, other):
-        if isinstance(other, Dense): return Dense(self.M + other.M)
-        if isinstance(other, Diagonal): return Dense(self.M + torch.diag(torch.as_tensor(other.d, dtype=self.M.dtype, device=self.M.device).flatten().expand(len(self.M))))
+        if isinstance(other, Dense): return Dense(self.M + other.M, eps=max(self.eps, other.eps, _eps(self.M, other.M)))
+        if isinstance(other, Diagonal): return Dense(self.M + torch.diag(torch.as_tensor(other.d, dtype=self.M.dtype, device=self.M.device).flatten().expand(len(self.M))), eps=self.eps)
         return NotImplemented
     __radd__ = __add__
-    def __rmul__(self, w:float)->"Dense": return Dense(w*self.M)
+    def __rmul__(self, w:float)->"Dense": return Dense(w*self.M, eps=self.eps)
     def solve(self, b:Tensor)->Tensor:
         "M⁺b, by Cholesky; by eigenvalues if M is singular; `ValueError` for negative curvature."
-        M = self.M.to(b.dtype)
+        M, eps = self.M.to(b.dtype), max(self.eps, _eps(self.M, b))
         C, failed = torch.linalg.cholesky_ex(M)
         pivots = C.diagonal()
-        if not failed and pivots.min() > (NULL*torch.finfo(M.dtype).eps)**.5*pivots.max(): return torch.cholesky_solve(b.reshape(-1, 1), C).view_as(b)
+        if not failed and pivots.min() > (NULL*eps)**.5*pivots.max(): return torch.cholesky_solve(b.reshape(-1, 1), C).view_as(b)
         lam, Q = torch.linalg.eigh(M)
-        return (Q @ (_inverse(_known(lam))*(Q.T @ b.flatten()))).view_as(b)
+        return (Q @ (_inverse(_known(lam, eps=eps))*(Q.T @ b.flatten()))).view_as(b)
 
 # %% ../nbs/02_metrics.ipynb #cab73c48
 def _side(M, v:Tensor, side:int)->Tensor:
@@ -132,7 +138,7 @@ def _plus(M, K):
     if M is None or K is None: return K if M is None else M
     return M + K if M.dim() == K.dim() else M + K.diag() if K.dim() == 1 else M.diag() + K
 
-def _together(M, K, like:Tensor):
+def _together(M, K, like:Tensor, eps:float):
     "N, m, k with NᵀMN = diag(m) and NᵀKN = diag(k), N None if it is the identity; or None if neither is safely positive definite."
     M, K = (None if X is None else X.to(like.dtype) for X in (M, K))
     if all(X is None or X.dim() == 1 for X in (M, K)): return None, *(1.0 if X is None else X for X in (M, K))
@@ -141,7 +147,7 @@ def _together(M, K, like:Tensor):
     M, K = (X.diag() if X.dim() == 1 else X for X in (M, K))
     for A, B, swap in ((M, K, False), (K, M, True)):
         C, failed = torch.linalg.cholesky_ex(B)
-        if failed or C.diagonal().min() < torch.finfo(C.dtype).eps**.25*C.diagonal().max(): continue
+        if failed or C.diagonal().min() < eps**.25*C.diagonal().max(): continue
         A = torch.linalg.solve_triangular(C, torch.linalg.solve_triangular(C, A, upper=False).mT, upper=False)
         lam, Q = torch.linalg.eigh((A + A.mT)/2)
         N = torch.linalg.solve_triangular(C.mT, Q, upper=True)
@@ -165,6 +171,7 @@ class Kronecker:
         self.terms, self.flat, self._solvers = tuple(kept), float(flat), {}
         return self
     pairs = property(lambda self: tuple((None, _times(w, R)) if L is None else (_times(w, L), R) for w, L, R in self.terms))      # (L, R) of each product, its weight in one of them
+    eps = property(lambda self: _eps(*(M for _, L, R in self.terms for M in (L, R))))      # relative rounding of its factors
     @property
     def diag(self)->Any:                  # (m, n), or what broadcasts to it
         "The diagonal of the metric, which preconditions a sum."
@@ -180,7 +187,7 @@ class Kronecker:
     def __add__(self, other):
         if isinstance(other, Kronecker): return Kronecker()._gather(self.terms + other.terms, self.flat + other.flat)
         if isinstance(other, Diagonal) and isinstance(other.d, float): return Kronecker()._gather(self.terms, self.flat + other.d)
-        if isinstance(other, (Diagonal, Dense)): return Operator(self.__matmul__, self.diag) + Operator(other.__matmul__, other.d if isinstance(other, Diagonal) else other.unit)
+        if isinstance(other, (Diagonal, Dense)): return Operator(self.__matmul__, self.diag, eps=self.eps) + (Operator(other.__matmul__, other.d) if isinstance(other, Diagonal) else Operator(other.__matmul__, other.unit, eps=max(other.eps, _eps(other.M))))
         return NotImplemented
     __radd__ = __add__
     def __rmul__(self, w:float)->"Kronecker": return Kronecker()._gather([(w*u, L, R) for u, L, R in self.terms], w*self.flat)
@@ -191,10 +198,11 @@ class Kronecker:
     def _solver(self, b:Tensor)->Callable:
         terms = [*self.terms] + ([(self.flat, None, None)] if self.flat else [])
         if not terms: return torch.zeros_like
-        def product(w, l, r, nulls): l, r = (_known(x, n) for x, n in zip((l, r), nulls)); return w*(l[:, None] if isinstance(l, Tensor) else l)*r
+        eps = max(self.eps, torch.finfo(b.dtype).eps)
+        def product(w, l, r, nulls): l, r = (_known(x, n, eps) for x, n in zip((l, r), nulls)); return w*(l[:, None] if isinstance(l, Tensor) else l)*r
         if len(terms) <= 2:
             one, two = [*terms, (0.0, None, None)][:2]
-            (N, *rows), (O, *cols) = (_together(one[s], two[s], b) or (None,) for s in (1, 2))
+            (N, *rows), (O, *cols) = (_together(one[s], two[s], b, eps) or (None,) for s in (1, 2))
             if rows and cols:
                 floor = any(not isinstance(l, Tensor) and not isinstance(r, Tensor) for _, l, r in zip(terms, rows, cols))
                 nulls = [0 if floor or X is None else NULL for X in (N, O)]      # nothing is unknown above a floor, nor in what was not computed
@@ -204,7 +212,7 @@ class Kronecker:
         turned = Kronecker()._gather([(w, _turn(L, Q, b), _turn(R, P, b)) for w, L, R in self.terms], self.flat)
         nulls = [0 if self.flat or X is None else NULL for X in (Q, P)]
         diag = torch.as_tensor(sum(product(w, 1.0 if L is None else _read(L), 1.0 if R is None else _read(R), nulls) for w, L, R in turned.terms) + self.flat)
-        G = Operator(lambda v: (diag > 0)*(turned @ v), diag)
+        G = Operator(lambda v: (diag > 0)*(turned @ v), diag, eps=eps)
         return lambda b: _between(Q, P, lambda y: G.solve((diag > 0)*y), b)
 
 def _between(Q, P, f:Callable, b:Tensor)->Tensor: return _side(None if P is None else P.mT, _side(Q, f(_side(P, _side(None if Q is None else Q.mT, b, 0), 1)), 0), 1)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .checkpoints import Checkpoint, MergeError
+from .checkpoints import Checkpoint, MergeError, warn
 
 # %% ../nbs/06_output.ipynb #27f61a92
 @contextmanager
@@ -50,7 +50,7 @@ def staged(
 
 # %% ../nbs/06_output.ipynb #81fc0553
 COMPANIONS = ("config.json", "generation_config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
-              "chat_template*", "preprocessor_config.json", "processor_config.json", "*.model", "modules.json", "sentence_*.json", "config_sentence_transformers.json")      # files beside the weights that a model needs
+              "chat_template*", "preprocessor_config.json", "processor_config.json", "*.model", "*.spm", "*.codes", "*.tiktoken", "tekken.json", "video_preprocessor_config.json", "*.py", "modules.json", "sentence_*.json", "config_sentence_transformers.json")      # files beside the weights that a model needs
 
 def fingerprint(
     path:str|Path,
@@ -85,10 +85,14 @@ def write_companions(
     for f in sorted({f for p in COMPANIONS for f in source.glob(p) if f.is_file()} if source else []):
         if f.name.endswith(".index.json"): continue
         if f.name == "config.json" and dtype is not None:
-            cfg = json.loads(f.read_text()); key = "dtype" if "dtype" in cfg else "torch_dtype"
-            (out/f.name).write_text(json.dumps({**cfg, key: str(dtype).removeprefix("torch.")}, indent=2) + "\n")
-        else: shutil.copyfile(f, out/f.name)
-    if source and (source/"1_Pooling").is_dir(): shutil.copytree(source/"1_Pooling", out/"1_Pooling")
+            cfg = json.loads(f.read_text()); key, kind = "dtype" if "dtype" in cfg else "torch_dtype", str(dtype).removeprefix("torch.")
+            if cfg.get(key) != kind: (out/f.name).write_text(json.dumps({**cfg, key: kind}, indent=2) + "\n"); continue
+        shutil.copyfile(f, out/f.name)
+    parts = [m["path"] for m in json.loads((source/"modules.json").read_text()) if m.get("path")] if source and (source/"modules.json").exists() else []      # of sentence-transformers
+    for d in ["additional_chat_templates", *parts]:
+        if source and (source/d).is_dir() and (source/d).resolve().parent == source.resolve():
+            shutil.copytree(source/d, out/d)
+            if any((source/d).glob("*.safetensors")) or any((source/d).glob("*.bin")): warn(f"{source/d}: its weights are copied as they are, and not merged")
 
 def write_card(
     out:Path,                           # the folder to write to
@@ -100,4 +104,4 @@ def write_card(
     import yaml
     head = yaml.safe_dump({"library_name": "transformers", **{k: v for k, v in (about or {}).items() if v}, "tags": ["merge", "frechet_merge"]}, sort_keys=False)
     body = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=1000)
-    (out/"README.md").write_text(f"---\n{head}---\n# {title}\n\nA merge of pre-trained models: the weighted Fréchet mean of each tensor.\n\n```yaml\n{body}```\n")
+    (out/"README.md").write_text(f"---\n{head}---\n# {title}\n\nA merge of pre-trained models, tensor by tensor:\n\n```yaml\n{body}```\n")

@@ -118,14 +118,18 @@ def coordinates(
     L:Tensor,    # (T, T), from `gram`
 )->tuple[Tensor,Tensor]:    # C (T, k), the models; and B (T, k) with coefficients a = B@y on the models of a point y; float64
     "The models in an orthonormal basis of their span, of dimension k <= T, and the way back."
-    T = len(K); d = K.diagonal().clamp(min=0).sqrt()
-    s = torch.where(d > 0, 1/d.clamp(min=1e-300), 0)
-    lam, V = torch.linalg.eigh(s[:, None]*K*s)
-    keep = lam > T*RANK_TOL
-    lam, V = lam[keep], V[:, keep]
-    return L@(d[:, None]*V*lam.sqrt()), torch.linalg.inv(L).T@(s[:, None]*V/lam.sqrt())
+    T, rest, order = len(K), K.clone(), []
+    C = torch.zeros_like(K)
+    while len(order) < T:
+        left = torch.where(rest.diagonal() > T*RANK_TOL*K.diagonal(), rest.diagonal(), 0)      # of each squared length, what the basis does not reach yet
+        if not left[p := int(left.argmax())] > 0: break
+        c = C[:, len(order)] = rest[:, p]/left[p].sqrt()
+        rest = rest - c[:, None]*c; rest[p] = rest[:, p] = 0; order.append(p)
+    C = C[:, :len(order)]
+    B = torch.zeros_like(C); B[order] = torch.linalg.inv(C[order]).T
+    return L@C, torch.linalg.inv(L).T@B
 
-RANK_TOL = 4e-16   # eigenvalues of a matrix with unit diagonal, below which they are the rounding of float64
+RANK_TOL = 4e-16   # share of a squared length, below which it is the rounding of float64
 
 # %% ../nbs/04_span.ipynb #841cba4c
 @dataclass(frozen=True)

@@ -65,6 +65,7 @@ def _agree(files:list[Checkpoint], about:list[dict], models:Sequence[str]):
         for a, c in zip(about, files):
             if isinstance(a.get(k), str): said.setdefault(a[k], c.source)
         if len(said) > 1: raise MergeError(f"{' and '.join(f'{c} is of {k} {v!r}' for v, c in list(said.items())[:2])}, which do not add up.\nCollect the statistics of every model in the same way.")
+    if twice := next((c.source for i, c in enumerate(files) if c.files and any(c.files == d.files for d in files[:i])), None): warnings.warn(f"{twice}: is given for two models, which then have the same metric", stacklevel=5)
     def same(a, b): return os.path.realpath(os.path.expanduser(a)) == os.path.realpath(os.path.expanduser(b))
     for c, a, m in zip(files, about, models):
         if isinstance(of := a.get("model"), str) and not same(of, m) and any(same(of, n) for n in models): warnings.warn(f"{c.source}: was collected from {of}, and is given for {m}: metrics go in the order of the models", stacklevel=5)

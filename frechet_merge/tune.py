@@ -7,9 +7,12 @@ __all__ = ['SKETCH', 'BOUNDS', 'CLOSE', 'OutputDistance', 'nearest', 'Setting', 
 
 # %% ../nbs/22_tune.ipynb #bf52dc0c
 import math
+import os
+import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -87,7 +90,7 @@ def nearest(
         if x not in tried: tried[x] = at(x)
         return tried[x] if math.isfinite(tried[x]) else 1e300
     minimize_scalar(f, bounds=tuple(map(math.log2, bounds)), method="bounded", options={"xatol": CLOSE})
-    return min(tried, key=tried.__getitem__), tried
+    return min(tried, key=lambda x: math.inf if math.isnan(tried[x]) else tried[x]), tried
 
 # %% ../nbs/22_tune.ipynb #c1b0e6d0
 def _brief(g)->str:
@@ -144,6 +147,16 @@ class _Asked:
         best, tried = nearest(mean, bounds)
         return best, seen[best], tried
 
+@contextmanager
+def _between(out)->Iterator[str]:
+    "A folder beside `out` for merges that are only looked at; those of runs that were killed go."
+    parent, start = (None, "") if out is None else (Path(out).absolute().parent, f".{Path(out).name}.tune-")
+    for old in parent.glob(start + "*") if parent else ():
+        try: os.kill(int(old.name.removeprefix(start).partition("-")[0]), 0)      # is its process there?
+        except (ProcessLookupError, ValueError): shutil.rmtree(old, ignore_errors=True)
+        except PermissionError: pass
+    with tempfile.TemporaryDirectory(dir=parent, prefix=f"{start}{os.getpid()}-" if parent else None) as folder: yield folder
+
 def tune(
     models:Sequence[Name],                         # T full models, BASE+ADAPTER, or adapters, as folders or hub ids of causal LMs, classifiers or text encoders
     data:Sequence[Name],                           # T files or data sets of examples, one for each model, as for `examples`; or one for all
@@ -196,11 +209,11 @@ def tune(
         if not u > 0: raise MergeError(f"{m}: its outputs are those of the base on its examples.\nIs it the right model, and are these its examples?")
     for g in gs:
         anchored = isinstance(g, Curved) and g.anchor is not None
-        with tempfile.TemporaryDirectory(dir=None if out is None else Path(out).absolute().parent) as folder:
-            def end(name, g, folder=Path(folder)):
-                say(f"{_brief(g)}: merging …"); merging(g, 1.0, folder/name, "fp32")
+        with _between(out) as folder:
+            def end(name, g, scale=1.0, folder=Path(folder)):
+                say(f"{_brief(g)}: merging …"); merging(g, scale, folder/name, "fp32")
                 return bake(origin, load(folder/name)) if adapters else load(folder/name)
-            ends = (end("0", replace(g, anchor=0.0)), end("1", replace(g, anchor=1.0))) if anchored else (origin, end("1", g))
+            ends = (end("0", replace(g, anchor=0.0)), end("1", replace(g, anchor=1.0))) if anchored else (end("0", g, 0.0) if adapters else origin, end("1", g))      # what adapters saved whole has no scale
             best, far, tried = asked.along(*ends, ws, bounds, lambda x, d, g=g, anchored=anchored: say((_brief(replace(g, anchor=x)) if anchored else f"{_brief(g)}, scale {x:g}") + f": distance {d:.4f}"))
         if min(math.log2(best/bounds[0]), math.log2(bounds[1]/best)) <= 2*CLOSE: warnings.warn(f"{_brief(g)}: the best {'anchor' if anchored else 'scale'} in {bounds} is at an end, {best:g}.\nWiden the bounds, or take another geometry.", stacklevel=2)
         settings.append(Setting(replace(g, anchor=best) if anchored else g, 1.0 if anchored else best, far, tried, tried[best]))

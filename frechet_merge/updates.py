@@ -7,6 +7,7 @@ __all__ = ['BATCH', 'Update', 'align_updates', 'batches', 'merge_updates', 'fact
 
 # %% ../nbs/10_updates.ipynb #228a6f0a
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ def align_updates(
     for c in models:
         if c.adapter is None: raise MergeError(f"{c.source}: is a full model, others here are adapters.\nMerge one kind: put each adapter on its base, as BASE+ADAPTER.")
     read = [layers(c) for c in models]
-    bases = {b: c for c in models if (b := (c.adapter or {}).get("base_model_name_or_path"))}
+    bases = {os.path.normpath(b): c for c in models if (b := (c.adapter or {}).get("base_model_name_or_path"))}
     if len(bases) > 1 and not any_base: raise MergeError("; ".join(f"{c.source} is of base {b!r}" for b, c in list(bases.items())[:2]) + ".\nUpdates of different models have no common mean; if these are two names of one model, say so (any_base=True, --any-base).")
     updates = []
     for name in dict.fromkeys(n for found, _ in read for n in found):
@@ -49,7 +50,8 @@ def align_updates(
         for i, x in there[1:]:
             if (x.shape, x.kind) != (x0.shape, x0.kind): raise MergeError(f"{models[i].source}: updates {name!r} by {list(x.shape)}, {models[i0].source} by {list(x0.shape)}" + ("" if x.shape != x0.shape else ", as another kind of layer") + ".\nThe adapters are of different bases.")
         updates.append(Update(name, [x for _, x in there], [i for i, _ in there]))
-    whole, _ = align([Checkpoint(rest, c.source) for c, (_, rest) in zip(models, read)], absent="renormalise" if absent == "renormalise" else None)
+    copies = {k for _, rest in read for k in rest if ".base_layer." in k and not all(k in r for _, r in read)}      # PEFT saves an adapted embedding of the base along, or not
+    whole, _ = align([Checkpoint({k: x for k, x in rest.items() if k not in copies}, c.source) for c, (_, rest) in zip(models, read)], absent="renormalise" if absent == "renormalise" else None)
     return updates, whole
 
 # %% ../nbs/10_updates.ipynb #bb1fe482

@@ -274,7 +274,7 @@ def mathml(text):
     from latex2mathml.converter import convert
     signs = {"lvert": "|", "rvert": "|", "lVert": "‖", "rVert": "‖", "langle": "⟨", "rangle": "⟩"}
     def known(tex):      # what latex2mathml would show as it stands
-        return re.sub(r"\\(left|right|[bB]igg?[lr]?)\\([lr](?:vert|Vert|angle))(?![A-Za-z])", lambda m: f"\\{m[1]}{signs[m[2]]}", tex).replace(r"\arg", r"\operatorname{arg}")
+        return re.sub(r"\\(left|right|[bB]igg?[lr]?)\\([lr](?:vert|Vert|angle))(?![A-Za-z])", lambda m: f"\\{m[1]}{signs[m[2]]}", re.sub(r"\\math(bb|cal) ?([A-Z])", r"\\math\1{\2}", tex)).replace(r"\arg", r"\operatorname{arg}")
     def shown(tex, display): return re.sub(r">([^<]+)<", lambda m: ">" + re.sub(r"[*_\[\]`|\\]", lambda c: f"&#{ord(c[0])};", m[1]) + "<", convert(known(tex), display=display).replace("<mo>&#x02016;", '<mo stretchy="false">&#x02016;'))
     def block(m): return f'<span class="formula">{shown(m[1], "block")}</span>'
     def inline(m): return broken(shown(m[1], "inline")) if len(m[1]) > 25 else shown(m[1], "inline")

@@ -279,3 +279,14 @@ class TestDisk:
         assert sorted(os.listdir(tmp_path)) == [".out.partial", "b0", "b1"]
         assert cli("merge", "b0", "b1", "-o", "out", cwd=tmp_path)[0] == 0
         assert sorted(os.listdir(tmp_path)) == ["b0", "b1", "out"] and len(load(tmp_path/"out")) == 4
+
+
+def test_eight_bits_that_would_saturate():
+    def w(*x): return {"w": torch.tensor(x).to(torch.float8_e4m3fn)}
+    with pytest.raises(MergeError, match="'w' would be written with 1 values that float8_e4m3fn cannot hold, the first of them 8"): merge([w(300., .1)], base=w(0., 0.), scale=3.)
+    assert torch.equal(merge([w(448., .125)]*2).tensors["w"].float(), torch.tensor([448., .125]))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64], ids=str)
+def test_a_dtype_that_is_no_real_number(dtype):
+    with pytest.raises(ValueError, match="no floating-point dtype"): merge([{"w": torch.randn(3)}]*2, dtype=dtype)

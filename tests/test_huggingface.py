@@ -6,9 +6,10 @@ import sys
 
 import pytest
 import torch
+import yaml
 from conftest import cli, save, tensors
 
-from frechet_merge import Euclidean, load, merge
+from frechet_merge import Euclidean, LoRA, load, merge
 from frechet_merge.adapters import bake
 from frechet_merge.demo import DATA, base_folder, embed, tasks
 from frechet_merge.geometries.sphere import karcher
@@ -72,6 +73,14 @@ def _plain():
 def test_the_card_names_the_files_of_adapters(base, tmp_path):
     out = merge([f"{base}+{DATA/'movie'}", f"{base}+{DATA/'spam'}"], out=tmp_path/"o").out
     assert all(f"{n}/adapter_model.safetensors: sha256:" in (out/"README.md").read_text() for n in ("movie", "spam"))
+
+
+def test_the_card_states_all_that_decided(base, tmp_path):
+    def recipe(**how): return yaml.safe_load((merge([DATA/"movie", DATA/"spam"], LoRA(rank=2), out=tmp_path/str(len(os.listdir(tmp_path))), **how).out/"README.md").read_text().split("```yaml\n")[1].split("```")[0])
+    all_of_it = recipe(scale=1.5, absent="renormalise", any_base=True)
+    assert (all_of_it["scale"], all_of_it["absent"], all_of_it["any_base"]) == (1.5, "renormalise", True) and "rank=2" in all_of_it["geometry"]
+    onto = recipe(scale=2.0, bake=base)
+    assert onto["scale"] == 2.0 and onto["bake"]["model"] == str(base) and "any_base" not in onto
 
 
 def test_rslora_scales_by_the_root_of_the_rank():

@@ -177,3 +177,43 @@ def test_importing_geomstats_leaks_nothing():
     from frechet_merge.mean import import_geomstats
     had = hasattr(np, "trapz"); import_geomstats()
     assert torch.get_default_dtype() == torch.float32 and hasattr(np, "trapz") == had
+
+
+@pytest.mark.parametrize("rel", [1e-16, 1e-14, 1e-12, 1e-10])
+def test_models_that_are_almost_one(rel):
+    worst, g = 0., torch.Generator().manual_seed(0)
+    for _ in range(20):
+        x = torch.randn(300, generator=g, dtype=torch.float64)
+        xs = [x, *(x*(1 + rel*torch.randn(300, generator=g, dtype=torch.float64)) for _ in range(2))]
+        worst = max(worst, float((mean_of(karcher(), xs)[0] - sum(xs)/3).norm()/x.norm()))
+    assert worst < 1e-14
+
+
+def test_pulls_that_cancel_as_a_whole_do_not_hide_weak_directions():
+    xs, Gs = [torch.tensor([1., 1, 1]), torch.tensor([-1., 2, 3])], [torch.tensor([1, 1e-6, 1e-6]), torch.tensor([1, 0, 1e-8])]
+    torch.testing.assert_close(mean_of(Euclidean(), xs, Gs=Gs)[0], mean_of(Euclidean(), [x.double() for x in xs], Gs=[G.double() for G in Gs])[0].float())
+    a = torch.randn(400_000, generator=torch.Generator().manual_seed(0)); b = a.clone(); b[7:12] += 1e-3*torch.arange(1, 6)      # far from zero, and close together
+    m = merge([{"w": a}, {"w": b}], metrics=[{"w": torch.full_like(a, x)} for x in (1., 99.)]).tensors["w"]
+    torch.testing.assert_close((m - a)[7:12]/(b - a)[7:12], torch.full((5,), .99), rtol=1e-3, atol=0)
+
+
+def test_a_slow_mean_is_not_called_converged_before_it_is():
+    for seed in range(100, 120):
+        torch.manual_seed(seed); xs = [torch.randn(6) for _ in range(3)]
+        want, got = (mean_of(Sphere(), [x.to(d) for x in xs], warn=False) for d in (torch.float64, torch.float32))
+        if want[1].converged and got[1].converged: assert (got[0] - want[0]).norm() < 2e-4*want[0].norm()
+
+
+@pytest.mark.parametrize("T", [2, 6, 7, 10])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_largest_number_has_a_mean(T, dtype):
+    mask = torch.tensor([0., torch.finfo(dtype).min], dtype=dtype)
+    assert torch.equal(merge([{"mask": mask}]*T).tensors["mask"], mask)
+    m = mean_of(Euclidean(), [torch.tensor([1e20, 1.]), torch.tensor([3e20, 2.])], Gs=[2., 1.])
+    assert not m[1].lost and torch.allclose(m[0], torch.tensor([5e20/3, 4/3]))
+
+
+def test_spheres_of_sixteen_bits_are_computed_in_thirty_two():
+    xs = [300*torch.randn(10_000, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    m, want = mean_of(Sphere(), [x.half() for x in xs])[0], mean_of(Sphere(), xs)[0]
+    assert m.dtype == torch.float16 and (m.float() - want).norm() < 5e-4*want.norm()

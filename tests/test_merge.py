@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file, save_model
 
-from frechet_merge import Euclidean, load, merge
+from frechet_merge import Euclidean, MergeError, load, merge
 from frechet_merge.diagnostics import inspect
 from frechet_merge.geometries.sphere import karcher
 from frechet_merge.span import Stack, gram
@@ -288,3 +288,47 @@ def test_stack_of_differences_reads_one_model_at_a_time():
     from frechet_merge.checkpoints import MemoryTensor
     s = Stack([MemoryTensor(x) for x in xs], MemoryTensor(base))
     assert torch.equal(s[1], xs[1] - base) and len(list(s)) == 3 and torch.equal(s.rows(3, 7)[2], (xs[2] - base).flatten()[3:7])
+
+
+class TestNames:
+    "What transformers would load as one model is merged as one."
+    def of(self, **more): return {"bert.a.LayerNorm.weight": torch.full((3,), 2.), "bert.a.LayerNorm.bias": torch.ones(3), "bert.b.weight": torch.ones(2, 3), **more}
+
+    @pytest.mark.parametrize("old", [lambda n: n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"), lambda n: n.removeprefix("bert."),
+                                     lambda n: n.removeprefix("bert.").replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"), lambda n: "model." + n], ids=["gamma", "no part", "neither", "more parts"])
+    def test_a_base_of_other_names(self, old):
+        a, b, base = self.of(), {k: 3*v for k, v in self.of().items()}, {old(k): 0*v for k, v in self.of().items()}
+        m = merge([a, b], base=base, scale=.5).tensors
+        assert set(m) == set(a) and all(torch.equal(m[k], a[k]) for k in a)
+        again = merge([a, {old(k): v for k, v in b.items()}]).tensors
+        assert set(again) == set(a) and all(torch.equal(again[k], 2*a[k]) for k in a)
+
+    def test_a_head_that_the_base_lacks(self):
+        a, base = self.of(**{"head.weight": torch.ones(2, 3)}), {k.removeprefix("bert."): 0*v for k, v in self.of().items()}
+        m = merge([a, a], base=base, scale=.5, absent="renormalise").tensors
+        assert set(m) == set(a) and torch.equal(m["bert.b.weight"], a["bert.b.weight"]/2) and torch.equal(m["head.weight"], a["head.weight"])
+
+    def test_a_base_that_is_another_model(self):
+        with pytest.raises(MergeError, match=r"has no tensor under a name of [\s\S]*Name the model that they were trained from"): merge([self.of()]*2, base={"x": torch.ones(3)}, absent="renormalise")
+
+
+def test_codes_are_not_averaged():
+    w = {"w.weight": torch.randn(4, 4).to(torch.float8_e4m3fn), "w.weight_scale_inv": torch.ones(1, 1)}
+    with pytest.raises(MergeError, match="'w.weight' is in 8 bits with a scale beside it"): merge([w, w])
+    with pytest.raises(MergeError, match="in 8 bits"): inspect([w, w])
+
+
+def test_one_file_wins_over_an_old_index(tmp_path):
+    for name, x in (("old", 1.), ("new", 2.)): merge([{"w": torch.full((64,), x), "v": torch.full((64,), x)}], out=tmp_path/name, shard_size=300 if name == "old" else 10**9)
+    for f in (tmp_path/"old").iterdir(): (tmp_path/"new"/f.name).write_bytes(f.read_bytes()) if f.name != "README.md" else None
+    assert len(list((tmp_path/"new").glob("*.safetensors"))) == 3 and load(tmp_path/"new")["w"][0] == 2
+
+
+def test_companions_come_from_the_models(models, tmp_path):
+    for name, said in (("base", "base"), ("m0", "a model")):
+        f = models[0].parent/name if name == "base" else models[0]
+        if name == "base": save(f, dict(load(models[0]).items()))
+        (f/"config.json").write_text(json.dumps({"said": said, "torch_dtype": "bfloat16"})); (f/"modeling_x.py").write_text(said)
+    out = merge(models, base=models[0].parent/"base", out=tmp_path/"o").out
+    config = json.loads((out/"config.json").read_text())
+    assert config["said"] == "a model" and config["torch_dtype"] == str(load(out)["q.weight"].dtype).removeprefix("torch.") and (out/"modeling_x.py").read_text() == "a model"

@@ -290,3 +290,70 @@ def test_baking_rounds_once(make):
     base = toy().state_dict()
     got, want = merge(folders, bake=base).tensors, {n: sum(layers(load(f))[0][n].factors().delta() for f in folders)/3 for n in ("q", "v")}
     for n in want: assert ((got[f"{n}.weight"] - base[f"{n}.weight"]).double() - want[n]).norm() <= 1e-6*want[n].norm()
+
+
+def _held(**extra):
+    c = load({"base_model.model.l.lora_A.weight": torch.randn(2, 6), "base_model.model.l.lora_B.weight": torch.randn(4, 2), **{f"base_model.model.{k}": v for k, v in extra.items()}})
+    c.adapter = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "base_model_name_or_path": "x"}
+    return c
+
+
+def test_counters_that_are_saved_whole():
+    m = merge([_held(**{"bn.num_batches_tracked": torch.tensor(5), "bn.running_mean": torch.full((3,), float(i))}) for i in range(2)]).tensors
+    assert m["base_model.model.bn.num_batches_tracked"] == 5 and torch.equal(m["base_model.model.bn.running_mean"], torch.full((3,), .5))
+
+
+def test_a_base_of_eight_bits():
+    w, ad = torch.randn(4, 6).to(torch.float8_e4m3fn), _held()
+    out = merge([ad], bake=load({"l.weight": w})).tensors["l.weight"]
+    want = w.float() + ad["base_model.model.l.lora_B.weight"] @ ad["base_model.model.l.lora_A.weight"]
+    assert out.dtype == w.dtype and torch.equal(out.float(), want.to(w.dtype).float())
+
+
+TINY = {"llama": dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, vocab_size=40, tie_word_embeddings=False),
+        "gpt2": dict(n_embd=16, n_layer=1, n_head=2, n_positions=32, vocab_size=40, num_labels=3, pad_token_id=0)}
+
+def _saved(kind, tmp, **lora):
+    "A tiny model of transformers on disk, an adapter on it, and PEFT's own weights of both."
+    import transformers
+    torch.manual_seed(0); cfg = transformers.AutoConfig.for_model(kind, **TINY[kind])
+    model = (transformers.GPT2ForSequenceClassification if kind == "gpt2" else transformers.AutoModelForCausalLM.from_config)(cfg).eval()
+    model.save_pretrained(tmp/"base"); m = get_peft_model(model, LoraConfig(r=2, lora_alpha=4, **lora))
+    with torch.no_grad():
+        for n, p in m.named_parameters():
+            if "lora_" in n: p.copy_(torch.randn(p.shape)*.3)
+    m.save_pretrained(tmp/"adapter", save_embedding_layers="auto")
+    return m.merge_and_unload().state_dict()
+
+
+@pytest.mark.parametrize("kind, lora", [("llama", {"target_modules": ["q_proj", "embed_tokens"]}), ("llama", {"target_modules": ["lm_head", "v_proj"]}), ("gpt2", {"target_modules": ["attn.c_proj", "score"]}), ("gpt2", {"target_modules": ["c_attn", "c_fc"]})],
+                         ids=["embedding", "lm_head", "square Conv1D and linear", "Conv1D"])
+def test_baked_as_peft_bakes(kind, lora, tmp_path):
+    want = _saved(kind, tmp_path, **lora)
+    for got in (load(f"{tmp_path/'base'}+{tmp_path/'adapter'}"), merge([tmp_path/"adapter"], LoRA(), bake=tmp_path/"base").tensors):
+        moved = 0
+        for k, w in load(tmp_path/"base").items():
+            moved += not torch.equal(got[k], w)
+            torch.testing.assert_close(got[k].float(), want[k].float(), rtol=1e-5, atol=1e-5)
+        assert moved
+
+
+def test_a_layer_that_is_called_an_embedding_and_is_none():
+    c = load({"base_model.model.time_embedding.linear.lora_A.weight": torch.randn(2, 6), "base_model.model.time_embedding.linear.lora_B.weight": torch.randn(6, 2)}); c.adapter = {"peft_type": "LORA", "r": 2, "lora_alpha": 2}
+    w = torch.randn(6, 6); A, B = (c[f"base_model.model.time_embedding.linear.lora_{x}.weight"] for x in "AB")
+    torch.testing.assert_close(merge([c], bake=load({"time_embedding.linear.weight": w})).tensors["time_embedding.linear.weight"], w + B @ A)
+
+
+def test_an_embedding_of_the_base_that_one_adapter_saved_along(tmp_path):
+    _saved("llama", tmp_path/"a", target_modules=["q_proj", "embed_tokens"]); _saved("llama", tmp_path/"b", target_modules=["q_proj"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        one, two = (merge([tmp_path/x/"adapter", tmp_path/y/"adapter"], any_base=True).tensors for x, y in ("ab", "aa"))
+    assert not any("base_layer" in k for k in one) and any("base_layer" in k for k in two)
+
+
+def test_a_tied_embedding_is_not_adapted_alone(tmp_path):
+    import transformers
+    torch.manual_seed(0); model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**TINY["gpt2"])); model.save_pretrained(tmp_path/"base")
+    get_peft_model(model, LoraConfig(r=2, target_modules=["wte"])).save_pretrained(tmp_path/"a")
+    with pytest.raises(ValueError, match="ties to its output layer"): load(f"{tmp_path/'base'}+{tmp_path/'a'}")

@@ -83,6 +83,29 @@ def test_adapters(tmp_path, work):
     assert lora.distance == pytest.approx(apart.best.distance, rel=1e-3) and lora.scale == apart.best.scale      # a mean at full rank is the mean of full models
 
 
+@pytest.mark.filterwarnings("ignore:.*at an end", "ignore:.*saved whole")
+def test_what_adapters_save_whole_has_no_scale(tmp_path, work):
+    from peft import LoraConfig, get_peft_model
+    from transformers import GPT2LMHeadModel
+    for i in range(2):
+        torch.manual_seed(i); m = get_peft_model(GPT2LMHeadModel.from_pretrained(work/"gpt2"), LoraConfig(r=2, target_modules=["c_attn"], modules_to_save=["ln_f"], task_type="CAUSAL_LM", fan_in_fan_out=True))
+        with torch.no_grad():
+            for n, p in m.named_parameters():
+                if "lora_B" in n or "modules_to_save" in n: p.add_(.3*torch.randn_like(p))
+        m.save_pretrained(tmp_path/f"a{i}")
+    found = tune([tmp_path/f"a{i}" for i in range(2)], work/"0.jsonl", work/"gpt2", ["lora"], out=tmp_path/"out", bounds=(2., 8.), max_samples=8)
+    d = OutputDistance(); rows = [f"{a} {b}" for a in WORDS[::2] for b in WORDS]
+    for m in (open_model(f"{work/'gpt2'}+{tmp_path/f'a{i}'}") for i in range(2)): d.add(m.model, [dict(m.tokenizer(rows, padding=True, return_tensors="pt"))], m.logits)
+    unit, there = (d(open_model(x).model) for x in (work/"gpt2", f"{work/'gpt2'}+{tmp_path/'out'}"))
+    assert found.best.scale >= 2 and [a/b for a, b in zip(there, unit)] == pytest.approx(found.best.distances, rel=.02)
+
+
+def test_folders_of_runs_that_were_killed_go(work, tmp_path):
+    (tmp_path/".out.tune-999999999-x").mkdir(); (tmp_path/".out.tune-999999999-x"/"m").write_text("half")
+    with warnings.catch_warnings(): warnings.simplefilter("ignore"); tune([work/"gpt20", work/"gpt21"], [work/"0.jsonl", work/"1.jsonl"], work/"gpt2", ["euclidean"], out=tmp_path/"out")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 @pytest.mark.parametrize("change, says, code", [
     ({"data": ["0.jsonl"]*3}, "3 data sets for 2 models", 2), ({"heads": ["h"]*3}, "3 heads for 2 models", 2), ({"data": ["absent.jsonl"]}, "no such file", 1), ({"models": ["bert", "bert0"]}, "its outputs are those of the base", 1),
     ({"models": ["bert0", "gpt20"]}, "tensor", 1), ({"base": "absent"}, "not a folder here", 1), ({"geometries": ["nothing"]}, "no geometry is called", 2), ({"weights": [1]}, "1 weights", 2), ({"bounds": (2, 1)}, "bounds", 2),

@@ -9,11 +9,12 @@ __all__ = ['Curved', 'shared', 'pullback']
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 from torch import Tensor
 
 from ..geometry import Geometry, Point
-from ..metrics import Kronecker, as_metric, damped, normalised
+from ..metrics import Kronecker, _plus, as_metric, damped, normalised
 
 # %% ../../nbs/geometries/10_fisher.ipynb #991c6d7d
 @dataclass(frozen=True)
@@ -52,12 +53,12 @@ def shared(
     Gs:Sequence,    # T metrics of a layer's weight (o, i): any; only pairs B (o, o), A (i, i), or their diagonals, are changed
     side:str,       # "right": A, of the inputs of nn.Linear; "left": B, of its outputs
 )->list:            # T metrics; those on `side` are one and the same, in units of their mean eigenvalue, which go to the other side
-    "Kronecker metrics with the mean of their factors on one side, each of mean eigenvalue one there; other metrics as they are."
+    "Kronecker metrics with the mean of their factors on one side, each of mean eigenvalue one there (a metric of zero is one still, and has no part in that mean); other metrics as they are."
     if not all(isinstance(G, Kronecker) and len(G.pairs) == 1 and not G.flat and G.pairs[0][0] is not None and G.pairs[0][1] is not None for G in Gs): return list(Gs)
     L, R = zip(*(G.pairs[0] for G in Gs))
     own, common = (L, R) if side == "right" else (R, L)
-    units = [float((M if M.dim() == 1 else M.diagonal()).double().mean()) or 1.0 for M in common]
-    mean = sum((1/u)*M for u, M in zip(units, common))/len(Gs)
+    units = [float((M if M.dim() == 1 else M.diagonal()).double().mean()) for M in common]
+    mean = (1/(sum(u > 0 for u in units) or 1))*reduce(_plus, ((1/u if u > 0 else 0.0)*M for u, M in zip(units, common)))      # a model that cares for nothing has no share in it
     return [Kronecker((u*M, mean) if side == "right" else (mean, u*M)) for u, M in zip(units, own)]
 
 def pullback(

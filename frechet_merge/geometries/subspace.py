@@ -110,14 +110,14 @@ def _projected(G, b:LabeledBasis, name:str="a metric"):
         raise ValueError(f"{name} is projected on the basis of other models, of another order, or of another k: give the models as they were given for the basis.")
     if isinstance(G, Diagonal):
         if not isinstance(d := G.d, Tensor): return G     # a multiple of SᵀS = 1
-        return Dense(projected_diagonal(d.expand(len(b.U), len(b.V)), b.U.to(d.dtype), b.V.to(d.dtype)).double())
+        return Dense(projected_diagonal(d.expand(len(b.U), len(b.V)), b.U.to(d.dtype), b.V.to(d.dtype)).double(), eps=torch.finfo(d.dtype).eps)
     if isinstance(G, Kronecker):
         pairs = [[None if M is None else M.double() for M in pair] for pair in (*G.pairs, (None, None))]
         M = sum((w*projected_kronecker(L, R, b.U, b.V) for w, (L, R) in zip([*[1.0]*len(G.pairs), G.flat], pairs)), b.U.new_zeros(()))
     elif not isinstance(G, Dense): M = torch.stack([b.project(G @ torch.outer(u, v)) for u, v in zip(b.U.mT, b.V.mT)])
     elif G.M.shape == (p, p): M = G.M
     else: raise ValueError(f"a projected metric of {list(G.M.shape)} is not of a basis of {p} directions: collect it in the basis of these models, in this order, with this k.")
-    return Dense(clipped(M, name).double())      # in its own dtype: a float32 matrix is semi-definite up to float32
+    return Dense(clipped(M, name).double(), eps=max(getattr(G, "eps", 0.0), torch.finfo(M.dtype).eps))      # in its own dtype: a float32 matrix is semi-definite up to float32
 
 # %% ../../nbs/geometries/13_subspace.ipynb #c5128d11
 @dataclass(frozen=True)
