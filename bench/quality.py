@@ -294,6 +294,7 @@ def family(ex, name, cache, command, only=None, mergekit_pytorch=None, sizes=(),
     for T in sizes:
         every_set = list(itertools.combinations(ex.names, T)); random.Random(T).shuffle(every_set); cases, size = {}, []
         for names in every_set[:subsets]:
+            if finished and any((T, names, m.name) not in kept for m in core(ex, list(names), (), CURVE)): continue
             size.append(keep((T, names), lambda names=names: spectral(ex, names)))
             for m in core(ex, list(names), (), CURVE):
                 r = keep((T, names, m.name), lambda m=m, names=names: run(ex, m, names, stats)); cases.setdefault(m.name, []).append((r[0], fresh(r[1]), *r[2:4]))

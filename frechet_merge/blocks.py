@@ -48,13 +48,13 @@ def _named(c:Checkpoint, like:Checkpoint)->Checkpoint:
     return c
 
 def _lead(names:set[str], others:set[str])->str:
-    "What most of the names lack in front of them, to be others; empty if there is no such part."
+    "What most of the names lack in front of them, to be others; empty if there is no such part, or more than one."
     leads:dict[str, list[str]] = {}
     for m in others:
         for i, x in enumerate(m):
             if x == ".": leads.setdefault(m[i + 1:], []).append(m[:i + 1])
-    (lead, k), *_ = Counter(p for n in names for p in leads.get(n, [])).most_common(1) or [("", 0)]
-    return lead if k > len(names)/2 else ""
+    (lead, k), (_, second), *_ = [*Counter(p for n in names for p in leads.get(n, [])).most_common(2), ("", 0), ("", 0)]
+    return lead if k > max(second, len(names)/2) else ""
 
 def align(
     models:list[Checkpoint],

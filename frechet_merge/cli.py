@@ -48,7 +48,7 @@ def _size(text:str)->int:
     units = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
     t = text.strip().upper(); unit = next((u for u in sorted(units, key=len, reverse=True) if t.endswith(u)), "")
     try: n = int(float(t.removesuffix(unit))*units.get(unit, 1))
-    except ValueError: n = 0
+    except (ValueError, OverflowError): n = 0
     if n <= 0: raise ValueError(f"{text!r} is not a size: write 5GB, 500MB or a number of bytes.")
     return n
 

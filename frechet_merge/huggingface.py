@@ -24,6 +24,7 @@ from .checkpoints import Checkpoint, MergeError, _json, _parts, load
 from .curvature import Statistics, checked, curvature
 from .estimators import cross_entropy
 from .examples import batches, examples, need, quiet
+from .jobs import as_device
 from .statistics import PARTS
 
 # %% ../nbs/20b_huggingface.ipynb #7f756f0a
@@ -194,8 +195,7 @@ def collect(
             return done
         raise MergeError(f"{out}: exists already.\nRemove it, or name another file.")
     if (basis is None) == (form == "projected"): raise ValueError("form = projected needs a basis (--basis), which `frechet-merge basis` makes." if basis is None else "a basis is for form = projected only.")
-    try: torch.empty(0, device=device or "cpu")
-    except (RuntimeError, AssertionError) as e: raise ValueError(f"there is no device {device!r} here ({str(e).splitlines()[0][:100]}).") from e
+    as_device(device)
     if not resume: state.unlink(missing_ok=True)
     records = examples(data, split, text, pair, label, max_samples, seed)
     m = open_model(model, head, tokenizer, dtype, allow_pickle)

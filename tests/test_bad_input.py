@@ -290,3 +290,8 @@ def test_eight_bits_that_would_saturate():
 @pytest.mark.parametrize("dtype", [torch.int8, torch.complex64], ids=str)
 def test_a_dtype_that_is_no_real_number(dtype):
     with pytest.raises(ValueError, match="no floating-point dtype"): merge([{"w": torch.randn(3)}]*2, dtype=dtype)
+
+
+@pytest.mark.parametrize("how, says", [({"device": "meta"}, "there is no device 'meta' here"), ({"scale": "2"}, "must be numbers"), ({"weights": "11"}, "must be numbers")], ids=["meta", "scale", "weights"])
+def test_arguments_that_are_no_numbers_or_devices(how, says):
+    with pytest.raises(ValueError, match=says): merge([{"w": torch.ones(3)}]*2, base={"w": torch.zeros(3)}, **how)

@@ -308,6 +308,10 @@ class TestNames:
         m = merge([a, a], base=base, scale=.5, absent="renormalise").tensors
         assert set(m) == set(a) and torch.equal(m["bert.b.weight"], a["bert.b.weight"]/2) and torch.equal(m["head.weight"], a["head.weight"])
 
+    def test_names_that_could_be_two_parts_of_a_model(self):
+        both = {f"{p}.{k}": torch.ones(2) for p in ("encoder", "decoder") for k in ("w", "b")}
+        with pytest.raises(MergeError, match="has no tensor"): merge([both, {k: torch.ones(2) for k in ("w", "b")}])
+
     def test_a_base_that_is_another_model(self):
         with pytest.raises(MergeError, match=r"has no tensor under a name of [\s\S]*Name the model that they were trained from"): merge([self.of()]*2, base={"x": torch.ones(3)}, absent="renormalise")
 
@@ -332,3 +336,15 @@ def test_companions_come_from_the_models(models, tmp_path):
     out = merge(models, base=models[0].parent/"base", out=tmp_path/"o").out
     config = json.loads((out/"config.json").read_text())
     assert config["said"] == "a model" and config["torch_dtype"] == str(load(out)["q.weight"].dtype).removeprefix("torch.") and (out/"modeling_x.py").read_text() == "a model"
+    for m in models: (m/"config.json").unlink()
+    assert json.loads((merge(models, base=models[0].parent/"base", out=tmp_path/"p").out/"config.json").read_text())["said"] == "base"      # no model has one
+
+
+def test_the_hub_learns_what_a_merge_is_made_of(models, tmp_path):
+    import yaml
+    def head(*sources):
+        cs = [load(m) for m in models[:len(sources)]]
+        for c, name in zip(cs, sources): c.source = name
+        return yaml.safe_load((merge(cs, out=tmp_path/str(len(os.listdir(tmp_path)))).out/"README.md").read_text().split("---")[1])
+    assert head("org/a", "org/b@main") == {"library_name": "transformers", "base_model": ["org/a", "org/b"], "base_model_relation": "merge", "tags": ["merge", "frechet_merge"]}
+    assert "base_model" not in head("org/a", "./b") and "base_model" not in head("org/a+org/b", "org/c")

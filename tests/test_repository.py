@@ -83,3 +83,9 @@ def test_every_notebook_was_run():
             last = ast.parse("".join(x for x in source.splitlines(True) if not x.startswith("%"))).body[-1]
             shows = isinstance(last, ast.Expr) and not isinstance(last.value, ast.Call) and not source.rstrip().endswith(";")
             assert c["outputs"] or not shows, f"{path}: {source}"
+
+
+def test_the_map_calls_pages_by_their_names():
+    text = "\n".join("".join(c["source"]) for c in json.loads((ROOT/"nbs"/"index.ipynb").read_text())["cells"])
+    rows = re.findall(r"^\| \[(.*?)\]\((.*?\.ipynb)\)", text, re.M)
+    assert len(rows) > 30 and all("".join(json.loads((ROOT/"nbs"/p).read_text())["cells"][0]["source"]).splitlines()[0] == f"# {t}" for t, p in rows)

@@ -28,7 +28,7 @@ class LoRA(Geometry):
     pinned: float | None = None        # experimental: μ of `Pinned`, in place of a metric
     factors = True
     def __post_init__(self):
-        if self.rank is not None and (not isinstance(self.rank, int) or self.rank < 1): raise ValueError(f"rank = {self.rank!r}: a merged adapter has a rank of at least 1.")
+        if self.rank is not None and (not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1): raise ValueError(f"rank = {self.rank!r}: a merged adapter has a rank of at least 1.")
         if self.pinned is not None and self.metric != "flat": raise ValueError("pinned= is a metric of its own: leave metric= out.")
         _ = self.inner      # which says what is wrong with its arguments
     @property
