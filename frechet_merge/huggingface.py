@@ -20,11 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adapters import bake
-from .checkpoints import Checkpoint, MergeError, _json, _parts, load
+from .checkpoints import Checkpoint, MergeError, _json, _parts, as_device, load
 from .curvature import Statistics, checked, curvature
 from .estimators import cross_entropy
 from .examples import batches, examples, need, quiet
-from .jobs import as_device
 from .statistics import PARTS
 
 # %% ../nbs/20b_huggingface.ipynb #7f756f0a

@@ -24,11 +24,11 @@ from torch import Tensor
 import frechet_merge
 from .adapters import bake as put_on
 from .blocks import Block, align, by_name
-from .checkpoints import Checkpoint, MemoryTensor, MergeError, load, spans, warn
+from .checkpoints import Checkpoint, MemoryTensor, MergeError, as_device, load, spans, warn
 from .geometries.lora import LoRA
 from .geometries.subspace import EpiMer
 from .geometry import Euclidean, Geometry
-from .jobs import Job, Merged, Plan, as_device, as_dtype, carry_out, report
+from .jobs import Job, Merged, Plan, as_dtype, carry_out, report
 from .mean import Mean, frechet_mean, normalise
 from .output import inputs, write_card, write_companions
 from .span import Stack
