@@ -51,9 +51,9 @@ def as_device(
     device:str|torch.device|None,    # as torch names them; None is the CPU
 )->torch.device:
     "A device that is here and holds numbers; `ValueError` for another."
-    try: torch.zeros(1, device=device or "cpu").item()
+    try: x = torch.zeros(1, device=device or "cpu"); x.item()
     except (RuntimeError, AssertionError) as e: raise ValueError(f"there is no device {device!r} here ({str(e).splitlines()[0][:100]}).") from e
-    return torch.device(device or "cpu")
+    return x.device      # cuda → cuda:0
 
 class LazyTensor:
     "A tensor that has not been read: `shape`, `dtype`, and any flat range of its elements on request."

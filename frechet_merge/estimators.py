@@ -81,7 +81,7 @@ def cross_entropy(
 
 def draws(seed:int, first:int, n:int)->list[torch.Generator]:
     "The random numbers of samples first to first + n, each with its own."
-    return [torch.Generator().manual_seed((seed << 40) + first + i & 2**63 - 1) for i in range(n)]
+    return [torch.Generator().manual_seed(seed*0x9E3779B1 + first + i & 0xFFFFFFFF) for i in range(n)]      # generators on the CPU read 32 bits of a seed; multiples of that prime are far apart in them
 
 def objective(
     estimator:str,               # one of `ESTIMATORS`

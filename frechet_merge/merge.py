@@ -213,8 +213,8 @@ def merge(
     else: plan = plan_models(models, g, base, weights, scale, metrics, dtype, device, absent, allow_nonfinite, allow_pickle)
 
     recipe, title = ({}, "") if out is None else (_recipe(g, models, base, weights, scale, dtype, None if metrics is None else [load(m, allow_pickle, "in memory") for m in metrics], full_hash, absent=absent, any_base=any_base, allow_nonfinite=allow_nonfinite), Path(out).name)
-    kinds = {d for _, d in plan.layout.values() if d.is_floating_point}
-    def dress(part, folder=next((c.folder for need in ("config.json", "") for c in (*models, base) if c is not None and c.folder and (c.folder/need).exists()), None), config=plan.config):
+    def dress(part, folder=next((c.folder for need in ("config.json", "") for c in (*models, base) if c is not None and c.folder and (c.folder/need).exists()), None), plan=plan):
+        kinds, config = {d for _, d in plan.layout.values() if d.is_floating_point}, plan.config
         write_companions(part, folder, dtype or (kinds.pop() if len(kinds) == 1 else None))
         if config is not None: (part/"adapter_config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
         ids = [c.source for c in (base, *models) if c is not None]
@@ -225,7 +225,8 @@ def merge(
         if recipe: recipe["bake"] = {"model": onto.source, "files": inputs(onto, full_hash)}
         done = carry_out(plan, None, executor=executor, progress=progress)
         full = put_on(onto, load(done.tensors))
-        last = carry_out(plan_models([full], Euclidean(), None, None, 1.0, None, dtype, device, None, False, False), out, lambda part: dress(part, onto.folder, None), executor, shard_size, progress)
+        whole = plan_models([full], Euclidean(), None, None, 1.0, None, dtype, device, None, False, False)
+        last = carry_out(whole, out, lambda part: dress(part, onto.folder, whole), executor, shard_size, progress)
         merged = Merged(last.tensors, done.means, last.out)
     else: merged = carry_out(plan, out, dress, executor, shard_size, progress)
     report(merged.means, len(plan.names))

@@ -90,7 +90,8 @@ class Operator:
         return unit*x
 
 # %% ../nbs/02_metrics.ipynb #a0825e8b
-def _eps(*Ms)->float: return max((min(torch.finfo(M.dtype).eps, torch.finfo(torch.float32).eps) for M in Ms if isinstance(M, Tensor)), default=0.0)
+def _eps(*Ms)->float:      # of 16 bits that of float32, in which they are computed
+    return max((min(torch.finfo(M.dtype).eps, torch.finfo(torch.float32).eps) for M in Ms if isinstance(M, Tensor)), default=0.0)
 
 def _known(lam, null=NULL, eps=0.0)->Any:
     "Eigenvalues without those that may be rounding, which are 0 (None but the negative ones for null = 0); numbers as they are; `ValueError` if one is negative."

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoints import CHUNK, LazyTensor, MemoryTensor, MergeError, scratch, spans
+from .checkpoints import CHUNK, LazyTensor, MemoryTensor, MergeError, as_device, scratch, spans
 from .geometry import Geometry
 from .metrics import as_metric
 
@@ -25,13 +25,13 @@ class Stack(Sequence[Tensor]):
     def __init__(self,
         lazy:Sequence[LazyTensor],     # the versions, all of one shape
         base:LazyTensor|None=None,     # of that shape too
-        device:Any=None,               # where chunks are computed, as torch names devices; default the CPU; `RuntimeError` for one that is not there
+        device:Any=None,               # where chunks are computed, as torch names devices; default the CPU; `ValueError` for one that is not there
         name:str="tensor",             # for messages
         sources:tuple=(),              # names of the models, and last of the base, for messages
         allow_nonfinite:bool=False,    # treat NaN and Inf as zeros; `nonfinite` says where they are
         role:str="rows",               # two stacks that are read in turn need a buffer each
     ):
-        device = torch.empty(0, device=device or "cpu").device      # cuda → cuda:0; an unknown one is refused here
+        device = as_device(device)
         self.lazy, self.base, self.device, self.name, self.sources, self.allow_nonfinite, self.role = lazy, base, device, name, sources, allow_nonfinite, role
         self.shape, self.dtype, self.numel = lazy[0].shape, (lazy[0] if base is None else base).dtype, lazy[0].numel
         self.computes = torch.float32

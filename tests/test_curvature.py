@@ -499,3 +499,12 @@ def test_hidden_states_are_pooled_over_the_mask():
     s = curvature(model, [batch], "diagonal", "empirical", loss=lambda out, b: out[:, 0])
     for n, g in gradients(model, batch, pooled).items():
         if not vanish(n): close(s[n], g.pow(2).mean(0))
+
+
+def test_seeds_and_labels_of_any_size():
+    torch.manual_seed(0); model, x = nn.Linear(3, 2), torch.randn(4, 3)
+    found = [curvature(model, [x], estimator="pullback", seed=s)["weight.left"] for s in (0, 1, 20240601, 20240602)]
+    assert all(not torch.equal(a, b) for i, a in enumerate(found) for b in found[:i])      # a seed is read
+    same = [curvature(model, [{"x": x, "labels": torch.tensor([0, 1, 1, 0], dtype=d)}], estimator="empirical", forward=lambda m, b: m(b["x"]))["weight.left"] for d in (torch.int32, torch.int64)]
+    assert torch.equal(*same)
+    with pytest.raises(ValueError, match="max_samples = 0"): curvature(model, [x], max_samples=0)

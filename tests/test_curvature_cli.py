@@ -141,6 +141,8 @@ def test_a_killed_run_goes_on(work, tmp_path):
     assert sorted(x.name for x in tmp_path.iterdir()) == ["long.jsonl", "s.safetensors", "whole.safetensors"] and again.about["samples"] == 80
     for n in whole: torch.testing.assert_close(again[n], whole[n], rtol=1e-4, atol=1e-7)
     assert collect(work/"bert", data, tmp_path/"s.safetensors", resume=True).about["samples"] == 80      # a loop that was killed passes over what is finished
+    for how, says in (({"form": "diagonal"}, "form 'kronecker'"), ({"seed": 1}, "seed 0"), ({"estimator": "true"}, "estimator 'pullback'")):
+        with pytest.raises(ValueError, match=f"is finished, and of another run: {says}"): collect(work/"bert", data, tmp_path/"s.safetensors", resume=True, **how)
 
 
 @pytest.mark.parametrize("args, says", [(dict(form="kroneker"), "no form is called 'kroneker'"), (dict(estimator="fisher"), "no estimator is called 'fisher'")])

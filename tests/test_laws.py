@@ -198,10 +198,12 @@ def test_pulls_that_cancel_as_a_whole_do_not_hide_weak_directions():
 
 
 def test_a_slow_mean_is_not_called_converged_before_it_is():
-    for seed in range(100, 120):
+    compared = 0
+    for seed in (62, 75, 76, 77, 126, 172, 178, 225, 287, 296):      # thirty steps and more in float64
         torch.manual_seed(seed); xs = [torch.randn(6) for _ in range(3)]
         want, got = (mean_of(Sphere(), [x.to(d) for x in xs], warn=False) for d in (torch.float64, torch.float32))
-        if want[1].converged and got[1].converged: assert (got[0] - want[0]).norm() < 2e-4*want[0].norm()
+        if want[1].converged and got[1].converged: compared += 1; assert (got[0] - want[0]).norm() < 1e-4*want[0].norm()
+    assert compared == 10
 
 
 @pytest.mark.parametrize("T", [2, 6, 7, 10])
@@ -214,6 +216,6 @@ def test_the_largest_number_has_a_mean(T, dtype):
 
 
 def test_spheres_of_sixteen_bits_are_computed_in_thirty_two():
-    xs = [300*torch.randn(10_000, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    xs = [300*torch.randn(100_000, generator=torch.Generator().manual_seed(i)) for i in range(2)]
     m, want = mean_of(Sphere(), [x.half() for x in xs])[0], mean_of(Sphere(), xs)[0]
     assert m.dtype == torch.float16 and (m.float() - want).norm() < 5e-4*want.norm()

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file, save_model
 
-from frechet_merge import Euclidean, MergeError, load, merge
+from frechet_merge import Euclidean, LoRA, MergeError, load, merge
 from frechet_merge.diagnostics import inspect
 from frechet_merge.geometries.sphere import karcher
 from frechet_merge.span import Stack, gram
@@ -338,6 +338,24 @@ def test_companions_come_from_the_models(models, tmp_path):
     assert config["said"] == "a model" and config["torch_dtype"] == str(load(out)["q.weight"].dtype).removeprefix("torch.") and (out/"modeling_x.py").read_text() == "a model"
     for m in models: (m/"config.json").unlink()
     assert json.loads((merge(models, base=models[0].parent/"base", out=tmp_path/"p").out/"config.json").read_text())["said"] == "base"      # no model has one
+
+
+def test_a_baked_adapter_leaves_the_base_its_dtype(tmp_path):
+    save(tmp_path/"base", {"l.weight": torch.randn(4, 6).bfloat16()}, {"model_type": "toy", "torch_dtype": "bfloat16"})
+    a = load({"base_model.model.l.lora_A.weight": torch.randn(2, 6), "base_model.model.l.lora_B.weight": torch.randn(4, 2)}); a.adapter = {"peft_type": "LORA", "r": 2, "lora_alpha": 2}
+    for dtype in (None, "fp32"):
+        out = merge([a], LoRA(), bake=tmp_path/"base", out=tmp_path/str(dtype), dtype=dtype).out
+        assert json.loads((out/"config.json").read_text())["torch_dtype"] == str(load(out)["l.weight"].dtype).removeprefix("torch.") == ("float32" if dtype else "bfloat16")
+    with pytest.raises(ValueError, match="differences from their base already"): inspect([a, a], base=tmp_path/"base")
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("name", ["wte", "emb"])
+def test_a_tied_head_that_one_model_saved_along(tmp_path, order, name):
+    w = torch.randn(11, 4); config = {"vocab_size": 11, "tie_word_embeddings": True}
+    both = [save(tmp_path/"a", {f"{name}.weight": w}, config), save(tmp_path/"b", {f"{name}.weight": 3*w, "lm_head.weight": 3*w}, config)]
+    m = merge(both[::order]).tensors
+    torch.testing.assert_close(m[f"{name}.weight"], 2*w); assert set(m.lazy) == {f"{name}.weight"}
 
 
 def test_the_hub_learns_what_a_merge_is_made_of(models, tmp_path):

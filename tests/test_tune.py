@@ -148,6 +148,7 @@ def test_search_survives_what_is_not_finite():
     x, tried = nearest(lambda x: math.inf if x > 3 else (math.log2(x) - 1)**2)
     assert x == pytest.approx(2, rel=.08) and len(tried) < 25
     assert all(float(f"{k:.3g}") == k for k in tried)
+    assert nearest(lambda x: math.nan if x < 1 else (math.log2(x) - 1)**2)[0] == pytest.approx(2, rel=.08)
 
 
 def test_it_asks_what_the_metrics_have_not_seen(work, tmp_path, monkeypatch):
