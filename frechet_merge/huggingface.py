@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapters import bake
+from .adapters import bake, classes
 from .checkpoints import Checkpoint, MergeError, _json, _parts, as_device, load
 from .curvature import Statistics, checked, curvature
 from .estimators import cross_entropy
@@ -119,8 +119,7 @@ def open_model(
         try:
             config = transformers.AutoConfig.from_pretrained(base.folder)
             kind = kind_of(config, model, next((t for a in adapters if a.adapter and (t := a.adapter.get("task_type"))), None), head)
-            brought = next((x.shape[0] for n, x in c.lazy.items() if n not in base.lazy and n.endswith(".weight") and n.split(".")[0] in ("classifier", "score") and len(x.shape) == 2), None)
-            more = {"num_labels": brought} if kind == "classifier" and brought else {}
+            more = {"num_labels": n, "ignore_mismatched_sizes": True} if kind == "classifier" and (n := classes(c)) else {}
             m, info = getattr(transformers, KINDS[kind]).from_pretrained(base.folder, dtype=dtype, output_loading_info=True, **more)
         except MergeError: raise
         except Exception as e: raise no(f"transformers cannot open it ({str(e).splitlines()[0][:200]})", "From Python, frechet_merge.curvature.curvature takes any module and its batches.") from e

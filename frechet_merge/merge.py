@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import frechet_merge
-from .adapters import bake as put_on
+from .adapters import bake as put_on, classes
 from .blocks import Block, align, by_name
 from .checkpoints import Checkpoint, MemoryTensor, MergeError, as_device, load, spans, warn
 from .geometries.lora import LoRA
@@ -213,9 +213,9 @@ def merge(
     else: plan = plan_models(models, g, base, weights, scale, metrics, dtype, device, absent, allow_nonfinite, allow_pickle)
 
     recipe, title = ({}, "") if out is None else (_recipe(g, models, base, weights, scale, dtype, None if metrics is None else [load(m, allow_pickle, "in memory") for m in metrics], full_hash, absent=absent, any_base=any_base, allow_nonfinite=allow_nonfinite), Path(out).name)
-    def dress(part, folder=next((c.folder for need in ("config.json", "") for c in (*models, base) if c is not None and c.folder and (c.folder/need).exists()), None), plan=plan):
+    def dress(part, folder=next((c.folder for need in ("config.json", "") for c in (*models, base) if c is not None and c.folder and (c.folder/need).exists()), None), plan=plan, head=classes(models[0])):
         kinds, config = {d for _, d in plan.layout.values() if d.is_floating_point}, plan.config
-        write_companions(part, folder, dtype or (kinds.pop() if len(kinds) == 1 else None))
+        write_companions(part, folder, dtype or (kinds.pop() if len(kinds) == 1 else None), head)
         if config is not None: (part/"adapter_config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
         ids = [c.source for c in (base, *models) if c is not None]
         hub = {"base_model": [i.partition("@")[0] for i in ids], "base_model_relation": "merge"} if all(HUB.fullmatch(i) and not Path(i).exists() for i in ids) else None      # by which the hub draws where a model comes from
@@ -226,7 +226,7 @@ def merge(
         done = carry_out(plan, None, executor=executor, progress=progress)
         full = put_on(onto, load(done.tensors))
         whole = plan_models([full], Euclidean(), None, None, 1.0, None, dtype, device, None, False, False)
-        last = carry_out(whole, out, lambda part: dress(part, onto.folder, whole), executor, shard_size, progress)
+        last = carry_out(whole, out, lambda part: dress(part, onto.folder, whole, classes(full)), executor, shard_size, progress)
         merged = Merged(last.tensors, done.means, last.out)
     else: merged = carry_out(plan, out, dress, executor, shard_size, progress)
     report(merged.means, len(plan.names))

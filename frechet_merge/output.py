@@ -80,13 +80,16 @@ def write_companions(
     out:Path,                   # the folder to write to
     source:Path|None,           # the folder of a model; None: there is nothing to copy
     dtype:torch.dtype|None,     # what the config is to say; None: what it says
+    classes:int|None=None,      # of the head, which the config may not know; None: what it says
 )->None:
     "Copy config and tokenizer files."
     for f in sorted({f for p in COMPANIONS for f in source.glob(p) if f.is_file()} if source else []):
         if f.name.endswith(".index.json"): continue
-        if f.name == "config.json" and dtype is not None:
-            cfg = json.loads(f.read_text()); key, kind = "dtype" if "dtype" in cfg else "torch_dtype", str(dtype).removeprefix("torch.")
-            if cfg.get(key) != kind: (out/f.name).write_text(json.dumps({**cfg, key: kind}, indent=2) + "\n"); continue
+        if f.name == "config.json":
+            cfg = json.loads(f.read_text()); said = {}
+            if dtype is not None: said["dtype" if "dtype" in cfg else "torch_dtype"] = str(dtype).removeprefix("torch.")
+            if classes is not None and classes != len(cfg.get("id2label") or "01"): said |= {"id2label": {str(i): f"LABEL_{i}" for i in range(classes)}, "label2id": {f"LABEL_{i}": i for i in range(classes)}}      # transformers' default: two
+            if any(cfg.get(k) != v for k, v in said.items()): (out/f.name).write_text(json.dumps({**cfg, **said}, indent=2) + "\n"); continue
         shutil.copyfile(f, out/f.name)
     parts = [m["path"] for m in json.loads((source/"modules.json").read_text()) if m.get("path")] if source and (source/"modules.json").exists() else []      # of sentence-transformers
     for d in ["additional_chat_templates", *parts]:

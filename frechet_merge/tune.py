@@ -175,6 +175,8 @@ def tune(
     device=None,                                   # where models run and merges are computed; default: the CPU
     dtype:str|torch.dtype|None=None,               # of what is written, as for `merge`
     bounds:tuple[float,float]=BOUNDS,              # of anchors and scales
+    absent:str|None=None,                          # of what some models lack, as for `merge`
+    any_base:bool=False,                           # merge adapters whose configs name different bases
     allow_pickle:bool=False,                       # accept .bin files (plain tensors only)
     say:Callable=lambda text: None,                # called with what is being done
 )->Tuned:
@@ -191,12 +193,12 @@ def tune(
     origin, loaded = load(base, allow_pickle), [load(m, allow_pickle) for m in models]
     adapters = any(c.adapter is not None for c in loaded)
     gs = [geometry_named(g) if isinstance(g, str) else g for g in geometries or ([pullback(share="right"), pullback(share="left")] if metrics is not None else ["tsvm"] if adapters else [EpiMer()])]
-    def merging(g, scale, to, dtype=dtype): return merge(models, g, None if adapters else base, ws, scale, metrics, to, dtype, device=device, allow_pickle=allow_pickle)
+    def merging(g, scale, to, dtype=dtype): return merge(models, g, None if adapters else base, ws, scale, metrics, to, dtype, device=device, absent=absent, any_base=any_base, allow_pickle=allow_pickle)
     with warnings.catch_warnings():      # what cannot be is refused before anything runs; the merges will warn
         warnings.simplefilter("ignore")
         for g in gs:
-            if adapters: plan_adapters(loaded, g, ws, 1.0, None, device, None, False)
-            else: plan_models(loaded, g, origin, ws, 1.0, metrics, None, device, None, False, allow_pickle)
+            if adapters: plan_adapters(loaded, g, ws, 1.0, None, device, absent, any_base)
+            else: plan_models(loaded, g, origin, ws, 1.0, metrics, None, device, absent, False, allow_pickle)
 
     distance, opened = OutputDistance(), None
     asking = [_unseen(d, s, split, text, pair, max_samples, seed, allow_pickle) for d, s in zip(data, metrics or [None]*T)]

@@ -240,7 +240,7 @@ def test_adapters_on_their_base(tmp_path):
     m = open_model(f"{base_folder()}+{DATA/'movie'}"); baked = load(f"{base_folder()}+{DATA/'movie'}")
     assert all(torch.equal(p, baked[m.names[n]]) for n, p in m.model.named_parameters() if n in m.names) and len(m.names) == 103
     with pytest.raises(MergeError, match=r"is an adapter.\nName its base too: .*MiniLM.*movie"): open_model(DATA/"movie")
-    for kind, cls, task, more, targets in (("bert-encoder", AutoModelForSequenceClassification, "SEQ_CLS", {"num_labels": 5}, ["query"]), ("gpt2", AutoModelForCausalLM, "CAUSAL_LM", {}, ["c_attn"])):
+    for kind, cls, task, more, targets in (*((kind, AutoModelForSequenceClassification, "SEQ_CLS", {"num_labels": 5, "ignore_mismatched_sizes": True}, ["query"]) for kind in ("bert-encoder", "bert", "roberta")), ("gpt2", AutoModelForCausalLM, "CAUSAL_LM", {}, ["c_attn"])):
         base = make(kind, tmp_path/kind); torch.manual_seed(1)
         peft = get_peft_model(cls.from_pretrained(base, **more), LoraConfig(r=2, task_type=task, target_modules=targets, init_lora_weights=False, fan_in_fan_out=kind == "gpt2")); peft.save_pretrained(tmp_path/f"{kind}-adapter")
         theirs = PeftModel.from_pretrained(cls.from_pretrained(base, **more), tmp_path/f"{kind}-adapter").merge_and_unload().eval()

@@ -357,3 +357,23 @@ def test_a_tied_embedding_is_not_adapted_alone(tmp_path):
     torch.manual_seed(0); model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**TINY["gpt2"])); model.save_pretrained(tmp_path/"base")
     get_peft_model(model, LoraConfig(r=2, target_modules=["wte"])).save_pretrained(tmp_path/"a")
     with pytest.raises(ValueError, match="ties to its output layer"): load(f"{tmp_path/'base'}+{tmp_path/'a'}")
+
+
+@pytest.mark.parametrize("base_labels", [None, 3], ids=["a base without a head", "a base with another head"])
+def test_an_adapter_brings_its_classes(base_labels, tmp_path):
+    "RoBERTa's head has two layers; the config beside the weights is the base's."
+    import transformers
+    from frechet_merge.adapters import bake
+    cfg, own = dict(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, max_position_embeddings=32), ["classifier"]
+    first = transformers.RobertaForMaskedLM(transformers.RobertaConfig(**cfg)) if base_labels is None else transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**cfg, num_labels=base_labels))
+    first.save_pretrained(tmp_path/"base"); kept = []
+    for i in range(2):
+        torch.manual_seed(i); m = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path/"base", num_labels=5, ignore_mismatched_sizes=True)
+        m = get_peft_model(m, LoraConfig(r=2, task_type="SEQ_CLS", target_modules=["query"], modules_to_save=own, init_lora_weights=False)); m.save_pretrained(tmp_path/f"a{i}")
+        kept.append(m.merge_and_unload().eval())
+    x = torch.arange(12).view(2, 6) + 4
+    for out in (merge([tmp_path/"a0"], LoRA(), bake=tmp_path/"base", out=tmp_path/"baked").out, merge([f"{tmp_path/'base'}+{tmp_path/'a0'}"], out=tmp_path/"full").out):
+        got = transformers.AutoModelForSequenceClassification.from_pretrained(out).eval()
+        assert got.config.num_labels == 5
+        with torch.no_grad(): torch.testing.assert_close(got(x).logits, kept[0](x).logits, rtol=1e-4, atol=1e-5)
+    assert bake(load(tmp_path/"base"), load(tmp_path/"a1"))["classifier.out_proj.weight"].shape == (5, 16)

@@ -165,3 +165,19 @@ def test_it_asks_what_the_metrics_have_not_seen(work, tmp_path, monkeypatch):
     assert {r["text"] for r in t._unseen(data, None, "train", None, None, None, 0)} > seen
     with pytest.warns(UserWarning, match="fewer than 8 others"): assert len(t._unseen(write(tmp_path/"few.jsonl", rows[:22]), s, "train", None, None, 64, 0)) == 22
     with pytest.raises(MergeError, match="no such file"): t._unseen(tmp_path/"absent.jsonl", s, "train", None, None, 64, 0)
+
+
+@pytest.mark.filterwarnings("ignore:.*at an end")
+def test_layers_that_one_adapter_lacks(tmp_path, work):
+    from peft import LoraConfig, get_peft_model
+    from transformers import GPT2LMHeadModel
+    for i, layers in enumerate((["c_attn"], ["c_attn", "c_fc"])):
+        torch.manual_seed(i); get_peft_model(GPT2LMHeadModel.from_pretrained(work/"gpt2"), LoraConfig(r=2, target_modules=layers, init_lora_weights=False, fan_in_fan_out=True)).save_pretrained(tmp_path/f"a{i}")
+    models = [tmp_path/"a0", tmp_path/"a1"]
+    for absent in ("renormalise", None):
+        found = tune(models, work/"0.jsonl", work/"gpt2", ["lora"], out=tmp_path/f"{absent}", absent=absent, max_samples=8)
+        want = merge(models, "lora", scale=found.best.scale, absent=absent).tensors
+        assert all(torch.equal(x, want[k]) for k, x in load(tmp_path/f"{absent}").items())
+    c_fc = next(k for k in want if "c_fc" in k and "lora_B" in k)
+    assert not torch.equal(load(tmp_path/"renormalise")[c_fc], want[c_fc])
+    with pytest.raises(ValueError, match="absent = 'none'"): tune(models, work/"0.jsonl", work/"gpt2", ["lora"], absent="none")
