@@ -34,7 +34,7 @@ class Geometry(ABC):
     needs_metrics = False    # without metrics there is nothing of it: refused, instead of merged as in flat space
     keeps_rank = False   # a mean of low-rank updates has their rank, and not the sum of their ranks
     batched = False      # its points may have one more dimension in front, which counts problems of one shape
-    radius = math.inf    # float | None: if every model is closer to a stationary point than this, that point is the mean; None: not known
+    radius = None        # float | None: if every model is closer to a stationary point than this, that point is the mean: math.inf where space is flat; None: not known
     laws_waived = ()     # tuple[int, ...]: the laws (`check_geometry`) that this method breaks by design
 
     @abstractmethod
@@ -59,6 +59,7 @@ class Geometry(ABC):
 class Euclidean(Geometry):
     "Flat space: the weighted average, or with metrics the precision-weighted one."
     separable = batched = True
+    radius = math.inf
     def chart(self, thetas, Gs=None):
         return [Point(t, G) for t, G in zip(thetas, Gs or [1.0]*len(thetas))], lambda m: m
     def log(self, m, x): return x - m

@@ -40,8 +40,9 @@ Model = str | os.PathLike[str] | Mapping[str, Tensor]      # a folder, file, hub
 # %% ../nbs/21_merge.ipynb #9dd5db33
 def _pool(means:list[Mean])->Mean:
     "One report for the chunks of a tensor."
-    return Mean(None, max(m.residual for m in means), max(m.iterations for m in means), all(m.converged for m in means),
-                sum(m.variance for m in means), all(m.unique for m in means), max(m.lost for m in means))
+    unique = {m.unique for m in means}
+    return Mean(None, max(m.residual for m in means) if not any(m.lost for m in means) else math.nan, max(m.iterations for m in means), all(m.converged for m in means),
+                sum(m.variance for m in means), False if False in unique else None if None in unique else True, max(m.lost for m in means))
 
 def merge_block(
     g:Geometry,

@@ -318,3 +318,15 @@ def test_arguments_are_checked(wrong):
 
 def test_knots_refuses_vectors():
     with pytest.raises(ValueError, match="needs matrices"): KnOTS().chart([torch.ones(3), torch.ones(3)])
+
+
+def test_adapters_at_right_angles_have_no_wasserstein_mean():
+    "All rotations are equally good: what is returned must not depend on how the factors are written."
+    gen = torch.Generator().manual_seed(0); Q, R = (torch.linalg.qr(torch.randn(9, 9, generator=gen, dtype=torch.float64))[0] for _ in range(2))
+    fs = [Factors(Q[:, 2*t:2*t + 2]*torch.tensor([3 - t, 2.5 - t], dtype=torch.float64), R[:, 2*t:2*t + 2].T) for t in range(2)]
+    M = torch.linalg.qr(torch.randn(2, 2, generator=gen, dtype=torch.float64))[0]*torch.tensor([1., 10.], dtype=torch.float64)
+    other = [Factors(f.B @ M, torch.linalg.inv(M) @ f.A) for f in fs]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore"); (a, x), (b, _) = mean_of(Wasserstein(), fs), mean_of(Wasserstein(), other)
+    assert x.lost == 1 and "no single shortest path" in x.problem
+    torch.testing.assert_close(a.delta(), b.delta(), rtol=1e-9, atol=1e-9)

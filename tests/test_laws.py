@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from frechet_merge import Euclidean, LoRA, Point, Span, Sphere, check_geometry, frechet_mean, merge
 from frechet_merge.geometries.sphere import karcher
 from frechet_merge.laws import LAWS, mean_of
+from frechet_merge.mean import Manifold, import_geomstats
 from frechet_merge.merge import geometries
 
 GEOMETRIES = {"Euclidean": Euclidean(), "Span(Euclidean)": Span(Euclidean()), "Sphere": Sphere(), "Span(Sphere)": karcher()}
@@ -128,7 +129,7 @@ class TestSphere:
 
     def test_antipodal_is_reported(self):
         _, mean = mean_of(karcher(), [self.x[0], -self.x[0]], warn=False)
-        assert not mean.unique and "only mean" in mean.problem
+        assert not mean.unique and not mean.converged and "in general no mean" in mean.problem and math.isnan(mean.variance) and math.isnan(mean.residual)
 
     def test_beyond_the_convexity_radius_is_reported(self):
         t = torch.tensor([0, 2, 4])*math.pi/3
@@ -153,7 +154,6 @@ class TestSphere:
     def test_against_geomstats_on_the_sphere_of_the_span(self):
         import numpy as np
 
-        from frechet_merge.mean import Manifold, Point, import_geomstats
         from frechet_merge.span import coordinates, gram
         import_geomstats()
         from geomstats.geometry.hypersphere import Hypersphere
@@ -219,3 +219,29 @@ def test_spheres_of_sixteen_bits_are_computed_in_thirty_two():
     xs = [300*torch.randn(100_000, generator=torch.Generator().manual_seed(i)) for i in range(2)]
     m, want = mean_of(Sphere(), [x.half() for x in xs])[0], mean_of(Sphere(), xs)[0]
     assert m.dtype == torch.float16 and (m.float() - want).norm() < 5e-4*want.norm()
+
+
+class TestWhatIsKnownOfAMean:
+    def test_a_model_of_weight_zero_does_not_decide(self):
+        x = torch.tensor([1., 0, 0], dtype=torch.float64); y = torch.tensor([0, 1., 0], dtype=torch.float64)
+        assert mean_of(Sphere(), [x, x + .1*y, -x + .2*y], [.5, .5, 0])[1].unique and not mean_of(Sphere(), [x, x + .1*y, -x + .2*y], [.5, .4, .1], warn=False)[1].unique
+
+    def setup_method(self): import_geomstats()
+
+    def test_opposite_points_of_a_geomstats_sphere_have_no_mean(self):
+        from geomstats.geometry.hypersphere import Hypersphere
+        p = torch.tensor([0., 0, 1], dtype=torch.float64)
+        mean = frechet_mean(Manifold(Hypersphere(2)), [Point(p), Point(-p)], warn=False)
+        assert mean.lost == 1 and not mean.converged and math.isnan(mean.variance)
+
+    @pytest.mark.parametrize("c", [1e2, 1e4, 1e6])
+    def test_ill_conditioned_points_of_a_manifold(self, c):
+        from geomstats.geometry.spd_matrices import SPDMatrices
+        X = [torch.diag(torch.tensor(d, dtype=torch.float64)) for d in ([1, 1/c], [4, 2/c], [9, .3/c])]
+        m = frechet_mean(Manifold(SPDMatrices(2)), [Point(x) for x in X], warn=False)
+        torch.testing.assert_close(m.x[0, 0], torch.tensor(36.)**(1/3), check_dtype=False, rtol=1e-6, atol=0); assert m.unique is None
+
+    def test_a_metric_that_float64_cannot_hold_is_refused(self):
+        from geomstats.geometry.spd_matrices import SPDMatrices
+        X = [torch.diag(torch.tensor(d, dtype=torch.float64)) for d in ([1, 1e-9], [4, 2e-9])]
+        with pytest.raises(ValueError, match="more than float64 holds"): frechet_mean(Manifold(SPDMatrices(2)), [Point(x) for x in X])

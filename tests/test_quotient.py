@@ -90,7 +90,7 @@ def test_batched_is_one_by_one(m, n, r, seed, metric):
         points, up = g.chart([Factors(f.B[k], f.A[k]) for f in fs])
         alone = frechet_mean(g, points, [.5, .3, .2], warn=False)
         assert off(together[k], up(alone.x).delta()) <= 1e-10 and alone.lost == found[k].lost
-        assert math.isclose(alone.variance, found[k].variance, rel_tol=1e-8, abs_tol=1e-20)
+        assert math.isclose(alone.variance, found[k].variance, rel_tol=1e-8, abs_tol=1e-20) or alone.lost and math.isnan(alone.variance) and math.isnan(found[k].variance)
 
 
 @few(10)

@@ -6,6 +6,7 @@
 __all__ = ['RANK', 'NARROW', 'ties', 'KnOTS', 'polar', 'TSVM']
 
 # %% ../../nbs/geometries/12e_baselines.ipynb #fe7ff375
+import math
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,7 @@ class KnOTS(Geometry):
     "TIES on the core matrices, in the joint singular bases of both sides. A baseline: masks, not a distance."
     density: float = 0.2             # share of the entries that each update keeps
     batched = True
+    radius = math.inf
     laws_waived = (3, 4, 6, 9)       # trimmed is not the input; a model that is listed twice has two votes
     def __post_init__(self):
         if not 0 < self.density <= 1: raise ValueError(f"KnOTS(density={self.density}): the share of entries to keep must be in (0, 1].")
@@ -66,6 +68,7 @@ class TSVM(Geometry):
     "Task singular vectors, turned until they are orthonormal, and added (TSV-M). A baseline: a sum, not a mean."
     k: int | None = None             # triplets of each update; default its rank, or min(m, n)//T where these do not fit
     factors = batched = True
+    radius = math.inf
     laws_waived = property(lambda self: (3, 4, 6) if self.k is None else (3, 4, 6, 9))     # 3 holds for copies of low rank only; 9 unless triplets are cut
     def __post_init__(self):
         if self.k is not None and (not isinstance(self.k, int) or self.k < 1): raise ValueError(f"TSVM(k={self.k!r}): keep at least one singular triplet of each update.")

@@ -26,6 +26,7 @@ class Curved(Geometry):
     nu: float = 1.0                 # the flat metric of the anchor, where each of the models counts as a whole
     share: str | None = None        # "right" or "left": all models get the mean of their factors on that side, and the sum a closed form
     curved = True
+    radius = math.inf
     separable = property(lambda self: not self.normalise and not self.damping)    # units are those of whole tensors
     differences = property(lambda self: self.anchor is not None)                 # a sum is one of differences
     needs_metrics = property(lambda self: self.anchor is not None or self.normalise or self.damping > 0 or self.share is not None)      # without all of them it is the mean

@@ -6,6 +6,7 @@
 __all__ = ['RANK', 'tangent_metric', 'Pinned']
 
 # %% ../../nbs/geometries/12c_pinned.ipynb #d4806876
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -35,6 +36,7 @@ class Pinned(Geometry):
     "EXPERIMENTAL: low-rank updates in the flat space of their core, each with the quotient's metric at its own end, damped by mu."
     mu: float = 0.05    # > 0, in units of the metric, whose eigenvalues are 0, 1/2 and 1: towards 0 a sum of what is orthogonal, towards inf the plain mean
     factors = batched = True
+    radius = math.inf
     def __post_init__(self):
         if not self.mu > 0: raise ValueError(f"Pinned(mu={self.mu}): the damping must be > 0. Without it the mean is not unique where no adapter has an opinion, and not a continuous function of adapters that nearly agree.")
     def chart(self, thetas, Gs=None):

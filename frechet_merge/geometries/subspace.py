@@ -109,7 +109,7 @@ def _projected(G, b:LabeledBasis, name:str="a metric"):
     if (sigma := getattr(G, "sigma", None)) is not None and not (len(sigma) == p and torch.allclose(sigma.to(b.sigma), b.sigma, rtol=SAME, atol=SAME*float(b.sigma.max() if p else 0))):
         raise ValueError(f"{name} is projected on the basis of other models, of another order, or of another k: give the models as they were given for the basis.")
     if isinstance(G, Diagonal):
-        if not isinstance(d := G.d, Tensor): return G     # a multiple of SᵀS = 1
+        if not isinstance(d := G.d, Tensor): return G     # a multiple of SᵀS, which is 1 if all directions differ
         return Dense(projected_diagonal(d.expand(len(b.U), len(b.V)), b.U.to(d.dtype), b.V.to(d.dtype)).double(), eps=torch.finfo(d.dtype).eps)
     if isinstance(G, Kronecker):
         pairs = [[None if M is None else M.double() for M in pair] for pair in (*G.pairs, (None, None))]
@@ -142,6 +142,8 @@ class EpiMer(Geometry):
         if like.dim() != 2 or min(like.shape) < T or not any(t.any() for t in thetas): return [Point(t, G) for t, G in zip(thetas, Gs)], lambda m: m
         b = labeled_basis(thetas, self.k)
         Gs = [_projected(G, b, f"the metric of model {t}") for t, G in enumerate(Gs)]
+        if any(isinstance(G, Dense) for G in Gs) and float(((gram := (b.U.mT @ b.U)*(b.V.mT @ b.V)) - torch.eye(len(gram)).to(gram)).abs().max()) > 1e-8:      # numbers beside matrices, where directions coincide
+            Gs = [G if isinstance(G, Dense) else Dense(G.d*gram) for G in Gs]
         Gs = damped(normalised(Gs) if self.normalise else Gs, self.damping)
         return [Point(x, G) for x, G in zip(b.coordinates(thetas, self.coordinates), Gs)], lambda m: b.lift(self.alpha*T*m).to(like.dtype)
     def log(self, m, x): "The difference x − m."; return x - m
