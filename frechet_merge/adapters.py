@@ -54,10 +54,10 @@ def layers(c:Checkpoint)->tuple[dict[str,Layer],dict[str,LazyTensor]]:    # by m
     "What an adapter says about each layer; `MergeError` names what is not ΔW = s·B·A."
     cfg = c.adapter
     def no(why, remedy="Only LoRA updates ΔW = s·B·A have a mean here."): return MergeError(f"{c.source}: {why}.\n{remedy}")
-    if not cfg: raise no("has no adapter_config.json, so it is not a PEFT adapter", "Name a folder that PEFT saved.")
+    if not cfg: raise no("has factors of LoRA and no adapter_config.json, and what they mean is not known without", "Name a folder that PEFT saved, with its config; or pass `model.merge_and_unload().state_dict()`, which is a full model.")
     if cfg.get("peft_type") != "LORA": raise no(f"has peft_type = {cfg.get('peft_type')!r}")
     for key, why in REFUSED.items():
-        if cfg.get(key): raise no(f"has {key} = {cfg[key]!r}: {why}")
+        if cfg.get(key): raise no(f"has {key} = {cfg[key]!r}: {why}", "Only LoRA updates ΔW = s·B·A have a mean here. Put it on its base with PEFT's merge_and_unload(), save that, and merge full models with --base.")
     if (init := str(cfg.get("init_lora_weights")).lower()).startswith(CHANGE_THE_BASE): raise no(f"has init_lora_weights = {init!r}, which changed the base that it was trained on", "Convert it to plain LoRA first: PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...).")
     parts, rest = {}, {}
     for key, x in c.lazy.items():

@@ -166,7 +166,7 @@ def from_state_dict(
         key = (x.untyped_storage().data_ptr(), x.storage_offset(), x.shape, x.stride(), x.dtype) if x.numel() else name
         if key in seen: tied[name] = seen[key]
         else: seen[key] = name; lazy[name] = MemoryTensor(x)
-    return Checkpoint(lazy, source, tied=tied)
+    return Checkpoint(lazy, source, tied=tied, adapter={} if any(".lora_" in n for n in lazy) else None)      # an adapter, whose config is not known
 
 # %% ../nbs/00_checkpoints.ipynb #dc0207ce
 def _json(path:Path)->dict:
@@ -241,7 +241,7 @@ def load(
     "Open a checkpoint without reading its tensors; `MergeError` if it is missing, damaged or not one, `ValueError` for another type."
     if isinstance(source, Checkpoint): return source
     if isinstance(source, Mapping): return from_state_dict(source, name)
-    if not isinstance(source, (str, os.PathLike)): raise ValueError(f"a {type(source).__name__} is not a model here.\nPass a path, a hub id, or `model.state_dict()`.")
+    if not isinstance(source, (str, os.PathLike)): raise ValueError(f"a {type(source).__name__} is not a model here.\nPass a path, a hub id, or `model.state_dict()`" + (", of an adapter the folder of its `save_pretrained`." if hasattr(source, "peft_config") else "."))
     name, path = str(source), Path(source).expanduser()
     if not path.exists() and len(parts := _parts(name)) > 1:
         from frechet_merge.adapters import bake
@@ -254,6 +254,7 @@ def load(
     files, promised = weight_files(path) if path.is_dir() else ([path], set())
     if not files or files[0].suffix in (".bin", ".pt", ".pth"):
         pickles, promised = (files, promised) if files else weight_files(path, "bin")
+        if not pickles and (inner := next((d for d in sorted(path.iterdir(), reverse=True) if d.is_dir() and weight_files(d)[0]), None)): raise MergeError(f"{path}: holds no weights, but {inner} does.\nName that folder.")      # what a Trainer leaves
         if not pickles: raise MergeError(f"{path}: holds no safetensors weights.\nName a folder with model.safetensors, an index, or an adapter.")
         if not allow_pickle: raise MergeError(f"{pickles[0]}: is a pickle, which can run code when it is opened.\nConvert it to safetensors, or allow it explicitly (allow_pickle=True, --allow-pickle).")
         c = _open_pickles(pickles, promised, name)

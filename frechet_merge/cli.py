@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'Models', 'Base', 'Pickle', 'TextColumn', 'PairColumn', 'Split', 'BatchSize', 'MaxLength', 'Absent', 'AnyBase',
-           'Tokenizer', 'merge_command', 'inspect_command', 'curvature_command', 'basis_command', 'tune_command',
-           'demo_command', 'main']
+           'Tokenizer', 'MOST', 'merge_command', 'inspect_command', 'curvature_command', 'basis_command',
+           'tune_command', 'demo_command', 'main']
 
 # %% ../nbs/40_cli.ipynb #fbd8897e
 import json
@@ -66,6 +66,8 @@ def _names(text:str|None, option:str="--metrics")->list[str]|None:
     if not all(names := [x.strip() for x in text.split(",")]): raise ValueError(f"{option} {text!r} has an empty name: write one file per model, as A,B,C.")
     return names
 
+def _same(a:str, b:str)->bool: return a == b or Path(a).exists() and Path(b).exists() and len({*load(a, True).files} & {*load(b, True).files}) > 0
+
 def _picture(path:Path|None):
     "`MergeError` if no picture can be written there, before there is one."
     if path is None: return
@@ -100,6 +102,8 @@ def merge_command(
     merge(models, geometry, base, _numbers(weights, "weights"), scale, _names(metrics), out, dtype, executor, device,
           shard_size=_size(shard_size), bake=bake, absent=absent, any_base=any_base, allow_nonfinite=allow_nonfinite, allow_pickle=allow_pickle,
           full_hash=full_hash, progress=not quiet and sys.stderr.isatty())
+    if len(models) == 1 and bake is None: warnings.warn(f"{models[0]} is the only model: there is nothing to average with it", stacklevel=1)
+    for m in dict.fromkeys(m for i, m in enumerate(models) if any(_same(m, n) for n in models[:i])): warnings.warn(f"{m} is named twice: it counts as two models", stacklevel=1)
     written = load(out).lazy; n = sum(x.numel for x in written.values())
     print(f"{out}: {len(models)} models merged, {len(written)} tensors, {_count(n)} parameters, {time.time() - start:.1f} s")
 
@@ -128,15 +132,17 @@ def inspect_command(
     if plot and found.eta: plot_eta(found).figure.savefig(plot, dpi=150, bbox_inches="tight")
     if not found.mergeable: raise typer.Exit(1)
 
+MOST = 10      # lines of one kind
+
 def _show(found, top, based):
     from rich.console import Console
     from rich.table import Table
     out, first = Console(markup=False), "base" if based else "first model"
     from rich.text import Text
-    t = Table("model", "parameters", "dtype", f"distance from {first}", "cosines of the differences", title="Models")
+    t = Table("model", "parameters", "dtype", *([f"distance from {first}"] if found.distance else []), "cosines of the differences", title="Models")
     far = ["–", *(f"{x:.4f}" for x in found.distance)] if found.distance else ["–"]*len(found.sources)
     cos = [*["–"]*(len(found.sources) - len(found.cosine)), *(" ".join(f"{x:+.2f}" for x in r) for r in found.cosine)] if found.cosine else ["–"]*len(found.sources)
-    for row in zip(found.sources, found.parameters, found.dtypes, far, cos): t.add_row(Text(row[0]), f"{row[1]:,}", " ".join(row[2]), row[3], row[4])
+    for row in zip(found.sources, found.parameters, found.dtypes, far, cos): t.add_row(Text(row[0]), f"{row[1]:,}", " ".join(row[2]), *row[3 if found.distance else 4:])
     out.print(t)
     if found.tensors:
         t = Table("tensor", "shape", "norms", "distances", title=f"The {min(top, len(found.tensors))} tensors that differ most, of {len(found.tensors)}")
@@ -147,7 +153,9 @@ def _show(found, top, based):
         t = Table("tensor", "η", "share of all η", "η/F", title=f"What metrics would change: the {min(top, len(found.eta))} largest of {len(found.eta)} tensors")
         for r in found.eta[:top]: t.add_row(Text(r["name"]), f"{r['eta']:.3g}", f"{100*r['share']:.1f} %", f"{100*r['eta']/r['F']:.0f} %" if r["F"] else "–")
         out.print(t); print(found.verdict)
-    for name, who in found.missing.items(): print(f"missing: {name} in {', '.join(who)}")
+    mixed = len(found.adapters) not in (0, len(found.sources))      # then all is missing, and one line says why
+    for name, who in [*found.missing.items()][:0 if mixed else MOST]: print(f"missing: {name} in {', '.join(who)}")
+    if not mixed and len(found.missing) > MOST: print(f"missing: {len(found.missing) - MOST} more tensors; --json has all")
     for name, s in found.shapes.items(): print(f"shapes differ: {name} {' '.join(map(str, s))}")
     for name, n in found.nonfinite.items(): print(f"not finite: {name} has " + ", ".join(f"{k} in {who}" for k, who in zip(n, found.sources) if k))
     for name in found.unequal: print(f"integers differ: {name}")
@@ -246,7 +254,7 @@ def tune_command(
     t = Table("geometry", "scale", *(Path(m.rpartition("+")[2]).name for m in models), "mean", title="How far outputs moved: 0 the model's own, 1 the base's")
     for s in found.settings: t.add_row(s.name, f"{s.scale:g}", *(f"{d:.3f}" for d in s.distances), f"{s.distance:.4f}")
     Console(markup=False).print(t)
-    print(f"The nearest: {found.best.name}" + f", scale {found.best.scale:g}"*(found.best.scale != 1) + (f" → {out}" if out else "") + f" ({time.time() - start:.0f} s)")
+    print(f"The nearest: --geometry {found.best.name}" + f" --scale {found.best.scale:g}"*(found.best.scale != 1) + (f" → {out}" if out else "") + f" ({time.time() - start:.0f} s)")
 
 # %% ../nbs/40_cli.ipynb #3ffd9fc3
 @app.command("demo")

@@ -86,7 +86,7 @@ def merges(T:int)->dict[str,dict]:    # T: number of models
     of_weights = {"mean of weights": dict(geometry=Euclidean()), "Karcher of weights": dict(geometry=karcher())}
     of_updates = {"LoRA(), scaled": dict(geometry=LoRA(), scale=0.3*T), "LoRA(rank=4), scaled": dict(geometry=LoRA(rank=4), scale=0.3*T),
                   "LoRA(metric='mix'), scaled": dict(geometry=LoRA(metric="mix"), scale=0.3*T), "LoRA(metric='wasserstein'), scaled": dict(geometry=LoRA(metric="wasserstein"), scale=0.3*T),
-                  "LoRA(pinned=0.02)": dict(geometry=LoRA(pinned=0.02)), "Karcher of updates": dict(geometry=karcher()), "KnOTS": dict(geometry=KnOTS()), "TSV-M": dict(geometry=TSVM())}
+                  "LoRA(pinned=0.05)": dict(geometry=LoRA(pinned=0.05)), "Karcher of updates": dict(geometry=karcher()), "KnOTS": dict(geometry=KnOTS()), "TSV-M": dict(geometry=TSVM())}
     return of_weights | {k: v | {"bake": base_folder()} for k, v in of_updates.items()}
 
 def demo(

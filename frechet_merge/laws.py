@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .geometry import Geometry
+from .geometry import Geometry, Point
 from .mean import Mean, _of_points, _pulls, _total, frechet_mean
 from .metrics import as_metric
 
@@ -81,9 +81,12 @@ def check_geometry(
     tol:float|None=None,               # on relative errors; default 1e-9 in float64, 1e-4 in float32 (1e-6 and 1e-2 for law 7, a finite difference)
 )->dict[int,float]:                  # law → relative error
     "Hold a geometry to the laws of a mean: error per law, or `AssertionError` that names the law. Waived laws are not checked."
+    if not isinstance(g, Geometry): raise ValueError(f"{g!r} is not a Geometry: pass an instance, such as Euclidean().")
     if thetas is None: thetas = torch.randn(3, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).add(1).unbind()
     ws = ws or [.5, .3, .2, *[.1]*len(thetas)][:len(thetas)]
     tol = tol or (1e-9 if thetas[0].dtype == torch.float64 else 1e-4)
+    made = g.chart(list(thetas), Gs)
+    if not (isinstance(made, tuple) and len(made) == 2 and callable(made[1]) and all(isinstance(p, Point) for p in made[0])): raise ValueError(f"{type(g).__name__}.chart must return two things, a list of Points and the way back, a function of coordinates; it returned {type(made).__name__}" + (f" of {', '.join(type(x).__name__ for x in made)}." if isinstance(made, tuple) else "."))
     found = {k: e for k, e in _errors(g, list(thetas), ws, Gs, act, same) if k not in g.laws_waived}
     for k, e in found.items():
         limit = max(tol, 1e-6 if thetas[0].dtype == torch.float64 else 1e-2) if k == 7 else tol

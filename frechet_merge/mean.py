@@ -31,7 +31,7 @@ class ConvergenceWarning(UserWarning): "A mean did not reach its tolerance, or i
 @dataclass(frozen=True)
 class Mean:
     "A Fréchet mean and what is known about it."
-    x: Tensor | Any       # coordinates: a tensor, as the points are; None in the reports of `merge`, which do not keep them
+    x: Tensor | Any = field(repr=False)      # coordinates: a tensor, as the points are; None in the reports of `merge`, which do not keep them
     residual: float       # ‖Σ w G log‖ / Σ‖w G log‖, without unit: 0 where all pulls cancel, 1 where they agree
     iterations: int       # steps tried after the first
     converged: bool       # residual <= tol, or the step was below the resolution of the dtype

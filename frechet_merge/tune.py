@@ -13,7 +13,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from .geometry import Geometry
 from .huggingface import Name, open_model
 from .jobs import Merged
 from .mean import normalise
-from .merge import geometry_named, merge, plan_adapters, plan_models
+from .merge import geometry_named, merge, plan_adapters, plan_models, spelled
 from .statistics import facts
 
 # %% ../nbs/22_tune.ipynb #d14b2e31
@@ -93,11 +93,6 @@ def nearest(
     return min(tried, key=lambda x: math.inf if math.isnan(tried[x]) else tried[x]), tried
 
 # %% ../nbs/22_tune.ipynb #c1b0e6d0
-def _brief(g)->str:
-    "The geometry with what differs from its defaults."
-    if not is_dataclass(g): return repr(g)
-    return f"{type(g).__name__}({', '.join(f'{f.name}={v!r}' for f in fields(g) if f.repr and (v := getattr(g, f.name)) != f.default)})"
-
 @dataclass(frozen=True)
 class Setting:
     "A merge, and how far the outputs of its models moved."
@@ -106,7 +101,7 @@ class Setting:
     distances: list[float]        # for each model, without unit: 0 at its own outputs, 1 as far from them as the base is
     tried: dict[float, float]     # {anchor or scale: weighted mean of the distances} of the search
     distance: float               # their weighted mean
-    name = property(lambda self: _brief(self.geometry))      # the geometry with what differs from its defaults
+    name = property(lambda self: spelled(self.geometry))      # the geometry, as one types it
 
 @dataclass(frozen=True)
 class Tuned:
@@ -213,11 +208,11 @@ def tune(
         anchored = isinstance(g, Curved) and g.anchor is not None
         with _between(out) as folder:
             def end(name, g, scale=1.0, folder=Path(folder)):
-                say(f"{_brief(g)}: merging …"); merging(g, scale, folder/name, "fp32")
+                say(f"{spelled(g)}: merging …"); merging(g, scale, folder/name, "fp32")
                 return bake(origin, load(folder/name)) if adapters else load(folder/name)
             ends = (end("0", replace(g, anchor=0.0)), end("1", replace(g, anchor=1.0))) if anchored else (end("0", g, 0.0) if adapters else origin, end("1", g))      # what adapters saved whole has no scale
-            best, far, tried = asked.along(*ends, ws, bounds, lambda x, d, g=g, anchored=anchored: say((_brief(replace(g, anchor=x)) if anchored else f"{_brief(g)}, scale {x:g}") + f": distance {d:.4f}"))
-        if min(math.log2(best/bounds[0]), math.log2(bounds[1]/best)) <= 2*CLOSE: warnings.warn(f"{_brief(g)}: the best {'anchor' if anchored else 'scale'} in {bounds} is at an end, {best:g}.\nWiden the bounds, or take another geometry.", stacklevel=2)
+            best, far, tried = asked.along(*ends, ws, bounds, lambda x, d, g=g, anchored=anchored: say((spelled(replace(g, anchor=x)) if anchored else f"{spelled(g)}, scale {x:g}") + f": distance {d:.4f}"))
+        if min(math.log2(best/bounds[0]), math.log2(bounds[1]/best)) <= 2*CLOSE: warnings.warn(f"{spelled(g)}: the best {'anchor' if anchored else 'scale'} in {bounds} is at an end, {best:g}.\nWiden the bounds, or take another geometry.", stacklevel=2)
         settings.append(Setting(replace(g, anchor=best) if anchored else g, 1.0 if anchored else best, far, tried, tried[best]))
     settings.sort(key=lambda s: s.distance)
     return Tuned(settings, None if out is None else merging(settings[0].geometry, settings[0].scale, out))

@@ -199,6 +199,9 @@ class Book:
         from nbdev.processors import clean_magics, hide_, hide_line, rm_header_dash, strip_ansi, strip_hidden_metadata
         page = path.relative_to(self.root/"nbs").as_posix(); module, book = self.modules[page], self
         nb = read_nb(path)
+        for i, c in reversed([*enumerate(nb.cells)]):      # commands that a notebook hands to the shell are shown as what one types
+            if c.cell_type == "code" and (m := SHELL.fullmatch(c.source.strip())):
+                c.source = f"#| echo: false\n{c.source}"; nb.cells.insert(i, mk_cell(fence(m[3].strip(), "sh"), "markdown"))
 
         class Chapter(Processor):
             def begin(self):
@@ -253,6 +256,9 @@ def alt(source):
     except SyntaxError: return ""
     found = [text(e) for c in sorted(calls, key=lambda c: (c.lineno, c.col_offset)) for e in ([c.args[0]] if getattr(c.func, "attr", "") in ("set_title", "suptitle", "title") and c.args else []) + [k.value for k in c.keywords if k.arg in ("title", "suptitle")]]
     return "; ".join(dict.fromkeys(" ".join(t.split()) for t in found if isinstance(t, str)))
+
+
+SHELL = re.compile(r'sh\((r?)("""|")((?:(?!""").)*)\2(?:, code=\d+)?\)', re.S)      # the whole cell
 
 
 def pages(root, out):

@@ -102,8 +102,13 @@ def test_output_that_is_a_file(models, tmp_path):
 def test_an_empty_output_folder_is_fine(models, tmp_path):
     (tmp_path/"out").mkdir(); assert cli("merge", "m0", "m1", "-o", "out", cwd=tmp_path)[0] == 0
 
-@pytest.mark.parametrize("name, near", [("shpere", "sphere"), ("euclidian", "euclidean"), ("karcher", "sphere"), ("linear", "euclidean")])
+@pytest.mark.parametrize("name, near", [("shpere", "sphere"), ("euclidian", "euclidean"), ("puback", "pullback")])
 def test_unknown_geometry(models, tmp_path, name, near): refused("m0", "m1", "--geometry", name, cwd=tmp_path, code=2, says=f"{name}|Did you mean '{near}'")
+
+@pytest.mark.parametrize("name, says", [("karcher", "It is sphere"), ("linear", "It is euclidean"), ("Task-Arithmetic", "a base and a scale"), ("fisher", "curvature"), ("ties", "none of these"), ("nothing like it", "There are: curved")])
+def test_geometries_by_other_names(models, tmp_path, name, says):
+    _, _, err = cli("merge", "m0", "m1", "-o", "out", "--geometry", name, cwd=tmp_path)
+    assert says in err and "Did you mean" not in err
 
 def test_other_wrong_usage(models, tmp_path):
     refused("m0", "m1", "--dtype", "int8", cwd=tmp_path, code=2, says="int8|bf16")
@@ -112,9 +117,13 @@ def test_other_wrong_usage(models, tmp_path):
     refused("m0", "m1", "--scale", "2", cwd=tmp_path, code=2, says="base")
     assert cli("merge", "m0", cwd=tmp_path)[0] == 2 and cli("frobnicate")[0] == 2 and cli("merge", "--out")[0] == 2
 
-@pytest.mark.parametrize("text, says", [("epimer:alpha=x", "'epimer:alpha=x'|alpha"), ("epimer:k=0", "'epimer:k=0'|singular triplet"), ("pullback:nu=x", "'pullback:nu=x'|nu"), ("pullback:nu=-1", "anchor's metric"), ("lora:rank=x", "rank"), ("sphere:x=1", "x")])
+@pytest.mark.parametrize("text, says", [("epimer:alpha=x", "'epimer:alpha=x'|alpha"), ("epimer:k=0", "'epimer:k=0'|singular triplet"), ("pullback:nu=x", "'pullback:nu=x'|nu"), ("pullback:nu=-1", "anchor's metric"), ("lora:rank=x", "rank"), ("lora:metric=top", "top")])
 def test_arguments_of_a_geometry(models, tmp_path, text, says):
-    refused("m0", "m1", "--base", "m2", "--geometry", text, cwd=tmp_path, code=2, says=f"{says}|{text.partition(':')[0]} takes: ")
+    refused("m0", "m1", "--base", "m2", "--geometry", text, cwd=tmp_path, code=2, says=f"{says}|{text.partition(':')[0]} takes ")
+
+def test_arguments_that_a_geometry_does_not_have(models, tmp_path):
+    refused("m0", "m1", "--geometry", "lora:16", cwd=tmp_path, code=2, says="lora has no '16'|lora takes rank=None|write lora:rank=")
+    refused("m0", "m1", "--geometry", "lora:ranks=16", cwd=tmp_path, code=2, says="lora has no 'ranks'")
 
 
 @pytest.mark.parametrize("text", ["", "a,", " ", "a,,b"])

@@ -3,6 +3,7 @@ import copy
 import json
 import math
 import re
+import shutil
 import warnings
 
 import peft
@@ -275,7 +276,7 @@ def test_grouped_convolutions_are_refused(tmp_path):
 def test_kinds_are_not_mixed(make, tmp_path):
     a = make("a", 0)
     with pytest.raises(ValueError, match="full model"): merge([a, toy().state_dict()])
-    with pytest.raises(ValueError, match="leave base= out"): merge([a], base=toy().state_dict())
+    with pytest.raises(ValueError, match="leave base= .--base. out"): merge([a], base=toy().state_dict())
     with pytest.raises(ValueError, match="these are full models"): merge([toy().state_dict()], LoRA())
     with pytest.raises(ValueError, match="metrics are for"): merge([a], metrics=[{}])
     b = copy.deepcopy(a)
@@ -377,3 +378,26 @@ def test_an_adapter_brings_its_classes(base_labels, tmp_path):
         assert got.config.num_labels == 5
         with torch.no_grad(): torch.testing.assert_close(got(x).logits, kept[0](x).logits, rtol=1e-4, atol=1e-5)
     assert bake(load(tmp_path/"base"), load(tmp_path/"a1"))["classifier.out_proj.weight"].shape == (5, 16)
+
+
+def test_factors_without_a_config_are_not_averaged(make):
+    "Neither as tensors in memory, by the names of PEFT's own functions, nor as a file."
+    from peft import get_peft_model_state_dict
+    a = [get_peft_model(toy(), LoraConfig(r=2, target_modules=["q"])) for _ in range(2)]
+    for states in ([m.state_dict() for m in a], [get_peft_model_state_dict(m) for m in a]):
+        with pytest.raises(ValueError, match=r"factors of LoRA and no adapter_config.json.*\n.*merge_and_unload"): merge(states)
+    with pytest.raises(ValueError, match="save_pretrained"): merge(a)
+
+
+def test_the_folder_that_a_trainer_leaves(make, tmp_path):
+    a = make("a", 0); shutil.copytree(a, tmp_path/"run"/"checkpoint-500")
+    with pytest.raises(ValueError, match="run: holds no weights, but .*checkpoint-500 does.\nName that folder"): merge([a, tmp_path/"run"])
+
+
+def test_the_card_says_how_and_what_is_in_doubt(make, tmp_path):
+    import yaml
+    models = [make("a", 0, r=2), make("b", 1, r=2)]
+    with warnings.catch_warnings(): warnings.simplefilter("ignore"); merge(models, LoRA(metric="mix"), weights=[2, 1], out=tmp_path/"out")
+    recipe = yaml.safe_load((tmp_path/"out"/"README.md").read_text().split("```")[1].removeprefix("yaml"))
+    assert recipe["command"] == f"frechet-merge merge {models[0]} {models[1]} -o out --geometry lora:metric=mix --weights 2,1"
+    assert "no single shortest path" in recipe["doubtful"] and "lora:rank" in recipe["doubtful"]
