@@ -304,3 +304,16 @@ def test_a_dtype_that_is_no_real_number(dtype):
 @pytest.mark.parametrize("how, says", [({"device": "meta"}, "there is no device 'meta' here"), ({"scale": "2"}, "must be numbers"), ({"weights": "11"}, "must be numbers")], ids=["meta", "scale", "weights"])
 def test_arguments_that_are_no_numbers_or_devices(how, says):
     with pytest.raises(ValueError, match=says): merge([{"w": torch.ones(3)}]*2, base={"w": torch.zeros(3)}, **how)
+
+
+def test_one_model_and_one_model_twice_are_noticed(models, tmp_path):
+    for more, says in (([], "is the only model"), (["m0"], "m0 is named twice"), (["m0/model.safetensors"], "is named twice")):
+        code, _, err = cli("merge", "m0", *more, "-o", f"out{len(more)}{says[:2]}{'/' in ''.join(more)}", cwd=tmp_path)
+        assert code == 0 and says in err
+    assert not cli("merge", "m0", "m1", "-o", "quiet", cwd=tmp_path)[2]
+
+
+def test_inspect_of_what_has_little_in_common_is_short(models, tmp_path):
+    save(tmp_path/"other", {f"x{i}": torch.ones(2) for i in range(30)})
+    code, out, _ = cli("inspect", "m0", "other", cwd=tmp_path)
+    assert code == 1 and out.count("missing:") == 11 and "more tensors; --json has all" in out
