@@ -29,7 +29,7 @@ from frechet_merge.demo import base_folder, embed
 from frechet_merge.geometries.baselines import KnOTS, TSVM
 
 HERE = Path(__file__).parent
-SCALES = [.7, 1., 1.4, 2., 2.8]
+SCALES = [.35, .5, .7, 1., 1.4, 2., 2.8, 4., 5.6]
 
 
 def predict(state, model, tok, tasks, heads):

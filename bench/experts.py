@@ -60,7 +60,7 @@ class Experts:
         return [b for _, b in self.batches(*inputs, 32)]
     def statistics(self, n, form, estimator=None, samples=SAMPLES):
         "Of the centred pullback: logits without their mean, which no probability depends on."
-        self.put(self.delta[n]); what, centred = estimator.removesuffix(", centred"), estimator.endswith(", centred")
+        self.put(self.delta[n]); what, centred = (estimator or "pullback").removesuffix(", centred"), str(estimator).endswith(", centred")
         def forward(model, b): z = self.logits(model, n, b); return z - centred*z.mean(-1, keepdim=True)
         return curvature(self.model, self.unlabelled(n, samples), form, what, forward=forward, parameters="encoder.*")
 

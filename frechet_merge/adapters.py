@@ -117,7 +117,7 @@ def classes(
     c:Checkpoint,          # from `bake`
 )->int|None:               # None: it has no such head, or no adapter that could have brought it
     "How many classes the head of a sequence classifier has, by the rows of its last layer: the config beside it is the base's, which may not know."
-    last = max((n for n, x in c.lazy.items() if n.split(".")[0] in HEADS and n.endswith(".weight") and len(x.shape) == 2), default=None)
+    last = max((n for n, x in c.lazy.items() if n.split(".")[0] in HEADS and n.endswith(".weight") and len(x.shape) == 2), key=lambda n: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", n)], default=None)
     return c.lazy[last].shape[0] if last and any(isinstance(x, BakedTensor) for x in c.lazy.values()) else None
 
 def bake(
@@ -133,8 +133,10 @@ def bake(
     for key, x in rest.items():      # whole tensors first: PEFT saves an adapted embedding with them, without its update
         name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
         there = _in_base(name, lazy) or name
-        if there in lazy and lazy[there].shape != x.shape and there.split(".")[0] not in HEADS: raise no(f"saved {name!r} with shape {list(x.shape)}, in the base it is {list(lazy[there].shape)}", "Resize the base's vocabulary first.")
+        own = there.split(".")[0] in HEADS and there in base.lazy and not any(isinstance(b, BakedTensor) for b in base.lazy.values())      # a head of the base, and not of another adapter
+        if there in lazy and lazy[there].shape != x.shape and not (own and lazy[there].shape[1:] == x.shape[1:]): raise no(f"saved {name!r} with shape {list(x.shape)}, in the base it is {list(lazy[there].shape)}", "Resize the base's vocabulary first.")
         lazy[there] = x
+    if odd := next((n for n, x in lazy.items() if n.split(".")[0] in HEADS and n.endswith(".weight") and (b := lazy.get(n.removesuffix("weight") + "bias")) is not None and b.shape[:1] != x.shape[:1]), None): raise no(f"leaves {odd!r} and its bias with different numbers of rows", "Save both with the adapter.")
     for layer in found.values():
         name = _in_base(f"{layer.name}.weight", {**lazy, **base.tied})
         if name is None: raise no(f"adapts {layer.name!r}, which the base does not have")

@@ -166,7 +166,7 @@ def from_state_dict(
         key = (x.untyped_storage().data_ptr(), x.storage_offset(), x.shape, x.stride(), x.dtype) if x.numel() else name
         if key in seen: tied[name] = seen[key]
         else: seen[key] = name; lazy[name] = MemoryTensor(x)
-    return Checkpoint(lazy, source, tied=tied, adapter={} if any(".lora_" in n for n in lazy) else None)      # an adapter, whose config is not known
+    return Checkpoint(lazy, source, tied=tied, adapter={} if any(".lora_A." in n or ".lora_B." in n for n in lazy) else None)      # an adapter, whose config is not known
 
 # %% ../nbs/00_checkpoints.ipynb #dc0207ce
 def _json(path:Path)->dict:
@@ -233,6 +233,15 @@ def _from_hub(repo:str, allow_pickle:bool)->Path:
     except Exception as e:
         raise MergeError(f"{repo}: not a folder here, and the hub did not give it ({type(e).__name__}).\nCheck the path or the id, and the network or HF_HUB_OFFLINE.") from e
 
+def _inside(folder:Path)->Path|None:
+    "The last checkpoint that a Trainer left in a folder."
+    def number(d): return int(n) if (n := d.name.rpartition("-")[2]).isdigit() else -1
+    for d in sorted(folder.glob("checkpoint-*"), key=number, reverse=True):
+        try:
+            if d.is_dir() and weight_files(d)[0]: return d
+        except (MergeError, OSError): pass
+    return None
+
 def load(
     source:str|os.PathLike|Mapping[str,Tensor],    # folder, file, hub id, "base+adapter", or tensors in memory; a `Checkpoint` is returned as it is
     allow_pickle:bool=False,   # accept .bin files (plain tensors only)
@@ -254,7 +263,7 @@ def load(
     files, promised = weight_files(path) if path.is_dir() else ([path], set())
     if not files or files[0].suffix in (".bin", ".pt", ".pth"):
         pickles, promised = (files, promised) if files else weight_files(path, "bin")
-        if not pickles and (inner := next((d for d in sorted(path.iterdir(), reverse=True) if d.is_dir() and weight_files(d)[0]), None)): raise MergeError(f"{path}: holds no weights, but {inner} does.\nName that folder.")      # what a Trainer leaves
+        if not pickles and (inner := _inside(path)): raise MergeError(f"{path}: holds no weights, but {inner} does.\nName that folder.")
         if not pickles: raise MergeError(f"{path}: holds no safetensors weights.\nName a folder with model.safetensors, an index, or an adapter.")
         if not allow_pickle: raise MergeError(f"{pickles[0]}: is a pickle, which can run code when it is opened.\nConvert it to safetensors, or allow it explicitly (allow_pickle=True, --allow-pickle).")
         c = _open_pickles(pickles, promised, name)

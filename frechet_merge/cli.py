@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -66,7 +67,7 @@ def _names(text:str|None, option:str="--metrics")->list[str]|None:
     if not all(names := [x.strip() for x in text.split(",")]): raise ValueError(f"{option} {text!r} has an empty name: write one file per model, as A,B,C.")
     return names
 
-def _same(a:str, b:str)->bool: return a == b or Path(a).exists() and Path(b).exists() and len({*load(a, True).files} & {*load(b, True).files}) > 0
+def _place(model:str)->str: return os.path.realpath(Path(model).parent if model.endswith(".safetensors") else model) if Path(model).exists() else model
 
 def _picture(path:Path|None):
     "`MergeError` if no picture can be written there, before there is one."
@@ -102,8 +103,9 @@ def merge_command(
     merge(models, geometry, base, _numbers(weights, "weights"), scale, _names(metrics), out, dtype, executor, device,
           shard_size=_size(shard_size), bake=bake, absent=absent, any_base=any_base, allow_nonfinite=allow_nonfinite, allow_pickle=allow_pickle,
           full_hash=full_hash, progress=not quiet and sys.stderr.isatty())
-    if len(models) == 1 and bake is None: warnings.warn(f"{models[0]} is the only model: there is nothing to average with it", stacklevel=1)
-    for m in dict.fromkeys(m for i, m in enumerate(models) if any(_same(m, n) for n in models[:i])): warnings.warn(f"{m} is named twice: it counts as two models", stacklevel=1)
+    if len(models) == 1 and bake is None and base is None: warnings.warn(f"{models[0]} is the only model: there is nothing to average with it", stacklevel=1)
+    for place, n in Counter(map(_place, models)).items():
+        if n > 1: warnings.warn(f"{next(m for m in models if _place(m) == place)} is named {n} times: it counts as {n} models", stacklevel=1)
     written = load(out).lazy; n = sum(x.numel for x in written.values())
     print(f"{out}: {len(models)} models merged, {len(written)} tensors, {_count(n)} parameters, {time.time() - start:.1f} s")
 

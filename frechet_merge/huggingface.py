@@ -124,7 +124,7 @@ def open_model(
         except MergeError: raise
         except Exception as e: raise no(f"transformers cannot open it ({str(e).splitlines()[0][:200]})", "From Python, frechet_merge.curvature.curvature takes any module and its batches.") from e
         names, m = names_in(m, c), m.eval()
-        if made_up := sorted(n for n in info["missing_keys"] if n not in names and "pooler" not in n): raise no(f"has no {made_up[0]!r}" + (f" and {len(made_up) - 1} more" if made_up[1:] else "") + f", which {type(m).__name__} needs", "It was not trained as one: name the fine-tuned model, or give a head (--head FILE:NAME).")
+        if made_up := sorted(n for n in {*info["missing_keys"], *(k if isinstance(k, str) else k[0] for k in info.get("mismatched_keys", ()))} if n not in names and "pooler" not in n): raise no(f"has no {made_up[0]!r}" + (f" and {len(made_up) - 1} more" if made_up[1:] else "") + f", which {type(m).__name__} needs", "It was not trained as one: name the fine-tuned model, or give a head (--head FILE:NAME).")
         with torch.no_grad():
             for n, p in m.named_parameters():
                 if n in names and c.lazy[names[n]] is not base.lazy.get(names[n]): p.copy_(c[names[n]])

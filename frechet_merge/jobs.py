@@ -112,30 +112,31 @@ def bar(
 
 def report(
     means:dict[str,Mean],    # by name
-    total:int,               # how many there are in all
+    start:str="",            # what the solver starts from, where it is of use to know
 )->None:
     "One `ConvergenceWarning` for all means that have a problem."
-    if text := doubtful(means, total): warnings.warn(text, ConvergenceWarning, stacklevel=3)
+    if text := doubtful(means, start): warnings.warn(text, ConvergenceWarning, stacklevel=3)
 
 def doubtful(
     means:dict[str,Mean],    # by name
-    total:int,               # how many there are in all
+    start:str="",            # what the solver starts from, where it is of use to know
 )->str:                      # empty if there are none
     "How many means have a problem, the first ones, and what it is."
     bad = {n: m.problem for n, m in means.items() if m.problem}
     alike = {p: [n for n in bad if bad[n] == p] for p in dict.fromkeys(bad.values())}
     said = "; ".join(f"{', '.join(ns[:2])}{f' and {len(ns) - 2} more' if ns[2:] else ''} {p}" for p, ns in list(alike.items())[:3]) + (" …" if len(alike) > 3 else "")
-    start = " These models are too far apart for this geometry: what is written there is where the solver starts, of adapters their mean cut to its rank, as lora:rank=… gives it." if any(m.lost for m in means.values()) else ""
-    return f"{len(bad)} of {total} means need a look: {said}.{start}" if bad else ""
+    lost = f" These models are too far apart for this geometry: what is written there is where the solver starts{start and ', ' + start}." if any(m.lost for m in means.values()) else ""
+    return f"{len(bad)} of {len(means)} means need a look: {said}.{lost}" if bad else ""
 
 # %% ../nbs/11_jobs.ipynb #46798222
 def carry_out(
     plan:Plan,
     out:str|os.PathLike|None=None,                  # folder to write; None: tensors in memory
-    dress:Callable=lambda part, means: None,        # called with the new folder and {name: Mean}, to write what is not a tensor
+    dress:Callable[[Path],Any]=lambda part: None,   # called with the new folder, to write what is not a tensor
     executor:str|Callable="threads",                # "threads" | "serial", or a function like `map`
     shard_size:int=5*10**9,                         # bytes; adapters are one file
     progress:bool=False,                            # a bar on stderr
+    card:Callable=lambda part, means: None,         # called with the folder and {name: Mean} when all is done
 )->Merged:
     "Do the jobs of a plan; `MergeError` if the disk is full or a number does not fit, and then nothing appears at `out`."
     def run(sink):
@@ -160,10 +161,11 @@ def carry_out(
     out = Path(out)
     try:
         with staged(out) as part:
+            dress(part)
             sink = ShardWriter(part, plan.layout, shard_size if plan.config is None else 1 << 62, "model" if plan.config is None else "adapter_model", plan.tied)
             try: means = run(sink)
             finally: sink.close()
-            dress(part, means)
+            card(part, means)
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): raise MergeError(f"{e.filename or out}: {e.strerror}.\n" + ("Allow more open files: ulimit -n 65536." if e.errno == errno.EMFILE else "Check the folder and its permissions; nothing was left behind.")) from e
         raise MergeError(f"{out}: {e.strerror} (the merged model takes {plan.nbytes/1e9:.2f} GB).\nFree some space or name a folder on another disk; nothing was left behind.") from e

@@ -6,6 +6,7 @@
 __all__ = ['LAWS', 'mean_of', 'check_geometry']
 
 # %% ../nbs/05_laws.ipynb #5ab0e1b8
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -47,7 +48,8 @@ def _errors(g, thetas, ws, Gs, act, same):
     yield 8, float((m.dtype, m.device, m.shape) != (thetas[0].dtype, thetas[0].device, thetas[0].shape))
     yield 9, gap(mean([0], ws[:1])[0], thetas[0])
     away = g.exp(points[0].x, g.log(points[0].x, points[-1].x)/3)
-    yield 10, max(gap(lift(g.exp(away, g.log(away, p.x))), lift(p.x)) for p in points)
+    ways = [g.log(away, p.x) for p in points]
+    yield 10, max(gap(lift(g.exp(away, v)), lift(p.x)) if v.isfinite().all() else math.inf for v, p in zip(ways, points))
 
 def _off(g, points, ws):
     "How far the next step from the mean would lead, relative to where it is and to the distances."

@@ -95,10 +95,10 @@ def geometry_named(text:str)->Geometry:      # NAME or NAME:ARGUMENT=VALUE,…, 
     def value(v):
         try: return ast.literal_eval(v)
         except (ValueError, SyntaxError): return v
-    make = known[name].load(); takes = {k: p.default for k, p in signature(make).parameters.items()}
-    remedy = f"{name} takes {', '.join(f'{k}={v}' for k, v in takes.items())}; write {name}:{next(iter(takes))}=…" if takes else f"{name} takes nothing"
+    make = known[name].load(); takes = signature(make).parameters
+    remedy = f"{name} takes {', '.join(k if p.default is p.empty else f'{k}={p.default}' for k, p in takes.items())}; write {name}:{next(iter(takes))}=…" if takes else f"{name} takes nothing"
     pairs = [tuple(x.strip() for x in a.partition("=")) for a in args.split(",") if a]
-    if strange := next((k for k, is_, _ in pairs if not is_ or k not in takes), None): raise ValueError(f"{text!r}: {name} has no {strange!r}.\n{remedy}.")
+    if strange := next((k for k, is_, _ in pairs if not is_ or k not in takes and not any(p.kind == p.VAR_KEYWORD for p in takes.values())), None): raise ValueError(f"{text!r}: {name} has no {strange!r}.\n{remedy}.")
     try: return make(**{k: value(v) for k, _, v in pairs})
     except (TypeError, ValueError) as e: raise ValueError(f"{text!r}: {str(e).splitlines()[0].rstrip('.')}.\n{remedy}.") from e
 
@@ -106,12 +106,12 @@ def spelled(g:Geometry)->str:      # as `geometry_named` reads it; its repr if i
     "LoRA(rank=16, metric='mix') → 'lora:rank=16,metric=mix': what to type for a geometry, the shortest way."
     found = []
     for name, e in geometries().items():
-        try: make = e.load(); plain = make()
-        except (ImportError, TypeError, ValueError): continue
-        if type(plain) is not type(g): continue
-        args = [f"{k}={getattr(g, k)}" for k in signature(make).parameters if getattr(g, k, None) != getattr(plain, k, None)]
-        try: found += [text] if geometry_named(text := name + ":"*bool(args) + ",".join(args)) == g else []
-        except ValueError: pass
+        try:      # others' geometries may be of any kind
+            make = e.load(); plain = make()
+            if type(plain) is not type(g): continue
+            args = [f"{k}={getattr(g, k)}" for k in signature(make).parameters if getattr(g, k, None) != getattr(plain, k, None)]
+            if geometry_named(text := name + ":"*bool(args) + ",".join(args)) == g: found.append(text)
+        except Exception: continue
     return min(found, key=len, default=repr(g))
 
 # %% ../nbs/21_merge.ipynb #0ce5ab0c
@@ -133,6 +133,7 @@ def plan_models(models:list[Checkpoint], g:Geometry, base:Checkpoint|None,
     weights, scale, metrics, dtype:torch.dtype|None, device, absent:str|None, allow_nonfinite:bool, allow_pickle:bool,     # as for `merge`
 )->Plan:
     "Full checkpoints → full checkpoint; `MergeError` if they do not match, `ValueError` if the arguments do not."
+    if absent not in (None, "renormalise"): raise ValueError(f"absent = {absent!r}: use 'renormalise'; 'zero' is for the layers of adapters.")
     if g.factors: raise ValueError(f"{g!r} merges adapters, and these are full models.\nName the adapters alone, or use another geometry (TSV-M of full models is epimer without metrics).")
     if g.differences and base is None: raise ValueError(f"{g!r} adds up what the models changed.\nName the model from which they did: base=, --base.")
     if g.needs_metrics and metrics is None: raise _needs(g, "Collect them with `frechet-merge curvature`, one file per model, and name them: metrics=, --metrics.")
@@ -160,6 +161,7 @@ def plan_adapters(models:list[Checkpoint], g:Geometry,         # a geometry of m
     weights, scale, dtype:torch.dtype|None, device, absent:str|None, any_base:bool,     # as for `merge`
 )->Plan:
     "PEFT adapters → PEFT adapter; `MergeError` if they do not match, `ValueError` if the arguments do not."
+    if absent not in (None, "renormalise", "zero"): raise ValueError(f"absent = {absent!r}: use 'renormalise' or 'zero'.")
     g = g if isinstance(g, LoRA) else LoRA(metric=g)
     if g.inner.needs_metrics: raise _needs(g.inner, "Metrics are for full models: name each adapter as BASE+ADAPTER, collect metrics with `frechet-merge curvature`, and give --base.")
     updates, whole = align_updates(models, absent, any_base)
@@ -221,7 +223,6 @@ def merge(
     g = geometry_named(geometry) if isinstance(geometry, str) else geometry
     if not isinstance(g, Geometry): raise ValueError(f"{g!r} is not a Geometry: pass an instance, such as Euclidean(), or a name.")
     adapters = any(m.adapter is not None for m in models)
-    if absent not in (None, "renormalise", *(["zero"] if adapters else [])): raise ValueError(f"absent = {absent!r}: use 'renormalise'" + (" or 'zero'." if adapters else "; 'zero' is for the layers of adapters."))
     if bake is not None and not adapters: raise ValueError("bake= puts merged adapters on a full model, and these are full models.")
     as_device(device)
 
@@ -232,26 +233,28 @@ def merge(
         if bake is not None: plan.layout = {k: (s, torch.promote_types(torch.float32, d) if ".lora_" in k else d) for k, (s, d) in plan.layout.items()}     # rounded once, on the base
     else: plan = plan_models(models, g, base, weights, scale, metrics, dtype, device, absent, allow_nonfinite, allow_pickle)
 
-    recipe, title = ({}, "") if out is None else (_recipe(Path(out).name, g, models, base, weights, scale, dtype, None if metrics is None else [load(m, allow_pickle, "in memory") for m in metrics], full_hash, absent=absent, any_base=any_base, allow_nonfinite=allow_nonfinite), Path(out).name)
-    def dress(part, means, folder=next((c.folder for need in ("config.json", "") for c in (*models, base) if c is not None and c.folder and (c.folder/need).exists()), None), plan=plan, head=classes(models[0])):
+    recipe, title = ({}, "") if out is None else (_recipe(Path(out).name, g, models, base, weights, scale, dtype, None if metrics is None else [load(m, allow_pickle, "in memory") for m in metrics], full_hash, absent=absent, any_base=any_base, allow_nonfinite=allow_nonfinite, allow_pickle=allow_pickle), Path(out).name)
+    start = "their mean, cut to its rank, as lora:rank=… gives it" if adapters and (g.inner if isinstance(g, LoRA) else g).keeps_rank else ""
+    def dress(part, folder=next((c.folder for need in ("config.json", "") for c in (*models, base) if c is not None and c.folder and (c.folder/need).exists()), None), plan=plan, head=classes(models[0])):
         kinds, config = {d for _, d in plan.layout.values() if d.is_floating_point}, plan.config
         write_companions(part, folder, dtype or (kinds.pop() if len(kinds) == 1 else None), head)
         if config is not None: (part/"adapter_config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
+    def card(part, means, plan=plan):
         ids = [c.source for c in (base, *models) if c is not None]
         hub = {"base_model": [i.partition("@")[0] for i in ids], "base_model_relation": "merge"} if all(HUB.fullmatch(i) and not Path(i).exists() for i in ids) else None      # by which the hub draws where a model comes from
-        if said := doubtful(means, len(means)): recipe["doubtful"] = said
-        write_card(part, title, recipe, hub if config is None else {"library_name": "peft", "base_model": config["base_model_name_or_path"]})
+        if said := doubtful(means, start): recipe["doubtful"] = said
+        write_card(part, title, recipe, hub if plan.config is None else {"library_name": "peft", "base_model": plan.config["base_model_name_or_path"]})
     if bake is not None:
         onto = load(bake, allow_pickle, "bake")
-        if "command" in recipe: recipe["command"] += f" --bake {shlex.quote(onto.source)}"
+        if "command" in recipe: recipe["command"] = f"{recipe['command']} --bake {shlex.quote(onto.source)}" if onto.files else ""
         if recipe: recipe["bake"] = {"model": onto.source, "files": inputs(onto, full_hash)}
         done = carry_out(plan, None, executor=executor, progress=progress)
         full = put_on(onto, load(done.tensors))
         whole = plan_models([full], Euclidean(), None, None, 1.0, None, dtype, device, None, False, False)
-        last = carry_out(whole, out, lambda part, _: dress(part, done.means, onto.folder, whole, classes(full)), executor, shard_size, progress)
+        last = carry_out(whole, out, lambda part: dress(part, onto.folder, whole, classes(full)), executor, shard_size, progress, lambda part, _: card(part, done.means, whole))
         merged = Merged(last.tensors, done.means, last.out)
-    else: merged = carry_out(plan, out, dress, executor, shard_size, progress)
-    report(merged.means, len(plan.names))
+    else: merged = carry_out(plan, out, dress, executor, shard_size, progress, card)
+    report(merged.means, start)
     return merged
 
 # %% ../nbs/21_merge.ipynb #5bcb16f3
@@ -261,12 +264,14 @@ def _recipe(out, g, models, base, weights, scale, dtype, metrics, full, **option
     def plain(v): return {k: plain(x) for k, x in v.items()} if isinstance(v, Mapping) else [float(x) for x in v] if hasattr(v, "__len__") and getattr(v, "ndim", 1) else float(v)
     w = plain(weights) if weights is not None else [1.0]*len(models)
     made, name = {}, spelled(g)
-    if name != repr(g) and all(m.files for m in (*models, *([] if base is None else [base]), *(metrics or []))) and isinstance(w, list) and not isinstance(scale, Mapping):
+    def typed(x): return f"{x:g}" if float(f"{x:g}") == x else repr(float(x))
+    said = [m.source for m in (*models, *([] if base is None else [base]), *(metrics or []))]
+    if name != repr(g) and not any(s.startswith("-") or "," in s for s in said) and all(m.files for m in (*models, *([] if base is None else [base]), *(metrics or []))) and isinstance(w, list) and not isinstance(scale, Mapping):
         words = [*(m.source for m in models), "-o", out, *([] if base is None else ["--base", base.source]), *([] if metrics is None else ["--metrics", ",".join(m.source for m in metrics)]), *([] if name == "euclidean" else ["--geometry", name]),
-                 *([] if weights is None else ["--weights", ",".join(f"{x:g}" for x in w)]), *([] if scale == 1 else ["--scale", f"{scale:g}"]), *([] if dtype is None else ["--dtype", str(dtype).removeprefix("torch.")])]
+                 *([] if weights is None else ["--weights", ",".join(map(typed, w))]), *([] if scale == 1 else ["--scale", typed(scale)]), *([] if dtype is None else ["--dtype", str(dtype).removeprefix("torch.")])]
         made["command"] = shlex.join(["frechet-merge", "merge", *words, *(x for k, v in options.items() if v for x in ([f"--{k.replace('_', '-')}"] if v is True else [f"--{k}", v]))])
     made |= {"geometry": repr(g), "models": [{"model": m.source, "files": inputs(m, full)} for m in models], "weights": w, "scale": plain(scale)}
     if base is not None: made["base"] = {"model": base.source, "files": inputs(base, full)}
     if metrics is not None: made["metrics"] = [{"metrics": m.source, "files": inputs(m, full)} for m in metrics]
     if dtype: made["dtype"] = str(dtype).removeprefix("torch.")
-    return made | {k: v for k, v in options.items() if v} | {"frechet_merge": frechet_merge.__version__, "torch": str(torch.__version__)}
+    return made | {k: v for k, v in options.items() if v and k != "allow_pickle"} | {"frechet_merge": frechet_merge.__version__, "torch": str(torch.__version__)}

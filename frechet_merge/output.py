@@ -88,7 +88,7 @@ def write_companions(
         if f.name == "config.json":
             cfg = json.loads(f.read_text()); said = {}
             if dtype is not None: said["dtype" if "dtype" in cfg else "torch_dtype"] = str(dtype).removeprefix("torch.")
-            if classes is not None and classes != len(cfg.get("id2label") or "01"): said |= {"id2label": {str(i): f"LABEL_{i}" for i in range(classes)}, "label2id": {f"LABEL_{i}": i for i in range(classes)}}      # transformers' default: two
+            if classes is not None and {len(cfg.get("id2label") or "01"), cfg.get("num_labels", classes)} != {classes}: cfg = {k: v for k, v in cfg.items() if k not in ("num_labels", "problem_type")}; said |= {"id2label": {str(i): f"LABEL_{i}" for i in range(classes)}, "label2id": {f"LABEL_{i}": i for i in range(classes)}}      # transformers' default: two
             if any(cfg.get(k) != v for k, v in said.items()): (out/f.name).write_text(json.dumps({**cfg, **said}, indent=2) + "\n"); continue
         shutil.copyfile(f, out/f.name)
     parts = [m["path"] for m in json.loads((source/"modules.json").read_text()) if m.get("path")] if source and (source/"modules.json").exists() else []      # of sentence-transformers

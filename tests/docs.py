@@ -201,7 +201,7 @@ class Book:
         nb = read_nb(path)
         for i, c in reversed([*enumerate(nb.cells)]):      # commands that a notebook hands to the shell are shown as what one types
             if c.cell_type == "code" and (m := SHELL.fullmatch(c.source.strip())):
-                c.source = f"#| echo: false\n{c.source}"; nb.cells.insert(i, mk_cell(fence(m[3].strip(), "sh"), "markdown"))
+                c.source = f"#| echo: false\n{c.source}"; nb.cells.insert(i, mk_cell(fence((m[1] or m[2]).strip(), "sh"), "markdown"))
 
         class Chapter(Processor):
             def begin(self):
@@ -258,7 +258,7 @@ def alt(source):
     return "; ".join(dict.fromkeys(" ".join(t.split()) for t in found if isinstance(t, str)))
 
 
-SHELL = re.compile(r'sh\((r?)("""|")((?:(?!""").)*)\2(?:, code=\d+)?\)', re.S)      # the whole cell
+SHELL = re.compile(r'sh\(r?(?:"""((?:(?!""").)*)"""|"([^"\\]*)")(?:, code=\d+)?\)', re.S)      # the whole cell
 
 
 def pages(root, out):

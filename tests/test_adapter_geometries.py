@@ -330,3 +330,6 @@ def test_adapters_at_right_angles_have_no_wasserstein_mean():
         warnings.simplefilter("ignore"); (a, x), (b, _) = mean_of(Wasserstein(), fs), mean_of(Wasserstein(), other)
     assert x.lost == 1 and "no single shortest path" in x.problem
     torch.testing.assert_close(a.delta(), b.delta(), rtol=1e-9, atol=1e-9)
+    opposite = [fs[0], Factors(-fs[0].B, fs[0].A)]      # the start is zero, from which no way is the shortest
+    got, mean = mean_of(Wasserstein(), opposite, warn=False)
+    assert mean.lost == 2 and got.delta().norm() < 1e-12

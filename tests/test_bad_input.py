@@ -307,7 +307,7 @@ def test_arguments_that_are_no_numbers_or_devices(how, says):
 
 
 def test_one_model_and_one_model_twice_are_noticed(models, tmp_path):
-    for more, says in (([], "is the only model"), (["m0"], "m0 is named twice"), (["m0/model.safetensors"], "is named twice")):
+    for more, says in (([], "is the only model"), (["m0"], "m0 is named 2 times"), (["m0/model.safetensors"], "is named 2 times")):
         code, _, err = cli("merge", "m0", *more, "-o", f"out{len(more)}{says[:2]}{'/' in ''.join(more)}", cwd=tmp_path)
         assert code == 0 and says in err
     assert not cli("merge", "m0", "m1", "-o", "quiet", cwd=tmp_path)[2]

@@ -249,6 +249,16 @@ def test_adapters_on_their_base(tmp_path):
         torch.testing.assert_close(ours.logits(ours.model, b), theirs(**b).logits)
 
 
+def test_a_config_that_contradicts_the_weights_is_refused_under_an_adapter_too(tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification
+    base = make("bert-encoder", tmp_path/"base")
+    get_peft_model(AutoModelForSequenceClassification.from_pretrained(base, num_labels=5), LoraConfig(r=2, task_type="SEQ_CLS", target_modules=["query"])).save_pretrained(tmp_path/"a")
+    open_model(f"{base}+{tmp_path/'a'}")
+    (base/"config.json").write_text(json.dumps(json.loads((base/"config.json").read_text()) | {"intermediate_size": 48}))
+    with pytest.raises(MergeError, match="intermediate"): open_model(f"{base}+{tmp_path/'a'}")
+
+
 def test_shards_and_old_names(tmp_path):
     m = make("bert", tmp_path/"m"); held = load(m)
     old = {k.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): held[k] for k in held}

@@ -221,6 +221,24 @@ def test_spheres_of_sixteen_bits_are_computed_in_thirty_two():
     assert m.dtype == torch.float16 and (m.float() - want).norm() < 5e-4*want.norm()
 
 
+def test_a_law_that_has_no_number_is_still_named():
+    from frechet_merge.factors import Factors
+    gen = torch.Generator().manual_seed(0); far = [Factors(torch.randn(8, 2, generator=gen, dtype=torch.float64), torch.randn(2, 7, generator=gen, dtype=torch.float64)) for _ in range(3)]
+    with pytest.raises(AssertionError, match="breaks law"): check_geometry(LoRA(metric="mix"), far, same=lambda f: f.delta())
+
+
+def test_geometries_of_others_may_be_of_any_kind(monkeypatch):
+    from frechet_merge import merge as front
+    class Entry:
+        def __init__(self, made): self.made = made
+        def load(self): return self.made() if self.made is broken else self.made
+    def broken(): raise AttributeError("a plug-in that does not load")
+    def free(**kw): return LoRA(**kw)
+    module = __import__("sys").modules["frechet_merge.merge"]; known = {**module.geometries(), "broken": Entry(broken), "free": Entry(free)}
+    monkeypatch.setattr(module, "geometries", lambda: known)
+    assert module.spelled(LoRA(rank=3)) == "lora:rank=3" and module.geometry_named("free:rank=3") == LoRA(rank=3) and front
+
+
 class TestWhatIsKnownOfAMean:
     def test_a_model_of_weight_zero_does_not_decide(self):
         x = torch.tensor([1., 0, 0], dtype=torch.float64); y = torch.tensor([0, 1., 0], dtype=torch.float64)

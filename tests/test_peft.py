@@ -390,8 +390,10 @@ def test_factors_without_a_config_are_not_averaged(make):
 
 
 def test_the_folder_that_a_trainer_leaves(make, tmp_path):
-    a = make("a", 0); shutil.copytree(a, tmp_path/"run"/"checkpoint-500")
-    with pytest.raises(ValueError, match="run: holds no weights, but .*checkpoint-500 does.\nName that folder"): merge([a, tmp_path/"run"])
+    a = make("a", 0)
+    for n in (500, 1000): shutil.copytree(a, tmp_path/"run"/f"checkpoint-{n}")
+    (tmp_path/"run"/"checkpoint-2000").mkdir(); shutil.copytree(a, tmp_path/"run"/"samples")
+    with pytest.raises(ValueError, match="run: holds no weights, but .*checkpoint-1000 does.\nName that folder"): merge([a, tmp_path/"run"])
 
 
 def test_the_card_says_how_and_what_is_in_doubt(make, tmp_path):
@@ -401,3 +403,35 @@ def test_the_card_says_how_and_what_is_in_doubt(make, tmp_path):
     recipe = yaml.safe_load((tmp_path/"out"/"README.md").read_text().split("```")[1].removeprefix("yaml"))
     assert recipe["command"] == f"frechet-merge merge {models[0]} {models[1]} -o out --geometry lora:metric=mix --weights 2,1"
     assert "no single shortest path" in recipe["doubtful"] and "lora:rank" in recipe["doubtful"]
+
+
+def test_heads_of_two_adapters_and_half_a_head_are_refused():
+    base = load({"layer.weight": torch.randn(4, 4), "classifier.weight": torch.randn(2, 4), "classifier.bias": torch.zeros(2)})
+    def adapter(rows, width=4, bias=True):
+        c = _held(**{"classifier.weight": torch.randn(rows, width), **({"classifier.bias": torch.zeros(rows)} if bias else {})})
+        c.lazy = {k.replace("model.l.", "model.layer."): x for k, x in c.lazy.items()}; return c
+    from frechet_merge.adapters import bake
+    a3, a5 = adapter(3), adapter(5)
+    for c in (a3, a5, adapter(5, 6), adapter(5, bias=False)): assert next(x for k, x in c.lazy.items() if "lora_A" in k).shape[1]
+    fits = {k: x for k, x in a3.lazy.items() if "lora" not in k}
+    three = load({**{k: x.tensor() for k, x in base.lazy.items()}, **{"layer.weight": torch.randn(4, 6)}})
+    assert bake(three, a3)["classifier.weight"].shape == (3, 4) and fits
+    for wrong, says in ((lambda: bake(bake(three, a3), a5), "saved 'classifier"), (lambda: bake(three, adapter(5, 6)), "saved 'classifier.weight'"), (lambda: bake(three, adapter(5, bias=False)), "different numbers of rows")):
+        with pytest.raises(ValueError, match=says): wrong()
+
+
+def test_the_config_of_another_number_of_classes(tmp_path):
+    from frechet_merge.output import write_companions
+    (tmp_path/"base").mkdir()
+    for cfg in ({"problem_type": "regression", "id2label": {"0": "x"}, "num_labels": 1}, {"num_labels": 5}, {"id2label": {"0": "a", "1": "b", "2": "c"}}):
+        (tmp_path/"base"/"config.json").write_text(json.dumps(cfg)); out = tmp_path/str(len(list(tmp_path.iterdir()))); out.mkdir()
+        write_companions(out, tmp_path/"base", None, 3); got = json.loads((out/"config.json").read_text())
+        assert len(got["id2label"]) == 3 and "num_labels" not in got and "problem_type" not in got and (got == cfg) == ("a" in cfg.get("id2label", {}).values())
+
+
+def test_the_command_of_a_card_has_every_digit(make, tmp_path):
+    import yaml
+    models = [make("a", 0, r=2), make("b", 1, r=2)]
+    def said(**how): return yaml.safe_load((merge(models, LoRA(), out=tmp_path/str(len(list(tmp_path.iterdir()))), **how).out/"README.md").read_text().split("```")[1].removeprefix("yaml")).get("command")
+    assert said(weights=[1/3, .123456789], scale=.123456789123).endswith(f"--weights {1/3!r},0.123456789 --scale 0.123456789123")
+    assert said(scale=2).endswith("--scale 2")

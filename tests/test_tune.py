@@ -180,4 +180,7 @@ def test_layers_that_one_adapter_lacks(tmp_path, work):
         assert all(torch.equal(x, want[k]) for k, x in load(tmp_path/f"{absent}").items())
     c_fc = next(k for k in want if "c_fc" in k and "lora_B" in k)
     assert not torch.equal(load(tmp_path/"renormalise")[c_fc], want[c_fc])
+    told = []
+    with pytest.raises(ValueError, match="absent = 'zero'"): tune([work/"gpt20", work/"gpt21"], work/"0.jsonl", work/"gpt2", absent="zero", say=told.append)
+    assert not told      # before anything runs
     with pytest.raises(ValueError, match="absent = 'none'"): tune(models, work/"0.jsonl", work/"gpt2", ["lora"], absent="none")

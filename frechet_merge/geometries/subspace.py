@@ -129,6 +129,7 @@ class EpiMer(Geometry):
     damping: float = 1e-2            # of the projected metrics, times the mean eigenvalue of their average
     normalise: bool = False          # divide each projected metric by its mean eigenvalue
     differences = True
+    radius = math.inf
     laws_waived = property(lambda self: (3, 4, 6) if self.k is None and self.alpha == 1 else (3, 4, 6, 9))
     def __post_init__(self):
         if self.coordinates not in ("labeled", "projected"): raise ValueError(f"EpiMer(coordinates={self.coordinates!r}): use 'labeled' or 'projected'.")

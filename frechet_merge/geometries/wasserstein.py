@@ -40,9 +40,9 @@ def apart(
     m:Tensor,     # (…, 2, R, k)
     x:Tensor,     # (…, 2, R, k)
 )->Tensor:        # (…,) bool
-    "Whether the smaller of the two has a direction at right angles to all of the larger: then no rotation is the best."
+    "Whether the smaller of the two has a direction at right angles to all of the larger, or only m is zero: then no rotation is the best."
     (a, P, p), (b, Q, q) = ((z, E*(live := lam > LIVE*lam[..., -1:])[..., None, :]*lam.where(live, 1).rsqrt()[..., None, :], live.sum(-1)) for z in (m.flatten(-3, -2), x.flatten(-3, -2)) for lam, E in [torch.linalg.eigh(z.mT @ z)])
-    return (torch.linalg.svdvals(P.mT @ (a.mT @ b) @ Q) > APART).sum(-1) < torch.minimum(p, q)
+    return (torch.linalg.svdvals(P.mT @ (a.mT @ b) @ Q) > APART).sum(-1) < torch.where(p > 0, torch.minimum(p, q), q)
 
 @dataclass(frozen=True)
 class Wasserstein(Geometry):
@@ -56,7 +56,7 @@ class Wasserstein(Geometry):
         points = [Point(halves(balanced(*svd(f)), max(m, n), k), g) for f, g in zip(thetas, numbers(Gs, len(thetas)))]
         return points, lambda z: Factors(z[..., 0, :m, :].to(dtype), z[..., 1, :n, :].mT.to(dtype))
     def log(self, m, x):
-        "The difference to the nearest of x·Q; NaN where that is not the only one (`apart`)."
+        "The difference to the nearest of x·Q; NaN where it is not the only one (`apart`)."
         return (align(m, x) - m).masked_fill(apart(m, x)[..., None, None, None], math.nan)
     def exp(self, m, v): "The sum m + v."; return m + v
     def start(self, points, ws):
