@@ -59,10 +59,8 @@ class Experts:
         inputs = self.examples(self.tasks[n], "train", slice(0, self.taught(n)), None); inputs = [x[len(x) - samples - after:len(x) - after] for x in inputs]
         return [b for _, b in self.batches(*inputs, 32)]
     def statistics(self, n, form, estimator=None, samples=SAMPLES):
-        "Of the centred pullback: logits without their mean, which no probability depends on."
-        self.put(self.delta[n]); what, centred = (estimator or "pullback").removesuffix(", centred"), str(estimator).endswith(", centred")
-        def forward(model, b): z = self.logits(model, n, b); return z - centred*z.mean(-1, keepdim=True)
-        return curvature(self.model, self.unlabelled(n, samples), form, what, forward=forward, parameters="encoder.*")
+        self.put(self.delta[n])
+        return curvature(self.model, self.unlabelled(n, samples), form, estimator, forward=lambda model, b: self.logits(model, n, b), parameters="encoder.*")
 
     @cached_property
     def distance(self):

@@ -172,7 +172,6 @@ def methods(ex, mergekit_pytorch=None):
     at32 = (.8, 1.1, 1.5)
     for c in ("labeled", "projected"): yield Method(f"EpiMer, k = 32, {c}, pullback", "frechet_merge", "inputs, scale", lambda S, c=c: merged(ex, EpiMer(32, c, normalise=True, damping=.05), S), at32, matrices, kron)
     yield Method("pullback(), true Fisher", "frechet_merge", "inputs", lambda S: merged(ex, pullback(), S), form=("kronecker", "true"))
-    yield Method("pullback() of centred logits", "frechet_merge", "inputs", lambda S: merged(ex, pullback(), S), form=("kronecker", "pullback, centred"))
     yield Method("Fisher, diagonal", "frechet_merge", "inputs, scale", lambda S: merged(ex, fisher, S), scales, form=("diagonal", "true"))
     for c in ("labeled", "projected"): yield Method(f"EpiMer, k = 32, {c}, Fisher", "frechet_merge", "labels, scale", lambda S, c=c: merged(ex, EpiMer(32, c, normalise=True, damping=.05), S), at32, matrices, empirical)
     yield Method("TSV-M, k = 32", "frechet_merge", "scale", lambda: merged(ex, EpiMer(32)), at32, matrices)
