@@ -233,7 +233,8 @@ def merge(
         if bake is not None: plan.layout = {k: (s, torch.promote_types(torch.float32, d) if ".lora_" in k else d) for k, (s, d) in plan.layout.items()}     # rounded once, on the base
     else: plan = plan_models(models, g, base, weights, scale, metrics, dtype, device, absent, allow_nonfinite, allow_pickle)
 
-    recipe, title = ({}, "") if out is None else (_recipe(Path(out).name, g, models, base, weights, scale, dtype, None if metrics is None else [load(m, allow_pickle, "in memory") for m in metrics], full_hash, absent=absent, any_base=any_base, allow_nonfinite=allow_nonfinite, allow_pickle=allow_pickle), Path(out).name)
+    onto = load(bake, allow_pickle, "bake") if bake is not None else None
+    recipe, title = ({}, "") if out is None else (_recipe(Path(out).name, g, models, base, onto, weights, scale, dtype, None if metrics is None else [load(m, allow_pickle, "in memory") for m in metrics], full_hash, absent=absent, any_base=any_base, allow_nonfinite=allow_nonfinite, allow_pickle=allow_pickle), Path(out).name)
     start = "their mean, cut to its rank, as lora:rank=… gives it" if adapters and (g.inner if isinstance(g, LoRA) else g).keeps_rank else ""
     def dress(part, folder=next((c.folder for need in ("config.json", "") for c in (*models, base) if c is not None and c.folder and (c.folder/need).exists()), None), plan=plan, head=classes(models[0])):
         kinds, config = {d for _, d in plan.layout.values() if d.is_floating_point}, plan.config
@@ -244,10 +245,7 @@ def merge(
         hub = {"base_model": [i.partition("@")[0] for i in ids], "base_model_relation": "merge"} if all(HUB.fullmatch(i) and not Path(i).exists() for i in ids) else None      # by which the hub draws where a model comes from
         if said := doubtful(means, start): recipe["doubtful"] = said
         write_card(part, title, recipe, hub if plan.config is None else {"library_name": "peft", "base_model": plan.config["base_model_name_or_path"]})
-    if bake is not None:
-        onto = load(bake, allow_pickle, "bake")
-        if "command" in recipe: recipe["command"] = f"{recipe['command']} --bake {shlex.quote(onto.source)}" if onto.files else ""
-        if recipe: recipe["bake"] = {"model": onto.source, "files": inputs(onto, full_hash)}
+    if onto is not None:
         done = carry_out(plan, None, executor=executor, progress=progress)
         full = put_on(onto, load(done.tensors))
         whole = plan_models([full], Euclidean(), None, None, 1.0, None, dtype, device, None, False, False)
@@ -260,18 +258,18 @@ def merge(
 # %% ../nbs/21_merge.ipynb #5bcb16f3
 HUB = re.compile(r"\w[\w.-]*/\w[\w.-]*(?:@[\w./-]+)?")      # what hub ids look like
 
-def _recipe(out, g, models, base, weights, scale, dtype, metrics, full, **options)->dict:
+def _recipe(out, g, models, base, bake, weights, scale, dtype, metrics, full, **options)->dict:
     def plain(v): return {k: plain(x) for k, x in v.items()} if isinstance(v, Mapping) else [float(x) for x in v] if hasattr(v, "__len__") and getattr(v, "ndim", 1) else float(v)
     w = plain(weights) if weights is not None else [1.0]*len(models)
     made, name = {}, spelled(g)
     def typed(x): return f"{x:g}" if float(f"{x:g}") == x else repr(float(x))
-    said = [m.source for m in (*models, *([] if base is None else [base]), *(metrics or []))]
-    if name != repr(g) and not any(s.startswith("-") or "," in s for s in said) and all(m.files for m in (*models, *([] if base is None else [base]), *(metrics or []))) and isinstance(w, list) and not isinstance(scale, Mapping):
-        words = [*(m.source for m in models), "-o", out, *([] if base is None else ["--base", base.source]), *([] if metrics is None else ["--metrics", ",".join(m.source for m in metrics)]), *([] if name == "euclidean" else ["--geometry", name]),
+    named = [m for m in (*models, base, bake, *(metrics or [])) if m is not None]      # what a command would have to name
+    if name != repr(g) and all(m.files and not m.source.startswith("-") and "," not in m.source for m in named) and isinstance(w, list) and not isinstance(scale, Mapping):
+        words = [*(m.source for m in models), "-o", out, *([] if base is None else ["--base", base.source]), *([] if bake is None else ["--bake", bake.source]), *([] if metrics is None else ["--metrics", ",".join(m.source for m in metrics)]), *([] if name == "euclidean" else ["--geometry", name]),
                  *([] if weights is None else ["--weights", ",".join(map(typed, w))]), *([] if scale == 1 else ["--scale", typed(scale)]), *([] if dtype is None else ["--dtype", str(dtype).removeprefix("torch.")])]
         made["command"] = shlex.join(["frechet-merge", "merge", *words, *(x for k, v in options.items() if v for x in ([f"--{k.replace('_', '-')}"] if v is True else [f"--{k}", v]))])
     made |= {"geometry": repr(g), "models": [{"model": m.source, "files": inputs(m, full)} for m in models], "weights": w, "scale": plain(scale)}
-    if base is not None: made["base"] = {"model": base.source, "files": inputs(base, full)}
+    made |= {k: {"model": m.source, "files": inputs(m, full)} for k, m in (("base", base), ("bake", bake)) if m is not None}
     if metrics is not None: made["metrics"] = [{"metrics": m.source, "files": inputs(m, full)} for m in metrics]
     if dtype: made["dtype"] = str(dtype).removeprefix("torch.")
     return made | {k: v for k, v in options.items() if v and k != "allow_pickle"} | {"frechet_merge": frechet_merge.__version__, "torch": str(torch.__version__)}

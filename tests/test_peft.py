@@ -412,10 +412,8 @@ def test_heads_of_two_adapters_and_half_a_head_are_refused():
         c.lazy = {k.replace("model.l.", "model.layer."): x for k, x in c.lazy.items()}; return c
     from frechet_merge.adapters import bake
     a3, a5 = adapter(3), adapter(5)
-    for c in (a3, a5, adapter(5, 6), adapter(5, bias=False)): assert next(x for k, x in c.lazy.items() if "lora_A" in k).shape[1]
-    fits = {k: x for k, x in a3.lazy.items() if "lora" not in k}
     three = load({**{k: x.tensor() for k, x in base.lazy.items()}, **{"layer.weight": torch.randn(4, 6)}})
-    assert bake(three, a3)["classifier.weight"].shape == (3, 4) and fits
+    assert bake(three, a3)["classifier.weight"].shape == (3, 4)
     for wrong, says in ((lambda: bake(bake(three, a3), a5), "saved 'classifier"), (lambda: bake(three, adapter(5, 6)), "saved 'classifier.weight'"), (lambda: bake(three, adapter(5, bias=False)), "different numbers of rows")):
         with pytest.raises(ValueError, match=says): wrong()
 
@@ -434,4 +432,4 @@ def test_the_command_of_a_card_has_every_digit(make, tmp_path):
     models = [make("a", 0, r=2), make("b", 1, r=2)]
     def said(**how): return yaml.safe_load((merge(models, LoRA(), out=tmp_path/str(len(list(tmp_path.iterdir()))), **how).out/"README.md").read_text().split("```")[1].removeprefix("yaml")).get("command")
     assert said(weights=[1/3, .123456789], scale=.123456789123).endswith(f"--weights {1/3!r},0.123456789 --scale 0.123456789123")
-    assert said(scale=2).endswith("--scale 2")
+    assert said(scale=2).endswith("--scale 2") and said(bake={"q.weight": torch.zeros(12, 8), "v.weight": torch.zeros(12, 8)}) is None      # in memory, there is nothing to name
