@@ -9,7 +9,6 @@ __all__ = ['bases', 'write_bases']
 import os
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -17,6 +16,7 @@ from torch import Tensor
 from .blocks import align
 from .checkpoints import MergeError, Notes, load
 from .geometries.subspace import labeled_basis
+from .output import free, staged_file
 
 # %% ../nbs/20c_bases.ipynb #e10b0574
 def bases(
@@ -50,10 +50,7 @@ def write_bases(
     k:int|None=32, only:str|None=None, allow_pickle:bool=False, progress:bool=False,      # as for `bases`
 )->dict[str,Tensor]:
     "`bases` in one safetensors file; nothing appears at `out` unless all of it does."
-    out = Path(out); part = Path(f"{out}.part")
-    if out.exists(): raise MergeError(f"{out}: exists already.\nRemove it, or name another file.")
-    if not out.absolute().parent.is_dir(): raise MergeError(f"{out}: its folder does not exist.\nMake it, or name another file.")
+    out = free(out, folder=False)
     found = bases(models, base, k, only, allow_pickle, progress)
-    try: save_file(found, part, metadata={"format": "pt", "k": str(k), "models": ", ".join(map(str, models))}); os.replace(part, out)
-    finally: part.unlink(missing_ok=True)
+    with staged_file(out) as part: save_file(found, part, metadata={"format": "pt", "k": str(k), "models": ", ".join(map(str, models))})
     return found

@@ -131,6 +131,7 @@ class Checkpoint(Mapping[str, Tensor]):
     def __getitem__(self, name:str)->Tensor: return self.lazy[self.tied.get(name, name)].tensor()
     def __iter__(self)->Iterator[str]: yield from self.lazy; yield from self.tied
     def __len__(self)->int: return len(self.lazy) + len(self.tied)
+    def __contains__(self, name:object)->bool: return name in self.lazy or name in self.tied      # a mapping's own would read it
     def __repr__(self)->str: return f"Checkpoint({self.source!r}, {len(self.lazy)} tensors, {sum(x.numel for x in self.lazy.values()):,} parameters)"
 
 # %% ../nbs/00_checkpoints.ipynb #1a827798
@@ -261,7 +262,7 @@ def load(
     folder = path if path.is_dir() else path.parent
     config = _json(folder/"config.json") if (folder/"config.json").exists() else {}
     files, promised = weight_files(path) if path.is_dir() else ([path], set())
-    if not files or files[0].suffix in (".bin", ".pt", ".pth"):
+    if not files or files[0].suffix in (".bin", ".pt", ".pth", ".ckpt"):
         pickles, promised = (files, promised) if files else weight_files(path, "bin")
         if not pickles and (inner := _inside(path)): raise MergeError(f"{path}: holds no weights, but {inner} does.\nName that folder.")
         if not pickles: raise MergeError(f"{path}: holds no safetensors weights.\nName a folder with model.safetensors, an index, or an adapter.")

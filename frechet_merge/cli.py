@@ -92,7 +92,7 @@ def inspect_command(
     from rich.text import Text
     from frechet_merge.diagnostics import inspect, plot_eta
     if plot and metrics is None: raise ValueError("--plot draws what metrics would change: give --metrics.")
-    picture_path(plot)
+    plot = picture_path(plot)
     found = inspect(models, base, allow_pickle, not headers, sys.stderr.isatty(), names(metrics), numbers(weights, "weights"), damping)
     if as_json: print(json.dumps(asdict(found) | {"gain": found.gain, "verdict": found.verdict, "mergeable": found.mergeable}))
     else:
@@ -134,7 +134,7 @@ def curvature_command(
     assert kind is not None
     about = collect(model, data, out, form, estimator, head=head, tokenizer=tokenizer, basis=basis, split=split, text=text, pair=pair, label=label, max_samples=max_samples, seed=seed, batch_size=batch_size, max_length=max_length,
                     only=only, device=device, dtype=kind, resume=resume, allow_pickle=allow_pickle, progress=not quiet and sys.stderr.isatty()).about
-    print(f"{out}: {about['form']}{', ' + about['estimator'] if about['estimator'] else ''}, {about['samples']:,} samples, {about['tokens']:,} tokens, {time.time() - start:.1f} s, {out.stat().st_size/1e6:,.1f} MB")
+    print(f"{out}: {about['form']}{', ' + about['estimator'] if about['estimator'] else ''}, {about['samples']:,} samples, {about['tokens']:,} tokens, {time.time() - start:.1f} s, {out.expanduser().stat().st_size/1e6:,.1f} MB")
     error = {n: e for n, e in about["error"].items() if e is not None}
     if not error: print("Its error is unknown, from one sample."); return
     worst = max(error, key=lambda n: error[n])
@@ -154,7 +154,7 @@ def basis_command(
     "Write the labeled basis of MODELS, for `curvature --form projected`."
     from frechet_merge.bases import write_bases
     start, found = time.time(), write_bases(models, base, out, k, only, allow_pickle, not quiet and sys.stderr.isatty())
-    print(f"{out}: {len(found)//3} matrices, at most {max(x.shape[-1] for x in found.values())} directions each, {time.time() - start:.1f} s, {out.stat().st_size/1e6:,.1f} MB")
+    print(f"{out}: {len(found)//3} matrices, at most {max(x.shape[-1] for x in found.values())} directions each, {time.time() - start:.1f} s, {out.expanduser().stat().st_size/1e6:,.1f} MB")
 
 # %% ../nbs/40_cli.ipynb #55fe7634
 @app.command("tune")
@@ -204,7 +204,7 @@ def demo_command(
     from rich.console import Console
     from rich.table import Table
     from frechet_merge.demo import demo, picture
-    picture_path(out)
+    out = picture_path(out) or out
     start, results = time.time(), demo(lambda s: print(s, file=sys.stderr), texts)
     names = list(next(iter(results.values())))
     t = Table("accuracy", *names, "average", title="Five tasks, one model")

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from .checkpoints import load
 from .estimators import ESTIMATORS, causal, default_forward, default_mask, hessian_columns, length, objective, size, take
 from .forms import FORMS, Sums, projected_diagonal, projected_kronecker
+from .output import staged_file
 from .shards import read_header
 from .uses import Watch
 
@@ -48,7 +49,7 @@ class Statistics(dict):
         for name, x in self.items():
             if (kept := first.setdefault(id(x), name)) != name: meta[name] = kept
             else: out[name] = x.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
-        Path(f"{path}.part").write_bytes(save(out, {"format": "pt", **meta})); os.replace(f"{path}.part", path)
+        with staged_file(path) as part: part.write_bytes(save(out, {"format": "pt", **meta}))
     @classmethod
     def load(cls, path:str|os.PathLike)->"Statistics":
         "Read back what `save` wrote; `MergeError` if the file is missing or damaged."
@@ -130,8 +131,8 @@ class State:
         "Replace the file, unless the sums hold half a batch."
         if self.path is None or not self.samples or not self.whole or time.monotonic() - self.last < every: return
         s = self.sums
-        torch.save(dict(run=self.run, done=(self.samples, self.tokens, self.crc), sums=(s.total, s.square, s.count, s.count2), diagonal=sorted(self.diagonal)), f"{self.path}.part")
-        os.replace(f"{self.path}.part", self.path); self.last = time.monotonic()
+        with staged_file(self.path) as part: torch.save(dict(run=self.run, done=(self.samples, self.tokens, self.crc), sums=(s.total, s.square, s.count, s.count2), diagonal=sorted(self.diagonal)), part)
+        self.last = time.monotonic()
 
 # %% ../nbs/20_curvature.ipynb #dd9b181d
 def checked(form:str, estimator:str|None=None)->str:      # the estimator

@@ -112,9 +112,9 @@ def examples(
         if skip >= len(rows): raise MergeError(f"{data}: holds {len(rows)} examples, and {skip} of them are to be left out.\nGive other examples, or more.")
         if skip or max_samples and max_samples < len(rows): rows = rows.select(torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[skip:skip + (max_samples or len(rows))].tolist())
         found = [{k: r[c] for k, c in part.items()} for r in rows.select_columns(list(set(part.values()))).to_list()]
-    full = [r for r in found if r["text"] not in (None, "", [])]
+    full = [r for r in found if r["text"] not in (None, "", []) and r.get("pair", "") is not None]
     if not full: raise MergeError(f"{data}: column {part['text']!r} has no text in any of {len(found)} examples.\nIts columns are: {', '.join(kinds)}. Name one with --text.")
-    if len(full) < len(found): warnings.warn(f"{data}: {len(found) - len(full)} of {len(found)} examples have no text and are left out", stacklevel=2)
+    if len(full) < len(found): warnings.warn(f"{data}: {len(found) - len(full)} of {len(found)} examples have no text{' or no pair'*('pair' in part)} and are left out", stacklevel=2)
     if not isinstance(t := full[0]["text"], (str, int, float)) and not (isinstance(t, list) and isinstance(t[0], dict) and "role" in t[0]):
         raise MergeError(f"{data}: column {part['text']!r} holds {kinds[part['text']]}, not texts or chats (lists of role and content).\nIts columns are: {', '.join(kinds)}. Name one with --text.")
     return full
@@ -162,8 +162,8 @@ def _classes(labels:list, label2id:dict|None)->list[int]:
     known = {str(k): v for k, v in (label2id or {}).items()}
     def number(y):
         if isinstance(y, str) and y in known: return known[y]
-        if not isinstance(y, str) or y.lstrip("-").isdigit(): return int(y)
-        raise MergeError(f"the label {y!r} is neither a number nor a class of the model.\nIts classes are: {', '.join(known) or 'not in its config'}.")
+        if y.lstrip("-").isdigit() if isinstance(y, str) else int(y) == y: return int(y)
+        raise MergeError(f"the label {y!r} is neither a whole number nor a class of the model.\nIts classes are: {', '.join(known) or 'not in its config'}.")
     out = [number(y) for y in labels]
     if min(out) < 0: raise MergeError(f"a label is {min(out)}: these examples are not labelled.\nTake another split, or another column (--label).")
     return out

@@ -24,6 +24,7 @@ from .checkpoints import Checkpoint, MergeError, _json, _parts, as_device, load
 from .curvature import Statistics, checked, curvature
 from .estimators import cross_entropy
 from .examples import batches, examples, need, quiet
+from .output import free
 from .statistics import PARTS
 
 # %% ../nbs/20b_huggingface.ipynb #7f756f0a
@@ -184,14 +185,12 @@ def collect(
     progress:bool=False,           # a bar on stderr
 )->Statistics:
     "Statistics of a Hugging Face model on examples, in a file by the names of its checkpoint; `MergeError` or `ValueError` before anything is read if a name is wrong."
-    estimator, out = checked(form, estimator), Path(out); state = out.with_name(out.name + ".state")
-    if out.is_dir() or not out.absolute().parent.is_dir(): raise MergeError(f"{out}: {'is a folder' if out.is_dir() else 'its folder does not exist'}.\nName a file, such as stats.safetensors.")
-    if out.exists():
-        if resume:      # a loop over models that was killed starts with finished ones
-            done = Statistics.load(out); asked = {"model": str(model), "data": str(data), "form": form, "estimator": estimator, "seed": seed}
-            if other := [f"{k} {done.about.get(k)!r}" for k, x in asked.items() if done.about.get(k, x) != x]: raise MergeError(f"{out}: is finished, and of another run: {', '.join(other)}.\nRemove it, or name another file.")
-            return done
-        raise MergeError(f"{out}: exists already.\nRemove it, or name another file.")
+    estimator, out = checked(form, estimator), free(out, folder=False, replace=resume); state = out.with_name(out.name + ".state")
+    asked = {k: x if x is None or isinstance(x, int) else str(x) for k, x in dict(model=model, data=data, form=form, estimator=estimator, head=head, tokenizer=tokenizer, basis=basis, split=split, text=text, pair=pair, label=label, max_samples=max_samples, seed=seed, max_length=max_length, only=only, dtype=dtype).items()}
+    if out.exists():      # a loop over models that was killed starts with finished ones
+        done = Statistics.load(out); was = done.about.get("asked", {})
+        if other := [f"{k} {was.get(k)!r}" for k, x in asked.items() if was.get(k) != x][:3]: raise MergeError(f"{out}: is finished, and of another run: {', '.join(other)}.\nRemove it, or name another file.")
+        return done
     if (basis is None) == (form == "projected"): raise ValueError("form = projected needs a basis (--basis), which `frechet-merge basis` makes." if basis is None else "a basis is for form = projected only.")
     as_device(device)
     if not resume: state.unlink(missing_ok=True)
@@ -215,9 +214,8 @@ def collect(
     stats = renamed(stats, m.names, load(model, allow_pickle))
     if said := stats.lacking(): warnings.warn(f"no metric for {said}", stacklevel=2)
     stats |= {k: held[k] for n in stats if n.endswith(".projected") and (k := n.removesuffix("projected") + "sigma") in held}      # by which a merge knows its basis
-    stats.about |= {"model": str(model), "data": str(data)}
-    try: stats.save(out)
-    finally: Path(f"{out}.part").unlink(missing_ok=True)
+    stats.about |= {"model": str(model), "data": str(data), "asked": asked}
+    stats.save(out)
     state.unlink(missing_ok=True)
     return stats
 

@@ -8,6 +8,7 @@ __all__ = ['Job', 'Plan', 'Merged', 'as_dtype', 'overflow', 'bar', 'report', 'do
 # %% ../nbs/11_jobs.ipynb #3d3526e8
 import errno
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -40,7 +41,7 @@ class Plan:
     tied: dict[str, str]                 # further name → name in `layout`
     names: list[str]                     # of the blocks that have a mean, in order
     config: dict | None = None           # adapter_config.json, if an adapter is written
-    allow_nonfinite: bool = False        # a NaN is written where an input has one
+    allow_nonfinite: bool = False        # NaN and Inf are written where inputs have them
     @property
     def nbytes(self)->int:
         "Bytes of the tensors that will be written."
@@ -68,14 +69,28 @@ def overflow(
     name:str,        # of the tensor, for the message
     x:Tensor,        # what was computed
     y:Tensor,        # what is written: x, cast
-    allowed:bool,    # whether x may have NaNs
+    allowed:bool,    # whether x may have NaN and Inf
 )->None:
-    "`MergeError` if y has values that are not finite or, of 8 bits, the largest that there is in place of a larger one, other than where x has NaNs that it may have."
+    "`MergeError` if y has values that are not finite or, of 8 bits, the largest that there is in place of a larger one, other than where x has what it may have."
     bad = (~y.float().isfinite() if y.dtype.itemsize == 1 else ~y.isfinite()) | _over(x, y.dtype)
-    bad &= ~(x.isnan() if allowed else torch.zeros_like(x, dtype=torch.bool))
+    if allowed: bad &= x.isfinite()
     if bad.any(): raise MergeError(f"tensor {name!r} would be written with {int(bad.sum())} values that {str(y.dtype).removeprefix('torch.')} cannot hold, the first of them {float(x[bad][0]):.4g}.\nWrite a wider dtype (bf16 or fp32), or lower the scale.")
 
 # %% ../nbs/11_jobs.ipynb #7ff14b02
+_before, _lock = [], threading.Lock()      # how many threads torch had, once for each pool that there is
+
+@contextmanager
+def _pool()->Iterator[ThreadPoolExecutor]:
+    "A thread for each core that this process may use, torch's own off; they come back with the last of several pools."
+    with _lock: _before.append(_before[0] if _before else torch.get_num_threads()); torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    try: yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        with _lock:
+            n = _before.pop()
+            if not _before: torch.set_num_threads(n)
+
 @contextmanager
 def _mapper(executor)->Iterator[Callable]:
     "executor → a map over blocks."
@@ -87,10 +102,7 @@ def _mapper(executor)->Iterator[Callable]:
     if callable(executor): yield executor
     elif executor == "serial": yield map
     elif executor == "threads":
-        n = torch.get_num_threads(); torch.set_num_threads(1)
-        pool = ThreadPoolExecutor(os.cpu_count())
-        try: yield pool.map
-        finally: pool.shutdown(cancel_futures=True); torch.set_num_threads(n)
+        with _pool() as pool: yield pool.map
     else: raise ValueError(f"no executor is called {executor!r}: use 'serial', 'threads', or a function like `map`.")
 
 class _Memory(dict):
@@ -131,7 +143,7 @@ def doubtful(
 # %% ../nbs/11_jobs.ipynb #46798222
 def carry_out(
     plan:Plan,
-    out:str|os.PathLike|None=None,                  # folder to write; None: tensors in memory
+    out:str|os.PathLike|None=None,                  # folder to write, ~ is home; None: tensors in memory
     dress:Callable[[Path],Any]=lambda part: None,   # called with the new folder, to write what is not a tensor
     executor:str|Callable="threads",                # "threads" | "serial", or a function like `map`
     shard_size:int=5*10**9,                         # bytes; adapters are one file
@@ -140,10 +152,10 @@ def carry_out(
 )->Merged:
     "Do the jobs of a plan; `MergeError` if the disk is full or a number does not fit, and then nothing appears at `out`."
     def run(sink):
-        def write(name, i, x):
+        def write(name, i, x, allowed=plan.allow_nonfinite):
             y = x.to(plan.layout[name][1])
             small = y.is_floating_point() and y.dtype.itemsize == 1
-            if small and _over(x, y.dtype).any() or y.is_floating_point() and not (y.float() if small else y).sum(dtype=torch.promote_types(torch.float32, x.dtype)).isfinite(): overflow(name, x, y, plan.allow_nonfinite)
+            if small and _over(x, y.dtype).any() or y.is_floating_point() and not (y.float() if small else y).sum(dtype=torch.promote_types(torch.float32, x.dtype)).isfinite(): overflow(name, x, y, allowed)
             sink.write(name, i, y)
         means, seen, notes = {}, 0, Notes()
         def do(job):
@@ -158,13 +170,11 @@ def carry_out(
         sink = _Memory(plan.layout); means = run(sink)
         tensors = from_state_dict({**sink, **{k: sink[v] for k, v in plan.tied.items()}}, "the merge"); tensors.adapter = plan.config
         return Merged(tensors, means)
-    out = Path(out)
+    out = Path(out).expanduser()
     try:
         with staged(out) as part:
             dress(part)
-            sink = ShardWriter(part, plan.layout, shard_size if plan.config is None else 1 << 62, "model" if plan.config is None else "adapter_model", plan.tied)
-            try: means = run(sink)
-            finally: sink.close()
+            with ShardWriter(part, plan.layout, shard_size if plan.config is None else 1 << 62, "model" if plan.config is None else "adapter_model", plan.tied) as sink: means = run(sink)
             card(part, means)
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): raise MergeError(f"{e.filename or out}: {e.strerror}.\n" + ("Allow more open files: ulimit -n 65536." if e.errno == errno.EMFILE else "Check the folder and its permissions; nothing was left behind.")) from e

@@ -33,7 +33,7 @@ from .geometries.subspace import EpiMer
 from .geometry import Euclidean, Geometry
 from .jobs import Job, Merged, Plan, as_dtype, carry_out, doubtful, report
 from .mean import Mean, frechet_mean, normalise
-from .output import inputs, write_card, write_companions
+from .output import free, inputs, write_card, write_companions
 from .span import Stack
 from .statistics import Coupled, statistics
 from .updates import BATCH, Update, align_updates, batches, bias_key, factor_shapes, merge_updates, peft_config
@@ -58,7 +58,7 @@ def merge_block(
     "Merge one tensor: chart, mean, lift, write. `ValueError` if the geometry cannot place a version, `MergeError` if one is not finite."
     def done(i, j, x):
         if stack.base is not None: x = stack.base_row(i, j).add(x, alpha=scale)
-        write(i, x.masked_fill(stack.nonfinite(i, j), torch.nan) if stack.allow_nonfinite else x)
+        write(i, stack.marked(x, i, j) if stack.allow_nonfinite else x)
     def mean_of(thetas, Gs):
         points, lift = g.chart(thetas, Gs)
         mean = frechet_mean(g, points, ws, warn=False)
@@ -146,7 +146,11 @@ def plan_models(models:list[Checkpoint], g:Geometry, base:Checkpoint|None,
     def job(b:Block):
         def do(write):
             if not b.mergeable:
-                for i, j in spans(b.first.numel): write(b.name, i, b.first.read(i, j))
+                copy = Stack([b.first], name=b.name, sources=("" if base is None else base.source,), allow_nonfinite=allow_nonfinite)
+                for i, j in spans(b.first.numel):
+                    x = b.first.read(i, j)
+                    if not allow_nonfinite and x.dtype.is_floating_point: copy.check(x.float()[None], i)
+                    write(b.name, i, x)
                 return {}
             stack = Stack(b.lazy, b.base, device, b.name, (*(models[i].source for i in b.who), *([] if base is None else [base.source])), allow_nonfinite)
             w = _of_those(b.name, ws[b.name], b.who)
@@ -158,7 +162,7 @@ def plan_models(models:list[Checkpoint], g:Geometry, base:Checkpoint|None,
 
 # %% ../nbs/21_merge.ipynb #832a0569
 def plan_adapters(models:list[Checkpoint], g:Geometry,         # a geometry of matrices is put behind `LoRA`
-    weights, scale, dtype:torch.dtype|None, device, absent:str|None, any_base:bool,     # as for `merge`
+    weights, scale, dtype:torch.dtype|None, device, absent:str|None, any_base:bool, allow_nonfinite:bool=False,     # as for `merge`
 )->Plan:
     "PEFT adapters → PEFT adapter; `MergeError` if they do not match, `ValueError` if the arguments do not."
     if absent not in (None, "renormalise", "zero"): raise ValueError(f"absent = {absent!r}: use 'renormalise' or 'zero'.")
@@ -189,10 +193,10 @@ def plan_adapters(models:list[Checkpoint], g:Geometry,         # a geometry of m
         return Job(sum(sum(u.first.shape)*sum(u.ranks) for u in batch), do, u0.name + (f" and {len(batch) - 1} like it" if batch[1:] else ""))
     jobs = [job(b) for b in batches(updates, lambda n: (tuple(ws[n]), scales[n], ranks[n]), BATCH if g.batched else 1)]
     rest = plan_models([Checkpoint({b.name: b.lazy[b.who.index(i) if b.who else 0] for b in whole if i in b.who or not b.who}, m.source) for i, m in enumerate(models)], Euclidean(), None,
-                       {b.name: ws[b.name] for b in whole} or None, 1.0, None, dtype, device, "renormalise", False, False)
+                       {b.name: ws[b.name] for b in whole} or None, 1.0, None, dtype, device, "renormalise", allow_nonfinite, False)
     if models[1:] and (heads := [b.name for b in whole if len(b.first.shape) > 1 and ".base_layer." not in b.name]):
         warn(f"{', '.join(heads[:3])}{' …'*(len(heads) > 3)}: saved whole beside the adapters (modules_to_save), and averaged without scale. If these are heads of different tasks, their mean answers none: keep each one, and put it on after the merge", stacklevel=4)
-    return Plan({**layout, **rest.layout}, jobs + rest.jobs, {}, [*(u.name for u in updates), *rest.names], peft_config(models, updates, ranks))
+    return Plan({**layout, **rest.layout}, jobs + rest.jobs, {}, [*(u.name for u in updates), *rest.names], peft_config(models, updates, ranks), allow_nonfinite)
 
 # %% ../nbs/21_merge.ipynb #d56a05c7
 def merge(
@@ -202,7 +206,7 @@ def merge(
     weights:Sequence[float]|Mapping[str,Sequence[float]]|None=None,     # one per model, or {name pattern: one per model}; >= 0, normalised; default equal
     scale:float|Mapping[str,float]=1.0,       # multiplies the merged difference from the base; a number, or {name pattern: number}
     metrics:Sequence[Model]|None=None,        # one per model: statistics that `curvature` collected, or diagonal metrics by tensor name; default: none
-    out:str|os.PathLike[str]|None=None,       # folder to write, absent or empty; None returns tensors in memory
+    out:str|os.PathLike[str]|None=None,       # folder to write, absent or empty, ~ is home; None returns tensors in memory
     dtype:str|torch.dtype|None=None,          # of what is written: "bf16", torch.bfloat16; default: each tensor's own, in the base or first model
     executor:str|Callable="threads",          # "threads" | "serial", or any map over blocks
     device:str|torch.device|None=None,        # where chunks are computed; "cuda" moves chunks, never models; default: the CPU
@@ -225,15 +229,19 @@ def merge(
     adapters = any(m.adapter is not None for m in models)
     if bake is not None and not adapters: raise ValueError("bake= puts merged adapters on a full model, and these are full models.")
     as_device(device)
+    if out is not None: out = free(out)
 
     if adapters:
         if base is not None: raise ValueError("adapters are differences from their base already: leave base= (--base) out, or write a full model with bake= (--bake).")
         if metrics is not None: raise ValueError("metrics are for the tensors of full models: put the adapters on their base, as BASE+ADAPTER.")
-        plan = plan_adapters(models, g, weights, scale, dtype if bake is None else None, device, absent, any_base)
+        plan = plan_adapters(models, g, weights, scale, dtype if bake is None else None, device, absent, any_base, allow_nonfinite)
         if bake is not None: plan.layout = {k: (s, torch.promote_types(torch.float32, d) if ".lora_" in k else d) for k, (s, d) in plan.layout.items()}     # rounded once, on the base
     else: plan = plan_models(models, g, base, weights, scale, metrics, dtype, device, absent, allow_nonfinite, allow_pickle)
 
     onto = load(bake, allow_pickle, "bake") if bake is not None else None
+    if onto is not None:      # whether it fits is in the shapes
+        hollow = Checkpoint({n: MemoryTensor(torch.zeros(s, dtype=d)) for n, (s, d) in plan.layout.items()}, "the merged adapter", adapter=plan.config)
+        put_on(onto, hollow)
     recipe, title = ({}, "") if out is None else (_recipe(Path(out).name, g, models, base, onto, weights, scale, dtype, None if metrics is None else [load(m, allow_pickle, "in memory") for m in metrics], full_hash, absent=absent, any_base=any_base, allow_nonfinite=allow_nonfinite, allow_pickle=allow_pickle), Path(out).name)
     start = "their mean, cut to its rank, as lora:rank=… gives it" if adapters and (g.inner if isinstance(g, LoRA) else g).keeps_rank else ""
     def dress(part, folder=next((c.folder for need in ("config.json", "") for c in (*models, base) if c is not None and c.folder and (c.folder/need).exists()), None), plan=plan, head=classes(models[0])):
@@ -248,7 +256,7 @@ def merge(
     if onto is not None:
         done = carry_out(plan, None, executor=executor, progress=progress)
         full = put_on(onto, load(done.tensors))
-        whole = plan_models([full], Euclidean(), None, None, 1.0, None, dtype, device, None, False, False)
+        whole = plan_models([full], Euclidean(), None, None, 1.0, None, dtype, device, None, allow_nonfinite, False)
         last = carry_out(whole, out, lambda part: dress(part, onto.folder, whole, classes(full)), executor, shard_size, progress, lambda part, _: card(part, done.means, whole))
         merged = Merged(last.tensors, done.means, last.out)
     else: merged = carry_out(plan, out, dress, executor, shard_size, progress, card)

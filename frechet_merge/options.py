@@ -13,6 +13,7 @@ from typing import Annotated, Optional
 import typer
 
 from .checkpoints import MergeError
+from .output import free
 
 # %% ../nbs/39_options.ipynb #c6312de4
 Models = Annotated[list[str], typer.Argument(help="Folders, files, hub ids, or BASE+ADAPTER; or PEFT adapters.", show_default=False)]      # the models to merge, in every command that takes some
@@ -62,10 +63,11 @@ def names(
 
 # %% ../nbs/39_options.ipynb #5c2e9b19
 def picture_path(
-    path:Path|None,     # where a picture will be saved
-)->None:
+    path:Path|None,     # where a picture will be saved; ~ is home
+)->Path|None:           # with ~ written out
     "`MergeError` if no picture can be written there, before there is one."
-    if path is None: return
-    if path.is_dir() or not path.absolute().parent.is_dir(): raise MergeError(f"{path}: {'is a folder' if path.is_dir() else 'its folder does not exist'}.\nName a file, such as {path.name or 'picture'}.png, in a folder that exists.")
+    if path is None: return None
+    path = free(path, folder=False, replace=True)
     from matplotlib.backend_bases import FigureCanvasBase
     if path.suffix and path.suffix[1:].lower() not in (known := FigureCanvasBase.get_supported_filetypes()): raise MergeError(f"{path}: no picture ends in {path.suffix}.\nIt may end in .{', .'.join(sorted(known))}.")
+    return path

@@ -20,6 +20,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool,
           "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}     # as headers name them → as torch does
 CODES = {v: k for k, v in DTYPES.items()}   # and back
+MAGIC = {b"GGUF": "a GGUF file", b"PK\3\4": "a zip, as torch's pickles are", b"\x89HDF": "an HDF5 file"}    # what else weights come in
 MAX_HEADER = 100 << 20  # bytes; the reference implementation's own limit
 
 
@@ -57,6 +58,7 @@ def read_header(path: str | Path) -> tuple[dict[str, Entry], dict[str, str]]:
     try:
         with open(path, "rb") as f:
             size, head = os.fstat(f.fileno()).st_size, f.read(8)
+            if kind := next((k for m, k in MAGIC.items() if head.startswith(m)), None): raise MergeError(f"{path}: is {kind}, and not safetensors.\nName the model that it was made of, or convert it first.")
             if len(head) < 8: raise bad(f"{size} bytes is too short for a safetensors file")
             n, = struct.unpack("<Q", head)
             if n > min(MAX_HEADER, size - 8): raise bad(f"its header claims {n} bytes, the file has {size}")
@@ -108,7 +110,7 @@ class ShardWriter:
     """Safetensors shards whose every byte has its place before the first tensor is known.
 
     Construction writes the headers and reserves the disk space (so a disk that is too small says so now); `write` then
-    fills any flat range of any tensor, in any order, from any thread. Memory never holds more than the range being written.
+    fills any flat range of any tensor, in any order, from any thread. As a context it closes itself. Memory never holds more than the range being written.
     """
     def __init__(
         self,
@@ -118,9 +120,19 @@ class ShardWriter:
         stem: str = "model",                             # what file names begin with
         metadata: dict[str, str] | None = None,          # for the header of every file
     ):
+        if odd := next((n for n, (_, d) in tensors.items() if d not in CODES), None):
+            raise MergeError(f"tensor {odd!r} is {tensors[odd][1]}, which safetensors files do not hold.\nLeave it out of the models, or merge in memory (out=None).")
         self.entries, self.fds, files = {}, {}, plan(tensors, shard_size, stem)
+        try: self._lay_out(folder, files, metadata or {})
+        except BaseException: self.close(); raise     # files that are open keep their space when they are deleted
+        if len(files) > 1:
+            index = {"metadata": {"total_size": sum(e.nbytes for e in self.entries.values())},
+                     "weight_map": {name: file for file, group in files.items() for name in group}}
+            (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+    def _lay_out(self, folder, files, metadata):
         for file, group in files.items():
-            head: dict[str, dict] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+            head: dict[str, dict] = {"__metadata__": {"format": "pt", **metadata}}
             end = 0
             for name, (shape, dtype) in group.items():
                 n = math.prod(shape) * dtype.itemsize
@@ -134,10 +146,9 @@ class ShardWriter:
             os.pwrite(fd, struct.pack("<Q", len(blob)) + blob, 0)
             for name, (shape, dtype) in group.items():
                 self.entries[name] = Entry(path, 8 + len(blob) + head[name]["data_offsets"][0], tuple(shape), dtype)
-        if len(files) > 1:
-            index = {"metadata": {"total_size": sum(e.nbytes for e in self.entries.values())},
-                     "weight_map": {name: file for file, group in files.items() for name in group}}
-            (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+    def __enter__(self): return self
+    def __exit__(self, *_): self.close()
 
     def write(self, name: str, start: int, values: torch.Tensor) -> None:
         "Put flat `values` at element `start` of tensor `name`, cast to its dtype."

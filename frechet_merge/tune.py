@@ -32,6 +32,7 @@ from .huggingface import Name, open_model
 from .jobs import Merged
 from .mean import normalise
 from .merge import geometry_named, merge, plan_adapters, plan_models, spelled
+from .output import free
 from .statistics import facts
 
 # %% ../nbs/22_tune.ipynb #d14b2e31
@@ -50,8 +51,9 @@ class OutputDistance:
     def _outputs(self, model, fed, forward, mask)->Iterable[Tensor]:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         for b in fed:
-            z, m = forward(model, take(b, list(range(size(b))), device)).float(), mask(b)
+            z, m = forward(model, take(b, list(range(size(b))), device)), mask(b)
             if not isinstance(z, Tensor) or z.dim() < 2: raise ValueError(f"outputs have the shape {list(z.shape)}: they must be (N, C) or (N, tokens, C).\nPass forward=lambda model, batch: such a tensor.")
+            z = z.float()
             yield _sketch(z[m.to(device)] if z.dim() > 2 and m is not None and m.shape == z.shape[:-1] else z.flatten(0, -2))
     def add(self,
         model:nn.Module,               # an expert, in eval mode: the place where its distance is zero
@@ -128,15 +130,15 @@ class _Asked:
     def __init__(self, opened, distance, origin):
         self.model, self.distance = opened.model, distance
         self.parameters = {k: p for n, p in opened.model.named_parameters() if (k := opened.names.get(n))}
-        self.put(origin); self.unit = distance(self.model)
+        self.put(self.parameters.keys() & set(origin), origin.__getitem__); self.unit = distance(self.model)
     @torch.no_grad()
-    def put(self, tensors):      # what it does not have stays
-        for k in self.parameters.keys() & set(tensors): self.parameters[k].copy_(tensors[k])
+    def put(self, names, tensor):      # one at a time; others stay
+        for k in names: self.parameters[k].copy_(tensor(k))
     def along(self, a, b, ws, bounds, say):
         "The best number on the line from a (0) through b (1), the distances there, and all that were tried."
-        self.put(b); moving, seen = {k for k in self.parameters.keys() & set(a) & set(b) if not torch.equal(a[k].float(), b[k].float())}, {}
+        self.put(self.parameters.keys() & set(b), b.__getitem__); moving, seen = {k for k in self.parameters.keys() & set(a) & set(b) if not torch.equal(a[k].float(), b[k].float())}, {}
         def mean(x):
-            self.put({k: torch.lerp(a[k].float(), b[k].float(), x) for k in moving})
+            self.put(moving, lambda k: torch.lerp(a[k].float(), b[k].float(), x))
             seen[x] = [d/u for d, u in zip(self.distance(self.model), self.unit)]
             d = sum(w*v for w, v in zip(ws, seen[x])); say(x, d); return d
         best, tried = nearest(mean, bounds)
@@ -183,8 +185,7 @@ def tune(
         return x*T if len(x) == 1 else x
     data, given, ws = each("data sets", data), each("heads", heads) if heads else [None]*T, normalise(weights, T)
     if not 0 < bounds[0] < bounds[1] < math.inf: raise ValueError(f"bounds {bounds} must be positive and rising.")
-    if out is not None and Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())): raise MergeError(f"{out}: exists already.\nRemove it, or name another folder.")
-    if out is not None and not Path(out).absolute().parent.is_dir(): raise MergeError(f"{out}: its folder does not exist.\nName one in a folder that does.")
+    if out is not None and not (out := free(out)).absolute().parent.is_dir(): raise MergeError(f"{out}: its folder does not exist.\nName one in a folder that does.")
     origin, loaded = load(base, allow_pickle), [load(m, allow_pickle) for m in models]
     adapters = any(c.adapter is not None for c in loaded)
     gs = [geometry_named(g) if isinstance(g, str) else g for g in geometries or ([pullback(share="right"), pullback(share="left")] if metrics is not None else ["tsvm"] if adapters else [EpiMer()])]

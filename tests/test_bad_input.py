@@ -12,6 +12,8 @@ from conftest import cli, save, tensors
 from safetensors.torch import save_file
 
 from frechet_merge import MergeError, load, merge
+from frechet_merge.checkpoints import FileTensor
+from frechet_merge.diagnostics import inspect
 
 
 def refused(*args, cwd, code=1, says=""):
@@ -317,3 +319,16 @@ def test_inspect_of_what_has_little_in_common_is_short(models, tmp_path):
     save(tmp_path/"other", {f"x{i}": torch.ones(2) for i in range(30)})
     code, out, _ = cli("inspect", "m0", "other", cwd=tmp_path)
     assert code == 1 and out.count("missing:") == 11 and "more tensors; --json has all" in out
+
+
+def test_a_prefix_is_no_difference(tmp_path):
+    "What `merge` merges, `inspect` compares."
+    a, b = ({f"{lead}a.weight": torch.randn(3, 4), f"{lead}a.bias": torch.randn(3)} for lead in ("bert.", ""))
+    found = inspect([a, b])
+    assert found.mergeable and [r["name"] for r in found.tensors] == ["bert.a.weight", "bert.a.bias"]
+    assert inspect([a], b).mergeable and set(merge([a, b]).tensors) == set(a)
+
+
+def test_a_name_is_looked_up_without_its_tensor(models, monkeypatch):
+    c = load(models[0]); monkeypatch.setattr(FileTensor, "_pread", lambda *_: pytest.fail("a tensor was read"))
+    assert "q.weight" in c and "no.weight" not in c and c.keys() & {"q.bias", "x"} == {"q.bias"}

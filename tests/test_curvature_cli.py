@@ -141,8 +141,20 @@ def test_a_killed_run_goes_on(work, tmp_path):
     assert sorted(x.name for x in tmp_path.iterdir()) == ["long.jsonl", "s.safetensors", "whole.safetensors"] and again.about["samples"] == 80
     for n in whole: torch.testing.assert_close(again[n], whole[n], rtol=1e-4, atol=1e-7)
     assert collect(work/"bert", data, tmp_path/"s.safetensors", resume=True).about["samples"] == 80      # a loop that was killed passes over what is finished
-    for how, says in (({"form": "diagonal"}, "form 'kronecker'"), ({"seed": 1}, "seed 0"), ({"estimator": "true"}, "estimator 'pullback'")):
+    for how, says in (({"form": "diagonal"}, "form 'kronecker'"), ({"seed": 1}, "seed 0"), ({"estimator": "true"}, "estimator 'pullback'"), ({"max_samples": 32, "only": "*query*", "max_length": 4}, "max_samples 256, max_length 512, only None")):
         with pytest.raises(ValueError, match=f"is finished, and of another run: {says}"): collect(work/"bert", data, tmp_path/"s.safetensors", resume=True, **how)
+    first, again = (collect(work/"bert", data, tmp_path/"i.safetensors", form="inputs", resume=True) for _ in range(2))
+    assert first.about == again.about
+
+
+@pytest.mark.filterwarnings("ignore:no metric for")
+def test_pairs_that_are_not_there_and_labels_between_classes(work, tmp_path):
+    rows = [{"sentence1": "cat dog", "sentence2": None if i % 2 else "dog", "label": i % 2 + .5} for i in range(8)]
+    from frechet_merge.examples import examples
+    data = write(tmp_path/"pairs.jsonl", rows)
+    with pytest.warns(UserWarning, match="4 of 8 examples have no text or no pair"): found = examples(data)
+    assert [r["pair"] for r in found] == ["dog"]*4
+    with pytest.raises(MergeError, match="label 0.5 is neither a whole number"), pytest.warns(UserWarning): collect(work/"bert", data, tmp_path/"s.safetensors", estimator="empirical")
 
 
 @pytest.mark.parametrize("args, says", [(dict(form="kroneker"), "no form is called 'kroneker'"), (dict(estimator="fisher"), "no estimator is called 'fisher'")])

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file, save_model
 
 from frechet_merge import Euclidean, LoRA, MergeError, load, merge
+from frechet_merge.checkpoints import FileTensor
 from frechet_merge.diagnostics import inspect
 from frechet_merge.geometries.sphere import karcher
+from frechet_merge.jobs import _mapper
 from frechet_merge.span import Stack, gram
 
 
@@ -366,3 +368,55 @@ def test_the_hub_learns_what_a_merge_is_made_of(models, tmp_path):
         return yaml.safe_load((merge(cs, out=tmp_path/str(len(os.listdir(tmp_path)))).out/"README.md").read_text().split("---")[1])
     assert head("org/a", "org/b@main") == {"library_name": "transformers", "base_model": ["org/a", "org/b"], "base_model_relation": "merge", "tags": ["merge", "frechet_merge"]}
     assert "base_model" not in head("org/a", "./b") and "base_model" not in head("org/a+org/b", "org/c")
+
+
+def test_home_is_where_a_model_is_written(models, tmp_path, monkeypatch):
+    "`~` is home for what writes, as it is for what reads."
+    home = tmp_path/"home"; home.mkdir(); monkeypatch.setenv("HOME", str(home)); monkeypatch.chdir(tmp_path)
+    m = merge(models, out="~/merged")
+    assert (home/"merged"/"model.safetensors").exists() and not (tmp_path/"~").exists() and m.out == home/"merged"
+    torch.testing.assert_close(m.tensors["q.bias"], sum(tensors(i)["q.bias"] for i in range(3))/3)
+
+
+def test_a_taken_place_is_refused_before_anything_is_read(models, tmp_path, monkeypatch):
+    (tmp_path/"out").mkdir(); (tmp_path/"out"/"mine").write_text("mine")
+    monkeypatch.setattr(FileTensor, "_pread", lambda *_: pytest.fail("a tensor was read")); monkeypatch.setattr("frechet_merge.output.fingerprint", lambda *_: pytest.fail("a file was hashed"))
+    with pytest.raises(MergeError, match="not an empty folder"): merge(models, out=tmp_path/"out", full_hash=True)
+
+
+def test_what_is_no_number_is_copied_if_that_is_asked_for(models, tmp_path):
+    "A mask of -inf that all models have, or only the base, is that mask; what differs is NaN."
+    mask = torch.tensor([0., -torch.inf, -torch.inf, 1.])
+    both, one = [tensors(i) | {"mask": mask} for i in range(2)], [tensors(i) for i in range(2)]
+    base = tensors(5) | {"mask": mask}
+    with pytest.raises(MergeError, match="(?s)'mask' is -inf.*allow_nonfinite"): merge(one, base=base, absent="renormalise")
+    assert torch.equal(merge(both, allow_nonfinite=True).tensors["mask"], mask) and torch.equal(merge(one, base=base, absent="renormalise", allow_nonfinite=True, out=tmp_path/"o").tensors["mask"], mask)
+    both[1]["mask"] = torch.tensor([0., torch.inf, -torch.inf, torch.nan])
+    found = merge(both, allow_nonfinite=True).tensors["mask"]
+    assert found[0] == 0 and found[1].isnan() and found[2] == -torch.inf and found[3].isnan()
+
+
+def test_merges_beside_each_other_give_the_threads_back():
+    "The first to begin is not the last to end."
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        first, second = _mapper("threads"), _mapper("threads")
+        first.__enter__(); second.__enter__(); assert torch.get_num_threads() == 1
+        first.__exit__(None, None, None); assert torch.get_num_threads() == 1
+        second.__exit__(None, None, None); assert torch.get_num_threads() == 2
+    finally: torch.set_num_threads(before)
+
+
+def test_the_lock_of_a_merge_that_failed_meanwhile_is_none(tmp_path, monkeypatch):
+    "A waits with the folder open, whoever had it removes it, and a third makes it anew: A must not empty that."
+    import fcntl
+
+    from frechet_merge.output import staged
+    part, lock = tmp_path/".out.partial", fcntl.flock
+    def late(fd, how):
+        if not (tmp_path/"swapped").exists(): (tmp_path/"swapped").touch(); part.rmdir(); part.mkdir(); (part/"theirs").write_text("x")
+        lock(fd, how)
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(MergeError, match="another merge is writing it"), staged(tmp_path/"out"): pass
+    assert (part/"theirs").exists()

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import sys
 import warnings
 
 import peft
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from frechet_merge import LoRA, Span, Sphere, load, merge
+from frechet_merge import LoRA, MergeError, Span, Sphere, load, merge
 from frechet_merge.adapters import layers
 from frechet_merge.geometries.baselines import KnOTS, TSVM
 
@@ -433,3 +434,22 @@ def test_the_command_of_a_card_has_every_digit(make, tmp_path):
     def said(**how): return yaml.safe_load((merge(models, LoRA(), out=tmp_path/str(len(list(tmp_path.iterdir()))), **how).out/"README.md").read_text().split("```")[1].removeprefix("yaml")).get("command")
     assert said(weights=[1/3, .123456789], scale=.123456789123).endswith(f"--weights {1/3!r},0.123456789 --scale 0.123456789123")
     assert said(scale=2).endswith("--scale 2") and said(bake={"q.weight": torch.zeros(12, 8), "v.weight": torch.zeros(12, 8)}) is None      # in memory, there is nothing to name
+
+
+def test_whether_it_fits_is_known_before_the_merge(make, tmp_path, monkeypatch):
+    a = make("a", 0)
+    save_file({k: torch.zeros(7, 7) if k == "q.weight" else v for k, v in toy().state_dict().items()}, tmp_path/"odd.safetensors")
+    monkeypatch.setattr(sys.modules["frechet_merge.merge"], "carry_out", lambda *_, **__: pytest.fail("the merge was made"))
+    with pytest.raises(MergeError, match="does not fit 'q.weight'"): merge([a, a], bake=tmp_path/"odd.safetensors", out=tmp_path/"out")
+
+
+def test_what_is_no_number_is_copied_beside_adapters_too(make):
+    base, a = toy().state_dict(), make("a", 0, modules_to_save=["head"])
+    base["norm.bias"][2] = torch.nan
+    file = a/"adapter_model.safetensors"; save_file({k: v.masked_fill(torch.eye(*v.shape).bool(), -torch.inf) if k.endswith("head.weight") else v for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
+    with pytest.raises(MergeError, match="allow_nonfinite"): merge([a, a])
+    head = next(v for k, v in merge([a, a], allow_nonfinite=True).tensors.items() if k.endswith("head.weight"))
+    assert torch.equal(head.isinf(), torch.eye(*head.shape).bool())
+    with pytest.raises(MergeError, match="allow_nonfinite"): merge([a, a], bake=base)
+    baked = merge([a, a], bake=base, allow_nonfinite=True).tensors
+    assert baked["norm.bias"].isnan().tolist() == [i == 2 for i in range(8)] and torch.equal(baked["head.weight"].isinf(), torch.eye(*head.shape).bool())

@@ -1,5 +1,7 @@
 """The container: what we write, safetensors reads; what lies, is refused."""
+import errno
 import json
+import os
 import struct
 
 import pytest
@@ -95,3 +97,26 @@ def test_damage_is_refused_or_harmless(tmp_path_factory, cut, flips):
     except MergeError: return
     assert sum(e.nbytes for e in entries.values()) <= len(raw)
     assert all(e.offset + e.nbytes <= len(raw) for e in entries.values())
+
+
+@pytest.mark.parametrize("raw, kind", [(b"GGUF\x03\x00\x00\x00" + bytes(64), "a GGUF file"), (b"PK\x03\x04" + bytes(64), "a zip, as torch's pickles are"), (b"\x89HDF\r\n\x1a\n" + bytes(64), "an HDF5 file")], ids=["gguf", "zip", "hdf5"])
+def test_what_else_weights_come_in_is_named(tmp_path, raw, kind):
+    (tmp_path/"x.gguf").write_bytes(raw)
+    with pytest.raises(MergeError, match=f"is {kind}, and not safetensors"): read_header(tmp_path/"x.gguf")
+
+
+def test_a_full_disk_leaves_no_file_open(tmp_path, monkeypatch):
+    "An open file keeps its space when it is deleted."
+    def here(): return {os.readlink(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{n}")}
+    made = []
+    def full(fd, *_):
+        made.append(fd)
+        if len(made) == 3: raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError): ShardWriter(tmp_path, {f"t{i}": ((100,), torch.float32) for i in range(5)}, 400)
+    assert len(made) == 3 and not any(str(tmp_path) in f for f in here())
+
+
+def test_numbers_that_the_format_does_not_hold(tmp_path):
+    with pytest.raises(MergeError, match="'freqs' is torch.complex64"): ShardWriter(tmp_path, {"freqs": ((3,), torch.complex64)}, 400)
+    assert not list(tmp_path.iterdir())
