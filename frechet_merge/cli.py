@@ -20,7 +20,7 @@ from typing import Annotated, Optional
 import typer
 
 from .checkpoints import MergeError, load
-from .options import Absent, AnyBase, Base, BatchSize, MaxLength, Metrics, Models, PairColumn, Pickle, Quiet, Split, TextColumn, Tokenizer, Weights, names, numbers, picture_path, size
+from .options import Absent, AnyBase, Base, BatchSize, MaxLength, Metrics, Models, PairColumn, Pickle, Quiet, Split, TextColumn, Tokenizer, Weights, names, numbers, pair_of, picture_path, size
 
 # %% ../nbs/40_cli.ipynb #01e69ee9
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]},
@@ -43,16 +43,17 @@ def _place(model:str)->str: return os.path.realpath(Path(model).parent if model.
 def merge_command(
     models: Models,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write; it must not exist, or be empty.", show_default=False)],
-    geometry: Annotated[str, typer.Option(help="What a distance between models is: euclidean, sphere, lora:rank=16, or an installed one.")] = "euclidean",
+    geometry: Annotated[str, typer.Option(help="What a distance between models is, with its arguments, as lora:rank=16: euclidean, sphere, curved, pullback, epimer; of adapters lora, knots, tsvm; or an installed one.")] = "euclidean",
     base: Base = None,
     weights: Weights = None,
-    scale: Annotated[float, typer.Option(help="Multiplies the merged difference from the base.")] = 1.0,
+    scale: Annotated[float, typer.Option(help="Multiplies the merged update (adapters), or difference from the base.")] = 1.0,
     metrics: Metrics = None,
     dtype: Annotated[Optional[str], typer.Option(help="bf16, fp16, fp32 or fp64; default: each tensor's own.", show_default=False)] = None,
     executor: Annotated[str, typer.Option(help="threads or serial.")] = "threads",
     device: Annotated[Optional[str], typer.Option(help="Where chunks are computed: cpu, cuda.", show_default=False)] = None,
     shard_size: Annotated[str, typer.Option(help="Largest file to write.")] = "5GB",
     bake: Annotated[Optional[str], typer.Option(help="Put the merged adapter on this full model, and write that.", show_default=False)] = None,
+    drop: Annotated[Optional[list[str]], typer.Option(help="Leave out tensors of this name; * is a wildcard; may be given several times.", show_default=False)] = None,
     absent: Absent = None,
     any_base: AnyBase = False,
     allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="Copy NaN and Inf through.")] = False,
@@ -64,7 +65,7 @@ def merge_command(
     from frechet_merge.merge import merge
     start = time.time()
     merge(models, geometry, base, numbers(weights, "weights"), scale, names(metrics), out, dtype, executor, device,
-          shard_size=size(shard_size), bake=bake, absent=absent, any_base=any_base, allow_nonfinite=allow_nonfinite, allow_pickle=allow_pickle,
+          shard_size=size(shard_size), bake=bake, drop=drop or (), absent=absent, any_base=any_base, allow_nonfinite=allow_nonfinite, allow_pickle=allow_pickle,
           full_hash=full_hash, progress=not quiet and sys.stderr.isatty())
     if len(models) == 1 and bake is None and base is None: warnings.warn(f"{models[0]} is the only model: there is nothing to average with it", stacklevel=1)
     for place, n in Counter(map(_place, models)).items():
@@ -84,6 +85,7 @@ def inspect_command(
     weights: Annotated[Optional[str], typer.Option(help="Of the mean that the metrics are asked about.", show_default=False)] = None,
     damping: Annotated[float, typer.Option(help="Of the metrics, in units of their mean eigenvalue.")] = 0.1,
     plot: Annotated[Optional[Path], typer.Option(help="Save a picture of what the metrics would change, by tensor.", show_default=False)] = None,
+    any_base: AnyBase = False,
     allow_pickle: Pickle = False,
 ):
     "Compare MODELS tensor by tensor; merge nothing. Exit code 1 if they cannot be merged as they are."
@@ -93,7 +95,7 @@ def inspect_command(
     from frechet_merge.diagnostics import inspect, plot_eta
     if plot and metrics is None: raise ValueError("--plot draws what metrics would change: give --metrics.")
     plot = picture_path(plot)
-    found = inspect(models, base, allow_pickle, not headers, sys.stderr.isatty(), names(metrics), numbers(weights, "weights"), damping)
+    found = inspect(models, base, allow_pickle, not headers, sys.stderr.isatty(), names(metrics), numbers(weights, "weights"), damping, any_base)
     if as_json: print(json.dumps(asdict(found) | {"gain": found.gain, "verdict": found.verdict, "mergeable": found.mergeable}))
     else:
         for x in found.report(top): Console().print(x, soft_wrap=isinstance(x, Text))     # lines as they are, for grep
@@ -177,6 +179,7 @@ def tune_command(
     dtype: Annotated[Optional[str], typer.Option(help="Of what is written: bf16, fp16, fp32 or fp64; default: each tensor's own.", show_default=False)] = None,
     device: Annotated[Optional[str], typer.Option(help="Where models run and merges are computed: cpu, cuda.", show_default=False)] = None,
     seed: Annotated[int, typer.Option(help="Of the subset.")] = 0,
+    bounds: Annotated[str, typer.Option(help="Of the anchor or scale.")] = "0.125,16",
     absent: Absent = None,
     any_base: AnyBase = False,
     allow_pickle: Pickle = False,
@@ -188,7 +191,7 @@ def tune_command(
     from frechet_merge.tune import tune
     start = time.time()
     found = tune(models, names(data, "--data") or [], base, geometry, names(metrics), numbers(weights, "weights"), out, heads=names(heads, "--heads"), tokenizer=tokenizer, split=split, text=text, pair=pair, max_samples=max_samples, seed=seed,
-                 batch_size=batch_size, max_length=max_length, device=device, dtype=dtype, absent=absent, any_base=any_base, allow_pickle=allow_pickle, say=lambda s: None if quiet else print(s, file=sys.stderr))
+                 batch_size=batch_size, max_length=max_length, device=device, dtype=dtype, bounds=pair_of(bounds), absent=absent, any_base=any_base, allow_pickle=allow_pickle, say=lambda s: None if quiet else print(s, file=sys.stderr))
     t = Table("geometry", "scale", *(Path(m.rpartition("+")[2]).name for m in models), "mean", title="How far outputs moved: 0 the model's own, 1 the base's")
     for s in found.settings: t.add_row(s.name, f"{s.scale:g}", *(f"{d:.3f}" for d in s.distances), f"{s.distance:.4f}")
     Console(markup=False).print(t)

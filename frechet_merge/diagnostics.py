@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from .blocks import align, get, named_like
+from .blocks import align, get, named_like, unlike
 from .checkpoints import MergeError, Notes, _same_bytes, codes, load
 from .factors import core
 from .jobs import bar
@@ -42,6 +42,7 @@ class Inspection(JupyterMixin):
     shapes: dict[str, list] = field(default_factory=dict)           # tensor → its shape in each model, where they differ
     nonfinite: dict[str, list[int]] = field(default_factory=dict)   # tensor → number of NaN and Inf in each model
     unequal: list[str] = field(default_factory=list)                # tensors of integers that differ
+    unlike: list[str] = field(default_factory=list)                 # what configs and tokenizers say, and no mean of weights heeds; it does not prevent a merge
     adapters: list[str] = field(default_factory=list)               # models that are adapters among full models, which need their base
     tensors: list[dict] = field(default_factory=list)               # name, shape, norm of each model, distance of each from the reference (None: it is zero)
     distance: list[float] = field(default_factory=list)             # ‖δ‖/‖θ₀‖ of each model but the reference, over all compared tensors
@@ -85,10 +86,10 @@ class Inspection(JupyterMixin):
             yield Text(self.verdict)
         mixed = len(self.adapters) not in (0, len(self.sources))      # then all is missing, and one line says why
         lines = [f"missing: {name} in {', '.join(who)}" for name, who in self.missing.items()][:0 if mixed else SHOWN[1]]
-        if not mixed and len(self.missing) > SHOWN[1]: lines.append(f"missing: {len(self.missing) - SHOWN[1]} more tensors")
+        if not mixed and len(self.missing) > SHOWN[1]: lines.append(f"missing: {len(self.missing) - SHOWN[1]} more tensors; --json has all")
         lines += [f"shapes differ: {name} {' '.join(map(str, s))}" for name, s in self.shapes.items()]
         lines += [f"not finite: {name} has " + ", ".join(f"{k} in {who}" for k, who in zip(n, self.sources) if k) for name, n in self.nonfinite.items()]
-        lines += [f"integers differ: {name}" for name in self.unequal] + [f"adapter: {name} needs its base, as BASE+{name}" for name in self.adapters]
+        lines += [f"doubtful: {said}" for said in self.unlike] + [f"integers differ: {name}" for name in self.unequal] + [f"adapter: {name} needs its base, as BASE+{name}" for name in self.adapters]
         yield from map(Text, [*lines, "These can be merged." if self.mergeable else "These cannot be merged as they are."])
     def __rich_console__(self, *_): return self.report()
 
@@ -113,6 +114,7 @@ def inspect(
     metrics:Sequence[Model]|None=None,         # one per model, as for `merge`: how much would they change?
     weights:Sequence[float]|None=None,         # of the mean that η is about; default equal
     damping:float=0.1,           # of the metrics, in their own units (`metrics.damped`): an estimate from few examples has a null space
+    any_base:bool=False,         # of adapters whose configs name different bases
 )->Inspection:
     "Compare checkpoints tensor by tensor without merging them; `MergeError` if one cannot be read, `ValueError` for metrics of adapters, or without numbers."
     if metrics is not None and not numbers: raise ValueError("what metrics would change is not in the headers: leave out --headers (numbers=False), or the metrics.")
@@ -122,11 +124,11 @@ def inspect(
     found.adapters = [c.source for c in every if c.adapter is not None]
     if len(found.adapters) == len(every):
         if metrics is not None: raise ValueError("metrics are for the tensors of full models: put the adapters on their base, as BASE+ADAPTER.")
-        return _inspect_adapters(found, every, numbers)
+        return _inspect_adapters(found, every, numbers, any_base)
     if base is not None and len(found.adapters) == len(models): raise ValueError("adapters are differences from their base already: leave the base out, or put each on it, as BASE+ADAPTER.")
     for c in every:
         if name := codes(c): raise MergeError(f"{c.source}: tensor {name!r} is in 8 bits with a scale beside it: its numbers are codes, which cannot be compared.\nSave the model in bfloat16 first.")
-    every = [named_like(c, every[-len(models)]) for c in every]      # as `merge` does
+    found.unlike, every = unlike(every), [named_like(c, every[-len(models)]) for c in every]      # as `merge` does
     total, stacks = torch.zeros(len(every), len(every), dtype=torch.float64), []
     for name in dict.fromkeys(n for c in every for n in c.lazy):
         lazy = [x for c in every if (x := get(c, name)) is not None]
@@ -167,8 +169,8 @@ def _etas(models, metrics, weights, damping, allow_pickle, progress)->list[dict]
     return sorted([r | {"share": r["eta"]/total} for r in rows], key=lambda r: -r["eta"])
 
 # %% ../nbs/30_diagnostics.ipynb #c2bb3648
-def _inspect_adapters(found:Inspection, every, numbers)->Inspection:
-    updates, _ = align_updates(every)
+def _inspect_adapters(found:Inspection, every, numbers, any_base)->Inspection:
+    updates, _ = align_updates(every, any_base=any_base)
     found.adapters, T = [], len(every)
     total = torch.zeros(T, T, dtype=torch.float64)
     for u in updates if numbers else []:

@@ -26,8 +26,8 @@ from torch import Tensor
 
 import frechet_merge
 from .adapters import bake as put_on, classes
-from .blocks import Block, align, by_name
-from .checkpoints import Checkpoint, MemoryTensor, MergeError, as_device, load, spans, warn
+from .blocks import Block, align, by_name, unlike, without
+from .checkpoints import HEAD, Checkpoint, MemoryTensor, MergeError, as_device, load, spans, warn
 from .geometries.lora import LoRA
 from .geometries.subspace import EpiMer
 from .geometry import Euclidean, Geometry
@@ -137,11 +137,14 @@ def plan_models(models:list[Checkpoint], g:Geometry, base:Checkpoint|None,
     if g.factors: raise ValueError(f"{g!r} merges adapters, and these are full models.\nName the adapters alone, or use another geometry (TSV-M of full models is epimer without metrics).")
     if g.differences and base is None: raise ValueError(f"{g!r} adds up what the models changed.\nName the model from which they did: base=, --base.")
     if g.needs_metrics and metrics is None: raise _needs(g, "Collect them with `frechet-merge curvature`, one file per model, and name them: metrics=, --metrics.")
+    for said in unlike([*([] if base is None else [base]), *models]): warn(said, stacklevel=4)
     blocks, tied = align(models, base, absent)
     if base is None and (isinstance(scale, Mapping) or scale != 1.0): raise ValueError("scale multiplies the difference from a base: give base= (--base) too.")
     if base is not None and (bare := [b.name for b in blocks if b.base is None and b.mergeable]): warn(f"{len(bare)} tensors that {base.source} lacks are merged whole, without scale: {', '.join(bare[:3])}{' …'*(len(bare) > 3)}", stacklevel=4)
     ws, scales = _weights([b.name for b in blocks], weights, scale, len(models))
     Gs = statistics(metrics, blocks, len(models), allow_pickle, device, [m.source for m in models], isinstance(g, EpiMer))
+    if len(models) > 1 and (isinstance(g, Euclidean) or g.curved) and getattr(g, "share", None) is None and not getattr(g, "damping", 0) and any(isinstance(G, Coupled) and {"left", "right"} <= set(G.parts[0]) for G in Gs.values()):
+        warn("sums of metrics with two factors each have no closed form, and undamped they are inverted by many iterations: minutes, where --geometry pullback or curved:damping=0.1 take seconds", stacklevel=4)
     layout = {b.name: (b.first.shape, dtype if dtype and b.first.dtype.is_floating_point else b.first.dtype) for b in blocks}
     def job(b:Block):
         def do(write):
@@ -211,6 +214,7 @@ def merge(
     executor:str|Callable="threads",          # "threads" | "serial", or any map over blocks
     device:str|torch.device|None=None,        # where chunks are computed; "cuda" moves chunks, never models; default: the CPU
     *, bake:Model|None=None,      # a full model to put the merged adapter on: a full checkpoint is written
+    drop:Sequence[str]=(),        # names of tensors to leave out of the models and the base; * is a wildcard: heads of different tasks
     absent:str|None=None,         # of what some models lack: "renormalise" over those that have it | "zero" (layers of adapters: the default); full models: refused
     any_base:bool=False,          # merge adapters whose configs name different bases
     allow_nonfinite:bool=False,   # copy NaN and Inf through, instead of refusing them
@@ -224,6 +228,10 @@ def merge(
     models = [load(m, allow_pickle, f"models[{i}]") for i, m in enumerate(models)]
     if not models: raise ValueError("there is nothing to merge: name at least one model.")
     base, dtype = load(base, allow_pickle, "base") if base is not None else None, as_dtype(dtype)
+    if drop:
+        drop = [drop] if isinstance(drop, str) else [*drop]; less = [without(c, drop) for c in models]
+        if none := next((p for p in drop if all(len(without(c, [p])) == len(c) for c in models)), None): raise ValueError(f"drop = {none!r}: no model has a tensor of this name.")
+        models, base = less, None if base is None else without(base, drop)
     g = geometry_named(geometry) if isinstance(geometry, str) else geometry
     if not isinstance(g, Geometry): raise ValueError(f"{g!r} is not a Geometry: pass an instance, such as Euclidean(), or a name.")
     adapters = any(m.adapter is not None for m in models)
@@ -242,11 +250,12 @@ def merge(
     if onto is not None:      # whether it fits is in the shapes
         hollow = Checkpoint({n: MemoryTensor(torch.zeros(s, dtype=d)) for n, (s, d) in plan.layout.items()}, "the merged adapter", adapter=plan.config)
         put_on(onto, hollow)
-    recipe, title = ({}, "") if out is None else (_recipe(Path(out).name, g, models, base, onto, weights, scale, dtype, None if metrics is None else [load(m, allow_pickle, "in memory") for m in metrics], full_hash, absent=absent, any_base=any_base, allow_nonfinite=allow_nonfinite, allow_pickle=allow_pickle), Path(out).name)
+    recipe, title = ({}, "") if out is None else (_recipe(Path(out).name, g, models, base, onto, weights, scale, dtype, None if metrics is None else [load(m, allow_pickle, "in memory") for m in metrics], full_hash, drop=drop, absent=absent, any_base=any_base, allow_nonfinite=allow_nonfinite, allow_pickle=allow_pickle), Path(out).name)
+    untied = any(c.config and not c.config.get("tie_word_embeddings") for c in models)
     start = "their mean, cut to its rank, as lora:rank=… gives it" if adapters and (g.inner if isinstance(g, LoRA) else g).keeps_rank else ""
     def dress(part, folder=next((c.folder for need in ("config.json", "") for c in (*models, base) if c is not None and c.folder and (c.folder/need).exists()), None), plan=plan, head=classes(models[0])):
         kinds, config = {d for _, d in plan.layout.values() if d.is_floating_point}, plan.config
-        write_companions(part, folder, dtype or (kinds.pop() if len(kinds) == 1 else None), head)
+        write_companions(part, folder, dtype or (kinds.pop() if len(kinds) == 1 else None), head, untied and any(HEAD.search(n) for n in plan.layout))
         if config is not None: (part/"adapter_config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
     def card(part, means, plan=plan):
         ids = [c.source for c in (base, *models) if c is not None]
@@ -275,7 +284,7 @@ def _recipe(out, g, models, base, bake, weights, scale, dtype, metrics, full, **
     if name != repr(g) and all(m.files and not m.source.startswith("-") and "," not in m.source for m in named) and isinstance(w, list) and not isinstance(scale, Mapping):
         words = [*(m.source for m in models), "-o", out, *([] if base is None else ["--base", base.source]), *([] if bake is None else ["--bake", bake.source]), *([] if metrics is None else ["--metrics", ",".join(m.source for m in metrics)]), *([] if name == "euclidean" else ["--geometry", name]),
                  *([] if weights is None else ["--weights", ",".join(map(typed, w))]), *([] if scale == 1 else ["--scale", typed(scale)]), *([] if dtype is None else ["--dtype", str(dtype).removeprefix("torch.")])]
-        made["command"] = shlex.join(["frechet-merge", "merge", *words, *(x for k, v in options.items() if v for x in ([f"--{k.replace('_', '-')}"] if v is True else [f"--{k}", v]))])
+        made["command"] = shlex.join(["frechet-merge", "merge", *words, *(x for k, v in options.items() if v for x in ([f"--{k.replace('_', '-')}"] if v is True else [f"--{k}", v] if isinstance(v, str) else [w for y in v for w in (f"--{k}", y)]))])
     made |= {"geometry": repr(g), "models": [{"model": m.source, "files": inputs(m, full)} for m in models], "weights": w, "scale": plain(scale)}
     made |= {k: {"model": m.source, "files": inputs(m, full)} for k, m in (("base", base), ("bake", bake)) if m is not None}
     if metrics is not None: made["metrics"] = [{"metrics": m.source, "files": inputs(m, full)} for m in metrics]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Models', 'Base', 'Weights', 'Metrics', 'Pickle', 'Absent', 'AnyBase', 'Quiet', 'TextColumn', 'PairColumn', 'Split',
-           'BatchSize', 'MaxLength', 'Tokenizer', 'UNITS', 'size', 'numbers', 'names', 'picture_path']
+           'BatchSize', 'MaxLength', 'Tokenizer', 'UNITS', 'size', 'numbers', 'pair_of', 'names', 'picture_path']
 
 # %% ../nbs/39_options.ipynb #8ef7f9e7
 from pathlib import Path
@@ -51,6 +51,13 @@ def numbers(
     "Numbers, read; `ValueError` if they are none."
     try: return None if text is None else [float(x) for x in text.split(",")]
     except ValueError: raise ValueError(f"{what} {text!r} are not numbers: write them as 0.5,0.3,0.2.") from None
+
+def pair_of(
+    text:str,                  # such as 0.125,16
+)->tuple[float,float]:
+    "Two numbers, read; `ValueError` if they are not two."
+    if len(found := numbers(text, "bounds") or []) != 2: raise ValueError(f"bounds {text!r} are not two numbers: write them as 0.125,16.")
+    return found[0], found[1]
 
 def names(
     text:str|None,             # such as A,B,C

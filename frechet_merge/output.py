@@ -104,6 +104,7 @@ def write_companions(
     source:Path|None,           # the folder of a model; None: there is nothing to copy
     dtype:torch.dtype|None,     # what the config is to say; None: what it says
     classes:int|None=None,      # of the head, which the config may not know; None: what it says
+    untied:bool=False,          # the output layer is stored, and not the embedding
 )->None:
     "Copy config and tokenizer files."
     for f in sorted({f for p in COMPANIONS for f in source.glob(p) if f.is_file()} if source else []):
@@ -111,6 +112,7 @@ def write_companions(
         if f.name == "config.json":
             cfg = json.loads(f.read_text()); said = {}
             if dtype is not None: said["dtype" if "dtype" in cfg else "torch_dtype"] = str(dtype).removeprefix("torch.")
+            if untied and cfg.get("tie_word_embeddings"): said["tie_word_embeddings"] = False
             if classes is not None and {len(cfg.get("id2label") or "01"), cfg.get("num_labels", classes)} != {classes}: cfg = {k: v for k, v in cfg.items() if k not in ("num_labels", "problem_type")}; said |= {"id2label": {str(i): f"LABEL_{i}" for i in range(classes)}, "label2id": {f"LABEL_{i}": i for i in range(classes)}}      # transformers' default: two
             if any(cfg.get(k) != v for k, v in said.items()): (out/f.name).write_text(json.dumps({**cfg, **said}, indent=2) + "\n"); continue
         shutil.copyfile(f, out/f.name)

@@ -59,6 +59,8 @@ def read_header(path: str | Path) -> tuple[dict[str, Entry], dict[str, str]]:
         with open(path, "rb") as f:
             size, head = os.fstat(f.fileno()).st_size, f.read(8)
             if kind := next((k for m, k in MAGIC.items() if head.startswith(m)), None): raise MergeError(f"{path}: is {kind}, and not safetensors.\nName the model that it was made of, or convert it first.")
+            if head.startswith(b"version "): raise MergeError(f"{path}: is a pointer of git LFS, and not the file that it points to.\nFetch it: git lfs pull.")
+            if len(head) == 8 and all(9 <= x < 127 for x in head): raise MergeError(f"{path}: is text, and not safetensors.\nName a file of tensors.")
             if len(head) < 8: raise bad(f"{size} bytes is too short for a safetensors file")
             n, = struct.unpack("<Q", head)
             if n > min(MAX_HEADER, size - 8): raise bad(f"its header claims {n} bytes, the file has {size}")

@@ -83,7 +83,8 @@ def statistics(
     if metrics is None: return {}
     if len(metrics) != T: raise ValueError(f"{len(metrics)} metrics for {T} models: give one per model.")
     files, found, without = [load(m, allow_pickle, f"metrics[{i}]") for i, m in enumerate(metrics)], {}, []
-    _agree(files, [facts(m, c) for m, c in zip(metrics, files)], models)
+    _agree(files, about := [facts(m, c) for m, c in zip(metrics, files)], models)
+    if wrong := next((c.source for m, a, c in zip(metrics, about, files) if isinstance(m, (str, os.PathLike)) and os.path.isdir(m) and c.config and not a.get("form")), None): raise MergeError(f"{wrong}: is a model, and not statistics of one.\nCollect them with `frechet-merge curvature`, and name the file that it writes.")
     for b in (b for b in blocks if b.mergeable):
         has = [_parts(files[i], b) for i in b.who]
         kind = next((set(h) for h in has if h), None)

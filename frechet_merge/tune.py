@@ -213,7 +213,8 @@ def tune(
                 return bake(origin, load(folder/name)) if adapters else load(folder/name)
             ends = (end("0", replace(g, anchor=0.0)), end("1", replace(g, anchor=1.0))) if anchored else (end("0", g, 0.0) if adapters else origin, end("1", g))      # what adapters saved whole has no scale
             best, far, tried = asked.along(*ends, ws, bounds, lambda x, d, g=g, anchored=anchored: say((spelled(replace(g, anchor=x)) if anchored else f"{spelled(g)}, scale {x:g}") + f": distance {d:.4f}"))
-        if min(math.log2(best/bounds[0]), math.log2(bounds[1]/best)) <= 2*CLOSE: warnings.warn(f"{spelled(g)}: the best {'anchor' if anchored else 'scale'} in {bounds} is at an end, {best:g}.\nWiden the bounds, or take another geometry.", stacklevel=2)
+        if min(math.log2(best/bounds[0]), math.log2(bounds[1]/best)) <= 2*CLOSE: warnings.warn(f"{spelled(g)}: the best {'anchor' if anchored else 'scale'} in {bounds} is at an end, {best:g}.\nWiden the bounds (--bounds), or take another geometry.", stacklevel=2)
         settings.append(Setting(replace(g, anchor=best) if anchored else g, 1.0 if anchored else best, far, tried, tried[best]))
     settings.sort(key=lambda s: s.distance)
+    if settings[0].distance >= 1: warnings.warn(f"{settings[0].name}: the nearest merge is as far from the models as the base is, or farther ({settings[0].distance:.2f} of that distance).\nDo not use it: are these the right models, base and examples?", stacklevel=2)
     return Tuned(settings, None if out is None else merging(settings[0].geometry, settings[0].scale, out))

@@ -9,15 +9,16 @@ __all__ = ['BATCH', 'Update', 'align_updates', 'batches', 'merge_updates', 'fact
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from .adapters import Layer, layers
-from .blocks import Block, align
-from .checkpoints import Checkpoint, MergeError
+from .blocks import Block, align, in_front
+from .checkpoints import Checkpoint, MergeError, warn
 from .factors import Factors
 from .geometry import Geometry
 from .mean import Mean, frechet_mean
@@ -43,6 +44,9 @@ def align_updates(
     read = [layers(c) for c in models]
     bases = {os.path.normpath(b): c for c in models if (b := (c.adapter or {}).get("base_model_name_or_path"))}
     if len(bases) > 1 and not any_base: raise MergeError("; ".join(f"{c.source} is of base {b!r}" for b, c in list(bases.items())[:2]) + ".\nUpdates of different models have no common mean; if these are two names of one model, say so (any_base=True, --any-base).")
+    for i, (found, rest) in enumerate(read):      # one was trained as a part of another's model, `bert.`
+        if to := in_front({*found}, {*read[0][0]}): read[i] = {to(n): replace(x, name=to(n), keys=tuple(k.replace(f"base_model.model.{n}", f"base_model.model.{to(n)}", 1) for k in x.keys)) for n, x in found.items()}, rest
+    if models[1:] and max(Counter(n for found, _ in read for n in found).values()) == 1: warn("no layer is adapted by more than one of these adapters: there is nothing to average, and each update is only made smaller", stacklevel=4)
     updates = []
     for name in dict.fromkeys(n for found, _ in read for n in found):
         there = [(i, found[name]) for i, (found, _) in enumerate(read) if name in found]
@@ -51,6 +55,9 @@ def align_updates(
             if (x.shape, x.kind) != (x0.shape, x0.kind): raise MergeError(f"{models[i].source}: updates {name!r} by {list(x.shape)}, {models[i0].source} by {list(x0.shape)}" + ("" if x.shape != x0.shape else ", as another kind of layer") + ".\nThe adapters are of different bases.")
         updates.append(Update(name, [x for _, x in there], [i for i, _ in there]))
     copies = {k for _, rest in read for k in rest if ".base_layer." in k and not all(k in r for _, r in read)}      # PEFT saves an adapted embedding of the base along, or not
+    whole_of = [(c, {*rest} - copies) for c, (_, rest) in zip(models, read)]
+    if absent != "renormalise" and (lacks := next(((c, k, d) for c, has in whole_of for d, more in whole_of for k in sorted(more - has)), None)):
+        c, k, d = lacks; raise MergeError(f"{c.source}: did not save {k!r} beside its updates, and {d.source} did.\nLeave it out (drop={k.removeprefix('base_model.model.').rpartition('.')[0] + '*'!r}, --drop), or let those that have it decide, about layers too (absent='renormalise', --absent renormalise).")
     whole, _ = align([Checkpoint({k: x for k, x in rest.items() if k not in copies}, c.source) for c, (_, rest) in zip(models, read)], absent="renormalise" if absent == "renormalise" else None)
     return updates, whole
 
@@ -124,8 +131,9 @@ def peft_config(
     same = all((as_set(c.get("target_modules")), c.get("layers_to_transform"), c.get("layers_pattern"), c.get("exclude_modules")) == (as_set(cfgs[0].get("target_modules")), cfgs[0].get("layers_to_transform"), cfgs[0].get("layers_pattern"), cfgs[0].get("exclude_modules")) for c in cfgs) and cfgs[0].get("target_modules")
     where = {k: cfgs[0].get(k) for k in ("target_modules", "layers_to_transform", "layers_pattern", "exclude_modules")} if same else \
             {"target_modules": list(ranks), "layers_to_transform": None, "layers_pattern": None, "exclude_modules": None}
+    named = {m for c in cfgs for m in c.get("modules_to_save") or []}; saved = sorted(m for m in named if any(f".{m}." in k for c in models for k in c.lazy))      # without a head it is for no task: PEFT would ask for one
     drop = ("loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "runtime_config")
     return {k: v for k, v in cfgs[0].items() if k not in drop} | where | {
-        "peft_type": "LORA", "task_type": common("task_type"), "base_model_name_or_path": next((c.get("base_model_name_or_path") for c in cfgs if c.get("base_model_name_or_path")), None), "revision": common("revision"),
+        "peft_type": "LORA", "task_type": None if named and not saved else common("task_type"), "base_model_name_or_path": next((c.get("base_model_name_or_path") for c in cfgs if c.get("base_model_name_or_path")), None), "revision": common("revision"),
         "r": r, "lora_alpha": r, "rank_pattern": odd, "alpha_pattern": dict(odd), "use_rslora": False, "lora_dropout": 0.0, "inference_mode": True, "init_lora_weights": True,
-        "bias": common("bias", "none"), "lora_bias": any(bias_key(u) for u in updates), "modules_to_save": sorted({m for c in cfgs for m in c.get("modules_to_save") or []}) or None}
+        "bias": common("bias", "none"), "lora_bias": any(bias_key(u) for u in updates), "modules_to_save": saved or None}

@@ -332,3 +332,9 @@ def test_a_prefix_is_no_difference(tmp_path):
 def test_a_name_is_looked_up_without_its_tensor(models, monkeypatch):
     c = load(models[0]); monkeypatch.setattr(FileTensor, "_pread", lambda *_: pytest.fail("a tensor was read"))
     assert "q.weight" in c and "no.weight" not in c and c.keys() & {"q.bias", "x"} == {"q.bias"}
+
+
+@pytest.mark.parametrize("names, says", [(["./nowhere", "m0"], "./nowhere: there is no such folder"), (["m0,m1"], "separated by spaces"), (["a/b/c", "m0"], "OWNER/NAME")])
+def test_places_that_are_not_there(models, tmp_path, names, says): refused(*names, cwd=tmp_path, says=says)
+
+def test_models_in_the_place_of_their_metrics(models, tmp_path): refused("m0", "m1", "--metrics", "m0,m1", cwd=tmp_path, says="m0: is a model, and not statistics|frechet-merge curvature")

@@ -110,7 +110,7 @@ def test_what_exists_is_kept(work, tmp_path):
 def test_labels_are_read_only_if_they_are_needed(work, tmp_path):
     data = write(tmp_path/"odd.jsonl", [{"text": r["sentence"], "label": y} for r, y in zip(ROWS, ["odd", "even"]*20)])
     collect(work/"bert", data, tmp_path/"s.safetensors")
-    with pytest.raises(MergeError, match="the label 'odd' is neither a number nor a class"): collect(work/"bert", data, tmp_path/"t.safetensors", estimator="empirical")
+    with pytest.raises(MergeError, match="the label 'odd' is neither a whole number nor a class"): collect(work/"bert", data, tmp_path/"t.safetensors", estimator="empirical")
     with pytest.raises(MergeError, match="a label is 39, and .*bert has 3 classes"): collect(work/"bert", write(tmp_path/"n.jsonl"), tmp_path/"t.safetensors", estimator="empirical", label="n")
     with pytest.raises(MergeError, match="not labelled"): collect(work/"bert", write(tmp_path/"m.jsonl", [{"text": "cat", "label": -1}]), tmp_path/"t.safetensors", estimator="empirical")
 

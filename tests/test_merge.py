@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -420,3 +421,39 @@ def test_the_lock_of_a_merge_that_failed_meanwhile_is_none(tmp_path, monkeypatch
     monkeypatch.setattr(fcntl, "flock", late)
     with pytest.raises(MergeError, match="another merge is writing it"), staged(tmp_path/"out"): pass
     assert (part/"theirs").exists()
+
+
+def llama(folder, seed, tied, **config):
+    g = torch.Generator().manual_seed(seed)
+    state = {"model.embed_tokens.weight": torch.randn(11, 8, generator=g), "model.norm.weight": torch.randn(8, generator=g)} | ({} if tied else {"lm_head.weight": torch.randn(11, 8, generator=g)})
+    return save(folder, state, {"model_type": "llama", "vocab_size": 11, "tie_word_embeddings": tied, "num_attention_heads": 2, **config})
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_head_that_one_model_ties_to_its_embedding(tmp_path, order):
+    "It is there, though not in the file; the mean has a head of its own, and its config says so."
+    a, b = llama(tmp_path/"a", 0, False), llama(tmp_path/"b", 1, True)
+    x, y = load_file(a/"model.safetensors"), load_file(b/"model.safetensors")
+    merge([(a, b)[i] for i in order], out=tmp_path/"out"); got = load(tmp_path/"out")
+    torch.testing.assert_close(got["lm_head.weight"], (x["lm_head.weight"] + y["model.embed_tokens.weight"])/2)
+    torch.testing.assert_close(got["model.embed_tokens.weight"], (x["model.embed_tokens.weight"] + y["model.embed_tokens.weight"])/2)
+    assert got.config["tie_word_embeddings"] is False
+    merge([b, b], out=tmp_path/"tied"); assert load(tmp_path/"tied").config["tie_word_embeddings"] is True
+    moved = merge([a], base=b, scale=.5).tensors["lm_head.weight"]
+    torch.testing.assert_close(moved, (x["lm_head.weight"] + y["model.embed_tokens.weight"])/2)
+
+
+def test_configs_and_tokenizers_that_make_another_function(tmp_path):
+    "The same shapes are not the same model."
+    a, b, c = llama(tmp_path/"a", 0, False), llama(tmp_path/"b", 1, False, num_attention_heads=4), llama(tmp_path/"c", 2, False)
+    for f, v in ((a, ["cat", "dog"]), (c, ["dog", "cat"])): (f/"vocab.txt").write_text("\n".join(v))
+    with pytest.warns(UserWarning, match="a and .*b are not the same function of their weights: num_attention_heads = 2 and 4"): merge([a, b])
+    with pytest.warns(UserWarning, match="2 tokens under other numbers, such as 'cat'"): merge([a, c])
+    found = inspect([a, b, c])
+    assert found.mergeable and len(found.unlike) == 2
+    with warnings.catch_warnings(): warnings.simplefilter("error"); merge([a, a])
+
+
+def test_what_is_left_out(models):
+    assert set(merge(models, drop=["q.*", "ids"]).tensors) == {"emb.weight", "s", "none"}
+    with pytest.raises(ValueError, match="'p.*': no model"): merge(models, drop=["q.*", "p.*"])

@@ -453,3 +453,34 @@ def test_what_is_no_number_is_copied_beside_adapters_too(make):
     with pytest.raises(MergeError, match="allow_nonfinite"): merge([a, a], bake=base)
     baked = merge([a, a], bake=base, allow_nonfinite=True).tensors
     assert baked["norm.bias"].isnan().tolist() == [i == 2 for i in range(8)] and torch.equal(baked["head.weight"].isinf(), torch.eye(*head.shape).bool())
+
+
+def test_a_leading_part_is_no_other_layer(make, tmp_path):
+    "One was trained inside a classifier (`bert.q`), one by itself (`q`): PEFT reads their mean in the first's model."
+    a, b = make("a", 0), make("b", 1)
+    def renamed(name, lead):
+        shutil.copytree(b, tmp_path/name); file = tmp_path/name/"adapter_model.safetensors"
+        save_file({k.replace("base_model.model.", "base_model.model." + lead): v for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
+        return tmp_path/name
+    want = {k: v for k, v in merge([a, b]).tensors.items()}
+    got = merge([a, renamed("inside", "bert.")])
+    assert set(got.means) == {"q", "v"}
+    close({k: v for k, v in got.tensors.items()}, want)
+    other = merge([renamed("first", "bert."), a]).tensors
+    assert set(other) == {k.replace("base_model.model.", "base_model.model.bert.") for k in want}
+    with pytest.warns(UserWarning, match="no layer is adapted by more than one"): merge([make("q", 2, target_modules=["q"]), make("v", 3, target_modules=["v"])])
+
+
+def test_heads_of_different_tasks_can_be_left_out(make, tmp_path):
+    a, b = make("a", 0, modules_to_save=["head"], task_type="SEQ_CLS"), make("b", 1)
+    with pytest.raises(MergeError, match=r"(?s)b: did not save .*head.*, and .*a did.*--drop"): merge([a, b])
+    m = merge([a, b], drop="head*", out=tmp_path/"out")
+    assert not any("head" in k for k in m.tensors) and "--drop 'head*'" in (tmp_path/"out"/"README.md").read_text()
+    close(read(tmp_path/"out")[0], {n: (x + merged_layer(a, n))/2 for n, x in read(b)[0].items()})
+    with pytest.raises(ValueError, match="no model has a tensor of this name"): merge([a, b], drop=["haed*"])
+
+
+def merged_layer(folder, name):
+    "ΔW by hand, where PEFT would want a head."
+    t, cfg = load_file(folder/"adapter_model.safetensors"), json.loads((folder/"adapter_config.json").read_text())
+    return (t[f"base_model.model.{name}.lora_B.weight"] @ t[f"base_model.model.{name}.lora_A.weight"]).double()*cfg["lora_alpha"]/cfg["r"]

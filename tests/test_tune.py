@@ -122,6 +122,8 @@ def test_on_the_command_line(work, tmp_path):
     code, out, err = cli("tune", "bert0", "bert1", "--base", "bert", "--data", "0.jsonl,1.jsonl", "--geometry", "epimer", "--geometry", "euclidean", "-o", tmp_path/"out", "-q", cwd=work)
     assert code == 0 and "euclidean" in out and "epimer" in out and "The nearest: --geometry e" in out and f"→ {tmp_path}/out" in out.replace("\n", ""), err
     assert "scale:" in (tmp_path/"out"/"README.md").read_text()
+    code, out, err = cli("tune", "bert0", "bert1", "--base", "bert", "--data", "0.jsonl,1.jsonl", "--geometry", "euclidean", "--bounds", "12,16", "-q", cwd=work)
+    assert code == 0 and "is at an end, 1" in err and "--bounds" in err and "the nearest merge is as far from the models as the base is, or farther" in err, err
     code, out, err = cli("tune", "bert0", "bert1", "--base", "bert", "--data", "0.jsonl,", cwd=work)
     assert code == 2 and err.startswith("error: --data '0.jsonl,' has an empty name")
 
