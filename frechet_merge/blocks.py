@@ -104,7 +104,7 @@ def align(
         if lost and absent != "renormalise": raise MergeError(f"{lost[0]}: has no tensor {name!r}, which {there[0][0].source} has.\nMerge models of one architecture, or allow it (absent='renormalise', --absent renormalise): it is then merged over the models that have it.")
         (c0, x0), b = there[0], None if base is None else found[0]
         for c, x in there[1:]:
-            if x.shape != x0.shape: raise MergeError(f"{c.source}: tensor {name!r} has shape {list(x.shape)}, in {c0.source} it is {list(x0.shape)}.\n" + ("Merge models of one architecture; for embeddings, resize the vocabularies to match first." if x.shape[1:] == x0.shape[1:] and "emb" in name else f"Heads of different tasks have no mean: leave them out (drop={(head := name.removeprefix('base_model.model.').rpartition('.')[0] + '*')!r}, --drop '{head}')." if x.shape[1:] == x0.shape[1:] else "Merge models of one architecture."))
+            if x.shape != x0.shape: raise MergeError(f"{c.source}: tensor {name!r} has shape {list(x.shape)}, in {c0.source} it is {list(x0.shape)}.\n" + ("Merge models of one architecture; for embeddings, resize the vocabularies to match first." if x.shape[1:] == x0.shape[1:] and (HEAD.search(name) or "emb" in name or "wte" in name) else f"Heads of different tasks have no mean: leave them out (drop={(head := name.removeprefix('base_model.model.').rpartition('.')[0] + '*')!r}, --drop '{head}')." if x.shape[1:] == x0.shape[1:] else "Merge models of one architecture."))
             if x.dtype.is_floating_point != x0.dtype.is_floating_point: raise MergeError(f"{c.source}: tensor {name!r} is {x.dtype}, in {c0.source} it is {x0.dtype}.\nConvert one of them: integers and floating-point numbers have no common mean.")
         has = [(i, x) for i, x in enumerate(found[len(every) - len(models):]) if x is not None]
         if not has or not x0.dtype.is_floating_point:    # only the base has it, or integers: a copy
@@ -126,7 +126,7 @@ def tied_in_all(every:list[Checkpoint])->dict[str,str]:
         else: tied[n] = twin
     return tied
 
-# %% ../nbs/07_blocks.ipynb #4d0338c4
+# %% ../nbs/07_blocks.ipynb #316083b3
 FUNCTION = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "n_head", "hidden_act", "hidden_activation", "activation_function", "rope_theta", "rope_type", "rope_scaling", "factor", "sliding_window", "position_embedding_type",
             "layer_norm_eps", "rms_norm_eps", "layer_norm_epsilon")      # what a config says of the function that weights of the same shapes are
 
