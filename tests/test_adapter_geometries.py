@@ -320,6 +320,17 @@ def test_knots_refuses_vectors():
     with pytest.raises(ValueError, match="needs matrices"): KnOTS().chart([torch.ones(3), torch.ones(3)])
 
 
+@pytest.mark.parametrize("whole", [Wasserstein(), LoRA(metric="wasserstein")], ids=str)
+@pytest.mark.parametrize("dtype, cond", [(F64, 1e3), (torch.float32, 3.)], ids=str)
+def test_adapters_that_cancel_have_no_wasserstein_mean(whole, dtype, cond):
+    gen = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        f = Factors(randn(9, 3, gen=gen), randn(3, 7, gen=gen)); h = gauge(Factors(-f.B, f.A), cond, gen)
+        m, info = mean_of(whole, [Factors(x.B.to(dtype), x.A.to(dtype)) for x in (gauge(f, cond, gen), h)], warn=False)
+        assert info.lost == 2 and not m.delta().any()
+        points, up = whole.chart([f, Factors(-.999*f.B, f.A)]); close(up(whole.start(points, [.5, .5])).delta(), .0005*f.delta(), 1e-9)      # what is left of these is no rounding
+
+
 def test_adapters_at_right_angles_have_no_wasserstein_mean():
     "All rotations are equally good: what is returned must not depend on how the factors are written."
     gen = torch.Generator().manual_seed(0); Q, R = (torch.linalg.qr(torch.randn(9, 9, generator=gen, dtype=torch.float64))[0] for _ in range(2))
