@@ -20,7 +20,7 @@ from frechet_merge.geometries.subspace import EpiMer
 from frechet_merge.geometry import Euclidean, Point
 from frechet_merge.laws import LAWS, check_geometry, mean_of
 from frechet_merge.mean import frechet_mean
-from frechet_merge.metrics import Diagonal, Kronecker, MetricWarning
+from frechet_merge.metrics import Dense, Diagonal, Kronecker, MetricWarning
 
 GEOMETRIES = {"Curved": Curved(), "pullback": pullback(), "EpiMer": EpiMer()}      # EpiMer's own laws are in test_subspace.py
 T, SHAPES = 3, {"q.weight": (6, 5), "conv.weight": (4, 3, 1, 1), "q.bias": (6,)}
@@ -187,6 +187,20 @@ def test_small_metrics_are_metrics():
     g = torch.Generator().manual_seed(0); x, F = torch.randn(3, 20, generator=g)*1e-4, torch.rand(3, 20, generator=g) + .1
     def mean(unit): return frechet_mean(Euclidean(), [Point(t, unit*f) for t, f in zip(x, F)]).x
     for unit in (1e-12, 1e-22, 1e-30): torch.testing.assert_close(mean(unit), mean(1.0), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("g", [pullback(), pullback(share=None), Curved(normalise=True), Curved(normalise=True, damping=.1)], ids=repr)
+@pytest.mark.parametrize("kind", ["diagonal", "dense", "left", "right", "both"])
+@pytest.mark.parametrize("unit", [1e-20, 1e-30, 1e-39])
+def test_normalised_metrics_may_be_below_what_float32_can_invert(g, kind, unit):
+    gen = torch.Generator().manual_seed(0); xs = [torch.randn(4, 3, generator=gen) for _ in range(3)]
+    def sym(k): X = torch.randn(k, 2*k, generator=gen); return X @ X.T/k
+    pairs = [(sym(4), sym(3)) for _ in xs]
+    def metrics(u):
+        if kind == "diagonal": return [Diagonal(u*torch.outer(L.diagonal(), R.diagonal())) for L, R in pairs]
+        if kind == "dense": return [Dense(u*torch.kron(L, R)) for L, R in pairs]
+        return [Kronecker((u*L if kind != "right" else L, u*R if kind != "left" else R)) for L, R in pairs]
+    torch.testing.assert_close(mean_of(g, xs, Gs=metrics(unit))[0], mean_of(g, xs, Gs=metrics(1.))[0], rtol=1e-3, atol=1e-4)
 
 
 def test_sixteen_bits_are_computed_in_thirty_two():
