@@ -53,6 +53,9 @@ class Geometry(ABC):
         "Where the solver begins: one step towards the mean from the heaviest model; ws sum to 1."
         m = points[max(range(len(ws)), key=ws.__getitem__)].x
         return self.exp(m, reduce(torch.add, (w*self.log(m, p.x).nan_to_num(0) for p, w in zip(points, ws))))
+    def size(self, m:Tensor)->Tensor:
+        "What is as long as tangents are whose rounding is that of m: m itself, if both are in one unit."
+        return m
 
 # %% ../nbs/01_geometry.ipynb #440d81fd
 @dataclass(frozen=True)

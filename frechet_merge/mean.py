@@ -106,11 +106,12 @@ def _solve(g, points, ws, tol, maxiter, N)->tuple[Tensor,list[Mean]]:
     while True:
         residual = np.divide(_length(at.b, N), at.size, out=np.zeros(N), where=at.size > 0)
         most, stiff = np.maximum(most, at.size), np.maximum(stiff, np.divide(at.size, at.reach, out=np.zeros(N), where=at.reach > 0))
-        rounding = (at.size <= ROUNDING*eps*np.maximum(most, stiff*at.reach)) | (at.reach <= ROUNDING*eps*_length(m, N)) | (residual <= ROUNDING**2*eps) & (residual > .9*before)      # pulls that are rounding have no direction, and steps that are do not help
+        whole = _length(g.size(m), N)
+        rounding = (at.size <= ROUNDING*eps*np.maximum(most, stiff*at.reach)) | (at.reach <= ROUNDING*eps*whole) | (residual <= ROUNDING**2*eps) & (residual > .9*before)      # pulls that are rounding have no direction, and steps that are do not help
         small = (residual <= tol) | rounding
         if (done := small & (k > 0 or plain)).all(): break
         step = A.solve(at.b)
-        far = _length(step, N); done |= far <= eps*(_length(m, N) + at.reach)
+        far = _length(step, N); done |= far <= eps*(whole + at.reach)
         t = (~(done | stuck | (at.lost > 0)) & np.isfinite(far)).astype(float)      # the share of the step that each problem takes
         if not t.any() or k >= maxiter: break
         while True:
@@ -186,6 +187,7 @@ class Manifold(Geometry):
         if lam[0] < -1e-10*abs(lam).max(): raise ValueError(f"the metric at a point has the eigenvalue {lam[0]:.1e}: {type(self.space).__name__} is not Riemannian there.")
         if not lam[0] > len(lam)*np.finfo(float).eps*lam[-1]: raise ValueError(f"the metric at a point has eigenvalues from {lam[0]:.1e} to {lam[-1]:.1e}, more than float64 holds.\nScale the coordinates of {type(self.space).__name__}.")
         return (V/np.sqrt(lam)).T @ Q, (V/np.sqrt(lam)).T @ np.stack([inner(Q.reshape(-1, *m.shape), e, m) for e in E], -1)
+    def size(self, m): "The lengths of changes of the coordinates, each by its own size."; return torch.as_tensor(self.frame(m.numpy())[1]*m.numpy().reshape(-1))
     def log(self, m, x):
         m, x, metric = m.numpy(), x.numpy(), self.space.metric
         if not np.isfinite(m).all(): raise ValueError(f"the iteration left {type(self.space).__name__}: a point is not finite.\nStart from points that are nearer to each other.")

@@ -175,3 +175,4 @@ class Span(Geometry):
     def log(self, m, x): return self.inner.log(m, x)
     def exp(self, m, v): return self.inner.exp(m, v)
     def start(self, points, ws): return self.inner.start(points, ws)
+    def size(self, m): return self.inner.size(m)

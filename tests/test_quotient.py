@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from frechet_merge import check_geometry, frechet_mean
 from frechet_merge.factors import Factors
+from frechet_merge.geometries.lora import LoRA
 from frechet_merge.geometries.quotient import Quotient, align, norm, speed2, sqrtm
-from frechet_merge.laws import LAWS
+from frechet_merge.laws import LAWS, mean_of
 
 D, METRICS = torch.float64, ("mix", "inv")
 both = pytest.mark.parametrize("metric", METRICS)
@@ -198,6 +199,21 @@ def test_laws(metric):
     gen = torch.Generator().manual_seed(0)
     fs = [Factors(f.B[0], f.A[0], 2.0) for f in close(1, 7, 5, 2, .04, 3, gen)]
     assert check_geometry(Quotient(metric), fs, act=lambda f: gauge(f, 1e3, gen), same=lambda f: f.delta()).keys() == LAWS.keys()
+
+
+@both
+@pytest.mark.parametrize("whole", [lambda g: g, lambda g: LoRA(metric=g)], ids=["alone", "in LoRA"])
+def test_the_unit_of_the_factors_does_not_matter(metric, whole):
+    "Alone and in a batch of layers of very different size."
+    gen, g, units = torch.Generator().manual_seed(0), whole(Quotient(metric)), [1e-30, 1e-14, 1e-11, 1., 1e11, 1e14, 1e30]
+    fs = [Factors(f.B[0], f.A[0]) for f in close(1, 12, 9, 3, .05, 3, gen)]
+    want, info = mean_of(g, fs, [.5, .3, .2])
+    for u in units:
+        got, found = mean_of(g, [Factors(u*f.B, u*f.A) for f in fs], [.5, .3, .2])
+        assert off(got.delta()/u**2, want.delta()) < 1e-10 and found.iterations == info.iterations and math.isclose(found.variance, info.variance*(u**4 if metric == "mix" else 1), rel_tol=1e-8)
+    scale = torch.tensor(units, dtype=D)[:, None, None]
+    got, found = means(g, [Factors(scale*f.B, scale*f.A) for f in fs], [.5, .3, .2])
+    assert off(got/scale**2, want.delta()) < 1e-10 and all(x.converged for x in found)
 
 
 def test_what_it_refuses():

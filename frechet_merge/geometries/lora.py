@@ -64,3 +64,4 @@ class LoRA(Geometry):
     def log(self, m, x): "Of the inner geometry."; return self.inner.log(m, x)
     def exp(self, m, v): "Of the inner geometry."; return self.inner.exp(m, v)
     def start(self, points, ws): "Of the inner geometry."; return self.inner.start(points, ws)
+    def size(self, m): "Of the inner geometry."; return self.inner.size(m)

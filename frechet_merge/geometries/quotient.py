@@ -166,6 +166,10 @@ class Quotient(Geometry):
         "The truncated mean: the best approximation of rank r to Σ w·ΔW."
         G, H = torch.cat([w*p.x[..., 0, :, :] for w, p in zip(ws, points)], -1), torch.cat([p.x[..., 1, :, :] for p in points], -1)
         return pair(Factors(G, H.mT), *points[0].x.shape[-2:])
+    def size(self, m):
+        "U·σ₁ for mix, U·σ₁/σ_r for inv: rounding of ΔW changes tangents by so much times eps."
+        U, _, p, _ = frame(self.metric, m)
+        return U*p.amax(-1, True)*m.square().sum(-2, True).amax((-3, -1), True)
     def log(self, m, x):
         "v (…, 2, R, r), horizontal, as long as the geodesic to x that continues the aligned start; NaN where none is found."
         g, shape = self.metric, m.shape; m, x = (z.reshape(-1, *shape[-3:]) for z in (m, x))
