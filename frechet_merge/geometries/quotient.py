@@ -65,7 +65,7 @@ WINDOW = 5         # iterates that Anderson's method combines
 PACE = 0.8         # an iteration whose k-th correction is above 10·PACE^k of the velocity is lost: it leads nowhere, or off the manifold
 TOL = 1e-14        # on the last correction, relative to the velocity
 RESOLVED = 1e-8    # relative change of the squared speed along a path, above which K stages were too few for it
-TAIL = 1e-3        # the velocity's last Legendre coefficient, relative to it, above which they were too few, too
+TAIL = 3e-4        # the velocity's last Legendre coefficient, relative to it, above which they were too few, too
 EPS = 2.0**-52     # of float64
 
 @cache
