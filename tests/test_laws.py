@@ -127,6 +127,13 @@ class TestSphere:
         m, _ = mean_of(karcher(), [(1e30*t).float() for t in self.x[:2]])
         assert m.isfinite().all() and m.any()
 
+    @pytest.mark.parametrize("size", [1e-38, 1e-30, 1e-25, 1e19, 1e30, 1e37])
+    @pytest.mark.parametrize("g", [Sphere(), karcher()], ids=str)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_squares_need_not_be_float32_numbers(self, g, dtype, size):
+        got, mean = mean_of(g, [(size*t).to(dtype) for t in self.x[:2]]); want, _ = mean_of(g, self.x[:2])
+        assert mean.converged and mean.unique and (got.double()/size - want).norm() < 8*torch.finfo(dtype).eps*want.norm()
+
     def test_antipodal_is_reported(self):
         _, mean = mean_of(karcher(), [self.x[0], -self.x[0]], warn=False)
         assert not mean.unique and not mean.converged and "in general no mean" in mean.problem and math.isnan(mean.variance) and math.isnan(mean.residual)

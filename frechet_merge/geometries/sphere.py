@@ -26,6 +26,8 @@ class Sphere(Geometry):
     def chart(self, thetas, Gs=None):
         "Points (1 + D,): the norm, in units of the largest, and the unit vector. `ValueError` for metrics that are not numbers."
         x = [t.flatten().float() if t.dtype.itemsize < 4 else t.flatten() for t in thetas]
+        top = torch.stack([t.abs().max() if len(t) else t.sum() for t in x]).max(); top = top if top > 0 else torch.ones_like(top)
+        x = [t/top for t in x]      # whose squares neither vanish nor overflow
         n = torch.stack([torch.linalg.vector_norm(t) for t in x])
         unit = n.max() if n.max() > 0 else torch.ones_like(n.max())
         some = x[int(n.argmax())]/unit
@@ -36,7 +38,7 @@ class Sphere(Geometry):
         for t, k, G, d in zip(x, n/unit, Gs, ds):
             if k > ZERO: points.append(Point(torch.cat([k[None], t/(k*unit)]), G))
             else: points.append(Point(torch.cat([k[None], some]), Diagonal(d*torch.eye(1, len(t) + 1).to(t)[0])))
-        return points, lambda m: (unit*m[0]*m[1:]).view(thetas[0].shape).to(thetas[0].dtype)
+        return points, lambda m: (unit*m[0]*m[1:]*top).view(thetas[0].shape).to(thetas[0].dtype)
     def log(self, m, x):
         "Rise of the norm, and the tangent of the great circle, as long as the angle in rad; NaN within `CUT` of the opposite point."
         rise = float(x[0] - m[0])
