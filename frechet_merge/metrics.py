@@ -19,7 +19,7 @@ from .checkpoints import warn
 # %% ../nbs/02_metrics.ipynb #3c170e8c
 LARGE = 1e18    # a factor by which float32 numbers are not multiplied at once: its square is the largest of them
 
-def _times(w:float, M): return M if M is None or w == 1 else w*M if w < LARGE or not isinstance(M, Tensor) else w**.5*(w**.5*M)
+def _times(w:float, M)->Any: return M if M is None or w == 1 else w*M if w < LARGE or not isinstance(M, Tensor) else w**.5*(w**.5*M)
 
 @dataclass(frozen=True)
 class Diagonal:
