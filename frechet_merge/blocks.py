@@ -16,7 +16,7 @@ from typing import Any
 
 from .checkpoints import HEAD, Checkpoint, LazyTensor, MergeError, _json, _same_bytes, codes
 
-# %% ../nbs/07_blocks.ipynb #86797897
+# %% ../nbs/07_blocks.ipynb #8f0f392c
 @dataclass
 class Block:
     "One tensor of the merge: its versions, and which models have it."
@@ -67,7 +67,7 @@ def _lead(names:set[str], others:set[str])->str:
     (lead, k), (_, second), *_ = [*Counter(p for n in names for p in leads.get(n, [])).most_common(2), ("", 0), ("", 0)]
     return lead if k > max(second, len(names)/2) else ""
 
-# %% ../nbs/07_blocks.ipynb #80aace7e
+# %% ../nbs/07_blocks.ipynb #78a3ef2a
 def _headed(c:Checkpoint, models:list[Checkpoint])->Checkpoint:
     "c with the output layer that it does not store because its config ties it to the embedding, if one of the models stores it."
     if not c.config.get("tie_word_embeddings") or any(HEAD.search(n) for n in c): return c
@@ -86,7 +86,7 @@ def without(
         if k not in lazy: lazy[n] = c.lazy[k]; tied = {m: n if j == k else j for m, j in tied.items() if m != n}
     return Checkpoint(lazy, c.source, c.folder, tied, c.adapter, c.files)
 
-# %% ../nbs/07_blocks.ipynb #05c5393a
+# %% ../nbs/07_blocks.ipynb #12df620e
 def align(
     models:list[Checkpoint],
     base:Checkpoint|None=None,      # what only it has is copied
