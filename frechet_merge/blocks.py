@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import HEAD, Checkpoint, LazyTensor, MergeError, _json, _same_bytes, codes
+from .checkpoints import HEAD, Checkpoint, LazyTensor, MergeError, codes, read_json
 
 # %% ../nbs/07_blocks.ipynb #8f0f392c
 @dataclass
@@ -111,7 +111,7 @@ def align(
         has = [(i, x) for i, x in enumerate(found[len(every) - len(models):]) if x is not None]
         if not has or not x0.dtype.is_floating_point:    # only the base has it, or integers: a copy
             for c, x in there[1:]:
-                if x.dtype != x0.dtype or not _same_bytes(x, x0): raise MergeError(f"{c.source}: tensor {name!r} ({x.dtype}) differs from {c0.source}'s, and integers have no mean.\nMake them equal, or leave the tensor out of the models.")
+                if x.dtype != x0.dtype or not x.same(x0): raise MergeError(f"{c.source}: tensor {name!r} ({x.dtype}) differs from {c0.source}'s, and integers have no mean.\nMake them equal, or leave the tensor out of the models.")
             has = []
         blocks.append(Block(name, [x for _, x in has] or [x0], [i for i, _ in has], b))
     return blocks, tied
@@ -141,7 +141,7 @@ def _tokenizer(c:Checkpoint)->Path|None: return next((f for n in ("tokenizer.jso
 def _vocabulary(file:Path)->dict[str,int]:
     "Token → its number."
     if file.suffix == ".txt": return {t: i for i, t in enumerate(file.read_text().splitlines())}
-    held = _json(file)
+    held = read_json(file)
     if file.name == "vocab.json": return held
     known = (held.get("model") or {}).get("vocab") or {}
     return (known if isinstance(known, dict) else {t[0]: i for i, t in enumerate(known)}) | {t["content"]: t["id"] for t in held.get("added_tokens") or []}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'HEAD', 'spans', 'scratch', 'as_device', 'LazyTensor', 'MemoryTensor', 'Files', 'FileTensor', 'Checkpoint',
-           'tied_names', 'from_state_dict', 'weight_files', 'load', 'codes', 'Notes', 'warn']
+           'tied_names', 'from_state_dict', 'read_json', 'weight_files', 'parts_of', 'load', 'codes', 'Notes', 'warn']
 
 # %% ../nbs/00_checkpoints.ipynb #24c30824
 import json
@@ -69,6 +69,9 @@ class LazyTensor:
     def into(self, row:Tensor, start:int)->None:
         "Fill 1-D `row` with the elements from `start` on, cast to its dtype and device."
         row.copy_(self.read(start, start + len(row)))
+    def same(self, other:"LazyTensor")->bool:
+        "Are all bytes the same, of two tensors of one shape and dtype?"
+        return all(torch.equal(self.read(i, j).view(torch.uint8), other.read(i, j).view(torch.uint8)) for i, j in spans(self.numel))
     def tensor(self)->Tensor:
         "All of it, in its shape."
         return self.read().view(self.shape)
@@ -127,7 +130,7 @@ class Checkpoint(Mapping[str, Tensor]):
     @property
     def config(self)->dict[str,Any]:
         "Its config.json; empty if it has none."
-        return _json(self.folder/"config.json") if self.folder and (self.folder/"config.json").exists() else {}
+        return read_json(self.folder/"config.json") if self.folder and (self.folder/"config.json").exists() else {}
     def __getitem__(self, name:str)->Tensor: return self.lazy[self.tied.get(name, name)].tensor()
     def __iter__(self)->Iterator[str]: yield from self.lazy; yield from self.tied
     def __len__(self)->int: return len(self.lazy) + len(self.tied)
@@ -135,9 +138,6 @@ class Checkpoint(Mapping[str, Tensor]):
     def __repr__(self)->str: return f"Checkpoint({self.source!r}, {len(self.lazy)} tensors, {sum(x.numel for x in self.lazy.values()):,} parameters)"
 
 # %% ../nbs/00_checkpoints.ipynb #1a827798
-def _same_bytes(a:LazyTensor, b:LazyTensor)->bool:
-    return all(torch.equal(a.read(i, j).view(torch.uint8), b.read(i, j).view(torch.uint8)) for i, j in spans(a.numel))
-
 HEAD = re.compile(r"(?:^|[.])(?:lm_head|embed_out|output|decoder|output_projection)[.]weight$")      # output layers, which may be tied to the embedding
 
 def tied_names(
@@ -153,7 +153,7 @@ def tied_names(
         rows = sorted((n for n, x in lazy.items() if len(x.shape) == 2 and x.shape[0] == vocab), key=lambda n: bool(HEAD.search(n)))
         for other in rows[1:]:
             a, b = lazy[rows[0]], lazy[other]
-            if (a.shape, a.dtype) == (b.shape, b.dtype) and _same_bytes(a, b): tied[other] = rows[0]; del lazy[other]
+            if (a.shape, a.dtype) == (b.shape, b.dtype) and a.same(b): tied[other] = rows[0]; del lazy[other]
     return tied
 
 def from_state_dict(
@@ -170,7 +170,10 @@ def from_state_dict(
     return Checkpoint(lazy, source, tied=tied, adapter={} if any(".lora_A." in n or ".lora_B." in n for n in lazy) else None)      # an adapter, whose config is not known
 
 # %% ../nbs/00_checkpoints.ipynb #dc0207ce
-def _json(path:Path)->dict:
+def read_json(
+    path:Path,
+)->dict:
+    "A JSON object from a file; `MergeError` if it holds none."
     try:
         found = json.loads(path.read_text())
         if isinstance(found, dict): return found
@@ -185,7 +188,7 @@ def weight_files(
     index = sorted(folder.glob(f"*.{kind}.index.json"))
     usual = next((f for s in ("model", "adapter_model", "pytorch_model", "diffusion_pytorch_model") if (f := folder/f"{s}.{kind}").exists()), None)
     if len(index) == 1:
-        names = _json(index[0]).get("weight_map")
+        names = read_json(index[0]).get("weight_map")
         if usual and isinstance(names, dict) and usual.name not in names.values(): return [usual], set()      # one file and an old index: transformers, too, takes the file
         if not isinstance(names, dict) or not names: raise MergeError(f"{index[0]}: has no weight_map.\nThe index is damaged: download or save it again.")
         for name, file in names.items():
@@ -218,7 +221,9 @@ def _open_pickles(files:list[Path], promised:set, source:str)->Checkpoint:
     return c
 
 # %% ../nbs/00_checkpoints.ipynb #c76f6df9
-def _parts(name:str)->list[str]:
+def parts_of(
+    name:str,      # such as base+adapter
+)->list[str]:
     "Split base+adapter+... at the signs that are not part of an existing path."
     parts, out = name.split("+"), []
     while parts:
@@ -255,14 +260,14 @@ def load(
     if isinstance(source, Mapping): return from_state_dict(source, name)
     if not isinstance(source, (str, os.PathLike)): raise ValueError(f"a {type(source).__name__} is not a model here.\nPass a path, a hub id, or `model.state_dict()`" + (", of an adapter the folder of its `save_pretrained`." if hasattr(source, "peft_config") else "."))
     name, path = str(source), Path(source).expanduser()
-    if not path.exists() and len(parts := _parts(name)) > 1:
+    if not path.exists() and len(parts := parts_of(name)) > 1:
         from frechet_merge.adapters import bake
         base, *adapters = (load(p, allow_pickle) for p in parts)
         for a in adapters: base = bake(base, a)
         return base
     if not path.exists(): path = _from_hub(name, allow_pickle)
     folder = path if path.is_dir() else path.parent
-    config = _json(folder/"config.json") if (folder/"config.json").exists() else {}
+    config = read_json(folder/"config.json") if (folder/"config.json").exists() else {}
     files, promised = weight_files(path) if path.is_dir() else ([path], set())
     if not files or files[0].suffix in (".bin", ".pt", ".pth", ".ckpt"):
         pickles, promised = (files, promised) if files else weight_files(path, "bin")
@@ -273,7 +278,7 @@ def load(
     else: c = _open_files(files, promised, name, config)
     if not c.lazy: raise MergeError(f"{path}: holds no tensors.\nName a folder or file with weights.")
     if path.is_dir() and (folder/"adapter_config.json").exists() or any(".lora_A." in n or ".lora_B." in n for n in c.lazy):
-        c.adapter = _json(folder/"adapter_config.json") if (folder/"adapter_config.json").exists() else {}
+        c.adapter = read_json(folder/"adapter_config.json") if (folder/"adapter_config.json").exists() else {}
     return c
 
 def codes(c:Checkpoint)->str|None:

@@ -19,7 +19,7 @@ from rich.text import Text
 from torch import Tensor
 
 from .blocks import align, get, named_like, unlike
-from .checkpoints import MergeError, Notes, _same_bytes, codes, load
+from .checkpoints import MergeError, Notes, codes, load
 from .factors import core
 from .jobs import bar
 from .mean import normalise
@@ -135,7 +135,7 @@ def inspect(
         if len(lazy) < len(every): found.missing[name] = [c.source for c in every if get(c, name) is None]
         elif len({x.shape for x in lazy}) > 1: found.shapes[name] = [list(x.shape) for x in lazy]
         elif not lazy[0].dtype.is_floating_point or len({x.dtype.is_floating_point for x in lazy}) > 1:
-            if any(x.dtype != lazy[0].dtype or numbers and not _same_bytes(x, lazy[0]) for x in lazy): found.unequal.append(name)
+            if any(x.dtype != lazy[0].dtype or numbers and not x.same(lazy[0]) for x in lazy): found.unequal.append(name)
         elif numbers and lazy[0].numel: stacks.append(Stack(lazy, name=name, allow_nonfinite=True))
     with bar("inspecting", sum(s.numel for s in stacks), progress) as tick:
         for stack in stacks:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adapters import bake, classes
-from .checkpoints import Checkpoint, MergeError, _json, _parts, as_device, load
+from .checkpoints import Checkpoint, MergeError, as_device, load, parts_of, read_json
 from .curvature import Statistics, checked, curvature
 from .estimators import cross_entropy
 from .examples import batches, examples, need, quiet
@@ -109,7 +109,7 @@ def open_model(
 )->Opened:
     "The module, its tokenizer, what its outputs are, and what the checkpoint calls its parameters; `MergeError` if any of these is in doubt."
     transformers = need("transformers")
-    parts = [str(model)] if Path(model).expanduser().exists() else _parts(str(model))
+    parts = [str(model)] if Path(model).expanduser().exists() else parts_of(str(model))
     base, *adapters = (load(p, allow_pickle) for p in parts)
     def no(why, remedy): return MergeError(f"{model}: {why}.\n{remedy}")
     if base.adapter is not None: raise no("is an adapter", f"Name its base too: {base.adapter.get('base_model_name_or_path') or 'BASE'}+{model}.")
@@ -138,7 +138,7 @@ def open_model(
 
 def _outputs(kind, head, m, folder, source)->Callable:
     if kind != "encoder": return lambda model, batch: model(**_inputs(batch)).logits
-    pooling = _json(folder/"1_Pooling"/"config.json") if (folder/"1_Pooling"/"config.json").exists() else {}
+    pooling = read_json(folder/"1_Pooling"/"config.json") if (folder/"1_Pooling"/"config.json").exists() else {}
     how = pooling.get("pooling_mode") or next((k.removeprefix("pooling_mode_") for k, v in pooling.items() if k.startswith("pooling_mode_") and v is True), "mean_tokens")
     if how not in ("mean", "mean_tokens", "cls", "cls_token"): raise MergeError(f"{source}: pools its tokens by {how!r}, and only mean and cls are known here.\nFrom Python, frechet_merge.curvature.curvature takes any function of a batch.")
     first = how.startswith("cls")

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from .geometry import Geometry, Point
-from .mean import Mean, _of_points, _pulls, _total, frechet_mean
-from .metrics import as_metric
+from .mean import Mean, frechet_mean, pull
 
 # %% ../nbs/05_laws.ipynb #9f7680da
 def mean_of(
@@ -53,18 +52,16 @@ def _errors(g, thetas, ws, Gs, act, same):
 
 def _off(g, points, ws):
     "How far the next step from the mean would lead, relative to where it is and to the distances."
-    ws, Gs, m = _of_points(ws, points), [as_metric(p.G) for p in points], frechet_mean(g, points, ws, warn=False).x
-    at = _pulls(g, m, points, Gs, ws)
-    return float(_total(Gs, ws).solve(at.b).norm())/(float(m.norm()) + float(at.reach[0]) or 1.0)
+    m = frechet_mean(g, points, ws, warn=False).x; at, A = pull(g, m, points, ws)
+    return float(A.solve(at.b).norm())/(float(m.norm()) + float(at.reach[0]) or 1.0)
 
 def _derivative(g, points, ws):
     "The finite difference of the variance along a direction, against what the pull says."
-    ws, Gs = _of_points(ws, points), [as_metric(p.G) for p in points]
     m = g.exp(points[0].x, g.log(points[0].x, points[-1].x)/3)
     u, eps = g.log(m, points[-1].x), torch.finfo(m.dtype).eps
     h = eps**(1/3)
-    at = _pulls(g, m, points, Gs, ws)
-    F = [_pulls(g, g.exp(m, s*h*u), points, Gs, ws).var[0] for s in (1, -1)]
+    at = pull(g, m, points, ws)[0]
+    F = [pull(g, g.exp(m, s*h*u), points, ws)[0].var[0] for s in (1, -1)]
     unit = float(at.size[0])*float(u.norm()) or 1.0
     return float(abs((F[0] - F[1])/(2*h) + 2*float((at.b*u).sum()))/unit)
 

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['AT_ONCE', 'SOLVED', 'NULL', 'STEPS', 'GROWN', 'NEGATIVE', 'Diagonal', 'SolveWarning', 'Operator', 'Dense',
-           'Kronecker', 'as_metric', 'numbers', 'normalised', 'damped', 'MetricWarning', 'clipped']
+           'Kronecker', 'mean_factor', 'as_metric', 'numbers', 'normalised', 'damped', 'MetricWarning', 'clipped']
 
 # %% ../nbs/02_metrics.ipynb #945ac1be
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import torch
@@ -235,6 +236,13 @@ def _basis(terms, s:int, like:Tensor):
     for t in terms:
         if t[s] is not None: total = _plus(total, t[0]*_mean(t[3 - s])*t[s].to(like.dtype))
     return torch.linalg.eigh(total)[1]
+
+def mean_factor(
+    Ms:Sequence[Tensor],         # T factors of one side, semi-definite: (n, n), or (n,), which are diagonals
+)->tuple[Tensor,list[float]]:    # (n, n), or (n,) if all are; T mean eigenvalues
+    "The mean of factors that are each divided by its mean eigenvalue, and these; one that is zero has no part in it."
+    units = [_mean(M) for M in Ms]
+    return (1/(sum(u > 0 for u in units) or 1))*reduce(_plus, (_times(1/u if u > 0 else 0.0, M) for u, M in zip(units, Ms))), units
 
 # %% ../nbs/02_metrics.ipynb #6ecdace9
 def as_metric(

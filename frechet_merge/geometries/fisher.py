@@ -9,12 +9,11 @@ __all__ = ['Curved', 'shared', 'pullback']
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
 
 from torch import Tensor
 
 from ..geometry import Geometry, Point
-from ..metrics import Kronecker, _plus, _times, as_metric, damped, normalised
+from ..metrics import Kronecker, as_metric, damped, mean_factor, normalised
 
 # %% ../../nbs/geometries/10_fisher.ipynb #991c6d7d
 @dataclass(frozen=True)
@@ -58,8 +57,7 @@ def shared(
     if not all(isinstance(G, Kronecker) and len(G.pairs) == 1 and not G.flat and G.pairs[0][0] is not None and G.pairs[0][1] is not None for G in Gs): return list(Gs)
     L, R = zip(*(G.pairs[0] for G in Gs))
     own, common = (L, R) if side == "right" else (R, L)
-    units = [float((M if M.dim() == 1 else M.diagonal()).double().mean()) for M in common]
-    mean = (1/(sum(u > 0 for u in units) or 1))*reduce(_plus, (_times(1/u if u > 0 else 0.0, M) for u, M in zip(units, common)))      # a model that cares for nothing has no share in it
+    mean, units = mean_factor(common)
     return [Kronecker((u*M, mean) if side == "right" else (mean, u*M)) for u, M in zip(units, own)]
 
 def pullback(

@@ -17,7 +17,7 @@ from ..forms import projected_diagonal, projected_kronecker
 from ..checkpoints import warn
 from .baselines import RANK, polar
 from ..geometry import Euclidean, Geometry, Point
-from ..mean import _of_points, _pulls, _total
+from ..mean import normalise, pull
 from ..metrics import Dense, Diagonal, Kronecker, as_metric, clipped, damped, normalised
 
 # %% ../../nbs/geometries/13_subspace.ipynb #44dffb6a
@@ -168,9 +168,8 @@ def eta(
     g:Geometry=Euclidean(),    # a flat geometry: its log is the difference
 )->Eta:
     "η of one tensor (EpiMer, arXiv 2605.26693); those of tensors add up. Raises what `normalise` of weights does."
-    ws, Gs = _of_points(ws, points), [as_metric(p.G) for p in points]
-    at = _pulls(g, sum(w*p.x for w, p in zip(ws, points)), points, Gs, ws)
-    return Eta(max(0.0, float((at.b.double()*_total(Gs, ws).solve(at.b).double()).sum())), float(at.var[0]))
+    ws = normalise(ws, len(points)); at, A = pull(g, sum((w*p.x for w, p in zip(ws, points)), points[0].x.new_zeros(())), points, ws)
+    return Eta(max(0.0, float((at.b.double()*A.solve(at.b).double()).sum())), float(at.var[0]))
 
 # %% ../../nbs/geometries/13_subspace.ipynb #9dc1b7db
 def error_bound(
@@ -181,7 +180,7 @@ def error_bound(
     coordinates:str="labeled",   # or "projected"
 )->tuple[float,float]:           # V_S, R_S, in units of F
     "What is lost within the subspace and outside of it: at the mean Σ w (L_t − L_t(θ_t)) ≤ V_S + R_S for quadratic losses (cf. EpiMer, Theorem 2)."
-    ws, xs = _of_points(ws, deltas), b.coordinates(deltas, coordinates)
+    ws, xs = normalise(ws, len(deltas)), b.coordinates(deltas, coordinates)
     inside = eta([Point(x, _projected(G, b)) for x, G in zip(xs, Gs)], ws)
     rest = [d.double() - b.lift(x) for d, x in zip(deltas, xs)]
     return inside.F - inside.eta, sum(w*float((r*(as_metric(G) @ r)).sum()) for w, r, G in zip(ws, rest, Gs))
