@@ -233,9 +233,9 @@ def parts_of(
 
 def _from_hub(repo:str, allow_pickle:bool)->Path:
     from huggingface_hub import snapshot_download
+    repo, _, revision = repo.partition("@")
     if "," in repo: raise MergeError(f"{repo}: there is no such folder or file.\nSeveral models are separated by spaces.")
     if repo[:1] in "./~" or repo.count("/") > 1: raise MergeError(f"{repo}: there is no such folder or file.\nCheck the path; a hub id is NAME or OWNER/NAME.")
-    repo, _, revision = repo.partition("@")
     wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.spm", "*.codes", "*.tiktoken", *(["*.bin"] if allow_pickle else [])]
     try: return Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted))
     except Exception as e:

@@ -53,7 +53,7 @@ class Statistics(dict):
     @classmethod
     def load(cls, path:str|os.PathLike)->"Statistics":
         "Read back what `save` wrote; `MergeError` if the file is missing or damaged."
-        c = load(path); out = {n: c[n] for n in c.lazy}
+        path = Path(path).expanduser(); c = load(path); out = {n: c[n] for n in c.lazy}
         return cls(out | {k: out[v] for k, v in c.tied.items()}, {k: json.loads(v) for k, v in read_header(Path(path))[1].items() if k not in c.tied and k != "format"})
     def lacking(self)->str:
         "What has no metric, grouped by why; empty if there is nothing to say (frozen parameters, and vectors where a form is of matrices, are not news)."
@@ -112,7 +112,7 @@ class State:
         sums:Sums, diagonal:set[str],  # of its `Form`; filled from the file
         device,                        # of the sums
     ):
-        self.path, self.run, self.sums, self.diagonal = path, run, sums, diagonal
+        path = None if path is None else Path(path).expanduser(); self.path, self.run, self.sums, self.diagonal = path, run, sums, diagonal
         self.samples = self.tokens = self.crc = 0; self.at = self.passed = 0; self.whole, self.last = True, time.monotonic()
         if path is None or not os.path.exists(path): return
         state = torch.load(path, weights_only=True, map_location=device)

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from .blocks import align, get, named_like, unlike
+from .blocks import align, alike, get, unlike
 from .checkpoints import MergeError, Notes, codes, load
 from .factors import core
 from .jobs import bar
@@ -128,7 +128,7 @@ def inspect(
     if base is not None and len(found.adapters) == len(models): raise ValueError("adapters are differences from their base already: leave the base out, or put each on it, as BASE+ADAPTER.")
     for c in every:
         if name := codes(c): raise MergeError(f"{c.source}: tensor {name!r} is in 8 bits with a scale beside it: its numbers are codes, which cannot be compared.\nSave the model in bfloat16 first.")
-    found.unlike, every = unlike(every), [named_like(c, every[-len(models)]) for c in every]      # as `merge` does
+    found.unlike, every = unlike(every), alike(every, every[-len(models):])      # as `merge` does
     total, stacks = torch.zeros(len(every), len(every), dtype=torch.float64), []
     for name in dict.fromkeys(n for c in every for n in c.lazy):
         lazy = [x for c in every if (x := get(c, name)) is not None]

@@ -188,8 +188,8 @@ def collect(
     estimator, out = checked(form, estimator), free(out, folder=False, replace=resume); state = out.with_name(out.name + ".state")
     asked = {k: x if x is None or isinstance(x, int) else str(x) for k, x in dict(model=model, data=data, form=form, estimator=estimator, head=head, tokenizer=tokenizer, basis=basis, split=split, text=text, pair=pair, label=label, max_samples=max_samples, seed=seed, max_length=max_length, only=only, dtype=dtype).items()}
     if out.exists():      # a loop over models that was killed starts with finished ones
-        done = Statistics.load(out); was = done.about.get("asked", {})
-        if other := [f"{k} {was.get(k)!r}" for k, x in asked.items() if was.get(k) != x][:3]: raise MergeError(f"{out}: is finished, and of another run: {', '.join(other)}.\nRemove it, or name another file.")
+        done = Statistics.load(out); was = done.about.get("asked", done.about)
+        if other := [f"{k} {was[k]!r}" for k, x in asked.items() if k in was and was[k] != x][:3]: raise MergeError(f"{out}: is finished, and of another run: {', '.join(other)}.\nRemove it, or name another file.")
         return done
     if (basis is None) == (form == "projected"): raise ValueError("form = projected needs a basis (--basis), which `frechet-merge basis` makes." if basis is None else "a basis is for form = projected only.")
     as_device(device)

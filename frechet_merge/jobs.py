@@ -81,15 +81,13 @@ _before, _lock = [], threading.Lock()      # how many threads torch had, once fo
 
 @contextmanager
 def _pool()->Iterator[ThreadPoolExecutor]:
-    "A thread for each core that this process may use, torch's own off; they come back with the last of several pools."
-    with _lock: _before.append(_before[0] if _before else torch.get_num_threads()); torch.set_num_threads(1)
-    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    "A thread for each core that this process may use, in which torch has one; a thread that began while another merge ran gets torch's own back, too."
+    with _lock: _before.append(_before[0] if _before else torch.get_num_threads())
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,))
     try: yield pool
     finally:
         pool.shutdown(cancel_futures=True)
-        with _lock:
-            n = _before.pop()
-            if not _before: torch.set_num_threads(n)
+        with _lock: torch.set_num_threads(_before.pop())
 
 @contextmanager
 def _mapper(executor)->Iterator[Callable]:

@@ -152,7 +152,7 @@ def plan_models(models:list[Checkpoint], g:Geometry, base:Checkpoint|None,
                 copy = Stack([b.first], name=b.name, sources=("" if base is None else base.source,), allow_nonfinite=allow_nonfinite)
                 for i, j in spans(b.first.numel):
                     x = b.first.read(i, j)
-                    if not allow_nonfinite and x.dtype.is_floating_point: copy.check(x.float()[None], i)
+                    if not allow_nonfinite and x.dtype.is_floating_point: copy.check((x if x.dtype.itemsize > 1 else x.float())[None], i)
                     write(b.name, i, x)
                 return {}
             stack = Stack(b.lazy, b.base, device, b.name, (*(models[i].source for i in b.who), *([] if base is None else [base.source])), allow_nonfinite)
@@ -230,7 +230,7 @@ def merge(
     base, dtype = load(base, allow_pickle, "base") if base is not None else None, as_dtype(dtype)
     if drop:
         drop = [drop] if isinstance(drop, str) else [*drop]; less = [without(c, drop) for c in models]
-        if none := next((p for p in drop if all(len(without(c, [p])) == len(c) for c in models)), None): raise ValueError(f"drop = {none!r}: no model has a tensor of this name.")
+        if none := next((p for p in drop if all(len(without(c, [p])) == len(c) for c in (*models, *([] if base is None else [base])))), None): raise ValueError(f"drop = {none!r}: no model has a tensor of this name.")
         models, base = less, None if base is None else without(base, drop)
     g = geometry_named(geometry) if isinstance(geometry, str) else geometry
     if not isinstance(g, Geometry): raise ValueError(f"{g!r} is not a Geometry: pass an instance, such as Euclidean(), or a name.")

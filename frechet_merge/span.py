@@ -73,9 +73,10 @@ class Stack(Sequence[Tensor]):
         bad = ~self.raw(i, j).isfinite().all(0)
         return bad if self.base is None else bad | ~self.base_row(i, j).isfinite()
     def marked(self, x:Tensor, i:int, j:int)->Tensor:
-        "Elements i to j of the mean x: what all versions have where they have one and the same Inf, and NaN where they do not have a number for another reason."
-        every = self.raw(i, j); alike = (every == every[0]).all(0) & every[0].isinf()
-        return torch.where(alike, every[0].to(x.dtype), x.masked_fill(self.nonfinite(i, j), torch.nan))
+        "Elements i to j of the mean x: what all versions have where they have one and the same Inf, and NaN where they do not have a number for another reason; `MergeError` if x has none where they do."
+        every = self.raw(i, j); alike = (every == every[0]).all(0) & every[0].isinf(); bad = self.nonfinite(i, j)
+        if not x.masked_fill(bad, 0).isfinite().all(): raise MergeError(f"tensor {self.name!r}: its mean is larger than {str(x.dtype).removeprefix('torch.')} can hold.\nLower the scale.")
+        return torch.where(alike, every[0].to(x.dtype), x.masked_fill(bad, torch.nan))
     def check(self, X:Tensor, i:int)->Tensor:
         "X, rows from element i on; `MergeError` names the first NaN or Inf."
         if X.isfinite().all(): return X

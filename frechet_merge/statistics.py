@@ -56,7 +56,9 @@ def facts(metrics:str|os.PathLike|Mapping[str,Tensor], c:Checkpoint)->dict[str,A
     def value(v):
         try: return json.loads(v)
         except ValueError: return v
-    return {k: value(v) for f in c.files if f.suffix not in (".bin", ".pt", ".pth") for k, v in read_header(f)[1].items()}
+    return {k: value(v) for f in c.files if f.suffix not in (".bin", ".pt", ".pth", ".ckpt") for k, v in read_header(f)[1].items()}
+
+def _same(a, b): return os.path.realpath(os.path.expanduser(a)) == os.path.realpath(os.path.expanduser(b))
 
 def _agree(files:list[Checkpoint], about:list[dict], models:Sequence[str]):
     "`MergeError` if statistics are of different kinds, a warning if one is of another of the models than it is given for."
@@ -66,9 +68,8 @@ def _agree(files:list[Checkpoint], about:list[dict], models:Sequence[str]):
             if isinstance(a.get(k), str): said.setdefault(a[k], c.source)
         if len(said) > 1: raise MergeError(f"{' and '.join(f'{c} is of {k} {v!r}' for v, c in list(said.items())[:2])}, which do not add up.\nCollect the statistics of every model in the same way.")
     if twice := next((c.source for i, c in enumerate(files) if c.files and any(c.files == d.files for d in files[:i])), None): warnings.warn(f"{twice}: is given for two models, which then have the same metric", stacklevel=5)
-    def same(a, b): return os.path.realpath(os.path.expanduser(a)) == os.path.realpath(os.path.expanduser(b))
     for c, a, m in zip(files, about, models):
-        if isinstance(of := a.get("model"), str) and not same(of, m) and any(same(of, n) for n in models): warnings.warn(f"{c.source}: was collected from {of}, and is given for {m}: metrics go in the order of the models", stacklevel=5)
+        if isinstance(of := a.get("model"), str) and not _same(of, m) and any(_same(of, n) for n in models): warnings.warn(f"{c.source}: was collected from {of}, and is given for {m}: metrics go in the order of the models", stacklevel=5)
 
 def statistics(
     metrics:Sequence[str|os.PathLike|Mapping[str,Tensor]]|None,    # T mappings or paths; None: there are none
@@ -84,7 +85,7 @@ def statistics(
     if len(metrics) != T: raise ValueError(f"{len(metrics)} metrics for {T} models: give one per model.")
     files, found, without = [load(m, allow_pickle, f"metrics[{i}]") for i, m in enumerate(metrics)], {}, []
     _agree(files, about := [facts(m, c) for m, c in zip(metrics, files)], models)
-    if wrong := next((c.source for m, a, c in zip(metrics, about, files) if isinstance(m, (str, os.PathLike)) and os.path.isdir(m) and c.config and not a.get("form")), None): raise MergeError(f"{wrong}: is a model, and not statistics of one.\nCollect them with `frechet-merge curvature`, and name the file that it writes.")
+    if wrong := next((c.source for m, a, c in zip(metrics, about, files) if isinstance(m, (str, os.PathLike)) and not a.get("form") and any(_same(m, n) for n in models)), None): raise MergeError(f"{wrong}: is a model, and not statistics of one.\nCollect them with `frechet-merge curvature`, and name the file that it writes.")
     for b in (b for b in blocks if b.mergeable):
         has = [_parts(files[i], b) for i in b.who]
         kind = next((set(h) for h in has if h), None)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .adapters import Layer, layers
-from .blocks import Block, align, in_front
+from .blocks import Block, align, head_of, in_front
 from .checkpoints import Checkpoint, MergeError, warn
 from .factors import Factors
 from .geometry import Geometry
@@ -46,7 +46,7 @@ def align_updates(
     if len(bases) > 1 and not any_base: raise MergeError("; ".join(f"{c.source} is of base {b!r}" for b, c in list(bases.items())[:2]) + ".\nUpdates of different models have no common mean; if these are two names of one model, say so (any_base=True, --any-base).")
     for i, (found, rest) in enumerate(read):      # one was trained as a part of another's model, `bert.`
         if to := in_front({*found}, {*read[0][0]}): read[i] = {to(n): replace(x, name=to(n), keys=tuple(k.replace(f"base_model.model.{n}", f"base_model.model.{to(n)}", 1) for k in x.keys)) for n, x in found.items()}, rest
-    if models[1:] and max(Counter(n for found, _ in read for n in found).values()) == 1: warn("no layer is adapted by more than one of these adapters: there is nothing to average, and each update is only made smaller", stacklevel=4)
+    if models[1:] and absent != "renormalise" and max(Counter(n for found, _ in read for n in found).values()) == 1: warn("no layer is adapted by more than one of these adapters: nothing is averaged with anything. Are they of one model, and are its layers called alike in all?", stacklevel=4)
     updates = []
     for name in dict.fromkeys(n for found, _ in read for n in found):
         there = [(i, found[name]) for i, (found, _) in enumerate(read) if name in found]
@@ -57,7 +57,7 @@ def align_updates(
     copies = {k for _, rest in read for k in rest if ".base_layer." in k and not all(k in r for _, r in read)}      # PEFT saves an adapted embedding of the base along, or not
     whole_of = [(c, {*rest} - copies) for c, (_, rest) in zip(models, read)]
     if absent != "renormalise" and (lacks := next(((c, k, d) for c, has in whole_of for d, more in whole_of for k in sorted(more - has)), None)):
-        c, k, d = lacks; raise MergeError(f"{c.source}: did not save {k!r} beside its updates, and {d.source} did.\nLeave it out (drop={k.removeprefix('base_model.model.').rpartition('.')[0] + '*'!r}, --drop), or let those that have it decide, about layers too (absent='renormalise', --absent renormalise).")
+        c, k, d = lacks; raise MergeError(f"{c.source}: did not save {k!r} beside its updates, and {d.source} did.\nLeave it out (drop={head_of(k) or k.removeprefix('base_model.model.')!r}, --drop), or let those that have it decide, about layers too (absent='renormalise', --absent renormalise).")
     whole, _ = align([Checkpoint({k: x for k, x in rest.items() if k not in copies}, c.source) for c, (_, rest) in zip(models, read)], absent="renormalise" if absent == "renormalise" else None)
     return updates, whole
 

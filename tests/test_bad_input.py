@@ -338,3 +338,12 @@ def test_a_name_is_looked_up_without_its_tensor(models, monkeypatch):
 def test_places_that_are_not_there(models, tmp_path, names, says): refused(*names, cwd=tmp_path, says=says)
 
 def test_models_in_the_place_of_their_metrics(models, tmp_path): refused("m0", "m1", "--metrics", "m0,m1", cwd=tmp_path, says="m0: is a model, and not statistics|frechet-merge curvature")
+
+
+def test_revisions_may_have_slashes(monkeypatch):
+    import huggingface_hub
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, revision, **_: asked.append((repo, revision)) or "nowhere")
+    for name in ("org/model@refs/pr/3", "model@v1.0"):
+        with pytest.raises(MergeError): load(name)
+    assert asked == [("org/model", "refs/pr/3"), ("model", "v1.0")]

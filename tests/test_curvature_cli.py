@@ -222,3 +222,11 @@ def test_projected_statistics(tmp_path, monkeypatch, capsys, work):
     for args in (("merge", "--geometry", "pullback", "-o", "no"), ("inspect",)):
         with pytest.raises(MergeError, match="a.safetensors: the metric of tensor '.*' is projected"): run(args[0], "a", "b", "--base", base, "--metrics", "a.safetensors, b.safetensors", *args[1:])
     with pytest.raises(MergeError, match="a basis for none"): collect(work/"gpt2", work/"a.jsonl", tmp_path/"t.safetensors", form="projected", basis="basis.safetensors")
+
+
+@pytest.mark.filterwarnings("ignore:no metric for")
+def test_home_is_where_statistics_are(work, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path)); monkeypatch.chdir(work)
+    made = collect("bert", "a.jsonl", "~/s.safetensors")
+    assert (tmp_path/"s.safetensors").exists() and Statistics.load("~/s.safetensors").about == made.about
+    assert collect("bert", "a.jsonl", "~/s.safetensors", resume=True).about == made.about

@@ -3,6 +3,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 import warnings
 
 import pytest
@@ -13,10 +15,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file, save_model
 
 from frechet_merge import Euclidean, LoRA, MergeError, load, merge
+from frechet_merge.blocks import unlike
 from frechet_merge.checkpoints import FileTensor
 from frechet_merge.diagnostics import inspect
 from frechet_merge.geometries.sphere import karcher
-from frechet_merge.jobs import _mapper
+from frechet_merge.jobs import _mapper, _pool
 from frechet_merge.span import Stack, gram
 
 
@@ -398,15 +401,27 @@ def test_what_is_no_number_is_copied_if_that_is_asked_for(models, tmp_path):
 
 
 def test_merges_beside_each_other_give_the_threads_back():
-    "The first to begin is not the last to end."
-    before = torch.get_num_threads()
+    "The first to begin is not the last to end; workers have one thread each, and no more of them run than may."
+    before, found = torch.get_num_threads(), {}
     torch.set_num_threads(2)
+    begun, ended = threading.Event(), threading.Event()
+    def other():
+        begun.wait(10)
+        with _mapper("threads") as over: found["worker"] = [*over(lambda _: torch.get_num_threads(), range(3))]; ended.wait(10)
+        found["other"] = torch.get_num_threads()
+    t = threading.Thread(target=other); t.start()
     try:
-        first, second = _mapper("threads"), _mapper("threads")
-        first.__enter__(); second.__enter__(); assert torch.get_num_threads() == 1
-        first.__exit__(None, None, None); assert torch.get_num_threads() == 1
-        second.__exit__(None, None, None); assert torch.get_num_threads() == 2
+        with _mapper("threads") as over: begun.set(); list(over(lambda _: torch.ones(9).sum(), range(3))); time.sleep(.2)
+        found["first"] = torch.get_num_threads()
+        ended.set(); t.join()
+        assert found == {"worker": [1, 1, 1], "other": 2, "first": 2}
+        assert torch.get_num_threads() == 2
     finally: torch.set_num_threads(before)
+
+
+def test_workers_are_as_many_as_the_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 3, 5}, raising=False)
+    with _pool() as pool: assert pool._max_workers == 3
 
 
 def test_the_lock_of_a_merge_that_failed_meanwhile_is_none(tmp_path, monkeypatch):
@@ -454,6 +469,36 @@ def test_configs_and_tokenizers_that_make_another_function(tmp_path):
     with warnings.catch_warnings(): warnings.simplefilter("error"); merge([a, a])
 
 
+def test_spellings_of_one_function_are_one(tmp_path):
+    "As transformers saves configs that it read."
+    for a, b in (({"sliding_window": 131072, "use_sliding_window": False}, {"sliding_window": None, "use_sliding_window": False}), ({"head_dim": None}, {"head_dim": 4}), ({"hidden_act": "gelu"}, {"hidden_act": "gelu_pytorch_tanh"}),
+                 ({"model_type": "qwen2_vl"}, {"model_type": "qwen2_vl", "text_config": {"model_type": "qwen2_vl_text"}}), ({"rope_theta": 1e4}, {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}), ({"text_config": "x"}, {})):
+        assert unlike([llama(tmp_path/"a", 0, False, **a) and load(tmp_path/"a"), llama(tmp_path/"b", 0, False, **b) and load(tmp_path/"b")]) == []
+    x, y = (load(llama(tmp_path/f"t{k}", 0, False, text_config={"num_key_value_heads": k})) for k in (1, 2))
+    assert "num_key_value_heads = 1 and 2" in unlike([x, y])[0]
+    for f, v in ((x, {"cat": 0, "dog": 1}), (y, {"cat": 0, "dog": 1})): (f.folder/"tokenizer.json").write_text(json.dumps({"model": {"vocab": v}, "added_tokens": [{"content": "<pad>", "id": 2 + (f is y)}]}))
+    assert "1 tokens under other numbers, such as '<pad>'" in unlike([x, y])[1]
+
+
+def test_a_tied_head_in_a_text_config(tmp_path):
+    a, b = llama(tmp_path/"a", 0, False), llama(tmp_path/"b", 1, True)
+    (b/"config.json").write_text(json.dumps({"tie_word_embeddings": True, "text_config": {"vocab_size": 11}}))
+    x, y = load_file(a/"model.safetensors"), load_file(b/"model.safetensors")
+    torch.testing.assert_close(merge([a, b]).tensors["lm_head.weight"], (x["lm_head.weight"] + y["model.embed_tokens.weight"])/2)
+    assert inspect([a, b]).mergeable and inspect([b, a]).mergeable
+
+
 def test_what_is_left_out(models):
     assert set(merge(models, drop=["q.*", "ids"]).tensors) == {"emb.weight", "s", "none"}
     with pytest.raises(ValueError, match="'p.*': no model"): merge(models, drop=["q.*", "p.*"])
+    base = {**load(models[0]), "pooler.w": torch.ones(2)}
+    assert set(merge(models, base=base, drop=["pooler*"]).tensors) == set(load(models[0]))
+    e = torch.randn(3, 2); tied = merge([{"emb": e, "head": e, "b": e[0]}]*2, drop=["emb"]).tensors
+    assert set(tied) == {"head", "b"} and torch.equal(tied["head"], e)
+
+
+def test_a_mean_that_overflows_is_refused_beside_what_is_no_number():
+    a = {"w": torch.tensor([3e38, torch.nan])}
+    with pytest.raises(MergeError, match="larger than float32 can hold"): merge([a, a], base={"w": torch.zeros(2)}, scale=2., allow_nonfinite=True)
+    big = torch.finfo(torch.float64).min
+    assert merge([{"w": torch.ones(1)}], base={"w": torch.ones(1), "mask": torch.tensor([big], dtype=torch.float64)}, absent="renormalise").tensors["mask"] == big

@@ -350,3 +350,12 @@ def test_who_cares_for_nothing_takes_no_part_in_what_is_shared(share):
 def test_one_file_for_two_models(models, stats, tmp_path):
     save_file(stats[0], tmp_path/"s.safetensors")
     with pytest.warns(UserWarning, match="s.safetensors: is given for two models"): merge(models, metrics=[tmp_path/"s.safetensors"]*3)
+
+
+def test_sums_without_a_closed_form_are_named():
+    "Undamped, of two factors each; not where damping or a shared side was chosen."
+    x, G = [{"w": torch.randn(3, 2)} for _ in range(2)], [{"w.left": torch.eye(3)*(i + 1), "w.right": torch.eye(2)} for i in range(2)]
+    with pytest.warns(UserWarning, match="have no closed form"): merge(x, metrics=G)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for g in (Curved(damping=.1), Curved(share="right")): merge(x, g, metrics=G)

@@ -468,13 +468,16 @@ def test_a_leading_part_is_no_other_layer(make, tmp_path):
     close({k: v for k, v in got.tensors.items()}, want)
     other = merge([renamed("first", "bert."), a]).tensors
     assert set(other) == {k.replace("base_model.model.", "base_model.model.bert.") for k in want}
-    with pytest.warns(UserWarning, match="no layer is adapted by more than one"): merge([make("q", 2, target_modules=["q"]), make("v", 3, target_modules=["v"])])
+    apart = [make("q", 2, target_modules=["q"]), make("v", 3, target_modules=["v"])]
+    with pytest.warns(UserWarning, match="no layer is adapted by more than one"): merge(apart)
+    with warnings.catch_warnings(): warnings.simplefilter("error"); merge(apart, absent="renormalise")
 
 
 def test_heads_of_different_tasks_can_be_left_out(make, tmp_path):
     a, b = make("a", 0, modules_to_save=["head"], task_type="SEQ_CLS"), make("b", 1)
     with pytest.raises(MergeError, match=r"(?s)b: did not save .*head.*, and .*a did.*--drop"): merge([a, b])
     m = merge([a, b], drop="head*", out=tmp_path/"out")
+    assert m.tensors.adapter["task_type"] is None and m.tensors.adapter["modules_to_save"] is None      # PEFT would look for the head of a task
     assert not any("head" in k for k in m.tensors) and "--drop 'head*'" in (tmp_path/"out"/"README.md").read_text()
     close(read(tmp_path/"out")[0], {n: (x + merged_layer(a, n))/2 for n, x in read(b)[0].items()})
     with pytest.raises(ValueError, match="no model has a tensor of this name"): merge([a, b], drop=["haed*"])
