@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoints import HEAD, Checkpoint, LazyTensor, MemoryTensor, MergeError, codes
+from .checkpoints import HEAD, Checkpoint, MergeError, codes
+from .tensors import LazyTensor, MemoryTensor
 from .factors import Factors
 
 # %% ../nbs/08_adapters.ipynb #94d53447

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .blocks import align
-from .checkpoints import MergeError, Notes, load
+from .checkpoints import MergeError, load
+from .notes import Notes
 from .geometries.subspace import labeled_basis
 from .output import free, staged_file
 

@@ -15,7 +15,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import HEAD, Checkpoint, LazyTensor, MergeError, codes, read_json
+from .checkpoints import HEAD, Checkpoint, MergeError, codes, read_json, token_rows
+from .tensors import LazyTensor
 
 # %% ../nbs/07_blocks.ipynb #8f0f392c
 @dataclass
@@ -72,8 +73,7 @@ def _lead(names:set[str], others:set[str])->str:
 def _headed(c:Checkpoint, models:Sequence[Checkpoint])->Checkpoint:
     "c with the output layer that it does not store because its config ties it to the embedding, if one of the models stores it."
     if not c.config.get("tie_word_embeddings") or any(HEAD.search(n) for n in c): return c
-    vocab = next((x["vocab_size"] for x in (c.config, c.config.get("text_config")) if isinstance(x, dict) and x.get("vocab_size")), None)
-    rows, heads = [n for n, x in c.lazy.items() if len(x.shape) == 2 and x.shape[0] == vocab], {n for m in models for n in m if HEAD.search(n)}
+    rows, heads = token_rows(c.lazy, c.config), {n for m in models for n in m if HEAD.search(n)}
     return Checkpoint(c.lazy, c.source, c.folder, {**c.tied, **dict.fromkeys(heads, rows[0])}, c.adapter, c.files) if len(rows) == 1 and len(heads) == 1 else c
 
 def alike(

@@ -54,7 +54,7 @@ class Statistics(dict):
     def load(cls, path:str|os.PathLike)->"Statistics":
         "Read back what `save` wrote; `MergeError` if the file is missing or damaged."
         path = Path(path).expanduser(); c = load(path); out = {n: c[n] for n in c.lazy}
-        return cls(out | {k: out[v] for k, v in c.tied.items()}, {k: json.loads(v) for k, v in read_header(Path(path))[1].items() if k not in c.tied and k != "format"})
+        return cls(out | {k: out[v] for k, v in c.tied.items()}, {k: json.loads(v) for k, v in read_header(path)[1].items() if k not in c.tied and k != "format"})
     def lacking(self)->str:
         "What has no metric, grouped by why; empty if there is nothing to say (frozen parameters, and vectors where a form is of matrices, are not news)."
         why:dict[str,list[str]] = {}

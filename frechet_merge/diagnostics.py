@@ -19,7 +19,8 @@ from rich.text import Text
 from torch import Tensor
 
 from .blocks import align, alike, get, unlike
-from .checkpoints import MergeError, Notes, codes, load
+from .checkpoints import MergeError, codes, load
+from .notes import Notes
 from .factors import core
 from .jobs import bar
 from .mean import normalise

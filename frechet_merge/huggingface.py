@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adapters import bake, classes
-from .checkpoints import Checkpoint, MergeError, as_device, load, parts_of, read_json
+from .checkpoints import Checkpoint, MergeError, load, parts_of, read_json
+from .tensors import as_device
 from .curvature import Statistics, checked, curvature
 from .estimators import cross_entropy
 from .examples import batches, examples, need, quiet

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoints import MergeError, Notes, from_state_dict, load
+from .checkpoints import MergeError, from_state_dict, load
+from .notes import Notes
 from .mean import ConvergenceWarning, Mean
 from .output import staged
 from .shards import ShardWriter

@@ -27,7 +27,9 @@ from torch import Tensor
 import frechet_merge
 from .adapters import bake as put_on, classes
 from .blocks import Block, align, by_name, unlike, without
-from .checkpoints import HEAD, Checkpoint, MemoryTensor, MergeError, as_device, load, spans, warn
+from .checkpoints import HEAD, Checkpoint, MergeError, load
+from .notes import warn
+from .tensors import MemoryTensor, as_device, spans
 from .geometries.lora import LoRA
 from .geometries.subspace import EpiMer
 from .geometry import Euclidean, Geometry

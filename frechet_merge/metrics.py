@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoints import warn
+from .notes import warn
 
 # %% ../nbs/02_metrics.ipynb #3c170e8c
 AT_ONCE = 1e18    # a factor by which float32 numbers are not multiplied at once: its square is the largest of them

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from .checkpoints import Checkpoint, MergeError, warn
+from .checkpoints import Checkpoint, MergeError
+from .notes import warn
 
 # %% ../nbs/06_output.ipynb #27f61a92
 def free(

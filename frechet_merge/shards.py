@@ -1,6 +1,6 @@
 """The safetensors container: headers that are checked before they are believed, shards laid out before they are filled.
 
-Hand-written, unlike the other modules: it is mechanism without a story. `nbs/00_checkpoints.ipynb` uses it,
+Hand-written, unlike the other modules: it is mechanism without a story. `nbs/00_tensors.ipynb` uses it,
 `tests/test_shards.py` feeds it lies.
 
 The format (https://github.com/huggingface/safetensors): 8 bytes little-endian header length, a JSON header

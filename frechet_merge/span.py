@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoints import CHUNK, LazyTensor, MemoryTensor, MergeError, as_device, scratch, spans
+from .checkpoints import MergeError
+from .tensors import CHUNK, LazyTensor, MemoryTensor, as_device, scratch, spans
 from .geometry import Geometry
 from .metrics import as_metric
 

@@ -17,7 +17,8 @@ from typing import Any
 from torch import Tensor
 
 from .blocks import Block, get
-from .checkpoints import Checkpoint, LazyTensor, MergeError, load
+from .checkpoints import Checkpoint, MergeError, load
+from .tensors import LazyTensor
 from .metrics import Dense, Kronecker, clipped
 from .shards import read_header
 from .span import Stack

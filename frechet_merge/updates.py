@@ -18,7 +18,8 @@ import torch
 
 from .adapters import Layer, layers
 from .blocks import Block, align, head_of, in_front
-from .checkpoints import Checkpoint, MergeError, warn
+from .checkpoints import Checkpoint, MergeError
+from .notes import warn
 from .factors import Factors
 from .geometry import Geometry
 from .mean import Mean, frechet_mean

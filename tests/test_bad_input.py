@@ -12,7 +12,7 @@ from conftest import cli, save, tensors
 from safetensors.torch import save_file
 
 from frechet_merge import MergeError, load, merge
-from frechet_merge.checkpoints import FileTensor
+from frechet_merge.tensors import FileTensor
 from frechet_merge.diagnostics import inspect
 
 

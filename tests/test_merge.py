@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file, save_model
 
 from frechet_merge import Euclidean, LoRA, MergeError, load, merge
 from frechet_merge.blocks import unlike
-from frechet_merge.checkpoints import FileTensor
+from frechet_merge.tensors import FileTensor
 from frechet_merge.diagnostics import inspect
 from frechet_merge.geometries.sphere import karcher
 from frechet_merge.jobs import _mapper, _pool
@@ -291,7 +291,7 @@ def test_the_import_is_light():
 
 def test_stack_of_differences_reads_one_model_at_a_time():
     base, xs = torch.randn(4, 5), [torch.randn(4, 5) for _ in range(3)]
-    from frechet_merge.checkpoints import MemoryTensor
+    from frechet_merge.tensors import MemoryTensor
     s = Stack([MemoryTensor(x) for x in xs], MemoryTensor(base))
     assert torch.equal(s[1], xs[1] - base) and len(list(s)) == 3 and torch.equal(s.rows(3, 7)[2], (xs[2] - base).flatten()[3:7])
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checkpoints import warn
+from ..notes import warn
 from ..factors import svd
 from ..geometry import Geometry, Point
 from ..metrics import numbers

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..forms import projected_diagonal, projected_kronecker
-from ..checkpoints import warn
+from ..notes import warn
 from .baselines import RANK, polar
 from ..geometry import Euclidean, Geometry, Point
 from ..mean import normalise, pull
