@@ -1,7 +1,10 @@
 """How long each notebook runs, and the site builds: one after the other, each in a process of its own, on all cores of an idle machine.
 
-    python bench/notebooks.py
+    python bench/notebooks.py [NOTEBOOK…]
+
+With names, such as nbs/00_tensors.ipynb, only these are run; rows of others that there still are stay as they are.
 """
+import csv
 import os
 import resource
 import subprocess
@@ -25,10 +28,14 @@ def timed(*command, cwd):
 
 
 if __name__ == "__main__":
-    rows = []
-    for nb in sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts):
-        rows.append({"what": str(nb.relative_to(ROOT)), **dict(zip(("seconds", "cpu_s"), timed(sys.executable, "-c", RUN, nb.name, cwd=nb.parent)))})
+    every, only, site = [str(p.relative_to(ROOT)) for p in sorted((ROOT/"nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts], sys.argv[1:], "the site (python tests/docs.py OUT)"
+    if unknown := set(only) - set(every): raise SystemExit(f"no such notebook: {', '.join(unknown)}")
+    rows = [r for r in csv.DictReader((ROOT/"bench"/"results"/"notebooks.csv").open()) if r["what"] in {*every, site} - set(only)] if only else []
+    for name in only or every:
+        nb = ROOT/name
+        rows.append({"what": name, **dict(zip(("seconds", "cpu_s"), timed(sys.executable, "-c", RUN, nb.name, cwd=nb.parent)))})
         print(rows[-1], flush=True)
-    with tempfile.TemporaryDirectory() as tmp:
-        rows.append({"what": "the site (python tests/docs.py OUT)", **dict(zip(("seconds", "cpu_s"), timed(sys.executable, ROOT/"tests"/"docs.py", tmp, cwd=ROOT)))})
-    write_rows("notebooks", sorted(rows, key=lambda r: -r["seconds"]), about("python bench/notebooks.py"))
+    if not only:
+        with tempfile.TemporaryDirectory() as tmp:
+            rows.append({"what": site, **dict(zip(("seconds", "cpu_s"), timed(sys.executable, ROOT/"tests"/"docs.py", tmp, cwd=ROOT)))})
+    write_rows("notebooks", sorted(rows, key=lambda r: -float(r["seconds"])), about("python bench/notebooks.py"))
