@@ -2,16 +2,22 @@
 
     python bench/curvature_cost.py
 
-writes bench/results/curvature_cost.csv, with versions and machine beside it. Seconds are of processor time in one thread, the least of two runs (of the diagonal and the Kronecker form one). A random BERT-base-shaped encoder (12 layers, 768 wide, MLP 3072, 12 heads)
-with a head of 3 classes; 4 batches of 8 sequences of 32 tokens; the projected form in random orthonormal bases of p = kT = 256 matrices for
-each of its 72 weights (k = 32, T = 8). A step is a forward and a backward pass with gradients of all weights, no optimiser. `curvature` is timed as a
-user calls it, with its rehearsal on two samples. A Hessian-vector product is timed on one batch, over all weights at once, by differentiating
-the directional derivative of the loss twice (reverse over reverse; attention without fused kernels), and counted for all batches.
+writes bench/results/curvature_cost.csv, with versions and machine beside it. Seconds are of
+processor time in one thread, the least of two runs (of the diagonal and the Kronecker form one). A
+random BERT-base-shaped encoder (12 layers, 768 wide, MLP 3072, 12 heads) with a head of 3 classes;
+4 batches of 8 sequences of 32 tokens; the projected form in random orthonormal bases of p = kT =
+256 matrices for each of its 72 weights (k = 32, T = 8). A step is a forward and a backward pass
+with gradients of all weights, no optimiser. `curvature` is timed as a user calls it, with its
+rehearsal on two samples. A Hessian-vector product is timed on one batch, over all weights at once,
+by differentiating the directional derivative of the loss twice (reverse over reverse; attention
+without fused kernels), and counted for all batches.
 
-One product with a direction in one layer gives one column of that layer's block, so that exact blocks take p products a layer. A direction in all layers
-at once gives sums of columns over layers, which are no blocks; `p products in all` is what it would cost if cross-layer terms were ignored, and a lower
-bound. `ratio` is seconds over those of the steps; `of projected`, over those of the projected form.
-"""
+One product with a direction in one layer gives one column of that layer's block, so that exact
+blocks take p products a layer. A direction in all layers at once gives sums of columns over layers,
+which are no blocks; `p products in all` is what it would cost if cross-layer terms were ignored,
+and a lower bound. `ratio` is seconds over those of the steps; `of projected`, over those of the
+projected form."""
+
 import time
 
 import torch
@@ -24,43 +30,99 @@ def main():
     from transformers import BertConfig, BertForSequenceClassification
 
     from frechet_merge.curvature import curvature
-    torch.manual_seed(0); torch.set_num_threads(1)
+
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
     model = BertForSequenceClassification(BertConfig(num_labels=3)).eval()
-    batches = [{"input_ids": torch.randint(5, 30000, (N, TOKENS)), "attention_mask": torch.ones(N, TOKENS, dtype=torch.long), "labels": torch.randint(0, 3, (N,))} for _ in range(BATCHES)]
+    batches = [
+        {
+            "input_ids": torch.randint(5, 30000, (N, TOKENS)),
+            "attention_mask": torch.ones(N, TOKENS, dtype=torch.long),
+            "labels": torch.randint(0, 3, (N,)),
+        }
+        for _ in range(BATCHES)
+    ]
     weights = {n: w for n, w in model.named_parameters() if "encoder.layer" in n and w.dim() == 2}
     made, basis = {}, {}
     for n, w in weights.items():
         for d in w.shape:
-            if d not in made: made[d] = torch.linalg.qr(torch.randn(d, K*T))[0]
+            if d not in made:
+                made[d] = torch.linalg.qr(torch.randn(d, K*T))[0]
         basis[n] = tuple(made[d].clone() for d in w.shape)
 
     def timed(f):
-        start = time.process_time(); f(); return time.process_time() - start
+        start = time.process_time()
+        f()
+        return time.process_time() - start
+
     def steps():
-        for b in batches: torch.autograd.grad(model(**b).loss, list(model.parameters()))
-    runs = {"training step": steps, "projected": lambda: curvature(model, batches, "projected", basis=basis), "inputs": lambda: curvature(model, batches, "inputs", parameters=list(weights)),
-            "kronecker": lambda: curvature(model, batches, "kronecker", parameters=list(weights)), "diagonal": lambda: curvature(model, batches, "diagonal", parameters=list(weights))}
+        for b in batches:
+            torch.autograd.grad(model(**b).loss, list(model.parameters()))
+
+    runs = {
+        "training step": steps,
+        "projected": lambda: curvature(model, batches, "projected", basis=basis),
+        "inputs": lambda: curvature(model, batches, "inputs", parameters=list(weights)),
+        "kronecker": lambda: curvature(model, batches, "kronecker", parameters=list(weights)),
+        "diagonal": lambda: curvature(model, batches, "diagonal", parameters=list(weights)),
+    }
     steps()
     best = {}
-    for i in range(REPEATS):      # in turns, so that a busy machine is busy for all
+    # in turns, so that a busy machine is busy for all
+    for i in range(REPEATS):
         for name, f in runs.items():
-            if name in ("diagonal", "kronecker") and i: continue
+            if name in ("diagonal", "kronecker") and i:
+                continue
             best[name] = min(best.get(name, 1e9), timed(f))
 
     from torch.nn.attention import SDPBackend, sdpa_kernel
-    ws, v = list(weights.values()), [torch.outer(basis[n][0][:, 0], basis[n][1][:, 0]) for n in weights]
-    for p in model.parameters(): p.requires_grad = False
-    for w in ws: w.requires_grad = True
+
+    ws, v = (
+        list(weights.values()),
+        [torch.outer(basis[n][0][:, 0], basis[n][1][:, 0]) for n in weights],
+    )
+    for p in model.parameters():
+        p.requires_grad = False
+    for w in ws:
+        w.requires_grad = True
+
     def product():
         with sdpa_kernel(SDPBackend.MATH):
             g = torch.autograd.grad(model(**batches[0]).loss, ws, create_graph=True)
             torch.autograd.grad(sum((a*b).sum() for a, b in zip(g, v)), ws)
+
     hvp = BATCHES*min(timed(product), timed(product))
-    best["one Hessian-vector product"] = hvp; best["exact: p products in all"] = K*T*hvp; best["exact: p products a layer"] = K*T*len(ws)*hvp
-    rows = [{"what": n, "CPU seconds": round(s, 2), "ratio": round(s/best["training step"], 3), "of projected": round(s/best["projected"], 3), "measured": "no, a multiple" if n.startswith("exact") else "yes"} for n, s in best.items()]
-    for r in rows: print(*r.values(), sep="\t")
+    best["one Hessian-vector product"] = hvp
+    best["exact: p products in all"] = K*T*hvp
+    best["exact: p products a layer"] = K*T*len(ws)*hvp
+    rows = [
+        {
+            "what": n,
+            "CPU seconds": round(s, 2),
+            "ratio": round(s/best["training step"], 3),
+            "of projected": round(s/best["projected"], 3),
+            "measured": "no, a multiple" if n.startswith("exact") else "yes",
+        }
+        for n, s in best.items()
+    ]
+    for r in rows:
+        print(*r.values(), sep="\t")
     import transformers
-    write_rows("curvature_cost", rows, about("python bench/curvature_cost.py", threads=1, transformers=transformers.__version__, layers=len(ws), p=K*T, samples=BATCHES*N, tokens=TOKENS))
+
+    write_rows(
+        "curvature_cost",
+        rows,
+        about(
+            "python bench/curvature_cost.py",
+            threads=1,
+            transformers=transformers.__version__,
+            layers=len(ws),
+            p=K*T,
+            samples=BATCHES*N,
+            tokens=TOKENS,
+        ),
+    )
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

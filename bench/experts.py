@@ -1,8 +1,10 @@
-"""Families of real experts: one base, and for each task a fine-tuned encoder (a full model, or a PEFT adapter) and a fixed linear head.
+"""Families of real experts: one base, and for each task a fine-tuned encoder (a full model, or a
+PEFT adapter) and a fixed linear head.
 
-A merge is judged by its encoder alone. Each task's test examples are split: one half (of texts, those at even positions; of
-images, the first) chooses scales, the other is reported, with the training texts that the experts have not seen (`seen.json`).
-"""
+A merge is judged by its encoder alone. Each task's test examples are split: one half (of texts,
+those at even positions; of images, the first) chooses scales, the other is reported, with the
+training texts that the experts have not seen (`seen.json`)."""
+
 import gzip
 import json
 from functools import cached_property
@@ -19,102 +21,246 @@ from frechet_merge.curvature import curvature
 from frechet_merge.demo import TOKENS, base_folder
 from frechet_merge.tune import OutputDistance
 
-SAMPLES, VALIDATION = 64, 120     # unlabelled training examples that statistics see; test examples that choose a scale, at most
+# unlabelled training examples that statistics see; test examples that choose a scale, at most
+SAMPLES, VALIDATION = 64, 120
 
 
 class Experts:
     def __init__(self, base, folder, heads, tasks, only=None):
         self.base, self.folder, self.heads = Path(base), Path(folder), heads
         self.model = AutoModel.from_pretrained(base, **self.options).eval()
-        self.W = {k: v.clone() for k, v in self.model.state_dict().items() if k.startswith("encoder.")}
+        self.W = {
+            k: v.clone() for k, v in self.model.state_dict().items() if k.startswith("encoder.")
+        }
         self.names = [n for n in tasks if (self.folder/n).is_dir() and (not only or n in only)]
         self.folders = [self.folder/n for n in self.names]
         self.adapters, whole = (self.folders[0]/"adapter_config.json").exists(), load(base)
-        self.delta = {n: {k: s[k].float() - w for k, w in self.W.items()} for n, f in zip(self.names, self.folders) for s in [bake(whole, load(f)) if self.adapters else load(f)]}
-        self.tests = {(n, half): self.batches(*self.examples(tasks[n], "test", self.half(tasks[n], half), None if half else VALIDATION)) for n in self.names for half in (0, 1)}
+        self.delta = {
+            n: {k: s[k].float() - w for k, w in self.W.items()}
+            for n, f in zip(self.names, self.folders)
+            for s in [bake(whole, load(f)) if self.adapters else load(f)]
+        }
+        self.tests = {
+            (n, half): self.batches(
+                *self.examples(
+                    tasks[n], "test", self.half(tasks[n], half), None if half else VALIDATION
+                )
+            )
+            for n in self.names
+            for half in (0, 1)
+        }
         for n in self.names:
             at = sum(len(i) for i, _ in self.tests[n, 1])
-            self.tests[n, 1] += [([at + i for i in where], b) for where, b in self.batches(*self.unseen(tasks[n], n))]
+            self.tests[n, 1] += [
+                ([at + i for i in where], b) for where, b in self.batches(*self.unseen(tasks[n], n))
+            ]
         self.tasks = tasks
 
-    def half(self, task, k): return slice(k, None, 2)
-    def unseen(self, task, n): "Training examples that its expert was not trained on, and which no other example repeats."; return [], []
-    def fresh(self, n): "Which reported examples repeat none that its expert was trained on, or that chose a scale."; return slice(None)
-    def taught(self, n): "How many of the training examples, the first ones, its expert was trained on."; return None
-    def groups(self, n): "A number for each reported example, the same for those of one source; none if each has its own."; return None
+    def half(self, task, k):
+        return slice(k, None, 2)
 
-    def put(self, delta): self.model.load_state_dict({k: w + delta[k].float() if k in delta else w for k, w in self.W.items()}, strict=False)
+    def unseen(self, task, n):
+        "Training examples that its expert was not trained on, and which no other example repeats."
+        return [], []
+
+    def fresh(self, n):
+        "Which reported examples repeat none that its expert was trained on, or that chose a scale."
+        return slice(None)
+
+    def taught(self, n):
+        "How many of the training examples, the first ones, its expert was trained on."
+        return None
+
+    def groups(self, n):
+        """A number for each reported example, the same for those of one source; none if each has
+        its own."""
+        return None
+
+    def put(self, delta):
+        self.model.load_state_dict(
+            {k: w + delta[k].float() if k in delta else w for k, w in self.W.items()}, strict=False
+        )
 
     @torch.no_grad()
     def right(self, delta, half, names=None):
         "task → which examples of that half are classified correctly."
-        self.put(delta); out = {}
+        self.put(delta)
+        out = {}
         for n in names or self.names:
             out[n] = torch.zeros(sum(len(at) for at, _ in self.tests[n, half]), dtype=torch.bool)
-            for at, b in self.tests[n, half]: out[n][at] = self.logits(self.model, n, b).argmax(1) == b["labels"]
+            for at, b in self.tests[n, half]:
+                out[n][at] = self.logits(self.model, n, b).argmax(1) == b["labels"]
         return out
 
     def unlabelled(self, n, samples, after=0):
-        "Batches of training examples, the last but so many, whose labels are there for the empirical Fisher alone."
-        inputs = self.examples(self.tasks[n], "train", slice(0, self.taught(n)), None); inputs = [x[len(x) - samples - after:len(x) - after] for x in inputs]
+        """Batches of training examples, the last but so many, whose labels are there for the
+        empirical Fisher alone."""
+        inputs = self.examples(self.tasks[n], "train", slice(0, self.taught(n)), None)
+        inputs = [x[len(x) - samples - after : len(x) - after] for x in inputs]
         return [b for _, b in self.batches(*inputs, 32)]
+
     def statistics(self, n, form, estimator=None, samples=SAMPLES):
         self.put(self.delta[n])
-        return curvature(self.model, self.unlabelled(n, samples), form, estimator, forward=lambda model, b: self.logits(model, n, b), parameters="encoder.*")
+        return curvature(
+            self.model,
+            self.unlabelled(n, samples),
+            form,
+            estimator,
+            forward=lambda model, b: self.logits(model, n, b),
+            parameters="encoder.*",
+        )
 
     @cached_property
     def distance(self):
-        "The distance of outputs from each expert's, on as many examples as the statistics see, but others; and that of the base."
+        """The distance of outputs from each expert's, on as many examples as the statistics see,
+        but others; and that of the base."""
         d = OutputDistance()
-        for n in self.names: self.put(self.delta[n]); d.add(self.model, self.unlabelled(n, SAMPLES, after=SAMPLES), lambda model, b, n=n: self.logits(model, n, b))
-        self.put({}); return d, d(self.model)
+        for n in self.names:
+            self.put(self.delta[n])
+            d.add(
+                self.model,
+                self.unlabelled(n, SAMPLES, after=SAMPLES),
+                lambda model, b, n=n: self.logits(model, n, b),
+            )
+        self.put({})
+        return d, d(self.model)
+
     def lost(self, delta, names):
         "Mean distance from the experts, each in units of the base's."
-        d, unit = self.distance; self.put(delta)
-        return sum(x/u for n, x, u in zip(self.names, d(self.model), unit) if n in names)/len(names)
+        d, unit = self.distance
+        self.put(delta)
+        return sum(x/u for n, x, u in zip(self.names, d(self.model), unit) if n in names)/len(
+            names
+        )
 
-    def head(self, n, h): return F.linear(h, self.heads[f"{n}.weight"], self.heads[f"{n}.bias"])
+    def head(self, n, h):
+        return F.linear(h, self.heads[f"{n}.weight"], self.heads[f"{n}.bias"])
 
 
 class Text(Experts):
-    "The sentence encoder of `frechet_merge.demo`, mean-pooled; TASKS is a file like bench/demo/tasks.json.gz."
+    """The sentence encoder of `frechet_merge.demo`, mean-pooled; TASKS is a file like
+    bench/demo/tasks.json.gz."""
+
     options = {"add_pooling_layer": False}
+
     def __init__(self, folder, tasks, heads=None, base=None, only=None):
         from transformers import AutoTokenizer
-        base = base or base_folder(); self.tok, seen = AutoTokenizer.from_pretrained(base), Path(folder)/"seen.json"
+
+        base = base or base_folder()
+        self.tok, seen = AutoTokenizer.from_pretrained(base), Path(folder)/"seen.json"
         self.seen = json.loads(seen.read_text()) if seen.exists() else {}
-        super().__init__(base, folder, load_file(heads or Path(folder)/"heads.safetensors"), json.load(gzip.open(tasks, "rt")), only)
-    def examples(self, task, split, which, most): return self.tok([t for t, _ in task[split][which][:most]], truncation=True, max_length=TOKENS)["input_ids"], [y for _, y in task[split][which][:most]]
-    def taught(self, n): return self.seen.get(n)
+        super().__init__(
+            base,
+            folder,
+            load_file(heads or Path(folder)/"heads.safetensors"),
+            json.load(gzip.open(tasks, "rt")),
+            only,
+        )
+
+    def examples(self, task, split, which, most):
+        return self.tok(
+            [t for t, _ in task[split][which][:most]], truncation=True, max_length=TOKENS
+        )["input_ids"], [y for _, y in task[split][which][:most]]
+
+    def taught(self, n):
+        return self.seen.get(n)
+
     def more(self, task, n):
-        known, rows = {x for x, _ in task["train"][:self.taught(n)] + task["test"]}, []
-        for x, y in task["train"][self.taught(n):] if n in self.seen else []:
-            if x not in known: rows.append((x, y)); known.add(x)
+        known, rows = {x for x, _ in task["train"][: self.taught(n)] + task["test"]}, []
+        for x, y in task["train"][self.taught(n) :] if n in self.seen else []:
+            if x not in known:
+                rows.append((x, y))
+                known.add(x)
         return [x for x, _ in rows], rows
-    def unseen(self, task, n): return self.examples({"unseen": rows}, "unseen", slice(None), None) if (rows := self.more(task, n)[1]) else ([], [])
+
+    def unseen(self, task, n):
+        return (
+            self.examples({"unseen": rows}, "unseen", slice(None), None)
+            if (rows := self.more(task, n)[1])
+            else ([], [])
+        )
+
     def fresh(self, n):
-        def plain(x): return " ".join(x.lower().split())
-        task = self.tasks[n]; chose = task["test"][self.half(task, 0)][:VALIDATION]
-        known, rest = {plain(x) for x, _ in task["train"][:self.taught(n)] + chose}, [x for x, _ in task["test"][self.half(task, 1)]] + self.more(task, n)[0]
+        def plain(x):
+            return " ".join(x.lower().split())
+
+        task = self.tasks[n]
+        chose = task["test"][self.half(task, 0)][:VALIDATION]
+        known, rest = (
+            {plain(x) for x, _ in task["train"][: self.taught(n)] + chose},
+            [x for x, _ in task["test"][self.half(task, 1)]] + self.more(task, n)[0],
+        )
         return torch.tensor([plain(x) not in known for x in rest])
+
     def batches(self, ids, labels, size=64):
         "Texts of like length together, and where they were."
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i])); pad = torch.nn.utils.rnn.pad_sequence
-        return [(at, {"input_ids": pad([torch.tensor(ids[i]) for i in at], batch_first=True), "attention_mask": pad([torch.ones(len(ids[i]), dtype=torch.long) for i in at], batch_first=True),
-                      "labels": torch.tensor([labels[i] for i in at])}) for k in range(0, len(order), size) for at in [order[k:k + size]]]
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        pad = torch.nn.utils.rnn.pad_sequence
+        return [
+            (
+                at,
+                {
+                    "input_ids": pad([torch.tensor(ids[i]) for i in at], batch_first=True),
+                    "attention_mask": pad(
+                        [torch.ones(len(ids[i]), dtype=torch.long) for i in at], batch_first=True
+                    ),
+                    "labels": torch.tensor([labels[i] for i in at]),
+                },
+            )
+            for k in range(0, len(order), size)
+            for at in [order[k : k + size]]
+        ]
+
     def logits(self, model, n, b):
-        h, m = model(input_ids=b["input_ids"], attention_mask=b["attention_mask"]).last_hidden_state, b["attention_mask"][..., None].float()
+        h, m = (
+            model(input_ids=b["input_ids"], attention_mask=b["attention_mask"]).last_hidden_state,
+            b["attention_mask"][..., None].float(),
+        )
         return self.head(n, (h*m).sum(1)/m.sum(1))
 
 
 class Images(Experts):
-    "A ViT, by its class token; TASKS is a folder of `NAME.safetensors` with train_x, test_x (uint8, n × 3 × side × side) and train_y, test_y."
-    options, MEAN, STD = {}, torch.tensor([.485, .456, .406])[:, None, None], torch.tensor([.229, .224, .225])[:, None, None]
+    """A ViT, by its class token; TASKS is a folder of `NAME.safetensors` with train_x, test_x
+    (uint8, n × 3 × side × side) and train_y, test_y."""
+
+    options, MEAN, STD = (
+        {},
+        torch.tensor([0.485, 0.456, 0.406])[:, None, None],
+        torch.tensor([0.229, 0.224, 0.225])[:, None, None],
+    )
+
     def __init__(self, folder, tasks, heads=None, base=None, only=None):
         tasks = Path(tasks)
-        super().__init__(base or tasks.parent/"base", folder, load_file(heads or tasks.parent/"heads.safetensors"), {f.stem: load_file(f) for f in sorted(tasks.glob("*.safetensors"))}, only)
-    def half(self, task, k): n = len(task["test_y"]); return slice(n//2, None) if k else slice(0, n//2)      # several images of one source are neighbours
-    def groups(self, n): return self.tasks[n]["test_group"][self.half(self.tasks[n], 1)]
-    def examples(self, task, split, which, most): return task[f"{split}_x"][which][:most], task[f"{split}_y"][which][:most]
-    def batches(self, x, labels, size=64): return [(list(range(i, min(i + size, len(x)))), {"pixel_values": (x[i:i + size]/255 - self.MEAN)/self.STD, "labels": labels[i:i + size]}) for i in range(0, len(x), size)]
-    def logits(self, model, n, b): return self.head(n, model(pixel_values=b["pixel_values"]).last_hidden_state[:, 0])
+        super().__init__(
+            base or tasks.parent/"base",
+            folder,
+            load_file(heads or tasks.parent/"heads.safetensors"),
+            {f.stem: load_file(f) for f in sorted(tasks.glob("*.safetensors"))},
+            only,
+        )
+
+    # several images of one source are neighbours
+    def half(self, task, k):
+        n = len(task["test_y"])
+        return slice(n//2, None) if k else slice(0, n//2)
+
+    def groups(self, n):
+        return self.tasks[n]["test_group"][self.half(self.tasks[n], 1)]
+
+    def examples(self, task, split, which, most):
+        return task[f"{split}_x"][which][:most], task[f"{split}_y"][which][:most]
+
+    def batches(self, x, labels, size=64):
+        return [
+            (
+                list(range(i, min(i + size, len(x)))),
+                {
+                    "pixel_values": (x[i : i + size]/255 - self.MEAN)/self.STD,
+                    "labels": labels[i : i + size],
+                },
+            )
+            for i in range(0, len(x), size)
+        ]
+
+    def logits(self, model, n, b):
+        return self.head(n, model(pixel_values=b["pixel_values"]).last_hidden_state[:, 0])

@@ -1,12 +1,15 @@
-"""frechet-merge beside mergekit and cat, whole commands on the same files, one after the other, several times.
+"""frechet-merge beside mergekit and cat, whole commands on the same files, one after the other,
+several times.
 
-    python -m venv /tmp/mk && /tmp/mk/bin/pip install -c constraints.txt torch && /tmp/mk/bin/pip install mergekit==0.1.5 torch==2.13.0
+    python -m venv /tmp/mk && /tmp/mk/bin/pip install -c constraints.txt torch &&
+        /tmp/mk/bin/pip install mergekit==0.1.5 torch==2.13.0
     python bench/peers.py --mergekit /tmp/mk/bin/mergekit-yaml
 
-makes five Llama-layout bf16 checkpoints (bench/llama.py) under --work, times every command --runs times in turn, and writes
-bench/results/peers.csv (one row per command: median, minimum and maximum seconds, peak memory in MiB, error against float64) and
-peers.json (versions, machine). Read ratios, not seconds: a command and its peers ran side by side on one machine.
-"""
+makes five Llama-layout bf16 checkpoints (bench/llama.py) under --work, times every command --runs
+times in turn, and writes bench/results/peers.csv (one row per command: median, minimum and maximum
+seconds, peak memory in MiB, error against float64) and peers.json (versions, machine). Read ratios,
+not seconds: a command and its peers ran side by side on one machine."""
+
 import argparse
 import csv
 import json
@@ -28,97 +31,211 @@ import llama  # noqa: E402
 HERE = Path(__file__).parent
 
 
+# a child's peak begins at its parent's memory: this one has no torch
 LAUNCH = """import json, os, subprocess, sys, time
 start = time.perf_counter(); p = subprocess.Popen(sys.argv[2:], stdout=open(sys.argv[1], "w"), stderr=subprocess.STDOUT); _, status, used = os.wait4(p.pid, 0)
-print(json.dumps([time.perf_counter() - start, used.ru_maxrss/1024, os.waitstatus_to_exitcode(status)]))"""      # a child's peak begins at its parent's memory: this one has no torch
+print(json.dumps([time.perf_counter() - start, used.ru_maxrss/1024, os.waitstatus_to_exitcode(status)]))"""
+
 
 def run(command, cwd, log):
     "Wall seconds and peak resident MiB of a command, which must succeed."
-    wall, peak, code = json.loads(subprocess.run([sys.executable, "-S", "-c", LAUNCH, log, *map(str, command)], cwd=cwd, capture_output=True, text=True, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}).stdout)
-    if code: raise SystemExit(f"{' '.join(map(str, command))} failed:\n{Path(log).read_text()[-2000:]}")
+    wall, peak, code = json.loads(
+        subprocess.run(
+            [sys.executable, "-S", "-c", LAUNCH, log, *map(str, command)],
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        ).stdout
+    )
+    if code:
+        raise SystemExit(f"{' '.join(map(str, command))} failed:\n{Path(log).read_text()[-2000:]}")
     return wall, peak
 
 
 def karcher_float64(xs):
     "Dense reference: Karcher mean of directions, mean norm, in float64, equal weights."
-    x = torch.stack([t.double().flatten() for t in xs]); n = x.norm(dim=1); u = x/n[:, None]; m = u.mean(0); m /= m.norm()
+    x = torch.stack([t.double().flatten() for t in xs])
+    n = x.norm(dim=1)
+    u = x/n[:, None]
+    m = u.mean(0)
+    m /= m.norm()
     for _ in range(20):
-        c = (u@m)[:, None]; p = u - c*m; s = p.norm(dim=1, keepdim=True)
-        v = (p*torch.where(s > 0, torch.atan2(s, c)/s.clamp(min=1e-300), 1)).mean(0); k = v.norm()
-        if k < 1e-13: break
+        c = (u @ m)[:, None]
+        p = u - c*m
+        s = p.norm(dim=1, keepdim=True)
+        v = (p*torch.where(s > 0, torch.atan2(s, c)/s.clamp(min=1e-300), 1)).mean(0)
+        k = v.norm()
+        if k < 1e-13:
+            break
         m = k.cos()*m + k.sin()*v/k
     return (n.mean()*m).view(xs[0].shape)
 
 
 def errors(models, outs, names):
-    "Relative error of each output against float64, over `names`, beside that of rounding the exact answer to bf16."
+    """Relative error of each output against float64, over `names`, beside that of rounding the
+    exact answer to bf16."""
     models, outs = [load(m) for m in models], {k: load(v) for k, v in outs.items()}
-    sums = dict.fromkeys([*outs, "rounding Karcher", "rounding linear"], 0.0); total = 0.0
+    sums = dict.fromkeys([*outs, "rounding Karcher", "rounding linear"], 0.0)
+    total = 0.0
     for n in names:
         xs = [m[n] for m in models]
-        exact = {"Karcher": karcher_float64(xs), "linear": torch.stack([x.double() for x in xs]).mean(0)}
+        exact = {
+            "Karcher": karcher_float64(xs),
+            "linear": torch.stack([x.double() for x in xs]).mean(0),
+        }
         total += float(exact["linear"].norm()**2)
-        for k, want in exact.items(): sums[f"rounding {k}"] += float((want.bfloat16().double() - want).norm()**2)
-        for k, c in outs.items(): sums[k] += float((c[n].double() - exact["Karcher" if "Karcher" in k else "linear"]).norm()**2)
-    return {k: (v/total)**.5 for k, v in sums.items()}
+        for k, want in exact.items():
+            sums[f"rounding {k}"] += float((want.bfloat16().double() - want).norm()**2)
+        for k, c in outs.items():
+            sums[k] += float(
+                (c[n].double() - exact["Karcher" if "Karcher" in k else "linear"]).norm()**2
+            )
+    return {k: (v/total)**0.5 for k, v in sums.items()}
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--mergekit", help="path of mergekit-yaml; without it only our commands are timed")
-    p.add_argument("--work", default="/tmp/frechet_merge_bench"); p.add_argument("--size", default="0.5B", choices=llama.SIZES)
-    p.add_argument("--runs", type=int, default=3); p.add_argument("--out", default=str(HERE/"results"))
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "--mergekit", help="path of mergekit-yaml; without it only our commands are timed"
+    )
+    p.add_argument("--work", default="/tmp/frechet_merge_bench")
+    p.add_argument("--size", default="0.5B", choices=llama.SIZES)
+    p.add_argument("--runs", type=int, default=3)
+    p.add_argument("--out", default=str(HERE/"results"))
     a = p.parse_args()
-    work = Path(a.work); files = work/a.size; tiny = work/"tiny"
-    if not files.exists(): llama.make(files, a.size)
-    if not tiny.exists(): llama.make(tiny, "tiny")
-    five, eight = [str(files/f"m{i}") for i in range(5)], [str(files/f"m{i % 5}") for i in range(8)]
+    work = Path(a.work)
+    files = work/a.size
+    tiny = work/"tiny"
+    if not files.exists():
+        llama.make(files, a.size)
+    if not tiny.exists():
+        llama.make(tiny, "tiny")
+    five, eight = (
+        [str(files/f"m{i}") for i in range(5)],
+        [str(files/f"m{i % 5}") for i in range(8)],
+    )
     ours = [sys.executable, "-m", "frechet_merge"]
 
-    def merge_cmd(models, out, *args): return [*ours, "merge", *models, "-o", out, "--quiet", *args]
+    def merge_cmd(models, out, *args):
+        return [*ours, "merge", *models, "-o", out, "--quiet", *args]
+
     def mergekit_cmd(method, folder, out):
         recipe = work/f"{method}-{out}.yml"
-        models = [{"model": str(folder/f"m{i}"), **({"parameters": {"weight": 1.0}} if method == "linear" else {})} for i in range(5)]
-        recipe.write_text(json.dumps({"models": models, "merge_method": method, "dtype": "bfloat16"}))
+        models = [
+            {
+                "model": str(folder/f"m{i}"),
+                **({"parameters": {"weight": 1.0}} if method == "linear" else {}),
+            }
+            for i in range(5)
+        ]
+        recipe.write_text(
+            json.dumps({"models": models, "merge_method": method, "dtype": "bfloat16"})
+        )
         return [a.mergekit, str(recipe), out, "--no-copy-tokenizer", "--quiet"]
 
     inputs = [str(f) for m in five for f in sorted(Path(m).glob("*.safetensors"))]
     commands = {
-        "cat the inputs, cp one model": ["sh", "-c", f"cat {' '.join(inputs)} > /dev/null; cp -r {five[0]} cat-out"],
+        "cat the inputs, cp one model": [
+            "sh",
+            "-c",
+            f"cat {' '.join(inputs)} > /dev/null; cp -r {five[0]} cat-out",
+        ],
         "frechet-merge Karcher": merge_cmd(five, "Karcher", "--geometry", "sphere"),
         "frechet-merge linear": merge_cmd(five, "linear"),
         "frechet-merge Karcher, 8 models": merge_cmd(eight, "Karcher-8", "--geometry", "sphere"),
         "frechet-merge linear, 8 models": merge_cmd(eight, "linear-8"),
-        "frechet-merge linear, tiny model": merge_cmd([str(tiny/f"m{i}") for i in range(5)], "tiny-linear"),
+        "frechet-merge linear, tiny model": merge_cmd(
+            [str(tiny/f"m{i}") for i in range(5)], "tiny-linear"
+        ),
         "python -c 'import torch'": [sys.executable, "-c", "import torch"],
-        "python -c 'import frechet_merge'": [sys.executable, "-c", "import frechet_merge"]}
+        "python -c 'import frechet_merge'": [sys.executable, "-c", "import frechet_merge"],
+    }
     if a.mergekit:
-        commands |= {"mergekit Karcher": mergekit_cmd("karcher", files, "mk-Karcher"), "mergekit linear": mergekit_cmd("linear", files, "mk-linear"),
-                     "mergekit linear, tiny model": mergekit_cmd("linear", tiny, "mk-tiny")}
+        commands |= {
+            "mergekit Karcher": mergekit_cmd("karcher", files, "mk-Karcher"),
+            "mergekit linear": mergekit_cmd("linear", files, "mk-linear"),
+            "mergekit linear, tiny model": mergekit_cmd("linear", tiny, "mk-tiny"),
+        }
     seen = {k: [] for k in commands}
-    subprocess.run(["sh", "-c", f"cat {' '.join(inputs)} > /dev/null"], check=True)      # warm the page cache
+    # warm the page cache
+    subprocess.run(["sh", "-c", f"cat {' '.join(inputs)} > /dev/null"], check=True)
     for r in range(a.runs):
         for k, c in commands.items():
-            for out in ("cat-out", "Karcher", "linear", "Karcher-8", "linear-8", "tiny-linear", "mk-Karcher", "mk-linear", "mk-tiny"):
-                if out in c or f" {out}" in c[-1]: shutil.rmtree(work/out, ignore_errors=True)
-            os.sync()                                                                 # no command pays for the pages of the one before it
+            for out in (
+                "cat-out",
+                "Karcher",
+                "linear",
+                "Karcher-8",
+                "linear-8",
+                "tiny-linear",
+                "mk-Karcher",
+                "mk-linear",
+                "mk-tiny",
+            ):
+                if out in c or f" {out}" in c[-1]:
+                    shutil.rmtree(work/out, ignore_errors=True)
+            # no command pays for the pages of the one before it
+            os.sync()
             seen[k].append(run(c, work, work/"log"))
-            print(f"{r + 1}/{a.runs} {k}: {seen[k][-1][0]:.2f} s, {seen[k][-1][1]:.0f} MiB", flush=True)
+            print(
+                f"{r + 1}/{a.runs} {k}: {seen[k][-1][0]:.2f} s, {seen[k][-1][1]:.0f} MiB",
+                flush=True,
+            )
     outs = {"frechet-merge Karcher": work/"Karcher", "frechet-merge linear": work/"linear"}
-    if a.mergekit: outs |= {"mergekit Karcher": work/"mk-Karcher", "mergekit linear": work/"mk-linear"}
-    names = [n for n in dict(llama.layout(a.size)) if any(x in n for x in ("layers.0.", "layers.1.", "model.norm"))]
+    if a.mergekit:
+        outs |= {"mergekit Karcher": work/"mk-Karcher", "mergekit linear": work/"mk-linear"}
+    names = [
+        n
+        for n in dict(llama.layout(a.size))
+        if any(x in n for x in ("layers.0.", "layers.1.", "model.norm"))
+    ]
     err = errors(five, outs, names)
-    out = Path(a.out); out.mkdir(exist_ok=True)
+    out = Path(a.out)
+    out.mkdir(exist_ok=True)
     with open(out/"peers.csv", "w", newline="") as f:
-        w = csv.writer(f); w.writerow(["command", "median s", "min s", "max s", "peak MiB", "error vs float64"])
+        w = csv.writer(f)
+        w.writerow(["command", "median s", "min s", "max s", "peak MiB", "error vs float64"])
         for k, rows in seen.items():
             s = [x[0] for x in rows]
-            w.writerow([k, f"{statistics.median(s):.2f}", f"{min(s):.2f}", f"{max(s):.2f}", f"{max(x[1] for x in rows):.0f}", f"{err[k]:.3e}" if k in err else ""])
-        for k in ("rounding Karcher", "rounding linear"): w.writerow([f"{k} to bf16", "", "", "", "", f"{err[k]:.3e}"])
+            w.writerow(
+                [
+                    k,
+                    f"{statistics.median(s):.2f}",
+                    f"{min(s):.2f}",
+                    f"{max(s):.2f}",
+                    f"{max(x[1] for x in rows):.0f}",
+                    f"{err[k]:.3e}" if k in err else "",
+                ]
+            )
+        for k in ("rounding Karcher", "rounding linear"):
+            w.writerow([f"{k} to bf16", "", "", "", "", f"{err[k]:.3e}"])
     import frechet_merge
+
     params = sum(torch.Size(s).numel() for _, s in llama.layout(a.size))
-    (out/"peers.json").write_text(json.dumps({"command": "python bench/peers.py --mergekit MERGEKIT_YAML" + (f" --size {a.size}" if a.size != "0.5B" else "") + f" --runs {a.runs}", "parameters": params, "models": 5, "runs": a.runs,
-        "frechet_merge": frechet_merge.__version__, "torch": str(torch.__version__), "python": platform.python_version(), "cores": os.cpu_count(), "mergekit": "0.1.5" if a.mergekit else None}, indent=1) + "\n")
+    (out/"peers.json").write_text(
+        json.dumps(
+            {
+                "command": "python bench/peers.py --mergekit MERGEKIT_YAML"
+                + (f" --size {a.size}" if a.size != "0.5B" else "")
+                + f" --runs {a.runs}",
+                "parameters": params,
+                "models": 5,
+                "runs": a.runs,
+                "frechet_merge": frechet_merge.__version__,
+                "torch": str(torch.__version__),
+                "python": platform.python_version(),
+                "cores": os.cpu_count(),
+                "mergekit": "0.1.5" if a.mergekit else None,
+            },
+            indent=1,
+        )
+        + "\n"
+    )
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

@@ -22,138 +22,340 @@ from .factors import Factors
 @dataclass(frozen=True)
 class Layer:
     "One adapted layer of one adapter: ΔW = s·B·A, its factors still on disk."
-    name: str                        # of the module, as in the base
-    A: LazyTensor                    # (r, n), convolutions (r, c, *kernel)
-    B: LazyTensor                    # (m, r), convolutions (m, r, 1, …)
-    s: float                         # α/r or α/√r
-    keys: tuple                      # the names of A and B in the file
-    bias: LazyTensor | None = None   # (m,): adds s·bias to the output (`lora_bias`)
-    transposed: bool = False         # the weight of the base is (n, m): embeddings, and by the config's word (`fan_in_fan_out`) all others
-    source: str = ""                 # the adapter, for messages
-    rank = property(lambda self: self.A.shape[0])                                     # r
-    shape = property(lambda self: (self.B.shape[0], math.prod(self.A.shape[1:])))     # (m, n) of ΔW
-    kind = property(lambda self: (self.keys[0].rpartition(".")[2], self.A.shape[1:], self.B.shape[:1] + self.B.shape[2:]))    # what versions must share
-    def factors(self, device:Any=None)->Factors:    # (m, r) and (r, n), float64, s absorbed, on `device` (default: the CPU)
+
+    name: str  # of the module, as in the base
+    A: LazyTensor  # (r, n), convolutions (r, c, *kernel)
+    B: LazyTensor  # (m, r), convolutions (m, r, 1, …)
+    s: float  # α/r or α/√r
+    keys: tuple  # the names of A and B in the file
+    bias: LazyTensor | None = None  # (m,): adds s·bias to the output (`lora_bias`)
+    # the weight of the base is (n, m): embeddings, and by the config's word (`fan_in_fan_out`) all
+    # others
+    transposed: bool = False
+    source: str = ""  # the adapter, for messages
+    rank = property(lambda self: self.A.shape[0])  # r
+    # (m, n) of ΔW
+    shape = property(lambda self: (self.B.shape[0], math.prod(self.A.shape[1:])))
+    # what versions must share
+    kind = property(
+        lambda self: (
+            self.keys[0].rpartition(".")[2],
+            self.A.shape[1:],
+            self.B.shape[:1] + self.B.shape[2:],
+        )
+    )
+
+    def factors(
+        self,
+        device: Any = None,
+        # (m, r) and (r, n), float64, s absorbed, on `device` (default: the CPU)
+    ) -> Factors:
         "The factors, with `MergeError` if they are not finite."
         B, A = (x.tensor().to(device).flatten(1).double() for x in (self.B, self.A))
         for k, x in zip(self.keys, (A, B)):
-            if not math.isfinite(float(x.sum())): raise MergeError(f"{self.source}: tensor {k!r} has {int((~x.isfinite()).sum())} values that are NaN or infinite.\nThe adapter is broken there: train or download it again.")
+            if not math.isfinite(float(x.sum())):
+                raise MergeError(
+                    f"{self.source}: tensor {k!r} has {int((~x.isfinite()).sum())} values that are "
+                    "NaN or infinite.\n"
+                    "The adapter is broken there: train or download it again."
+                )
         return Factors(self.s*B, A)
 
 # %% ../nbs/08_adapters.ipynb #d98d63c1
-REFUSED = {"use_dora": "DoRA rescales the columns of W + ΔW, so what it adds is not s·B·A", "use_qalora": "QALoRA pools its inputs", "use_bdlora": "its factors are block-diagonal",
-           "arrow_config": "Arrow routes between adapters", "kasa_config": "KaSA adds singular values of its own", "monteclora_config": "its update is random", "alora_invocation_tokens": "it is active for a part of the text only",
-           "layer_replication": "it repeats layers of the base", "target_parameters": "it adapts parameters that are not the weight of a layer", "trainable_token_indices": "it trains single rows of the embedding",
-           "megatron_config": "its layers are split over devices"}      # keys of the config that make an adapter something else than W + s·B·A
-CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")    # initialisations that subtract something from the base weights
+# keys of the config that make an adapter something else than W + s·B·A
+REFUSED = {
+    "use_dora": "DoRA rescales the columns of W + ΔW, so what it adds is not s·B·A",
+    "use_qalora": "QALoRA pools its inputs",
+    "use_bdlora": "its factors are block-diagonal",
+    "arrow_config": "Arrow routes between adapters",
+    "kasa_config": "KaSA adds singular values of its own",
+    "monteclora_config": "its update is random",
+    "alora_invocation_tokens": "it is active for a part of the text only",
+    "layer_replication": "it repeats layers of the base",
+    "target_parameters": "it adapts parameters that are not the weight of a layer",
+    "trainable_token_indices": "it trains single rows of the embedding",
+    "megatron_config": "its layers are split over devices",
+}
+# initialisations that subtract something from the base weights
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
-def _pattern(patterns:dict|None, name:str, default):
+
+def _pattern(patterns: dict | None, name: str, default):
     "The first pattern that matches the end of a module's name, as PEFT matches them."
-    return next((v for k, v in (patterns or {}).items() if re.fullmatch(rf"(.*\.)?({k})", name)), default)
+    return next(
+        (v for k, v in (patterns or {}).items() if re.fullmatch(rf"(.*\.)?({k})", name)), default
+    )
 
-def layers(c:Checkpoint)->tuple[dict[str,Layer],dict[str,LazyTensor]]:    # by module; and the tensors that are not factors, as in the file: `modules_to_save`, biases
+# %% ../nbs/08_adapters.ipynb #1fea4894
+def layers(
+    c: Checkpoint,
+    # by module; and the tensors that are not factors, as in the file: `modules_to_save`, biases
+) -> tuple[dict[str, Layer], dict[str, LazyTensor]]:
     "What an adapter says about each layer; `MergeError` names what is not ΔW = s·B·A."
     cfg = c.adapter
-    def no(why, remedy="Only LoRA updates ΔW = s·B·A have a mean here."): return MergeError(f"{c.source}: {why}.\n{remedy}")
-    if not cfg: raise no("has factors of LoRA and no adapter_config.json, and what they mean is not known without", "Name a folder that PEFT saved, with its config; or pass `model.merge_and_unload().state_dict()`, which is a full model.")
-    if cfg.get("peft_type") != "LORA": raise no(f"has peft_type = {cfg.get('peft_type')!r}")
+
+    def no(why, remedy="Only LoRA updates ΔW = s·B·A have a mean here."):
+        return MergeError(f"{c.source}: {why}.\n{remedy}")
+
+    if not cfg:
+        raise no(
+            "has factors of LoRA and no adapter_config.json, and what they mean is not "
+            "known without",
+            "Name a folder that PEFT saved, with its config; or pass "
+            "`model.merge_and_unload().state_dict()`, which is a full model.",
+        )
+    if cfg.get("peft_type") != "LORA":
+        raise no(f"has peft_type = {cfg.get('peft_type')!r}")
     for key, why in REFUSED.items():
-        if cfg.get(key): raise no(f"has {key} = {cfg[key]!r}: {why}", "Only LoRA updates ΔW = s·B·A have a mean here. Put it on its base with PEFT's merge_and_unload(), save that, and merge full models with --base.")
-    if (init := str(cfg.get("init_lora_weights")).lower()).startswith(CHANGE_THE_BASE): raise no(f"has init_lora_weights = {init!r}, which changed the base that it was trained on", "Convert it to plain LoRA first: PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...).")
+        if cfg.get(key):
+            raise no(
+                f"has {key} = {cfg[key]!r}: {why}",
+                "Only LoRA updates ΔW = s·B·A have a mean here. Put it on its base with "
+                "PEFT's merge_and_unload(), save that, and merge full models with --base.",
+            )
+    if (init := str(cfg.get("init_lora_weights")).lower()).startswith(CHANGE_THE_BASE):
+        raise no(
+            f"has init_lora_weights = {init!r}, which changed the base that it was trained on",
+            "Convert it to plain LoRA first: PEFT's save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=...).",
+        )
     parts, rest = {}, {}
     for key, x in c.lazy.items():
         found = re.fullmatch(r"(.*)\.lora_(?:(embedding_)?([AB])(?(2)|\.weight)|B\.(bias))", key)
-        if found: parts.setdefault(found[1], {})[found[3] or "bias"] = key
-        elif ".lora_" in key: raise no(f"holds {key!r}")
-        else: rest[key] = x
+        if found:
+            parts.setdefault(found[1], {})[found[3] or "bias"] = key
+        elif ".lora_" in key:
+            raise no(f"holds {key!r}")
+        else:
+            rest[key] = x
     out = {}
     for stem, k in parts.items():
         name = stem.removeprefix("base_model.model.").removesuffix(".base_layer")
-        if not {"A", "B"} <= k.keys(): raise no(f"has only one factor of {name!r}: {', '.join(k.values())}", "Download or save it again.")
+        if not {"A", "B"} <= k.keys():
+            raise no(
+                f"has only one factor of {name!r}: {', '.join(k.values())}",
+                "Download or save it again.",
+            )
         A, B = c.lazy[k["A"]], c.lazy[k["B"]]
-        r, alpha = _pattern(cfg.get("rank_pattern"), name, cfg.get("r")), _pattern(cfg.get("alpha_pattern"), name, cfg.get("lora_alpha"))
-        if not isinstance(r, int) or r < 1 or not isinstance(alpha, (int, float)) or not math.isfinite(alpha): raise no(f"has r = {r!r} and lora_alpha = {alpha!r} for {name!r}", "Mend adapter_config.json.")
-        if min(len(A.shape), len(B.shape)) < 2 or A.shape[0] != r or B.shape[1] != r or math.prod(B.shape[2:]) != 1 or not (A.dtype.is_floating_point and B.dtype.is_floating_point):
-            raise no(f"has factors of shapes {list(B.shape)} and {list(A.shape)} for {name!r}, not of rank r = {r}", "Mend adapter_config.json (r, rank_pattern); grouped convolutions and quantised factors cannot be merged.")
-        out[name] = Layer(name, A, B, alpha/(math.sqrt(r) if cfg.get("use_rslora") else r), (k["A"], k["B"]), c.lazy.get(k.get("bias")), k["A"].endswith(".lora_embedding_A") or bool(cfg.get("fan_in_fan_out")), str(c.source))
-    if not out: raise no("holds no LoRA factors", "Name a folder that PEFT saved.")
+        r, alpha = (
+            _pattern(cfg.get("rank_pattern"), name, cfg.get("r")),
+            _pattern(cfg.get("alpha_pattern"), name, cfg.get("lora_alpha")),
+        )
+        if (
+            not isinstance(r, int)
+            or r < 1
+            or not isinstance(alpha, (int, float))
+            or not math.isfinite(alpha)
+        ):
+            raise no(
+                f"has r = {r!r} and lora_alpha = {alpha!r} for {name!r}",
+                "Mend adapter_config.json.",
+            )
+        if (
+            min(len(A.shape), len(B.shape)) < 2
+            or A.shape[0] != r
+            or B.shape[1] != r
+            or math.prod(B.shape[2:]) != 1
+            or not (A.dtype.is_floating_point and B.dtype.is_floating_point)
+        ):
+            raise no(
+                f"has factors of shapes {list(B.shape)} and {list(A.shape)} for {name!r}, not "
+                f"of rank r = {r}",
+                "Mend adapter_config.json (r, rank_pattern); grouped convolutions and "
+                "quantised factors cannot be merged.",
+            )
+        out[name] = Layer(
+            name,
+            A,
+            B,
+            alpha/(math.sqrt(r) if cfg.get("use_rslora") else r),
+            (k["A"], k["B"]),
+            c.lazy.get(k.get("bias")),
+            k["A"].endswith(".lora_embedding_A") or bool(cfg.get("fan_in_fan_out")),
+            str(c.source),
+        )
+    if not out:
+        raise no("holds no LoRA factors", "Name a folder that PEFT saved.")
     return out, rest
 
 # %% ../nbs/08_adapters.ipynb #a2896feb
 @dataclass(frozen=True)
 class BakedTensor(LazyTensor):
     "W + B·A, a range at a time."
-    base: LazyTensor                 # W, of any shape
-    B: Tensor = field(repr=False)    # (m, r), s absorbed
-    A: Tensor = field(repr=False)    # (r, n), m·n the number of elements of the base
+
+    base: LazyTensor  # W, of any shape
+    B: Tensor = field(repr=False)  # (m, r), s absorbed
+    A: Tensor = field(repr=False)  # (r, n), m·n the number of elements of the base
     shape = property(lambda self: self.base.shape)
     dtype = property(lambda self: self.base.dtype)
-    def read(self, start:int=0, stop:int|None=None)->Tensor:
+
+    def read(self, start: int = 0, stop: int | None = None) -> Tensor:
         n, stop = self.A.shape[1], self.numel if stop is None else min(stop, self.numel)
         top = start//n
-        delta = (self.B[top:-(-stop//n)] @ self.A).reshape(-1)[start - top*n:stop - top*n]
+        delta = (self.B[top : -(-stop//n)] @ self.A).reshape(-1)[start - top*n : stop - top*n]
         w = self.base.read(start, stop)
         return delta + (w.to(delta.dtype) if w.dtype.itemsize == 1 else w)
 
-def _in_base(name:str, lazy:dict[str,Any])->str|None:
+# %% ../nbs/08_adapters.ipynb #023c36f1
+def _in_base(name: str, lazy: dict[str, Any]) -> str | None:
     "The base's name of a tensor: as it is, without leading parts, or as the only one that ends so."
     short = name
-    while short not in lazy and "." in short: short = short.split(".", 1)[1]
-    if short in lazy and short.count("."): return short
+    while short not in lazy and "." in short:
+        short = short.split(".", 1)[1]
+    if short in lazy and short.count("."):
+        return short
     ends = [n for n in lazy if n.endswith("." + name)]
     return ends[0] if len(ends) == 1 else None
 
-CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")      # model types whose `Conv1D` layers store (inputs, outputs)
+# %% ../nbs/08_adapters.ipynb #bf66096a
+# model types whose `Conv1D` layers store (inputs, outputs)
+CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 
-def _transposed(layer:Layer, x:LazyTensor, config:dict)->bool:
-    "Is the base's weight (n, m)? By its shape; where that is square by the model type; else by the adapter's word, which is that of the last layer that PEFT visited."
+
+def _transposed(layer: Layer, x: LazyTensor, config: dict) -> bool:
+    """Is the base's weight (n, m)? By its shape; where that is square by the model type; else by
+    the adapter's word, which is that of the last layer that PEFT visited."""
     m, n = layer.shape
-    if len(x.shape) != 2 or m != n: return len(x.shape) == 2 and x.shape == (n, m)
-    if config.get("model_type") in CONV1D: return layer.name.rpartition(".")[2] in ("c_attn", "c_proj", "c_fc", "q_attn")
+    if len(x.shape) != 2 or m != n:
+        return len(x.shape) == 2 and x.shape == (n, m)
+    if config.get("model_type") in CONV1D:
+        return layer.name.rpartition(".")[2] in ("c_attn", "c_proj", "c_fc", "q_attn")
     return layer.transposed
 
-HEADS = ("classifier", "score")      # what transformers calls the head of a sequence classifier, whose classes PEFT saves along
+# %% ../nbs/08_adapters.ipynb #dac8385a
+# what transformers calls the head of a sequence classifier, whose classes PEFT saves along
+HEADS = ("classifier", "score")
+
 
 def classes(
-    c:Checkpoint,          # from `bake`
-)->int|None:               # None: it has no such head, or no adapter that could have brought it
-    "How many classes the head of a sequence classifier has, by the rows of its last layer: the config beside it is the base's, which may not know."
-    last = max((n for n, x in c.lazy.items() if n.split(".")[0] in HEADS and n.endswith(".weight") and len(x.shape) == 2), key=lambda n: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", n)], default=None)
-    return c.lazy[last].shape[0] if last and any(isinstance(x, BakedTensor) for x in c.lazy.values()) else None
+    c: Checkpoint,  # from `bake`
+) -> int | None:  # None: it has no such head, or no adapter that could have brought it
+    """How many classes the head of a sequence classifier has, by the rows of its last layer: the
+    config beside it is the base's, which may not know."""
+    last = max(
+        (
+            n
+            for n, x in c.lazy.items()
+            if n.split(".")[0] in HEADS and n.endswith(".weight") and len(x.shape) == 2
+        ),
+        key=lambda n: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", n)],
+        default=None,
+    )
+    return (
+        c.lazy[last].shape[0]
+        if last and any(isinstance(x, BakedTensor) for x in c.lazy.values())
+        else None
+    )
 
+# %% ../nbs/08_adapters.ipynb #32479ef2
 def bake(
-    base:Checkpoint,       # a full model
-    adapter:Checkpoint,    # what PEFT saved
-)->Checkpoint:             # tensors in at least float32; nothing is computed until one is read
-    "`base` with a LoRA `adapter` on it, as a full checkpoint of promises; `MergeError` if it does not fit."
-    def no(why, remedy="Name the base that it was trained on."): return MergeError(f"{adapter.source}: {why}.\nIt cannot be put on {base.source}. {remedy}")
-    if base.adapter is not None: raise no("needs a full model under it", "Put the full model first: BASE+ADAPTER.")
+    base: Checkpoint,  # a full model
+    adapter: Checkpoint,  # what PEFT saved
+) -> Checkpoint:  # tensors in at least float32; nothing is computed until one is read
+    """`base` with a LoRA `adapter` on it, as a full checkpoint of promises; `MergeError` if it does
+    not fit."""
+
+    def no(why, remedy="Name the base that it was trained on."):
+        return MergeError(f"{adapter.source}: {why}.\nIt cannot be put on {base.source}. {remedy}")
+
+    if base.adapter is not None:
+        raise no("needs a full model under it", "Put the full model first: BASE+ADAPTER.")
     found, rest = layers(adapter)
     lazy, tied_to, config = dict(base.lazy), {v: k for k, v in base.tied.items()}, base.config
-    if name := codes(base): raise no(f"needs numbers to be added to, and {name!r} of the base is in 8 bits with a scale beside it", "Save the base in bfloat16 first.")
-    for key, x in rest.items():      # whole tensors first: PEFT saves an adapted embedding with them, without its update
+    if name := codes(base):
+        raise no(
+            f"needs numbers to be added to, and {name!r} of the base is in 8 bits with a "
+            "scale beside it",
+            "Save the base in bfloat16 first.",
+        )
+    # whole tensors first: PEFT saves an adapted embedding with them, without its update
+    for key, x in rest.items():
         name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
         there = _in_base(name, lazy) or name
-        own = there.split(".")[0] in HEADS and there in base.lazy and not any(isinstance(b, BakedTensor) for b in base.lazy.values())      # a head of the base, and not of another adapter
-        if there in lazy and lazy[there].shape != x.shape and not (own and lazy[there].shape[1:] == x.shape[1:]): raise no(f"saved {name!r} with shape {list(x.shape)}, in the base it is {list(lazy[there].shape)}", "Resize the base's vocabulary first.")
+        # a head of the base, and not of another adapter
+        own = (
+            there.split(".")[0] in HEADS
+            and there in base.lazy
+            and not any(isinstance(b, BakedTensor) for b in base.lazy.values())
+        )
+        if (
+            there in lazy
+            and lazy[there].shape != x.shape
+            and not (own and lazy[there].shape[1:] == x.shape[1:])
+        ):
+            raise no(
+                f"saved {name!r} with shape {list(x.shape)}, in the base it is "
+                f"{list(lazy[there].shape)}",
+                "Resize the base's vocabulary first.",
+            )
         lazy[there] = x
-    if odd := next((n for n, x in lazy.items() if n.split(".")[0] in HEADS and n.endswith(".weight") and (b := lazy.get(n.removesuffix("weight") + "bias")) is not None and b.shape[:1] != x.shape[:1]), None): raise no(f"leaves {odd!r} and its bias with different numbers of rows", "Save both with the adapter.")
+    if odd := next(
+        (
+            n
+            for n, x in lazy.items()
+            if n.split(".")[0] in HEADS
+            and n.endswith(".weight")
+            and (b := lazy.get(n.removesuffix("weight") + "bias")) is not None
+            and b.shape[:1] != x.shape[:1]
+        ),
+        None,
+    ):
+        raise no(
+            f"leaves {odd!r} and its bias with different numbers of rows",
+            "Save both with the adapter.",
+        )
     for layer in found.values():
         name = _in_base(f"{layer.name}.weight", {**lazy, **base.tied})
-        if name is None: raise no(f"adapts {layer.name!r}, which the base does not have")
-        if (twin := tied_to.get(name) or base.tied.get(name)): raise no(f"adapts {name!r}, which the base ties to {twin!r}", "Untie them in the base first (tie_word_embeddings = false, and both saved).")
+        if name is None:
+            raise no(f"adapts {layer.name!r}, which the base does not have")
+        if twin := tied_to.get(name) or base.tied.get(name):
+            raise no(
+                f"adapts {name!r}, which the base ties to {twin!r}",
+                "Untie them in the base first (tie_word_embeddings = false, and both saved).",
+            )
         embedding = layer.keys[0].endswith("lora_embedding_A")
-        if embedding and config.get("tie_word_embeddings") and layer.shape[1] == config.get("vocab_size") and any(re.search(r"LM|Conditional|PreTraining", a) for a in config.get("architectures") or []) and not any(HEAD.search(n) for n in lazy):
-            raise no(f"adapts {name!r}, which the base ties to its output layer (tie_word_embeddings)", "On the adapter's side the output stays as it was: untie them in the base first (tie_word_embeddings = false, and both saved).")
+        if (
+            embedding
+            and config.get("tie_word_embeddings")
+            and layer.shape[1] == config.get("vocab_size")
+            and any(
+                re.search(r"LM|Conditional|PreTraining", a)
+                for a in config.get("architectures") or []
+            )
+            and not any(HEAD.search(n) for n in lazy)
+        ):
+            raise no(
+                f"adapts {name!r}, which the base ties to its output layer (tie_word_embeddings)",
+                "On the adapter's side the output stays as it was: untie them in the base "
+                "first (tie_word_embeddings = false, and both saved).",
+            )
         x, f = lazy[name], layer.factors()
         transposed = embedding or _transposed(layer, x, config)
         B, A = (f.A.mT, f.B.mT) if transposed else (f.B, f.A)
-        fits = x.shape == ((B.shape[0], A.shape[1]) if transposed else (layer.shape[0], *layer.A.shape[1:]))
-        if not fits or not x.dtype.is_floating_point: raise no(f"does not fit {name!r} of shape {list(x.shape)}, {x.dtype}: its update is {list(f.shape)}")
+        fits = x.shape == (
+            (B.shape[0], A.shape[1]) if transposed else (layer.shape[0], *layer.A.shape[1:])
+        )
+        if not fits or not x.dtype.is_floating_point:
+            raise no(
+                f"does not fit {name!r} of shape {list(x.shape)}, {x.dtype}: its update is "
+                f"{list(f.shape)}"
+            )
         at = torch.promote_types(torch.float32, x.dtype) if x.dtype.itemsize > 1 else torch.float32
         lazy[name] = BakedTensor(x, B.to(at).contiguous(), A.to(at).contiguous())
         if layer.bias is not None:
             b = _in_base(f"{layer.name}.bias", lazy)
-            if b is None: raise no(f"adds a bias to {layer.name!r}, which has none in the base", "Such an adapter can only be merged with adapters.")
-            lazy[b] = MemoryTensor((lazy[b].tensor().to(at) + layer.s*layer.bias.tensor().to(at)).to(lazy[b].dtype))
-    return Checkpoint(lazy, f"{base.source}+{adapter.source}", base.folder, base.tied, files=base.files + adapter.files)
+            if b is None:
+                raise no(
+                    f"adds a bias to {layer.name!r}, which has none in the base",
+                    "Such an adapter can only be merged with adapters.",
+                )
+            lazy[b] = MemoryTensor(
+                (lazy[b].tensor().to(at) + layer.s*layer.bias.tensor().to(at)).to(lazy[b].dtype)
+            )
+    return Checkpoint(
+        lazy,
+        f"{base.source}+{adapter.source}",
+        base.folder,
+        base.tied,
+        files=base.files + adapter.files,
+    )

@@ -21,37 +21,75 @@ from .output import free, staged_file
 
 # %% ../nbs/20c_bases.ipynb #e10b0574
 def bases(
-    models:Sequence[str|os.PathLike|Mapping[str,Tensor]],      # as `merge` takes them
-    base:str|os.PathLike|Mapping[str,Tensor],                  # what they were trained from
-    k:int|None=32,           # singular triplets of each model's update; at most min(m, n)//T
-    only:str|None=None,      # tensors, by a pattern of names
-    allow_pickle:bool=False, # accept .bin files (plain tensors only)
-    progress:bool=False,     # a bar on stderr
-)->dict[str,Tensor]:         # P.U (m, p), P.V (n, p) and P.sigma (p,), float32; each atom u_i v_iᵀ of length 1
-    "The labeled basis of every matrix that the models changed (EpiMer, arXiv 2605.26693); `MergeError` if there is none."
+    models: Sequence[str | os.PathLike | Mapping[str, Tensor]],  # as `merge` takes them
+    base: str | os.PathLike | Mapping[str, Tensor],  # what they were trained from
+    k: int | None = 32,  # singular triplets of each model's update; at most min(m, n)//T
+    only: str | None = None,  # tensors, by a pattern of names
+    allow_pickle: bool = False,  # accept .bin files (plain tensors only)
+    progress: bool = False,  # a bar on stderr
+    # P.U (m, p), P.V (n, p) and P.sigma (p,), float32; each atom u_i v_iᵀ of length 1
+) -> dict[str, Tensor]:
+    """The labeled basis of every matrix that the models changed (EpiMer, arXiv 2605.26693);
+    `MergeError` if there is none."""
     from tqdm import tqdm
-    held, start = [load(m, allow_pickle, f"models[{i}]") for i, m in enumerate(models)], load(base, allow_pickle, "base")
-    blocks = [b for b in align(held, start)[0] if b.mergeable and len(b.first.shape) > 1 and (only is None or fnmatchcase(b.name, only))]
+
+    held, start = (
+        [load(m, allow_pickle, f"models[{i}]") for i, m in enumerate(models)],
+        load(base, allow_pickle, "base"),
+    )
+    blocks = [
+        b
+        for b in align(held, start)[0]
+        if b.mergeable and len(b.first.shape) > 1 and (only is None or fnmatchcase(b.name, only))
+    ]
     out, notes = {}, Notes()
     for b in tqdm(blocks, desc="basis", unit="tensor", disable=not progress, leave=False):
-        rows = b.first.shape[0]      # `first` is the base's
-        if min(rows, b.first.numel//rows) < len(models): continue
+        # `first` is the base's
+        rows = b.first.shape[0]
+        if min(rows, b.first.numel//rows) < len(models):
+            continue
         before = b.first.tensor().float().view(rows, -1)
         deltas = [x.tensor().float().view(rows, -1) - before for x in b.lazy]
-        if not any(d.any() for d in deltas): continue
-        with notes.about(b.name): found = labeled_basis(deltas, min(k or rows, min(deltas[0].shape)//len(models)))
-        out |= {f"{b.name}.{n}": x.float().contiguous() for n, x in (("U", found.U), ("V", found.V), ("sigma", found.sigma))}
+        if not any(d.any() for d in deltas):
+            continue
+        with notes.about(b.name):
+            found = labeled_basis(deltas, min(k or rows, min(deltas[0].shape)//len(models)))
+        out |= {
+            f"{b.name}.{n}": x.float().contiguous()
+            for n, x in (("U", found.U), ("V", found.V), ("sigma", found.sigma))
+        }
     notes.tell(stacklevel=3)
-    if not out: raise MergeError(f"{start.source}: " + (f"no matrix is called {only!r}" if not blocks else "the models differ from it in no matrix") + ".\nName the models, and the base that they were trained from.")
+    if not out:
+        raise MergeError(
+            f"{start.source}: "
+            + (
+                f"no matrix is called {only!r}"
+                if not blocks
+                else "the models differ from it in no matrix"
+            )
+            + (".\nName the models, and the base that they were trained from.")
+        )
     return out
 
+# %% ../nbs/20c_bases.ipynb #4835dbc2
 def write_bases(
-    models:Sequence[str|os.PathLike|Mapping[str,Tensor]], base:str|os.PathLike|Mapping[str,Tensor],      # as for `bases`
-    out:str|os.PathLike,     # file to write; its folder exists, and it does not
-    k:int|None=32, only:str|None=None, allow_pickle:bool=False, progress:bool=False,      # as for `bases`
-)->dict[str,Tensor]:
+    # as for `bases`
+    models: Sequence[str | os.PathLike | Mapping[str, Tensor]],
+    base: str | os.PathLike | Mapping[str, Tensor],
+    out: str | os.PathLike,  # file to write; its folder exists, and it does not
+    # as for `bases`
+    k: int | None = 32,
+    only: str | None = None,
+    allow_pickle: bool = False,
+    progress: bool = False,
+) -> dict[str, Tensor]:
     "`bases` in one safetensors file; nothing appears at `out` unless all of it does."
     out = free(out, folder=False)
     found = bases(models, base, k, only, allow_pickle, progress)
-    with staged_file(out) as part: save_file(found, part, metadata={"format": "pt", "k": str(k), "models": ", ".join(map(str, models))})
+    with staged_file(out) as part:
+        save_file(
+            found,
+            part,
+            metadata={"format": "pt", "k": str(k), "models": ", ".join(map(str, models))},
+        )
     return found

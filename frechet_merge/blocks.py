@@ -22,177 +22,382 @@ from .tensors import LazyTensor
 @dataclass
 class Block:
     "One tensor of the merge: its versions, and which models have it."
-    name: str                       # in the base or first model
-    lazy: list[LazyTensor]          # its versions, of one shape; what only the base has, or integers: one to copy
-    who: list[int]                  # indices of the models in `lazy`; empty for a copy
+
+    name: str  # in the base or first model
+    # its versions, of one shape; what only the base has, or integers: one to copy
+    lazy: list[LazyTensor]
+    who: list[int]  # indices of the models in `lazy`; empty for a copy
     base: LazyTensor | None = None  # the base's version
+
     @property
-    def first(self)->LazyTensor:
+    def first(self) -> LazyTensor:
         "The version whose shape and dtype are those of the merge."
         return self.lazy[0] if self.base is None else self.base
+
     @property
-    def mergeable(self)->bool:
+    def mergeable(self) -> bool:
         "Whether it has a mean; otherwise it is copied."
         return bool(self.who) and self.first.dtype.is_floating_point and self.first.numel > 0
 
-def get(c:Checkpoint, name:str)->LazyTensor|None:
+# %% ../nbs/07_blocks.ipynb #5ab035fb
+def get(c: Checkpoint, name: str) -> LazyTensor | None:
     "A tensor by any of its names, or None."
     return c.lazy.get(c.tied.get(name, name))
 
+# %% ../nbs/07_blocks.ipynb #1a8f6bbc
 def named_like(
-    c:Checkpoint,
-    like:Checkpoint,      # whose names it gets, where they differ in these ways only
-)->Checkpoint:
-    "c under the names of another: with or without a leading part (`bert.`), and with LayerNorm's old names, as transformers would load it."
+    c: Checkpoint,
+    like: Checkpoint,  # whose names it gets, where they differ in these ways only
+) -> Checkpoint:
+    """c under the names of another: with or without a leading part (`bert.`), and with LayerNorm's
+    old names, as transformers would load it."""
     names, want = {*c}, {*like}
-    def renamed(to): return Checkpoint({to(n): x for n, x in c.lazy.items()}, c.source, c.folder, {to(n): to(k) for n, k in c.tied.items()}, c.adapter, c.files)
-    old = {n: m for n in names - want if (m := n.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")) != n and m not in names and any(w == m or w.endswith("." + m) or m.endswith("." + w) for w in want)}
-    if old: return named_like(renamed(lambda n: old.get(n, n)), like)
+
+    def renamed(to):
+        return Checkpoint(
+            {to(n): x for n, x in c.lazy.items()},
+            c.source,
+            c.folder,
+            {to(n): to(k) for n, k in c.tied.items()},
+            c.adapter,
+            c.files,
+        )
+
+    old = {
+        n: m
+        for n in names - want
+        if (
+            m := n.replace("LayerNorm.gamma", "LayerNorm.weight").replace(
+                "LayerNorm.beta", "LayerNorm.bias"
+            )
+        )
+        != n
+        and m not in names
+        and any(w == m or w.endswith("." + m) or m.endswith("." + w) for w in want)
+    }
+    if old:
+        return named_like(renamed(lambda n: old.get(n, n)), like)
     return c if c.adapter is not None or (to := in_front(names, want)) is None else renamed(to)
 
+# %% ../nbs/07_blocks.ipynb #c90924a6
 def in_front(
-    names:set[str],
-    others:set[str],
-)->Callable[[str],str]|None:      # None: they are called alike, or by no rule
+    names: set[str],
+    others: set[str],
+) -> Callable[[str], str] | None:  # None: they are called alike, or by no rule
     "How names become others' by a leading part, which they lack or have too much."
-    if names & others: return None
-    if lead := _lead(names, others): return lambda n: lead + n
-    if lead := _lead(others, names): return lambda n: n.removeprefix(lead)
+    if names & others:
+        return None
+    if lead := _lead(names, others):
+        return lambda n: lead + n
+    if lead := _lead(others, names):
+        return lambda n: n.removeprefix(lead)
     return None
 
-def _lead(names:set[str], others:set[str])->str:
-    "What most of the names lack in front of them, to be others; empty if there is no such part, or more than one."
-    leads:dict[str, list[str]] = {}
+# %% ../nbs/07_blocks.ipynb #3b59af53
+def _lead(names: set[str], others: set[str]) -> str:
+    """What most of the names lack in front of them, to be others; empty if there is no such part,
+    or more than one."""
+    leads: dict[str, list[str]] = {}
     for m in others:
         for i, x in enumerate(m):
-            if x == ".": leads.setdefault(m[i + 1:], []).append(m[:i + 1])
-    (lead, k), (_, second), *_ = [*Counter(p for n in names for p in leads.get(n, [])).most_common(2), ("", 0), ("", 0)]
+            if x == ".":
+                leads.setdefault(m[i + 1 :], []).append(m[: i + 1])
+    (lead, k), (_, second), *_ = [
+        *Counter(p for n in names for p in leads.get(n, [])).most_common(2),
+        ("", 0),
+        ("", 0),
+    ]
     return lead if k > max(second, len(names)/2) else ""
 
 # %% ../nbs/07_blocks.ipynb #78a3ef2a
-def _headed(c:Checkpoint, models:Sequence[Checkpoint])->Checkpoint:
-    "c with the output layer that it does not store because its config ties it to the embedding, if one of the models stores it."
-    if not c.config.get("tie_word_embeddings") or any(HEAD.search(n) for n in c): return c
+def _headed(c: Checkpoint, models: Sequence[Checkpoint]) -> Checkpoint:
+    """c with the output layer that it does not store because its config ties it to the embedding,
+    if one of the models stores it."""
+    if not c.config.get("tie_word_embeddings") or any(HEAD.search(n) for n in c):
+        return c
     rows, heads = token_rows(c.lazy, c.config), {n for m in models for n in m if HEAD.search(n)}
-    return Checkpoint(c.lazy, c.source, c.folder, {**c.tied, **dict.fromkeys(heads, rows[0])}, c.adapter, c.files) if len(rows) == 1 and len(heads) == 1 else c
+    return (
+        Checkpoint(
+            c.lazy,
+            c.source,
+            c.folder,
+            {**c.tied, **dict.fromkeys(heads, rows[0])},
+            c.adapter,
+            c.files,
+        )
+        if len(rows) == 1 and len(heads) == 1
+        else c
+    )
 
+# %% ../nbs/07_blocks.ipynb #4e2314eb
 def alike(
-    every:Sequence[Checkpoint],
-    models:Sequence[Checkpoint],      # of which the first has the names
-)->list[Checkpoint]:
-    "Every checkpoint under the names of the first model, and with the output layer that others store, if it ties it."
+    every: Sequence[Checkpoint],
+    models: Sequence[Checkpoint],  # of which the first has the names
+) -> list[Checkpoint]:
+    """Every checkpoint under the names of the first model, and with the output layer that others
+    store, if it ties it."""
     return [_headed(named_like(c, models[0]), models) for c in every]
 
+# %% ../nbs/07_blocks.ipynb #34e0d59a
 def head_of(
-    name:str,      # of a tensor
-)->str|None:
-    "The pattern for `without` that leaves out the head that a tensor belongs to; None if it is of no head of a task."
+    name: str,  # of a tensor
+) -> str | None:
+    """The pattern for `without` that leaves out the head that a tensor belongs to; None if it is of
+    no head of a task."""
     stem = name.removeprefix("base_model.model.").split(".")
-    at = next((i for i, x in enumerate(stem) if x in ("classifier", "score", "qa_outputs", "head") or x.endswith("_head") and x != "lm_head"), None)
-    return None if at is None else ".".join(stem[:at + 1]) + "*"
+    at = next(
+        (
+            i
+            for i, x in enumerate(stem)
+            if x in ("classifier", "score", "qa_outputs", "head")
+            or x.endswith("_head")
+            and x != "lm_head"
+        ),
+        None,
+    )
+    return None if at is None else ".".join(stem[: at + 1]) + "*"
 
+# %% ../nbs/07_blocks.ipynb #a5571bf7
 def without(
-    c:Checkpoint,
-    patterns:Sequence[str],      # of names; * is a wildcard
-)->Checkpoint:
+    c: Checkpoint,
+    patterns: Sequence[str],  # of names; * is a wildcard
+) -> Checkpoint:
     "c without tensors of these names, which in an adapter may be written as in its base."
-    def kept(n): return not any(fnmatchcase(x, p) for x in (n, n.removeprefix("base_model.model.")) for p in patterns)
-    lazy, tied = {n: x for n, x in c.lazy.items() if kept(n)}, {n: k for n, k in c.tied.items() if kept(n)}
-    for n, k in [*tied.items()]:      # what was stored under a name that goes is stored under another
-        if k not in lazy: lazy[n] = c.lazy[k]; tied = {m: n if j == k else j for m, j in tied.items() if m != n}
+
+    def kept(n):
+        return not any(
+            fnmatchcase(x, p) for x in (n, n.removeprefix("base_model.model.")) for p in patterns
+        )
+
+    lazy, tied = (
+        {n: x for n, x in c.lazy.items() if kept(n)},
+        {n: k for n, k in c.tied.items() if kept(n)},
+    )
+    # what was stored under a name that goes is stored under another
+    for n, k in [*tied.items()]:
+        if k not in lazy:
+            lazy[n] = c.lazy[k]
+            tied = {m: n if j == k else j for m, j in tied.items() if m != n}
     return Checkpoint(lazy, c.source, c.folder, tied, c.adapter, c.files)
 
 # %% ../nbs/07_blocks.ipynb #12df620e
 def align(
-    models:list[Checkpoint],
-    base:Checkpoint|None=None,      # what only it has is copied
-    absent:str|None=None,           # of a tensor that some models lack: "renormalise" merges it over those that have it; default: refuse
-)->tuple[list[Block],dict[str,str]]:
-    "Blocks in the order of the base or first model, and the names that stay tied; `MergeError` names what does not match."
+    models: list[Checkpoint],
+    base: Checkpoint | None = None,  # what only it has is copied
+    # of a tensor that some models lack: "renormalise" merges it over those that have it; default:
+    # refuse
+    absent: str | None = None,
+) -> tuple[list[Block], dict[str, str]]:
+    """Blocks in the order of the base or first model, and the names that stay tied; `MergeError`
+    names what does not match."""
     every = alike([*([] if base is None else [base]), *models], models)
     for c in every:
-        if name := codes(c): raise MergeError(f"{c.source}: tensor {name!r} is in 8 bits with a scale beside it: its numbers are codes, which have no mean.\nSave the model in bfloat16 first.")
-        if c.adapter is not None: raise MergeError(f"{c.source}: is a PEFT adapter; its factors cannot be averaged, since they are only defined up to GL(r).\nMerge full models: name it as BASE+{c.source}.")
-    if base is not None and not {*every[0]} & {n for c in every[1:] for n in c}: raise MergeError(f"{base.source}: has no tensor under a name of {models[0].source}'s, such as {next(iter(models[0]), '')!r}.\nName the model that they were trained from.")
+        if name := codes(c):
+            raise MergeError(
+                f"{c.source}: tensor {name!r} is in 8 bits with a scale beside it: its numbers "
+                "are codes, which have no mean.\n"
+                "Save the model in bfloat16 first."
+            )
+        if c.adapter is not None:
+            raise MergeError(
+                f"{c.source}: is a PEFT adapter; its factors cannot be averaged, since they "
+                "are only defined up to GL(r).\n"
+                f"Merge full models: name it as BASE+{c.source}."
+            )
+    if base is not None and not {*every[0]} & {n for c in every[1:] for n in c}:
+        raise MergeError(
+            f"{base.source}: has no tensor under a name of {models[0].source}'s, such as "
+            f"{next(iter(models[0]), '')!r}.\n"
+            "Name the model that they were trained from."
+        )
     blocks, tied = [], tied_in_all(every)
     for name in dict.fromkeys(n for c in every for n in (*c.lazy, *c.tied) if n not in tied):
         found = [get(c, name) for c in every]
         there = [(c, x) for c, x in zip(every, found) if x is not None]
         lost = [c.source for c, x in zip(every, found) if x is None]
-        if lost and absent != "renormalise": raise MergeError(f"{lost[0]}: has no tensor {name!r}, which {there[0][0].source} has.\nMerge models of one architecture, or allow it (absent='renormalise', --absent renormalise): it is then merged over the models that have it.")
+        if lost and absent != "renormalise":
+            raise MergeError(
+                f"{lost[0]}: has no tensor {name!r}, which {there[0][0].source} has.\n"
+                "Merge models of one architecture, or allow it (absent='renormalise', "
+                "--absent renormalise): it is then merged over the models that have it."
+            )
         (c0, x0), b = there[0], None if base is None else found[0]
         for c, x in there[1:]:
-            if x.shape != x0.shape: raise MergeError(f"{c.source}: tensor {name!r} has shape {list(x.shape)}, in {c0.source} it is {list(x0.shape)}.\n" + (f"Heads of different tasks have no mean: leave them out (drop={head!r}, --drop '{head}')." if (head := head_of(name)) else "Merge models of one architecture; for embeddings, resize the vocabularies to match first."))
-            if x.dtype.is_floating_point != x0.dtype.is_floating_point: raise MergeError(f"{c.source}: tensor {name!r} is {x.dtype}, in {c0.source} it is {x0.dtype}.\nConvert one of them: integers and floating-point numbers have no common mean.")
-        has = [(i, x) for i, x in enumerate(found[len(every) - len(models):]) if x is not None]
-        if not has or not x0.dtype.is_floating_point:    # only the base has it, or integers: a copy
+            if x.shape != x0.shape:
+                raise MergeError(
+                    f"{c.source}: tensor {name!r} has shape {list(x.shape)}, in {c0.source} it is "
+                    f"{list(x0.shape)}.\n"
+                    + (
+                        f"Heads of different tasks have no mean: leave them out (drop={head!r}, --drop "
+                        f"'{head}')."
+                        if (head := head_of(name))
+                        else (
+                            "Merge models of one architecture; for embeddings, resize the vocabularies to "
+                            "match first."
+                        )
+                    )
+                )
+            if x.dtype.is_floating_point != x0.dtype.is_floating_point:
+                raise MergeError(
+                    f"{c.source}: tensor {name!r} is {x.dtype}, in {c0.source} it is {x0.dtype}.\n"
+                    "Convert one of them: integers and floating-point numbers have no common "
+                    "mean."
+                )
+        has = [(i, x) for i, x in enumerate(found[len(every) - len(models) :]) if x is not None]
+        # only the base has it, or integers: a copy
+        if not has or not x0.dtype.is_floating_point:
             for c, x in there[1:]:
-                if x.dtype != x0.dtype or not x.same(x0): raise MergeError(f"{c.source}: tensor {name!r} ({x.dtype}) differs from {c0.source}'s, and integers have no mean.\nMake them equal, or leave the tensor out of the models.")
+                if x.dtype != x0.dtype or not x.same(x0):
+                    raise MergeError(
+                        f"{c.source}: tensor {name!r} ({x.dtype}) differs from {c0.source}'s, and "
+                        "integers have no mean.\n"
+                        "Make them equal, or leave the tensor out of the models."
+                    )
             has = []
         blocks.append(Block(name, [x for _, x in has] or [x0], [i for i, _ in has], b))
     return blocks, tied
 
-def tied_in_all(every:list[Checkpoint])->dict[str,str]:
-    "Further name → kept name, for names that are one tensor in every model that has both, and tied in at least one."
-    def key(n): return [c.tied.get(n, n) if get(c, n) is not None else None for c in every]
+# %% ../nbs/07_blocks.ipynb #69d0a7f6
+def tied_in_all(every: list[Checkpoint]) -> dict[str, str]:
+    """Further name → kept name, for names that are one tensor in every model that has both, and
+    tied in at least one."""
+
+    def key(n):
+        return [c.tied.get(n, n) if get(c, n) is not None else None for c in every]
+
     suspects = dict.fromkeys(n for c in every for pair in c.tied.items() for n in reversed(pair))
     kept, tied = {}, {}
-    for n in sorted(suspects, key=lambda n: n not in every[0].lazy):      # the first model says which name is stored
+    # the first model says which name is stored
+    for n in sorted(suspects, key=lambda n: n not in every[0].lazy):
         k = key(n)
-        twin = next((m for m, km in kept.items() if all(a == b for a, b in zip(k, km) if a is not None) and any(a is not None and a == b for a, b in zip(k, km))), None)
-        if twin is None: kept[n] = k
-        else: tied[n] = twin
+        twin = next(
+            (
+                m
+                for m, km in kept.items()
+                if all(a == b for a, b in zip(k, km) if a is not None)
+                and any(a is not None and a == b for a, b in zip(k, km))
+            ),
+            None,
+        )
+        if twin is None:
+            kept[n] = k
+        else:
+            tied[n] = twin
     return tied
 
 # %% ../nbs/07_blocks.ipynb #316083b3
-FUNCTION = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "n_head", "hidden_act", "hidden_activation", "activation_function", "rope_theta", "rope_type", "rope_scaling", "factor", "sliding_window", "position_embedding_type",
-            "layer_norm_eps", "rms_norm_eps", "layer_norm_epsilon")      # what a config says of the function that weights of the same shapes are
+# what a config says of the function that weights of the same shapes are
+FUNCTION = (
+    "model_type",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "n_head",
+    "hidden_act",
+    "hidden_activation",
+    "activation_function",
+    "rope_theta",
+    "rope_type",
+    "rope_scaling",
+    "factor",
+    "sliding_window",
+    "position_embedding_type",
+    "layer_norm_eps",
+    "rms_norm_eps",
+    "layer_norm_epsilon",
+)
 
-def _function(c:Checkpoint)->dict[str,Any]:
-    "What its config says of it, in one spelling of the several that transformers writes; what is left to a default is not said."
+
+def _function(c: Checkpoint) -> dict[str, Any]:
+    """What its config says of it, in one spelling of the several that transformers writes; what is
+    left to a default is not said."""
     cfg = c.config
-    for part in ("text_config", "rope_parameters"): cfg = {**cfg, **(x if isinstance(x := cfg.get(part), dict) else {})}
-    if cfg.get("use_sliding_window") is False: cfg["sliding_window"] = None
+    for part in ("text_config", "rope_parameters"):
+        cfg = {**cfg, **(x if isinstance(x := cfg.get(part), dict) else {})}
+    if cfg.get("use_sliding_window") is False:
+        cfg["sliding_window"] = None
     said = {k: x for k in FUNCTION if (x := cfg.get(k)) is not None}
-    return {k: x.removesuffix("_text") if k == "model_type" else "gelu" if isinstance(x, str) and x.startswith("gelu") else x for k, x in said.items()}
+    return {
+        k: x.removesuffix("_text")
+        if k == "model_type"
+        else "gelu"
+        if isinstance(x, str) and x.startswith("gelu")
+        else x
+        for k, x in said.items()
+    }
 
-def _tokenizer(c:Checkpoint)->Path|None: return next((f for n in ("tokenizer.json", "vocab.json", "vocab.txt") if c.folder and (f := c.folder/n).exists()), None)
+# %% ../nbs/07_blocks.ipynb #3a129062
+def _tokenizer(c: Checkpoint) -> Path | None:
+    return next(
+        (
+            f
+            for n in ("tokenizer.json", "vocab.json", "vocab.txt")
+            if c.folder and (f := c.folder/n).exists()
+        ),
+        None,
+    )
 
-def _vocabulary(file:Path)->dict[str,int]:
+# %% ../nbs/07_blocks.ipynb #f1b09c60
+def _vocabulary(file: Path) -> dict[str, int]:
     "Token → its number."
-    if file.suffix == ".txt": return {t: i for i, t in enumerate(file.read_text().splitlines())}
+    if file.suffix == ".txt":
+        return {t: i for i, t in enumerate(file.read_text().splitlines())}
     held = read_json(file)
-    if file.name == "vocab.json": return held
+    if file.name == "vocab.json":
+        return held
     known = (held.get("model") or {}).get("vocab") or {}
-    return (known if isinstance(known, dict) else {t[0]: i for i, t in enumerate(known)}) | {t["content"]: t["id"] for t in held.get("added_tokens") or []}
+    return (known if isinstance(known, dict) else {t[0]: i for i, t in enumerate(known)}) | {
+        t["content"]: t["id"] for t in held.get("added_tokens") or []
+    }
 
+# %% ../nbs/07_blocks.ipynb #97231c6b
 def unlike(
-    every:Sequence[Checkpoint],
-)->list[str]:       # a sentence for each difference
-    "Where configs or tokenizers make of the same weights another function than those of the first model."
+    every: Sequence[Checkpoint],
+) -> list[str]:  # a sentence for each difference
+    """Where configs or tokenizers make of the same weights another function than those of the first
+    model."""
     first, *others = every
     said, at, here = [], _function(first), _tokenizer(first)
     for c in others:
-        if odd := [f"{k} = {at[k]!r} and {x!r}" for k, x in _function(c).items() if k in at and at[k] != x]: said.append(f"{first.source} and {c.source} are not the same function of their weights: {', '.join(odd[:3])}; what is merged has the config of one")
+        if odd := [
+            f"{k} = {at[k]!r} and {x!r}" for k, x in _function(c).items() if k in at and at[k] != x
+        ]:
+            said.append(
+                f"{first.source} and {c.source} are not the same function of their weights: "
+                f"{', '.join(odd[:3])}; what is merged has the config of one"
+            )
         there = _tokenizer(c)
         if here and there and here.name == there.name and here.read_bytes() != there.read_bytes():
-            try: a, b = _vocabulary(here), _vocabulary(there)
-            except (MergeError, OSError, TypeError, KeyError, AttributeError, ValueError): continue      # not of a kind that is known here
-            if moved := sorted(t for t in a.keys() & b.keys() if a[t] != b[t]): said.append(f"{first.source} and {c.source} have {len(moved)} tokens under other numbers, such as {moved[0]!r}: the means of their embeddings are of no token")
+            try:
+                a, b = _vocabulary(here), _vocabulary(there)
+            # not of a kind that is known here
+            except (MergeError, OSError, TypeError, KeyError, AttributeError, ValueError):
+                continue
+            if moved := sorted(t for t in a.keys() & b.keys() if a[t] != b[t]):
+                said.append(
+                    f"{first.source} and {c.source} have {len(moved)} tokens under other numbers, "
+                    f"such as {moved[0]!r}: the means of their embeddings are of no token"
+                )
     return said
 
 # %% ../nbs/07_blocks.ipynb #71838035
 def by_name(
-    value:Any,              # for every name, or {pattern: value}; None: the default
-    names:Iterable[str],    # of tensors
-    default:Any,            # for names that no pattern matches
-    what:str,               # what messages call the values
-)->dict[str,Any]:           # one for each name
-    "Expand {pattern: value} over tensor names, first match first; `ValueError` for a pattern that matches none."
+    value: Any,  # for every name, or {pattern: value}; None: the default
+    names: Iterable[str],  # of tensors
+    default: Any,  # for names that no pattern matches
+    what: str,  # what messages call the values
+) -> dict[str, Any]:  # one for each name
+    """Expand {pattern: value} over tensor names, first match first; `ValueError` for a pattern that
+    matches none."""
     names = list(names)
-    if not isinstance(value, Mapping): return dict.fromkeys(names, default if value is None else value)
+    if not isinstance(value, Mapping):
+        return dict.fromkeys(names, default if value is None else value)
     for p in value:
         if not any(fnmatchcase(n, p) for n in names):
             near = get_close_matches(p, names, 1, 0)
-            raise ValueError(f"the {what} pattern {p!r} matches no tensor.\nThe nearest name is {near[0]!r}." if near else f"the {what} pattern {p!r} matches no tensor.")
+            raise ValueError(
+                f"the {what} pattern {p!r} matches no tensor.\nThe nearest name is {near[0]!r}."
+                if near
+                else f"the {what} pattern {p!r} matches no tensor."
+            )
     return {n: next((v for p, v in value.items() if fnmatchcase(n, p)), default) for n in names}

@@ -23,177 +23,381 @@ from .tensors import Files, FileTensor, LazyTensor, MemoryTensor
 # %% ../nbs/00_checkpoints.ipynb #d306e913
 class Checkpoint(Mapping[str, Tensor]):
     "Names → tensors, read on look-up (`KeyError` for other names); what `load` returns."
-    def __init__(self,
-        lazy:dict[str,LazyTensor],     # each tensor once, in file order
-        source:str="state dict",       # what error messages and model cards call it
-        folder:Path|None=None,         # where its config and tokenizer are
-        tied:dict[str,str]|None=None,  # further name → the name in `lazy`
-        adapter:dict[str,Any]|None=None,    # the PEFT config, if these are the factors of an adapter
-        files:Iterable[Path]=(),       # what it reads
+
+    def __init__(
+        self,
+        lazy: dict[str, LazyTensor],  # each tensor once, in file order
+        source: str = "state dict",  # what error messages and model cards call it
+        folder: Path | None = None,  # where its config and tokenizer are
+        tied: dict[str, str] | None = None,  # further name → the name in `lazy`
+        # the PEFT config, if these are the factors of an adapter
+        adapter: dict[str, Any] | None = None,
+        files: Iterable[Path] = (),  # what it reads
     ):
-        self.lazy, self.source, self.folder, self.tied, self.adapter, self.files = lazy, source, folder, tied or {}, adapter, tuple(files)
+        self.lazy, self.source, self.folder, self.tied, self.adapter, self.files = (
+            lazy,
+            source,
+            folder,
+            tied or {},
+            adapter,
+            tuple(files),
+        )
+
     @property
-    def config(self)->dict[str,Any]:
+    def config(self) -> dict[str, Any]:
         "Its config.json; empty if it has none."
-        return read_json(self.folder/"config.json") if self.folder and (self.folder/"config.json").exists() else {}
-    def __getitem__(self, name:str)->Tensor: return self.lazy[self.tied.get(name, name)].tensor()
-    def __iter__(self)->Iterator[str]: yield from self.lazy; yield from self.tied
-    def __len__(self)->int: return len(self.lazy) + len(self.tied)
-    def __contains__(self, name:object)->bool: return name in self.lazy or name in self.tied      # a mapping's own would read it
-    def __repr__(self)->str: return f"Checkpoint({self.source!r}, {len(self.lazy)} tensors, {sum(x.numel for x in self.lazy.values()):,} parameters)"
+        return (
+            read_json(self.folder/"config.json")
+            if self.folder and (self.folder/"config.json").exists()
+            else {}
+        )
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.lazy[self.tied.get(name, name)].tensor()
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.lazy
+        yield from self.tied
+
+    def __len__(self) -> int:
+        return len(self.lazy) + len(self.tied)
+
+    # a mapping's own would read it
+    def __contains__(self, name: object) -> bool:
+        return name in self.lazy or name in self.tied
+
+    def __repr__(self) -> str:
+        return (
+            f"Checkpoint({self.source!r}, {len(self.lazy)} tensors, "
+            f"{sum(x.numel for x in self.lazy.values()):,} parameters)"
+        )
 
 # %% ../nbs/00_checkpoints.ipynb #1a827798
-HEAD = re.compile(r"(?:^|[.])(?:lm_head|embed_out|output|decoder|output_projection)[.]weight$")      # output layers, which may be tied to the embedding
+# output layers, which may be tied to the embedding
+HEAD = re.compile(r"(?:^|[.])(?:lm_head|embed_out|output|decoder|output_projection)[.]weight$")
+
 
 def token_rows(
-    lazy:dict[str,LazyTensor],
-    config:dict,                    # config.json
-)->list[str]:
-    "The matrices that have a row for each token of the vocabulary, output layers last; none if the config does not say how many there are."
-    vocab = next((c["vocab_size"] for c in (config, config.get("text_config")) if isinstance(c, dict) and c.get("vocab_size")), None)
-    return sorted((n for n, x in lazy.items() if len(x.shape) == 2 and x.shape[0] == vocab), key=lambda n: bool(HEAD.search(n)))
+    lazy: dict[str, LazyTensor],
+    config: dict,  # config.json
+) -> list[str]:
+    """The matrices that have a row for each token of the vocabulary, output layers last; none if
+    the config does not say how many there are."""
+    vocab = next(
+        (
+            c["vocab_size"]
+            for c in (config, config.get("text_config"))
+            if isinstance(c, dict) and c.get("vocab_size")
+        ),
+        None,
+    )
+    return sorted(
+        (n for n, x in lazy.items() if len(x.shape) == 2 and x.shape[0] == vocab),
+        key=lambda n: bool(HEAD.search(n)),
+    )
 
+# %% ../nbs/00_checkpoints.ipynb #cc18b035
 def tied_names(
-    lazy:dict[str,LazyTensor],      # loses the copies
-    meta:dict|None=None,            # of a safetensors file: further name → stored name, among other things
-    config:dict|None=None,          # config.json
-)->dict[str,str]:
+    lazy: dict[str, LazyTensor],  # loses the copies
+    # of a safetensors file: further name → stored name, among other things
+    meta: dict | None = None,
+    config: dict | None = None,  # config.json
+) -> dict[str, str]:
     "Further name → stored name, from the metadata of the file and from the config."
     tied = {k: v for k, v in (meta or {}).items() if v in lazy and k not in lazy}
     if (config or {}).get("tie_word_embeddings"):
         first, *others = token_rows(lazy, config or {}) or [""]
         for other in others:
             a, b = lazy[first], lazy[other]
-            if (a.shape, a.dtype) == (b.shape, b.dtype) and a.same(b): tied[other] = first; del lazy[other]
+            if (a.shape, a.dtype) == (b.shape, b.dtype) and a.same(b):
+                tied[other] = first
+                del lazy[other]
     return tied
 
+# %% ../nbs/00_checkpoints.ipynb #d01b53e9
 def from_state_dict(
-    tensors:Mapping[str,Tensor],    # not copied
-    source:str="state dict",        # what messages call it
-)->Checkpoint:
-    "A checkpoint over tensors in memory; names that share their storage are tied; `ValueError` for what is not a tensor."
+    tensors: Mapping[str, Tensor],  # not copied
+    source: str = "state dict",  # what messages call it
+) -> Checkpoint:
+    """A checkpoint over tensors in memory; names that share their storage are tied; `ValueError`
+    for what is not a tensor."""
     lazy, tied, seen = {}, {}, {}
     for name, x in tensors.items():
-        if not isinstance(x, Tensor): raise ValueError(f"{source}: {name!r} is a {type(x).__name__}, not a tensor.\nPass `model.state_dict()`.")
-        key = (x.untyped_storage().data_ptr(), x.storage_offset(), x.shape, x.stride(), x.dtype) if x.numel() else name
-        if key in seen: tied[name] = seen[key]
-        else: seen[key] = name; lazy[name] = MemoryTensor(x)
-    return Checkpoint(lazy, source, tied=tied, adapter={} if any(".lora_A." in n or ".lora_B." in n for n in lazy) else None)      # an adapter, whose config is not known
+        if not isinstance(x, Tensor):
+            raise ValueError(
+                f"{source}: {name!r} is a {type(x).__name__}, not a tensor.\n"
+                "Pass `model.state_dict()`."
+            )
+        key = (
+            (x.untyped_storage().data_ptr(), x.storage_offset(), x.shape, x.stride(), x.dtype)
+            if x.numel()
+            else name
+        )
+        if key in seen:
+            tied[name] = seen[key]
+        else:
+            seen[key] = name
+            lazy[name] = MemoryTensor(x)
+    # an adapter, whose config is not known
+    return Checkpoint(
+        lazy,
+        source,
+        tied=tied,
+        adapter={} if any(".lora_A." in n or ".lora_B." in n for n in lazy) else None,
+    )
 
 # %% ../nbs/00_checkpoints.ipynb #dc0207ce
 def read_json(
-    path:Path,
-)->dict:
+    path: Path,
+) -> dict:
     "A JSON object from a file; `MergeError` if it holds none."
     try:
         found = json.loads(path.read_text())
-        if isinstance(found, dict): return found
+        if isinstance(found, dict):
+            return found
         raise ValueError("not an object")
-    except (OSError, ValueError, RecursionError) as e: raise MergeError(f"{path}: cannot be read as JSON ({e}).\nThe file is damaged: download or save it again.") from e
+    except (OSError, ValueError, RecursionError) as e:
+        raise MergeError(
+            f"{path}: cannot be read as JSON ({e}).\n"
+            "The file is damaged: download or save it again."
+        ) from e
 
+# %% ../nbs/00_checkpoints.ipynb #bffc2ecb
 def weight_files(
-    folder:Path,
-    kind:str="safetensors",         # or "bin"
-)->tuple[list[Path],set[str]]:      # both empty if there are none
-    "The files of a checkpoint, and the tensor names that its index promises; `MergeError` if it is not clear which they are."
+    folder: Path,
+    kind: str = "safetensors",  # or "bin"
+) -> tuple[list[Path], set[str]]:  # both empty if there are none
+    """The files of a checkpoint, and the tensor names that its index promises; `MergeError` if it
+    is not clear which they are."""
     index = sorted(folder.glob(f"*.{kind}.index.json"))
-    usual = next((f for s in ("model", "adapter_model", "pytorch_model", "diffusion_pytorch_model") if (f := folder/f"{s}.{kind}").exists()), None)
+    usual = next(
+        (
+            f
+            for s in ("model", "adapter_model", "pytorch_model", "diffusion_pytorch_model")
+            if (f := folder/f"{s}.{kind}").exists()
+        ),
+        None,
+    )
     if len(index) == 1:
         names = read_json(index[0]).get("weight_map")
-        if usual and isinstance(names, dict) and usual.name not in names.values(): return [usual], set()      # one file and an old index: transformers, too, takes the file
-        if not isinstance(names, dict) or not names: raise MergeError(f"{index[0]}: has no weight_map.\nThe index is damaged: download or save it again.")
+        # one file and an old index: transformers, too, takes the file
+        if usual and isinstance(names, dict) and usual.name not in names.values():
+            return [usual], set()
+        if not isinstance(names, dict) or not names:
+            raise MergeError(
+                f"{index[0]}: has no weight_map.\nThe index is damaged: download or save it again."
+            )
         for name, file in names.items():
             if not isinstance(file, str) or Path(file).name != file:
-                raise MergeError(f"{index[0]}: puts tensor {name!r} into {file!r}, outside its folder.\nAn index may only name files beside it; do not trust this checkpoint.")
+                raise MergeError(
+                    f"{index[0]}: puts tensor {name!r} into {file!r}, outside its folder.\n"
+                    "An index may only name files beside it; do not trust this checkpoint."
+                )
         return [folder/f for f in dict.fromkeys(names.values())], set(names)
     files = [usual] if usual else sorted(folder.glob(f"*.{kind}"))
-    if len(files) > 1: raise MergeError(f"{folder}: holds {len(files)} .{kind} files and no index.\nName the file to merge instead of the folder.")
+    if len(files) > 1:
+        raise MergeError(
+            f"{folder}: holds {len(files)} .{kind} files and no index.\n"
+            "Name the file to merge instead of the folder."
+        )
     return files, set()
 
 # %% ../nbs/00_checkpoints.ipynb #b9e4c6bd
-def _open_files(files:list[Path], promised:set, source:str, config:dict)->Checkpoint:
+def _open_files(files: list[Path], promised: set, source: str, config: dict) -> Checkpoint:
     lazy, meta, fds = {}, {}, Files()
     for f in files:
         entries, m = read_header(f)
-        if twice := lazy.keys() & entries.keys(): raise MergeError(f"{f}: tensor {min(twice)!r} is also in another shard.\nRemove shards that the index does not name.")
-        lazy |= {n: FileTensor(e, fds) for n, e in entries.items()}; meta |= m
-    if missing := promised - lazy.keys(): raise MergeError(f"{source}: the index promises tensor {min(missing)!r} ({len(missing)} in all), no shard has it.\nDownload or save the checkpoint again.")
+        if twice := lazy.keys() & entries.keys():
+            raise MergeError(
+                f"{f}: tensor {min(twice)!r} is also in another shard.\n"
+                "Remove shards that the index does not name."
+            )
+        lazy |= {n: FileTensor(e, fds) for n, e in entries.items()}
+        meta |= m
+    if missing := promised - lazy.keys():
+        raise MergeError(
+            f"{source}: the index promises tensor {min(missing)!r} ({len(missing)} in "
+            "all), no shard has it.\n"
+            "Download or save the checkpoint again."
+        )
     return Checkpoint(lazy, source, files[0].parent, tied_names(lazy, meta, config), files=files)
 
-def _open_pickles(files:list[Path], promised:set, source:str)->Checkpoint:
+# %% ../nbs/00_checkpoints.ipynb #4b4a2d3f
+def _open_pickles(files: list[Path], promised: set, source: str) -> Checkpoint:
     c, tensors = from_state_dict({}, source), {}
     for f in files:
         try:
             tensors |= torch.load(f, map_location="cpu", weights_only=True, mmap=True)
             c = from_state_dict(tensors, source)
-        except Exception as e: raise MergeError(f"{f}: cannot be loaded as plain tensors ({type(e).__name__}).\nSave it as safetensors with the library that made it.") from e
-    if missing := promised - set(c): raise MergeError(f"{source}: the index promises tensor {min(missing)!r} ({len(missing)} in all), no shard has it.\nDownload or save the checkpoint again.")
+        except Exception as e:
+            raise MergeError(
+                f"{f}: cannot be loaded as plain tensors ({type(e).__name__}).\n"
+                "Save it as safetensors with the library that made it."
+            ) from e
+    if missing := promised - set(c):
+        raise MergeError(
+            f"{source}: the index promises tensor {min(missing)!r} ({len(missing)} in "
+            "all), no shard has it.\n"
+            "Download or save the checkpoint again."
+        )
     c.folder, c.files = files[0].parent, tuple(files)
     return c
 
 # %% ../nbs/00_checkpoints.ipynb #c76f6df9
 def parts_of(
-    name:str,      # such as base+adapter
-)->list[str]:
+    name: str,  # such as base+adapter
+) -> list[str]:
     "Split base+adapter+... at the signs that are not part of an existing path."
     parts, out = name.split("+"), []
     while parts:
-        k = next((k for k in range(len(parts), 0, -1) if Path("+".join(parts[:k])).expanduser().exists()), 1)
-        out.append("+".join(parts[:k])); parts = parts[k:]
+        k = next(
+            (
+                k
+                for k in range(len(parts), 0, -1)
+                if Path("+".join(parts[:k])).expanduser().exists()
+            ),
+            1,
+        )
+        out.append("+".join(parts[:k]))
+        parts = parts[k:]
     return out
 
-def _from_hub(repo:str, allow_pickle:bool)->Path:
+# %% ../nbs/00_checkpoints.ipynb #fca5e12a
+def _from_hub(repo: str, allow_pickle: bool) -> Path:
     from huggingface_hub import snapshot_download
-    repo, _, revision = repo.partition("@")
-    if "," in repo: raise MergeError(f"{repo}: there is no such folder or file.\nSeveral models are separated by spaces.")
-    if repo[:1] in "./~" or repo.count("/") > 1: raise MergeError(f"{repo}: there is no such folder or file.\nCheck the path; a hub id is NAME or OWNER/NAME.")
-    wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.spm", "*.codes", "*.tiktoken", *(["*.bin"] if allow_pickle else [])]
-    try: return Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted))
-    except Exception as e:
-        raise MergeError(f"{repo}: not a folder here, and the hub did not give it ({type(e).__name__}).\nCheck the path or the id, and the network or HF_HUB_OFFLINE.") from e
 
-def _inside(folder:Path)->Path|None:
+    repo, _, revision = repo.partition("@")
+    if "," in repo:
+        raise MergeError(
+            f"{repo}: there is no such folder or file.\nSeveral models are separated by spaces."
+        )
+    if repo[:1] in "./~" or repo.count("/") > 1:
+        raise MergeError(
+            f"{repo}: there is no such folder or file.\n"
+            "Check the path; a hub id is NAME or OWNER/NAME."
+        )
+    wanted = [
+        "*.safetensors",
+        "*.json",
+        "*.txt",
+        "*.model",
+        "*.jinja",
+        "*.py",
+        "*.spm",
+        "*.codes",
+        "*.tiktoken",
+        *(["*.bin"] if allow_pickle else []),
+    ]
+    try:
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted))
+    except Exception as e:
+        raise MergeError(
+            f"{repo}: not a folder here, and the hub did not give it ({type(e).__name__}).\n"
+            "Check the path or the id, and the network or HF_HUB_OFFLINE."
+        ) from e
+
+# %% ../nbs/00_checkpoints.ipynb #1dc1d6da
+def _inside(folder: Path) -> Path | None:
     "The last checkpoint that a Trainer left in a folder."
-    def number(d): return int(n) if (n := d.name.rpartition("-")[2]).isdigit() else -1
+
+    def number(d):
+        return int(n) if (n := d.name.rpartition("-")[2]).isdigit() else -1
+
     for d in sorted(folder.glob("checkpoint-*"), key=number, reverse=True):
         try:
-            if d.is_dir() and weight_files(d)[0]: return d
-        except (MergeError, OSError): pass
+            if d.is_dir() and weight_files(d)[0]:
+                return d
+        except (MergeError, OSError):
+            pass
     return None
 
+# %% ../nbs/00_checkpoints.ipynb #f1063bea
 def load(
-    source:str|os.PathLike|Mapping[str,Tensor],    # folder, file, hub id, "base+adapter", or tensors in memory; a `Checkpoint` is returned as it is
-    allow_pickle:bool=False,   # accept .bin files (plain tensors only)
-    name:str="state dict",     # what messages call a mapping
-)->Checkpoint:                 # names → tensors, read on look-up; `adapter` is the PEFT config if it is one
-    "Open a checkpoint without reading its tensors; `MergeError` if it is missing, damaged or not one, `ValueError` for another type."
-    if isinstance(source, Checkpoint): return source
-    if isinstance(source, Mapping): return from_state_dict(source, name)
-    if not isinstance(source, (str, os.PathLike)): raise ValueError(f"a {type(source).__name__} is not a model here.\nPass a path, a hub id, or `model.state_dict()`" + (", of an adapter the folder of its `save_pretrained`." if hasattr(source, "peft_config") else "."))
+    # folder, file, hub id, "base+adapter", or tensors in memory; a `Checkpoint` is returned as it
+    # is
+    source: str | os.PathLike | Mapping[str, Tensor],
+    allow_pickle: bool = False,  # accept .bin files (plain tensors only)
+    name: str = "state dict",  # what messages call a mapping
+) -> Checkpoint:  # names → tensors, read on look-up; `adapter` is the PEFT config if it is one
+    """Open a checkpoint without reading its tensors; `MergeError` if it is missing, damaged or not
+    one, `ValueError` for another type."""
+    if isinstance(source, Checkpoint):
+        return source
+    if isinstance(source, Mapping):
+        return from_state_dict(source, name)
+    if not isinstance(source, (str, os.PathLike)):
+        raise ValueError(
+            f"a {type(source).__name__} is not a model here.\n"
+            "Pass a path, a hub id, or `model.state_dict()`"
+            + (
+                ", of an adapter the folder of its `save_pretrained`."
+                if hasattr(source, "peft_config")
+                else "."
+            )
+        )
     name, path = str(source), Path(source).expanduser()
     if not path.exists() and len(parts := parts_of(name)) > 1:
         from frechet_merge.adapters import bake
+
         base, *adapters = (load(p, allow_pickle) for p in parts)
-        for a in adapters: base = bake(base, a)
+        for a in adapters:
+            base = bake(base, a)
         return base
-    if not path.exists(): path = _from_hub(name, allow_pickle)
+    if not path.exists():
+        path = _from_hub(name, allow_pickle)
     folder = path if path.is_dir() else path.parent
     config = read_json(folder/"config.json") if (folder/"config.json").exists() else {}
     files, promised = weight_files(path) if path.is_dir() else ([path], set())
     if not files or files[0].suffix in (".bin", ".pt", ".pth", ".ckpt"):
         pickles, promised = (files, promised) if files else weight_files(path, "bin")
-        if not pickles and (inner := _inside(path)): raise MergeError(f"{path}: holds no weights, but {inner} does.\nName that folder.")
-        if not pickles: raise MergeError(f"{path}: holds no safetensors weights.\nName a folder with model.safetensors, an index, or an adapter.")
-        if not allow_pickle: raise MergeError(f"{pickles[0]}: is a pickle, which can run code when it is opened.\nConvert it to safetensors, or allow it explicitly (allow_pickle=True, --allow-pickle).")
+        if not pickles and (inner := _inside(path)):
+            raise MergeError(f"{path}: holds no weights, but {inner} does.\nName that folder.")
+        if not pickles:
+            raise MergeError(
+                f"{path}: holds no safetensors weights.\n"
+                "Name a folder with model.safetensors, an index, or an adapter."
+            )
+        if not allow_pickle:
+            raise MergeError(
+                f"{pickles[0]}: is a pickle, which can run code when it is opened.\n"
+                "Convert it to safetensors, or allow it explicitly (allow_pickle=True, "
+                "--allow-pickle)."
+            )
         c = _open_pickles(pickles, promised, name)
-    else: c = _open_files(files, promised, name, config)
-    if not c.lazy: raise MergeError(f"{path}: holds no tensors.\nName a folder or file with weights.")
-    if path.is_dir() and (folder/"adapter_config.json").exists() or any(".lora_A." in n or ".lora_B." in n for n in c.lazy):
-        c.adapter = read_json(folder/"adapter_config.json") if (folder/"adapter_config.json").exists() else {}
+    else:
+        c = _open_files(files, promised, name, config)
+    if not c.lazy:
+        raise MergeError(f"{path}: holds no tensors.\nName a folder or file with weights.")
+    if (
+        path.is_dir()
+        and (folder/"adapter_config.json").exists()
+        or any(".lora_A." in n or ".lora_B." in n for n in c.lazy)
+    ):
+        c.adapter = (
+            read_json(folder/"adapter_config.json")
+            if (folder/"adapter_config.json").exists()
+            else {}
+        )
     return c
 
-def codes(c:Checkpoint)->str|None:
-    "The first tensor of 8-bit floats that are codes, whose numbers are theirs times a scale elsewhere; None if there is none."
+# %% ../nbs/00_checkpoints.ipynb #556096ad
+def codes(c: Checkpoint) -> str | None:
+    """The first tensor of 8-bit floats that are codes, whose numbers are theirs times a scale
+    elsewhere; None if there is none."""
     eight = [n for n, x in c.lazy.items() if x.dtype.is_floating_point and x.dtype.itemsize == 1]
-    if eight and c.config.get("quantization_config"): return eight[0]
-    return next((n for n in eight if c.lazy.keys() & {f"{n}_scale", f"{n}_scale_inv", f"{n.removesuffix('weight')}scale", f"{n.removesuffix('weight')}scale_weight"}), None)
+    if eight and c.config.get("quantization_config"):
+        return eight[0]
+    return next(
+        (
+            n
+            for n in eight
+            if c.lazy.keys()
+            & {
+                f"{n}_scale",
+                f"{n}_scale_inv",
+                f"{n.removesuffix('weight')}scale",
+                f"{n.removesuffix('weight')}scale_weight",
+            }
+        ),
+        None,
+    )

@@ -20,58 +20,174 @@ from typing import Annotated, Optional
 import typer
 
 from .checkpoints import MergeError, load
-from .options import Absent, AnyBase, Base, BatchSize, MaxLength, Metrics, Models, PairColumn, Pickle, Quiet, Split, TextColumn, Tokenizer, Weights, names, numbers, pair_of, picture_path, size
+from frechet_merge.options import (
+    Absent,
+    AnyBase,
+    Base,
+    BatchSize,
+    MaxLength,
+    Metrics,
+    Models,
+    PairColumn,
+    Pickle,
+    Quiet,
+    Split,
+    TextColumn,
+    Tokenizer,
+    Weights,
+    names,
+    numbers,
+    pair_of,
+    picture_path,
+    size,
+)
 
 # %% ../nbs/40_cli.ipynb #01e69ee9
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]},
-                  help="Merge neural networks as Fréchet means: chart, mean, lift, tensor by tensor.")     # the commands
+# the commands
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Merge neural networks as Fréchet means: chart, mean, lift, tensor by tensor.",
+)
 
-def _version(show:bool):
+
+def _version(show: bool):
     if show:
         from frechet_merge import __version__
-        print(f"frechet-merge {__version__}"); raise typer.Exit
 
+        print(f"frechet-merge {__version__}")
+        raise typer.Exit
+
+# %% ../nbs/40_cli.ipynb #3b6ac879
 @app.callback()
-def _main(version:Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")]=False): pass
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+):
+    pass
 
 # %% ../nbs/40_cli.ipynb #4f24b156
-def _count(n:int)->str: return f"{n/1e6:,.1f}M" if n >= 10**6 else f"{n:,}"
+def _count(n: int) -> str:
+    return f"{n / 1e6:,.1f}M" if n >= 10**6 else f"{n:,}"
 
-def _place(model:str)->str: return os.path.realpath(Path(model).parent if model.endswith(".safetensors") else model) if Path(model).exists() else model
+# %% ../nbs/40_cli.ipynb #141fd7e9
+def _place(model: str) -> str:
+    return (
+        os.path.realpath(Path(model).parent if model.endswith(".safetensors") else model)
+        if Path(model).exists()
+        else model
+    )
 
+# %% ../nbs/40_cli.ipynb #a9152c4c
 @app.command("merge")
 def merge_command(
     models: Models,
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write; it must not exist, or be empty.", show_default=False)],
-    geometry: Annotated[str, typer.Option(help="What a distance between models is, with its arguments, as lora:rank=16: euclidean, sphere, curved, pullback, epimer; of adapters lora, knots, tsvm; or an installed one.")] = "euclidean",
+    out: Annotated[
+        Path,
+        typer.Option(
+            "-o",
+            "--out",
+            help="Folder to write; it must not exist, or be empty.",
+            show_default=False,
+        ),
+    ],
+    geometry: Annotated[
+        str,
+        typer.Option(
+            help="What a distance between models is, with its arguments, as lora:rank=16: "
+            "euclidean, sphere, curved, pullback, epimer; of adapters lora, knots, tsvm; "
+            "or an installed one."
+        ),
+    ] = "euclidean",
     base: Base = None,
     weights: Weights = None,
-    scale: Annotated[float, typer.Option(help="Multiplies the merged update (adapters), or difference from the base.")] = 1.0,
+    scale: Annotated[
+        float,
+        typer.Option(help="Multiplies the merged update (adapters), or difference from the base."),
+    ] = 1.0,
     metrics: Metrics = None,
-    dtype: Annotated[Optional[str], typer.Option(help="bf16, fp16, fp32 or fp64; default: each tensor's own.", show_default=False)] = None,
+    dtype: Annotated[
+        Optional[str],
+        typer.Option(
+            help="bf16, fp16, fp32 or fp64; default: each tensor's own.", show_default=False
+        ),
+    ] = None,
     executor: Annotated[str, typer.Option(help="threads or serial.")] = "threads",
-    device: Annotated[Optional[str], typer.Option(help="Where chunks are computed: cpu, cuda.", show_default=False)] = None,
+    device: Annotated[
+        Optional[str],
+        typer.Option(help="Where chunks are computed: cpu, cuda.", show_default=False),
+    ] = None,
     shard_size: Annotated[str, typer.Option(help="Largest file to write.")] = "5GB",
-    bake: Annotated[Optional[str], typer.Option(help="Put the merged adapter on this full model, and write that.", show_default=False)] = None,
-    drop: Annotated[Optional[list[str]], typer.Option(help="Leave out tensors of this name; * is a wildcard; may be given several times.", show_default=False)] = None,
+    bake: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Put the merged adapter on this full model, and write that.", show_default=False
+        ),
+    ] = None,
+    drop: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            help="Leave out tensors of this name; * is a wildcard; may be given several times.",
+            show_default=False,
+        ),
+    ] = None,
     absent: Absent = None,
     any_base: AnyBase = False,
-    allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="Copy NaN and Inf through.")] = False,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Copy NaN and Inf through.")
+    ] = False,
     allow_pickle: Pickle = False,
-    full_hash: Annotated[bool, typer.Option("--full-hash", help="Hash every byte of the inputs for the model card.")] = False,
+    full_hash: Annotated[
+        bool, typer.Option("--full-hash", help="Hash every byte of the inputs for the model card.")
+    ] = False,
     quiet: Quiet = False,
 ):
     "Merge MODELS into the folder OUT."
     from frechet_merge.merge import merge
+
     start = time.time()
-    merge(models, geometry, base, numbers(weights, "weights"), scale, names(metrics), out, dtype, executor, device,
-          shard_size=size(shard_size), bake=bake, drop=drop or (), absent=absent, any_base=any_base, allow_nonfinite=allow_nonfinite, allow_pickle=allow_pickle,
-          full_hash=full_hash, progress=not quiet and sys.stderr.isatty())
-    if len(models) == 1 and bake is None and base is None: warnings.warn(f"{models[0]} is the only model: there is nothing to average with it", stacklevel=1)
+    merge(
+        models,
+        geometry,
+        base,
+        numbers(weights, "weights"),
+        scale,
+        names(metrics),
+        out,
+        dtype,
+        executor,
+        device,
+        shard_size=size(shard_size),
+        bake=bake,
+        drop=drop or (),
+        absent=absent,
+        any_base=any_base,
+        allow_nonfinite=allow_nonfinite,
+        allow_pickle=allow_pickle,
+        full_hash=full_hash,
+        progress=not quiet and sys.stderr.isatty(),
+    )
+    if len(models) == 1 and bake is None and base is None:
+        warnings.warn(
+            f"{models[0]} is the only model: there is nothing to average with it", stacklevel=1
+        )
     for place, n in Counter(map(_place, models)).items():
-        if n > 1: warnings.warn(f"{next(m for m in models if _place(m) == place)} is named {n} times: it counts as {n} models", stacklevel=1)
-    written = load(out).lazy; n = sum(x.numel for x in written.values())
-    print(f"{out}: {len(models)} models merged, {len(written)} tensors, {_count(n)} parameters, {time.time() - start:.1f} s")
+        if n > 1:
+            warnings.warn(
+                f"{next(m for m in models if _place(m) == place)} is named {n} times: it "
+                f"counts as {n} models",
+                stacklevel=1,
+            )
+    written = load(out).lazy
+    n = sum(x.numel for x in written.values())
+    print(
+        f"{out}: {len(models)} models merged, {len(written)} tensors, {_count(n)} "
+        f"parameters, {time.time() - start:.1f} s"
+    )
 
 # %% ../nbs/40_cli.ipynb #0058635f
 @app.command("inspect")
@@ -80,46 +196,126 @@ def inspect_command(
     base: Base = None,
     as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
     top: Annotated[int, typer.Option(help="Rows to show: the tensors that differ most.")] = 12,
-    headers: Annotated[bool, typer.Option("--headers", help="Names, shapes and dtypes only; read no tensor.")] = False,
-    metrics: Annotated[Optional[str], typer.Option(help="One file of statistics per model, as A,B,C: what would they change?", show_default=False)] = None,
-    weights: Annotated[Optional[str], typer.Option(help="Of the mean that the metrics are asked about.", show_default=False)] = None,
-    damping: Annotated[float, typer.Option(help="Of the metrics, in units of their mean eigenvalue.")] = 0.1,
-    plot: Annotated[Optional[Path], typer.Option(help="Save a picture of what the metrics would change, by tensor.", show_default=False)] = None,
+    headers: Annotated[
+        bool, typer.Option("--headers", help="Names, shapes and dtypes only; read no tensor.")
+    ] = False,
+    metrics: Annotated[
+        Optional[str],
+        typer.Option(
+            help="One file of statistics per model, as A,B,C: what would they change?",
+            show_default=False,
+        ),
+    ] = None,
+    weights: Annotated[
+        Optional[str],
+        typer.Option(help="Of the mean that the metrics are asked about.", show_default=False),
+    ] = None,
+    damping: Annotated[
+        float, typer.Option(help="Of the metrics, in units of their mean eigenvalue.")
+    ] = 0.1,
+    plot: Annotated[
+        Optional[Path],
+        typer.Option(
+            help="Save a picture of what the metrics would change, by tensor.", show_default=False
+        ),
+    ] = None,
     any_base: AnyBase = False,
     allow_pickle: Pickle = False,
 ):
-    "Compare MODELS tensor by tensor; merge nothing. Exit code 1 if they cannot be merged as they are."
+    """Compare MODELS tensor by tensor; merge nothing. Exit code 1 if they cannot be merged as they
+    are."""
     from dataclasses import asdict
     from rich.console import Console
     from rich.text import Text
     from frechet_merge.diagnostics import inspect, plot_eta
-    if plot and metrics is None: raise ValueError("--plot draws what metrics would change: give --metrics.")
+
+    if plot and metrics is None:
+        raise ValueError("--plot draws what metrics would change: give --metrics.")
     plot = picture_path(plot)
-    found = inspect(models, base, allow_pickle, not headers, sys.stderr.isatty(), names(metrics), numbers(weights, "weights"), damping, any_base)
-    if as_json: print(json.dumps(asdict(found) | {"gain": found.gain, "verdict": found.verdict, "mergeable": found.mergeable}))
+    found = inspect(
+        models,
+        base,
+        allow_pickle,
+        not headers,
+        sys.stderr.isatty(),
+        names(metrics),
+        numbers(weights, "weights"),
+        damping,
+        any_base,
+    )
+    if as_json:
+        print(
+            json.dumps(
+                asdict(found)
+                | {"gain": found.gain, "verdict": found.verdict, "mergeable": found.mergeable}
+            )
+        )
     else:
-        for x in found.report(top): Console().print(x, soft_wrap=isinstance(x, Text))     # lines as they are, for grep
-    if plot and found.eta: plot_eta(found).figure.savefig(plot, dpi=150, bbox_inches="tight")
-    if not found.mergeable: raise typer.Exit(1)
+        # lines as they are, for grep
+        for x in found.report(top):
+            Console().print(x, soft_wrap=isinstance(x, Text))
+    if plot and found.eta:
+        plot_eta(found).figure.savefig(plot, dpi=150, bbox_inches="tight")
+    if not found.mergeable:
+        raise typer.Exit(1)
 
 # %% ../nbs/40_cli.ipynb #8fba5cfe
 @app.command("curvature")
 def curvature_command(
-    model: Annotated[str, typer.Argument(help="Folder or hub id of a causal LM, classifier or text encoder, or BASE+ADAPTER.", show_default=False)],
-    data: Annotated[str, typer.Argument(help="JSONL, JSON, CSV, TSV, Parquet or text file, a folder, or a hub data set[:config].", show_default=False)],
-    out: Annotated[Path, typer.Option("-o", "--out", help="File to write, such as stats.safetensors.", show_default=False)],
-    form: Annotated[str, typer.Option(help="kronecker, diagonal, inputs (RegMean) or projected.")] = "kronecker",
-    estimator: Annotated[Optional[str], typer.Option(help="pullback (no labels), true (labels drawn from the model) or empirical.", show_default="pullback; empirical if projected")] = None,
-    head: Annotated[Optional[str], typer.Option(help="FILE[:NAME], a linear classifier on an encoder's mean-pooled embeddings.", show_default=False)] = None,
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Folder or hub id of a causal LM, classifier or text encoder, or BASE+ADAPTER.",
+            show_default=False,
+        ),
+    ],
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="JSONL, JSON, CSV, TSV, Parquet or text file, a folder, or a hub data set[:config].",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--out", help="File to write, such as stats.safetensors.", show_default=False
+        ),
+    ],
+    form: Annotated[
+        str, typer.Option(help="kronecker, diagonal, inputs (RegMean) or projected.")
+    ] = "kronecker",
+    estimator: Annotated[
+        Optional[str],
+        typer.Option(
+            help="pullback (no labels), true (labels drawn from the model) or empirical.",
+            show_default="pullback; empirical if projected",
+        ),
+    ] = None,
+    head: Annotated[
+        Optional[str],
+        typer.Option(
+            help="FILE[:NAME], a linear classifier on an encoder's mean-pooled embeddings.",
+            show_default=False,
+        ),
+    ] = None,
     max_samples: Annotated[int, typer.Option(help="A random subset of this size.", min=1)] = 256,
     batch_size: BatchSize = 8,
     max_length: MaxLength = 512,
     text: TextColumn = None,
     pair: PairColumn = None,
-    label: Annotated[Optional[str], typer.Option(help="Column of the labels.", show_default="guessed")] = None,
+    label: Annotated[
+        Optional[str], typer.Option(help="Column of the labels.", show_default="guessed")
+    ] = None,
     split: Split = "train",
-    basis: Annotated[Optional[Path], typer.Option(help="From `frechet-merge basis`, for form = projected.", show_default=False)] = None,
-    only: Annotated[Optional[str], typer.Option(help="Only parameters of this name; * is a wildcard.", show_default=False)] = None,
+    basis: Annotated[
+        Optional[Path],
+        typer.Option(help="From `frechet-merge basis`, for form = projected.", show_default=False),
+    ] = None,
+    only: Annotated[
+        Optional[str],
+        typer.Option(help="Only parameters of this name; * is a wildcard.", show_default=False),
+    ] = None,
     tokenizer: Tokenizer = None,
     device: Annotated[Optional[str], typer.Option(help="cpu, cuda.", show_default="cpu")] = None,
     dtype: Annotated[str, typer.Option(help="Of the model while it runs: fp32 or bf16.")] = "fp32",
@@ -132,52 +328,147 @@ def curvature_command(
     from statistics import median
     from frechet_merge.huggingface import collect
     from frechet_merge.jobs import as_dtype
+
     start, kind = time.time(), as_dtype(dtype)
     assert kind is not None
-    about = collect(model, data, out, form, estimator, head=head, tokenizer=tokenizer, basis=basis, split=split, text=text, pair=pair, label=label, max_samples=max_samples, seed=seed, batch_size=batch_size, max_length=max_length,
-                    only=only, device=device, dtype=kind, resume=resume, allow_pickle=allow_pickle, progress=not quiet and sys.stderr.isatty()).about
-    print(f"{out}: {about['form']}{', ' + about['estimator'] if about['estimator'] else ''}, {about['samples']:,} samples, {about['tokens']:,} tokens, {time.time() - start:.1f} s, {out.expanduser().stat().st_size/1e6:,.1f} MB")
+    about = collect(
+        model,
+        data,
+        out,
+        form,
+        estimator,
+        head=head,
+        tokenizer=tokenizer,
+        basis=basis,
+        split=split,
+        text=text,
+        pair=pair,
+        label=label,
+        max_samples=max_samples,
+        seed=seed,
+        batch_size=batch_size,
+        max_length=max_length,
+        only=only,
+        device=device,
+        dtype=kind,
+        resume=resume,
+        allow_pickle=allow_pickle,
+        progress=not quiet and sys.stderr.isatty(),
+    ).about
+    print(
+        f"{out}: "
+        f"{about['form']}{', ' + about['estimator'] if about['estimator'] else ''}, "
+        f"{about['samples']:,} samples, {about['tokens']:,} tokens, "
+        f"{time.time() - start:.1f} s, {out.expanduser().stat().st_size / 1e6:,.1f} MB"
+    )
     error = {n: e for n, e in about["error"].items() if e is not None}
-    if not error: print("Its error is unknown, from one sample."); return
+    if not error:
+        print("Its error is unknown, from one sample.")
+        return
     worst = max(error, key=lambda n: error[n])
-    print(f"Relative standard error: {100*median(error.values()):.1f} % in the median layer, {100*error[worst]:.1f} % in the worst ({worst}). Half of it takes {4*about['samples']:,} samples.")
+    print(
+        f"Relative standard error: {100 * median(error.values()):.1f} % in the median "
+        f"layer, {100 * error[worst]:.1f} % in the worst ({worst}). Half of it takes "
+        f"{4 * about['samples']:,} samples."
+    )
 
 # %% ../nbs/40_cli.ipynb #eb3c1f91
 @app.command("basis")
 def basis_command(
     models: Models,
-    base: Annotated[str, typer.Option(help="What the models were trained from.", show_default=False)],
-    out: Annotated[Path, typer.Option("-o", "--out", help="File to write, such as basis.safetensors.", show_default=False)],
-    k: Annotated[int, typer.Option("-k", help="Singular triplets of each model's update of a matrix.", min=1)] = 32,
-    only: Annotated[Optional[str], typer.Option(help="Only matrices of this name; * is a wildcard.", show_default=False)] = None,
+    base: Annotated[
+        str, typer.Option(help="What the models were trained from.", show_default=False)
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--out", help="File to write, such as basis.safetensors.", show_default=False
+        ),
+    ],
+    k: Annotated[
+        int, typer.Option("-k", help="Singular triplets of each model's update of a matrix.", min=1)
+    ] = 32,
+    only: Annotated[
+        Optional[str],
+        typer.Option(help="Only matrices of this name; * is a wildcard.", show_default=False),
+    ] = None,
     allow_pickle: Pickle = False,
     quiet: Quiet = False,
 ):
     "Write the labeled basis of MODELS, for `curvature --form projected`."
     from frechet_merge.bases import write_bases
-    start, found = time.time(), write_bases(models, base, out, k, only, allow_pickle, not quiet and sys.stderr.isatty())
-    print(f"{out}: {len(found)//3} matrices, at most {max(x.shape[-1] for x in found.values())} directions each, {time.time() - start:.1f} s, {out.expanduser().stat().st_size/1e6:,.1f} MB")
+
+    start, found = (
+        time.time(),
+        write_bases(models, base, out, k, only, allow_pickle, not quiet and sys.stderr.isatty()),
+    )
+    print(
+        f"{out}: {len(found) // 3} matrices, at most "
+        f"{max(x.shape[-1] for x in found.values())} directions each, "
+        f"{time.time() - start:.1f} s, {out.expanduser().stat().st_size / 1e6:,.1f} MB"
+    )
 
 # %% ../nbs/40_cli.ipynb #55fe7634
 @app.command("tune")
 def tune_command(
     models: Models,
-    base: Annotated[str, typer.Option(help="What the models were trained from.", show_default=False)],
-    data: Annotated[str, typer.Option(help="One file or data set of examples per model, as A,B,C, or one for all; labels are not looked at.", show_default=False)],
-    out: Annotated[Optional[Path], typer.Option("-o", "--out", help="Folder for the best merge; without it, none is made.", show_default=False)] = None,
-    geometry: Annotated[Optional[list[str]], typer.Option(help="To choose from; may be given several times.", show_default="with metrics pullback, either side shared; without, TSV-M")] = None,
+    base: Annotated[
+        str, typer.Option(help="What the models were trained from.", show_default=False)
+    ],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="One file or data set of examples per model, as A,B,C, or one for all; labels "
+            "are not looked at.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Optional[Path],
+        typer.Option(
+            "-o",
+            "--out",
+            help="Folder for the best merge; without it, none is made.",
+            show_default=False,
+        ),
+    ] = None,
+    geometry: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            help="To choose from; may be given several times.",
+            show_default="with metrics pullback, either side shared; without, TSV-M",
+        ),
+    ] = None,
     metrics: Metrics = None,
     weights: Weights = None,
-    heads: Annotated[Optional[str], typer.Option(help="One head FILE[:NAME] per model, as A,B,C: see curvature.", show_default=False)] = None,
-    max_samples: Annotated[int, typer.Option(help="Of each data set, a random subset of this size.", min=1)] = 64,
+    heads: Annotated[
+        Optional[str],
+        typer.Option(
+            help="One head FILE[:NAME] per model, as A,B,C: see curvature.", show_default=False
+        ),
+    ] = None,
+    max_samples: Annotated[
+        int, typer.Option(help="Of each data set, a random subset of this size.", min=1)
+    ] = 64,
     batch_size: BatchSize = 8,
     max_length: MaxLength = 512,
     text: TextColumn = None,
     pair: PairColumn = None,
     split: Split = "train",
     tokenizer: Tokenizer = None,
-    dtype: Annotated[Optional[str], typer.Option(help="Of what is written: bf16, fp16, fp32 or fp64; default: each tensor's own.", show_default=False)] = None,
-    device: Annotated[Optional[str], typer.Option(help="Where models run and merges are computed: cpu, cuda.", show_default=False)] = None,
+    dtype: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Of what is written: bf16, fp16, fp32 or fp64; default: each tensor's own.",
+            show_default=False,
+        ),
+    ] = None,
+    device: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Where models run and merges are computed: cpu, cuda.", show_default=False
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the subset.")] = 0,
     bounds: Annotated[str, typer.Option(help="Of the anchor or scale.")] = "0.125,16",
     absent: Absent = None,
@@ -189,54 +480,119 @@ def tune_command(
     from rich.console import Console
     from rich.table import Table
     from frechet_merge.tune import tune
+
     start = time.time()
-    found = tune(models, names(data, "--data") or [], base, geometry, names(metrics), numbers(weights, "weights"), out, heads=names(heads, "--heads"), tokenizer=tokenizer, split=split, text=text, pair=pair, max_samples=max_samples, seed=seed,
-                 batch_size=batch_size, max_length=max_length, device=device, dtype=dtype, bounds=pair_of(bounds), absent=absent, any_base=any_base, allow_pickle=allow_pickle, say=lambda s: None if quiet else print(s, file=sys.stderr))
-    t = Table("geometry", "scale", *(Path(m.rpartition("+")[2]).name for m in models), "mean", title="How far outputs moved: 0 the model's own, 1 the base's")
-    for s in found.settings: t.add_row(s.name, f"{s.scale:g}", *(f"{d:.3f}" for d in s.distances), f"{s.distance:.4f}")
+    found = tune(
+        models,
+        names(data, "--data") or [],
+        base,
+        geometry,
+        names(metrics),
+        numbers(weights, "weights"),
+        out,
+        heads=names(heads, "--heads"),
+        tokenizer=tokenizer,
+        split=split,
+        text=text,
+        pair=pair,
+        max_samples=max_samples,
+        seed=seed,
+        batch_size=batch_size,
+        max_length=max_length,
+        device=device,
+        dtype=dtype,
+        bounds=pair_of(bounds),
+        absent=absent,
+        any_base=any_base,
+        allow_pickle=allow_pickle,
+        say=lambda s: None if quiet else print(s, file=sys.stderr),
+    )
+    t = Table(
+        "geometry",
+        "scale",
+        *(Path(m.rpartition("+")[2]).name for m in models),
+        "mean",
+        title="How far outputs moved: 0 the model's own, 1 the base's",
+    )
+    for s in found.settings:
+        t.add_row(s.name, f"{s.scale:g}", *(f"{d:.3f}" for d in s.distances), f"{s.distance:.4f}")
     Console(markup=False).print(t)
-    print(f"The nearest: --geometry {found.best.name}" + f" --scale {found.best.scale:g}"*(found.best.scale != 1) + (f" → {out}" if out else "") + f" ({time.time() - start:.0f} s)")
+    print(
+        f"The nearest: --geometry {found.best.name}"
+        + f" --scale {found.best.scale:g}"*(found.best.scale != 1)
+        + (f" → {out}" if out else "")
+        + f" ({time.time() - start:.0f} s)"
+    )
 
 # %% ../nbs/40_cli.ipynb #3ffd9fc3
 @app.command("demo")
 def demo_command(
-    out: Annotated[Path, typer.Option("-o", "--out", help="Where to save the picture.")] = Path("frechet_merge_demo.png"),
-    texts: Annotated[int, typer.Option(help="Test texts of each task: fewer are faster.", min=1, max=200)] = 100,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Where to save the picture.")] = Path(
+        "frechet_merge_demo.png"
+    ),
+    texts: Annotated[
+        int, typer.Option(help="Test texts of each task: fewer are faster.", min=1, max=200)
+    ] = 100,
 ):
-    "Merge five packaged real experts offline, in every geometry; print accuracies and save a picture."
+    """Merge five packaged real experts offline, in every geometry; print accuracies and save a
+    picture."""
     from rich.console import Console
     from rich.table import Table
     from frechet_merge.demo import demo, picture
+
     out = picture_path(out) or out
     start, results = time.time(), demo(lambda s: print(s, file=sys.stderr), texts)
     names = list(next(iter(results.values())))
     t = Table("accuracy", *names, "average", title="Five tasks, one model")
-    for who, acc in results.items(): t.add_row(who, *(f"{acc[n]:.3f}" for n in names), f"{sum(acc.values())/len(acc):.3f}")
+    for who, acc in results.items():
+        t.add_row(who, *(f"{acc[n]:.3f}" for n in names), f"{sum(acc.values()) / len(acc):.3f}")
     Console().print(t)
     average = {k: sum(v.values())/len(v) for k, v in results.items()}
     best = max((k for k in average if k not in ("base", "experts")), key=lambda k: average[k])
-    if average[best] > average["base"]: print(f"The best merge, {best}, is {100*(average[best] - average['base']):.1f} points above the base and {100*(average['experts'] - average[best]):.1f} below five separate experts.")
-    else: print(f"No merge beats the base on average: the best, {best}, is {100*(average['base'] - average[best]):.1f} points below it.")
+    if average[best] > average["base"]:
+        print(
+            f"The best merge, {best}, is {100 * (average[best] - average['base']):.1f} "
+            f"points above the base and {100 * (average['experts'] - average[best]):.1f} "
+            "below five separate experts."
+        )
+    else:
+        print(
+            f"No merge beats the base on average: the best, {best}, is "
+            f"{100 * (average['base'] - average[best]):.1f} points below it."
+        )
     picture(results).figure.savefig(out, dpi=150, bbox_inches="tight")
     print(f"Picture: {out} ({time.time() - start:.0f} s in all)")
 
 # %% ../nbs/40_cli.ipynb #5831c528
 def main():
-    "Entry point of `frechet-merge`: exit code 0 done, 1 the inputs cannot be merged, 2 wrong usage."
+    """Entry point of `frechet-merge`: exit code 0 done, 1 the inputs cannot be merged, 2 wrong
+    usage."""
     debug = "--debug" in sys.argv
-    if debug: sys.argv.remove("--debug")
+    if debug:
+        sys.argv.remove("--debug")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     code = 0
-    try: app()
-    except SystemExit as e: code = e.code
+    try:
+        app()
+    except SystemExit as e:
+        code = e.code
     except ValueError as e:
-        if debug: raise
+        if debug:
+            raise
         print("error: " + "\n".join(str(e).splitlines()[:3]), file=sys.stderr)
         code = 1 if isinstance(e, MergeError) else 2
     except Exception as e:
-        if debug: raise
-        print(f"error: {type(e).__name__}: " + "\n".join(str(e).splitlines()[:1]) + "\nThis was not foreseen; run it again with --debug and report what it shows.", file=sys.stderr)
+        if debug:
+            raise
+        print(
+            f"error: {type(e).__name__}: "
+            + "\n".join(str(e).splitlines()[:1])
+            + ("\nThis was not foreseen; run it again with --debug and report what it shows."),
+            file=sys.stderr,
+        )
         code = 1
-    sys.stdout.flush(); sys.stderr.flush()
-    os._exit(code if isinstance(code, int) else 0 if code is None else 1)    # everything is on disk; unloading torch takes longer than a small merge
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # everything is on disk; unloading torch takes longer than a small merge
+    os._exit(code if isinstance(code, int) else 0 if code is None else 1)

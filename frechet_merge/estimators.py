@@ -17,129 +17,285 @@ from torch import Tensor, nn
 
 # %% ../nbs/19a_estimators.ipynb #c9324d35
 def size(
-    batch:Any,                  # a mapping, (inputs, labels, …), or inputs; samples first
-)->int:
+    batch: Any,  # a mapping, (inputs, labels, …), or inputs; samples first
+) -> int:
     "The number of samples in a batch."
-    parts = [batch] if isinstance(batch, Tensor) else list(batch.values() if isinstance(batch, Mapping) else batch)
-    return next((len(v) for v in parts if isinstance(v, Tensor) and v.dim()), len(parts[0]) if isinstance(batch, Mapping) else len(parts))
+    parts = (
+        [batch]
+        if isinstance(batch, Tensor)
+        else list(batch.values() if isinstance(batch, Mapping) else batch)
+    )
+    return next(
+        (len(v) for v in parts if isinstance(v, Tensor) and v.dim()),
+        len(parts[0]) if isinstance(batch, Mapping) else len(parts),
+    )
 
+# %% ../nbs/19a_estimators.ipynb #28dfb73c
 def take(
-    batch:Any,                  # as for `size`
-    which:list[int],            # numbers of samples
-    device=None,                # default: where they are
-):                              # a batch of the same form
-    "Some samples of a batch, detached and on a device; what has not one row a sample is passed on whole."
+    batch: Any,  # as for `size`
+    which: list[int],  # numbers of samples
+    device=None,  # default: where they are
+    # a batch of the same form
+):
+    """Some samples of a batch, detached and on a device; what has not one row a sample is passed on
+    whole."""
     n = size(batch)
-    def cut(v):
-        if isinstance(v, Tensor): return (v[which] if v.dim() and len(v) == n and which != list(range(n)) else v).detach().to(device)
-        return [v[i] for i in which] if isinstance(v, (list, tuple)) and len(v) == n and not any(isinstance(x, Tensor) for x in v) else v
-    if isinstance(batch, Mapping): return {k: cut(v) for k, v in batch.items()}
-    return tuple(map(cut, batch)) if isinstance(batch, (list, tuple)) and any(isinstance(v, Tensor) for v in batch) else cut(batch)
 
+    def cut(v):
+        if isinstance(v, Tensor):
+            return (
+                (v[which] if v.dim() and len(v) == n and which != list(range(n)) else v)
+                .detach()
+                .to(device)
+            )
+        return (
+            [v[i] for i in which]
+            if isinstance(v, (list, tuple))
+            and len(v) == n
+            and not any(isinstance(x, Tensor) for x in v)
+            else v
+        )
+
+    if isinstance(batch, Mapping):
+        return {k: cut(v) for k, v in batch.items()}
+    return (
+        tuple(map(cut, batch))
+        if isinstance(batch, (list, tuple)) and any(isinstance(v, Tensor) for v in batch)
+        else cut(batch)
+    )
+
+# %% ../nbs/19a_estimators.ipynb #67dd3f13
 def default_forward(
-    model:Callable, batch:Any,  # batches that are mappings go to the model by name, labels aside; of tuples, the first
-)->Any:                         # (N, …), or what else the model returns
-    "The outputs for a batch: logits, or the mean of the last hidden state over the tokens that are not padding."
-    if not isinstance(batch, Mapping): return model(batch[0] if isinstance(batch, (list, tuple)) else batch)
+    # batches that are mappings go to the model by name, labels aside; of tuples, the first
+    model: Callable,
+    batch: Any,
+) -> Any:  # (N, …), or what else the model returns
+    """The outputs for a batch: logits, or the mean of the last hidden state over the tokens that
+    are not padding."""
+    if not isinstance(batch, Mapping):
+        return model(batch[0] if isinstance(batch, (list, tuple)) else batch)
     out = model(**{k: v for k, v in batch.items() if k not in ("labels", "label")})
-    if getattr(out, "logits", None) is not None: return out.logits
+    if getattr(out, "logits", None) is not None:
+        return out.logits
     h, m = getattr(out, "last_hidden_state", None), default_mask(batch)
-    if h is None: return out
+    if h is None:
+        return out
     m = torch.ones_like(h[..., :1]) if m is None else m[..., None].to(h.dtype)
     return (h*m).sum(1)/m.sum(1).clamp(min=1)
 
-def default_mask(batch:Any)->Tensor|None:      # (N, tokens) bool; None if the batch does not say
+# %% ../nbs/19a_estimators.ipynb #e1a346f1
+def default_mask(
+    batch: Any,
+    # (N, tokens) bool; None if the batch does not say
+) -> Tensor | None:
     "Which tokens are not padding: the attention mask."
     m = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     return m.bool() if isinstance(m, Tensor) and m.dim() == 2 else None
 
-def length(batch:Any, mask:Tensor|None)->int|None:
+# %% ../nbs/19a_estimators.ipynb #5976cac0
+def length(batch: Any, mask: Tensor | None) -> int | None:
     "Tokens of each sample, if the batch has a token axis."
-    if mask is not None: return mask.shape[1]
-    ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch[0] if isinstance(batch, (list, tuple)) else batch
-    return ids.shape[1] if isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point() else None
+    if mask is not None:
+        return mask.shape[1]
+    ids = (
+        batch.get("input_ids")
+        if isinstance(batch, Mapping)
+        else batch[0]
+        if isinstance(batch, (list, tuple))
+        else batch
+    )
+    return (
+        ids.shape[1]
+        if isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point()
+        else None
+    )
 
 # %% ../nbs/19a_estimators.ipynb #1fb393f6
-ESTIMATORS = ("pullback", "true", "empirical")      # what is differentiated: outputs against noise, drawn labels, given labels
+# what is differentiated: outputs against noise, drawn labels, given labels
+ESTIMATORS = ("pullback", "true", "empirical")
 
-def causal(model:nn.Module)->bool:
+
+def causal(model: nn.Module) -> bool:
     "Is this a causal language model, whose labels are its inputs and are shifted by one?"
-    inner = getattr(model, "get_base_model", lambda: model)()      # PEFT's
+    # PEFT's
+    inner = getattr(model, "get_base_model", lambda: model)()
     return any(re.search("CausalLM|LMHead|DoubleHeads", type(m).__name__) for m in (model, inner))
 
+# %% ../nbs/19a_estimators.ipynb #28753795
 def cross_entropy(
-    outputs:Tensor,             # logits (N, C) or (N, tokens, C), C > 1
-    labels:Tensor,              # integers (N,) or (N, tokens); -100 does not count
-    shift:bool=False,           # labels are one token behind the logits
-)->Tensor:                      # (N,) nats
+    outputs: Tensor,  # logits (N, C) or (N, tokens, C), C > 1
+    labels: Tensor,  # integers (N,) or (N, tokens); -100 does not count
+    shift: bool = False,  # labels are one token behind the logits
+) -> Tensor:  # (N,) nats
     "Cross-entropy of each sample, summed over its tokens; `ValueError` if the shapes do not fit."
-    if outputs.dim() not in (2, 3) or outputs.shape[-1] < 2 or labels.is_floating_point() or labels.shape != outputs.shape[:-1]:
-        raise ValueError(f"cross-entropy needs outputs (N, C) or (N, tokens, C) with C > 1 and integer labels (N) or (N, tokens), not {list(outputs.shape)} and {list(labels.shape)} of {labels.dtype}.\nPass loss=lambda outputs, batch: one number per sample.")
-    if shift and outputs.dim() == 3: outputs, labels = outputs[:, :-1], labels[:, 1:]
-    each = F.cross_entropy(outputs.flatten(0, -2).to(torch.promote_types(torch.float32, outputs.dtype)), labels.flatten().long(), reduction="none", ignore_index=-100)
+    if (
+        outputs.dim() not in (2, 3)
+        or outputs.shape[-1] < 2
+        or labels.is_floating_point()
+        or labels.shape != outputs.shape[:-1]
+    ):
+        raise ValueError(
+            "cross-entropy needs outputs (N, C) or (N, tokens, C) with C > 1 and integer "
+            f"labels (N) or (N, tokens), not {list(outputs.shape)} and "
+            f"{list(labels.shape)} of {labels.dtype}.\n"
+            "Pass loss=lambda outputs, batch: one number per sample."
+        )
+    if shift and outputs.dim() == 3:
+        outputs, labels = outputs[:, :-1], labels[:, 1:]
+    each = F.cross_entropy(
+        outputs.flatten(0, -2).to(torch.promote_types(torch.float32, outputs.dtype)),
+        labels.flatten().long(),
+        reduction="none",
+        ignore_index=-100,
+    )
     return each.view(len(labels), -1).sum(1)
 
-def draws(seed:int, first:int, n:int)->list[torch.Generator]:
+# %% ../nbs/19a_estimators.ipynb #93a5694b
+def draws(seed: int, first: int, n: int) -> list[torch.Generator]:
     "The random numbers of samples first to first + n, each with its own."
-    return [torch.Generator().manual_seed(seed*0x9E3779B1 + first + i & 0xFFFFFFFF) for i in range(n)]      # generators on the CPU read 32 bits of a seed; multiples of that prime are far apart in them
+    # generators on the CPU read 32 bits of a seed; multiples of that prime are far apart in them
+    return [
+        torch.Generator().manual_seed(seed*0x9E3779B1 + first + i & 0xFFFFFFFF) for i in range(n)
+    ]
 
+# %% ../nbs/19a_estimators.ipynb #a7705087
 def objective(
-    estimator:str,               # one of `ESTIMATORS`
-    outputs:Tensor,              # (N, C), (N, tokens, C); for the pullback of any shape
-    batch:Any,                   # as for `size`; for its labels
-    first:int=0, seed:int=0,     # samples before these, for their random numbers
-    loss:Callable|None=None,     # (outputs, batch) → (N,), for `empirical`; default: cross-entropy with the batch's labels
-    mask:Tensor|None=None,       # (N, tokens) bool: the outputs at padding are no outputs
-    shift:bool=False,            # labels are one token behind the logits
-)->Tensor:                       # a number: the sum over samples
-    "What to differentiate, so that the second moment of its per-sample gradients is the metric; `ValueError` without logits or labels where they are needed."
+    estimator: str,  # one of `ESTIMATORS`
+    outputs: Tensor,  # (N, C), (N, tokens, C); for the pullback of any shape
+    batch: Any,  # as for `size`; for its labels
+    first: int = 0,
+    seed: int = 0,  # samples before these, for their random numbers
+    # (outputs, batch) → (N,), for `empirical`; default: cross-entropy with the batch's labels
+    loss: Callable | None = None,
+    mask: Tensor | None = None,  # (N, tokens) bool: the outputs at padding are no outputs
+    shift: bool = False,  # labels are one token behind the logits
+) -> Tensor:  # a number: the sum over samples
+    """What to differentiate, so that the second moment of its per-sample gradients is the metric;
+    `ValueError` without logits or labels where they are needed."""
     n = len(outputs)
-    if mask is not None and (outputs.dim() != 3 or outputs.shape[:2] != mask.shape): mask = None      # one output a sample
+    # one output a sample
+    if mask is not None and (outputs.dim() != 3 or outputs.shape[:2] != mask.shape):
+        mask = None
     if estimator == "pullback":
-        z = torch.stack([torch.randn(outputs.shape[1:], generator=g, dtype=torch.float32) for g in draws(seed, first, n)]).to(outputs)
+        z = torch.stack(
+            [
+                torch.randn(outputs.shape[1:], generator=g, dtype=torch.float32)
+                for g in draws(seed, first, n)
+            ]
+        ).to(outputs)
         return (outputs*(z if mask is None else z*mask[..., None])).sum()
     if estimator == "true":
-        if outputs.dim() not in (2, 3) or outputs.shape[-1] < 2: raise ValueError(f"labels are drawn from logits (N, C) or (N, tokens, C) with C > 1, not {list(outputs.shape)}.\nUse the pullback, or pass forward= that returns logits.")
-        p = outputs.detach().to("cpu", torch.promote_types(torch.float32, outputs.dtype)).softmax(-1)
-        y = torch.stack([torch.multinomial(q.view(-1, q.shape[-1]), 1, generator=g) for q, g in zip(p, draws(seed, first, n))]).view(p.shape[:-1]).to(outputs.device)
+        if outputs.dim() not in (2, 3) or outputs.shape[-1] < 2:
+            raise ValueError(
+                "labels are drawn from logits (N, C) or (N, tokens, C) with C > 1, not "
+                f"{list(outputs.shape)}.\n"
+                "Use the pullback, or pass forward= that returns logits."
+            )
+        p = (
+            outputs.detach()
+            .to("cpu", torch.promote_types(torch.float32, outputs.dtype))
+            .softmax(-1)
+        )
+        y = (
+            torch.stack(
+                [
+                    torch.multinomial(q.view(-1, q.shape[-1]), 1, generator=g)
+                    for q, g in zip(p, draws(seed, first, n))
+                ]
+            )
+            .view(p.shape[:-1])
+            .to(outputs.device)
+        )
         return cross_entropy(outputs, y if mask is None else y.masked_fill(~mask, -100)).sum()
     if loss is None:
-        labels = batch.get("labels", batch.get("label")) if isinstance(batch, Mapping) else batch[1] if isinstance(batch, (list, tuple)) and len(batch) > 1 else None
-        if labels is None: raise ValueError("the empirical Fisher needs labels, and the batch has none.\nPass batches with labels, or loss=lambda outputs, batch: one number per sample.")
+        labels = (
+            batch.get("labels", batch.get("label"))
+            if isinstance(batch, Mapping)
+            else batch[1]
+            if isinstance(batch, (list, tuple)) and len(batch) > 1
+            else None
+        )
+        if labels is None:
+            raise ValueError(
+                "the empirical Fisher needs labels, and the batch has none.\n"
+                "Pass batches with labels, or loss=lambda outputs, batch: one number per "
+                "sample."
+            )
         return cross_entropy(outputs, labels, shift).sum()
     each = loss(outputs, batch)
     if not isinstance(each, Tensor) or each.shape != (n,):
-        raise ValueError(f"loss(outputs, batch) must return one number for each of the {n} samples, not {f'a tensor of shape {list(each.shape)}' if isinstance(each, Tensor) else f'a {type(each).__name__}'}: the square of a mean is not the mean of squares.\nSum over tokens, not over samples (reduction='none').")
+        raise ValueError(
+            f"loss(outputs, batch) must return one number for each of the {n} samples, not "
+            f"{f'a tensor of shape {list(each.shape)}' if isinstance(each, Tensor) else f'a {type(each).__name__}'}: "
+            "the square of a mean is not the mean of squares.\n"
+            "Sum over tokens, not over samples (reduction='none')."
+        )
     return each.sum()
 
 # %% ../nbs/19a_estimators.ipynb #c97f25bd
 class _Call(nn.Module):
-    def __init__(self, model, run): super().__init__(); self.model, self.run = model, run
-    def forward(self, batch): return self.run(self.model, batch)
+    def __init__(self, model, run):
+        super().__init__()
+        self.model, self.run = model, run
 
+    def forward(self, batch):
+        return self.run(self.model, batch)
+
+# %% ../nbs/19a_estimators.ipynb #87355283
 def hessian_columns(
-    model:nn.Module,                    # in any mode; given back as it was
-    batches:Iterable,                   # as for `curvature`
-    name:str,                           # a weight (m, n); further dimensions are flattened into columns
-    U:Tensor, V:Tensor,                 # (m, p), (n, p): its basis u_i v_iᵀ
-    columns:Iterable[int]|None=None,    # which of the p; default: all
-    *, forward:Callable|None=None,      # (model, batch) → outputs; default: `default_forward`
-    loss:Callable|None=None,            # (outputs, batch) → (N,); default: cross-entropy with the batch's labels
-)->Tensor:                              # (p, columns), loss per squared unit of the weight
-    "SᵀHa_i of the mean loss over samples, exact, by one Hessian-vector product a column (Pearlmutter 1994)."
+    model: nn.Module,  # in any mode; given back as it was
+    batches: Iterable,  # as for `curvature`
+    name: str,  # a weight (m, n); further dimensions are flattened into columns
+    U: Tensor,
+    V: Tensor,  # (m, p), (n, p): its basis u_i v_iᵀ
+    columns: Iterable[int] | None = None,  # which of the p; default: all
+    *,
+    forward: Callable | None = None,  # (model, batch) → outputs; default: `default_forward`
+    # (outputs, batch) → (N,); default: cross-entropy with the batch's labels
+    loss: Callable | None = None,
+) -> Tensor:  # (p, columns), loss per squared unit of the weight
+    """SᵀHa_i of the mean loss over samples, exact, by one Hessian-vector product a column
+    (Pearlmutter 1994)."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
-    w, call, shift, n = dict(model.named_parameters(remove_duplicate=False))[name].detach(), _Call(model, forward or default_forward), causal(model), 0
-    U, V, columns, modes = U.to(w), V.to(w), range(U.shape[1]) if columns is None else list(columns), [(m, m.training) for m in model.modules()]
+
+    w, call, shift, n = (
+        dict(model.named_parameters(remove_duplicate=False))[name].detach(),
+        _Call(model, forward or default_forward),
+        causal(model),
+        0,
+    )
+    U, V, columns, modes = (
+        U.to(w),
+        V.to(w),
+        range(U.shape[1]) if columns is None else list(columns),
+        [(m, m.training) for m in model.modules()],
+    )
     H = w.new_zeros(U.shape[1], len(columns))
-    def total(w, batch): return objective("empirical", torch.func.functional_call(call, {f"model.{name}": w}, (batch,)), batch, loss=loss, shift=shift)
+
+    def total(w, batch):
+        return objective(
+            "empirical",
+            torch.func.functional_call(call, {f"model.{name}": w}, (batch,)),
+            batch,
+            loss=loss,
+            shift=shift,
+        )
+
     try:
         model.eval()
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):       # the fused kernels of attention have no second derivative
+        # the fused kernels of attention have no second derivative
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             for batch in batches:
-                batch = take(batch, list(range(size(batch))), w.device); n += size(batch)
+                batch = take(batch, list(range(size(batch))), w.device)
+                n += size(batch)
                 for k, i in enumerate(columns):
-                    HVP = torch.func.jvp(lambda w, batch=batch: torch.func.grad(total)(w, batch), (w,), (torch.outer(U[:, i], V[:, i]).view(w.shape),))[1]
+                    HVP = torch.func.jvp(
+                        lambda w, batch=batch: torch.func.grad(total)(w, batch),
+                        (w,),
+                        (torch.outer(U[:, i], V[:, i]).view(w.shape),),
+                    )[1]
                     H[:, k] += (U*(HVP.reshape(len(U), len(V)) @ V)).sum(0)
     finally:
-        for m, mode in modes: m.training = mode
+        for m, mode in modes:
+            m.training = mode
     return H/n

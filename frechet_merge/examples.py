@@ -22,148 +22,362 @@ from torch import Tensor
 from .checkpoints import MergeError
 
 # %% ../nbs/20a_examples.ipynb #972b6ee1
-FORMATS = {"jsonl": "json", "json": "json", "ndjson": "json", "csv": "csv", "tsv": "csv", "parquet": "parquet", "arrow": "arrow", "txt": "text"}      # ending of a file → reader of `datasets`
+# ending of a file → reader of `datasets`
+FORMATS = {
+    "jsonl": "json",
+    "json": "json",
+    "ndjson": "json",
+    "csv": "csv",
+    "tsv": "csv",
+    "parquet": "parquet",
+    "arrow": "arrow",
+    "txt": "text",
+}
 
-def need(library:str)->Any:      # the module
+
+def need(library: str) -> Any:  # the module
     "Import what reads Hugging Face's data and models; `MergeError` if it is not installed."
-    try: return import_module(library)
-    except ImportError as e: raise MergeError(f"{library} is not installed, and it reads this.\nInstall it: pip install 'frechet_merge[hf]'.") from e
+    try:
+        return import_module(library)
+    except ImportError as e:
+        raise MergeError(
+            f"{library} is not installed, and it reads this.\n"
+            "Install it: pip install 'frechet_merge[hf]'."
+        ) from e
 
+# %% ../nbs/20a_examples.ipynb #8b8d29fc
 @contextmanager
-def quiet(library:Any):      # the module `datasets` or `transformers`
+def quiet(library: Any):  # the module `datasets` or `transformers`
     "Neither bars nor notes from `datasets` or `transformers`; their settings come back afterwards."
     log = library.utils.logging
     bars = log if hasattr(log, "disable_progress_bar") else library.utils
-    level, shown = log.get_verbosity(), (getattr(bars, "is_progress_bar_enabled", None) or bars.are_progress_bars_enabled)()
-    log.set_verbosity_error(); (getattr(bars, "disable_progress_bar", None) or bars.disable_progress_bars)()
-    try: yield
+    level, shown = (
+        log.get_verbosity(),
+        (getattr(bars, "is_progress_bar_enabled", None) or bars.are_progress_bars_enabled)(),
+    )
+    log.set_verbosity_error()
+    (getattr(bars, "disable_progress_bar", None) or bars.disable_progress_bars)()
+    try:
+        yield
     finally:
         log.set_verbosity(level)
-        if shown: (getattr(bars, "enable_progress_bar", None) or bars.enable_progress_bars)()
+        if shown:
+            (getattr(bars, "enable_progress_bar", None) or bars.enable_progress_bars)()
 
+# %% ../nbs/20a_examples.ipynb #68b6f317
 @contextmanager
 def table(
-    data:str|os.PathLike,      # as for `examples`
-    split:str="train",         # or a slice of one: "train[:10%]"
+    data: str | os.PathLike,  # as for `examples`
+    split: str = "train",  # or a slice of one: "train[:10%]"
 ):
-    "The rows of a file, folder or hub data set, as a `datasets.Dataset` that lives as long as the context; `MergeError` if there are none."
+    """The rows of a file, folder or hub data set, as a `datasets.Dataset` that lives as long as the
+    context; `MergeError` if there are none."""
     datasets, path = need("datasets"), Path(data).expanduser()
-    def no(why, remedy): return MergeError(f"{data}: {why}.\n{remedy}")
+
+    def no(why, remedy):
+        return MergeError(f"{data}: {why}.\n{remedy}")
+
     with quiet(datasets), TemporaryDirectory() as cache:
         try:
             if path.is_file():
-                ending = next((s[1:] for s in reversed(path.suffixes) if s not in (".gz", ".zst", ".xz", ".bz2", ".zip")), "").lower()
-                if ending not in FORMATS: raise no(f"a file that ends in .{ending} is not read here" if ending else "its name has no ending that says what it is", f"It may end in .{', .'.join(FORMATS)}.")
-                how = {"sep": "\t" if ending == "tsv" else ",", "keep_default_na": False} if FORMATS[ending] == "csv" else {}     # the text "null" is a text
-                rows = datasets.load_dataset(FORMATS[ending], data_files=glob.escape(str(path)), split=split, cache_dir=cache, **how)
-            elif (path/"state.json").exists() or (path/"dataset_dict.json").exists():      # made by save_to_disk
+                ending = next(
+                    (
+                        s[1:]
+                        for s in reversed(path.suffixes)
+                        if s not in (".gz", ".zst", ".xz", ".bz2", ".zip")
+                    ),
+                    "",
+                ).lower()
+                if ending not in FORMATS:
+                    raise no(
+                        f"a file that ends in .{ending} is not read here"
+                        if ending
+                        else "its name has no ending that says what it is",
+                        f"It may end in .{', .'.join(FORMATS)}.",
+                    )
+                # the text "null" is a text
+                how = (
+                    {"sep": "\t" if ending == "tsv" else ",", "keep_default_na": False}
+                    if FORMATS[ending] == "csv"
+                    else {}
+                )
+                rows = datasets.load_dataset(
+                    FORMATS[ending],
+                    data_files=glob.escape(str(path)),
+                    split=split,
+                    cache_dir=cache,
+                    **how,
+                )
+            # made by save_to_disk
+            elif (path/"state.json").exists() or (path/"dataset_dict.json").exists():
                 rows = datasets.load_from_disk(str(path))
                 if isinstance(rows, dict):
-                    if split not in rows: raise no(f"has no split {split!r}", f"There are: {', '.join(rows)}.")
+                    if split not in rows:
+                        raise no(f"has no split {split!r}", f"There are: {', '.join(rows)}.")
                     rows = rows[split]
-            elif path.is_dir(): rows = datasets.load_dataset(str(path), split=split, cache_dir=cache)
+            elif path.is_dir():
+                rows = datasets.load_dataset(str(path), split=split, cache_dir=cache)
             else:
-                if path.suffix or str(data).startswith(("/", ".", "~")): raise no("there is no such file", "Check the path.")
-                name, _, revision = str(data).partition("@"); name, _, config = name.partition(":")
-                rows = datasets.load_dataset(name, config or None, split=split, revision=revision or None)
+                if path.suffix or str(data).startswith(("/", ".", "~")):
+                    raise no("there is no such file", "Check the path.")
+                name, _, revision = str(data).partition("@")
+                name, _, config = name.partition(":")
+                rows = datasets.load_dataset(
+                    name, config or None, split=split, revision=revision or None
+                )
             yield rows
-        except MergeError: raise
-        except StopIteration as e: raise no("holds no examples", "Is the file empty?") from e
+        except MergeError:
+            raise
+        except StopIteration as e:
+            raise no("holds no examples", "Is the file empty?") from e
         except Exception as e:
-            if isinstance(e, ConnectionError): raise no("not a file here, and the hub did not give it", "Check the path or the id, and the network or HF_HUB_OFFLINE.") from e
-            raise no(f"cannot be read ({str(e.__cause__ or e).splitlines()[0][:300]})", "Mend the file or name another split (--split).") from e
+            if isinstance(e, ConnectionError):
+                raise no(
+                    "not a file here, and the hub did not give it",
+                    "Check the path or the id, and the network or HF_HUB_OFFLINE.",
+                ) from e
+            raise no(
+                f"cannot be read ({str(e.__cause__ or e).splitlines()[0][:300]})",
+                "Mend the file or name another split (--split).",
+            ) from e
 
 # %% ../nbs/20a_examples.ipynb #4a84597e
-TEXT = ("text", "sentence", "content", "document", "review", "question", "query", "prompt", "instruction", "input")      # columns of a text, the first choice first
-PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence"), ("text1", "text2"),
-         ("prompt", "completion"), ("prompt", "response"), ("instruction", "output"), ("question", "answer"))      # two texts that belong together
-LABEL, CHAT = ("label", "labels", "target", "y", "class"), ("messages", "conversation", "conversations")          # a class; a list of turns
+# columns of a text, the first choice first
+TEXT = (
+    "text",
+    "sentence",
+    "content",
+    "document",
+    "review",
+    "question",
+    "query",
+    "prompt",
+    "instruction",
+    "input",
+)
+# two texts that belong together
+PAIRS = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("text1", "text2"),
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("instruction", "output"),
+    ("question", "answer"),
+)
+# a class; a list of turns
+LABEL, CHAT = (
+    ("label", "labels", "target", "y", "class"),
+    ("messages", "conversation", "conversations"),
+)
+
 
 def columns(
-    kinds:dict[str,str],     # column → type, as `datasets` says it: "string", "int64", …
-    text:str|None=None, pair:str|None=None, label:str|None=None,      # a column each; default: guessed
-    source:str|os.PathLike="data",      # for the errors
-)->dict[str,str]:            # "text" and, where there are, "pair" and "label" → column
+    kinds: dict[str, str],  # column → type, as `datasets` says it: "string", "int64", …
+    # a column each; default: guessed
+    text: str | None = None,
+    pair: str | None = None,
+    label: str | None = None,
+    source: str | os.PathLike = "data",  # for the errors
+) -> dict[str, str]:  # "text" and, where there are, "pair" and "label" → column
     "Which column plays which part; `MergeError` lists the columns if it cannot be guessed."
-    def no(why): return MergeError(f"{source}: {why}.\nIts columns are: {', '.join(kinds)}. Name one with --text, --pair or --label.")
+
+    def no(why):
+        return MergeError(
+            f"{source}: {why}.\n"
+            f"Its columns are: {', '.join(kinds)}. Name one with --text, --pair or "
+            "--label."
+        )
+
     for asked in (text, pair, label):
-        if asked and asked not in kinds: raise no(f"has no column {asked!r}")
+        if asked and asked not in kinds:
+            raise no(f"has no column {asked!r}")
     label = label or next((c for c in LABEL if c in kinds), None)
     strings = [c for c, k in kinds.items() if "string" in k and c != label]
     if not text:
         text = next((c for c in ("text", *CHAT) if c in kinds), None)
-        if not text and not pair: text, pair = next((p for p in PAIRS if set(p) <= set(strings)), (None, None))
-        text = text or next((c for c in TEXT if c in strings and c != pair), None) or (strings[0] if len(strings) == 1 else None)
-        if not text: raise no("has no column of texts" if not strings else "which column is the text")
+        if not text and not pair:
+            text, pair = next((p for p in PAIRS if set(p) <= set(strings)), (None, None))
+        text = (
+            text
+            or next((c for c in TEXT if c in strings and c != pair), None)
+            or (strings[0] if len(strings) == 1 else None)
+        )
+        if not text:
+            raise no("has no column of texts" if not strings else "which column is the text")
     return {k: v for k, v in (("text", text), ("pair", pair), ("label", label)) if v}
 
+# %% ../nbs/20a_examples.ipynb #ac5044b8
 def examples(
-    data:str|os.PathLike,          # a JSONL, JSON, CSV, TSV, Parquet or text file, a folder of them, or a hub id[:config][@revision]
-    split:str="train",             # or a slice of one: "train[:10%]"
-    text:str|None=None, pair:str|None=None, label:str|None=None,      # a column each; default: guessed
-    max_samples:int|None=None,     # a random subset of this size, not the head: files are often sorted; default: all
-    seed:int=0,                    # of the subset; a larger one with the same seed contains it
-    skip:int=0,                    # leave out the first so many of that order: what a subset of that size with the same seed holds
-)->list[dict]:                     # {"text": str or chat, "pair": str?, "label": int or str?}
+    # a JSONL, JSON, CSV, TSV, Parquet or text file, a folder of them, or a hub
+    # id[:config][@revision]
+    data: str | os.PathLike,
+    split: str = "train",  # or a slice of one: "train[:10%]"
+    # a column each; default: guessed
+    text: str | None = None,
+    pair: str | None = None,
+    label: str | None = None,
+    # a random subset of this size, not the head: files are often sorted; default: all
+    max_samples: int | None = None,
+    seed: int = 0,  # of the subset; a larger one with the same seed contains it
+    # leave out the first so many of that order: what a subset of that size with the same seed holds
+    skip: int = 0,
+) -> list[dict]:  # {"text": str or chat, "pair": str?, "label": int or str?}
     "Records from wherever they are; `MergeError` if they cannot be read or hold no texts."
     with table(data, split) as rows:
         kinds = {c: str(getattr(f, "dtype", type(f).__name__)) for c, f in rows.features.items()}
         part = columns(kinds, text, pair, label, data)
-        if skip >= len(rows): raise MergeError(f"{data}: holds {len(rows)} examples, and {skip} of them are to be left out.\nGive other examples, or more.")
-        if skip or max_samples and max_samples < len(rows): rows = rows.select(torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[skip:skip + (max_samples or len(rows))].tolist())
-        found = [{k: r[c] for k, c in part.items()} for r in rows.select_columns(list(set(part.values()))).to_list()]
+        if skip >= len(rows):
+            raise MergeError(
+                f"{data}: holds {len(rows)} examples, and {skip} of them are to be left out.\n"
+                "Give other examples, or more."
+            )
+        if skip or max_samples and max_samples < len(rows):
+            rows = rows.select(
+                torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[
+                    skip : skip + (max_samples or len(rows))
+                ].tolist()
+            )
+        found = [
+            {k: r[c] for k, c in part.items()}
+            for r in rows.select_columns(list(set(part.values()))).to_list()
+        ]
     full = [r for r in found if r["text"] not in (None, "", []) and r.get("pair", "") is not None]
-    if not full: raise MergeError(f"{data}: column {part['text']!r} has no text in any of {len(found)} examples.\nIts columns are: {', '.join(kinds)}. Name one with --text.")
-    if len(full) < len(found): warnings.warn(f"{data}: {len(found) - len(full)} of {len(found)} examples have no text{' or no pair'*('pair' in part)} and are left out", stacklevel=2)
-    if not isinstance(t := full[0]["text"], (str, int, float)) and not (isinstance(t, list) and isinstance(t[0], dict) and "role" in t[0]):
-        raise MergeError(f"{data}: column {part['text']!r} holds {kinds[part['text']]}, not texts or chats (lists of role and content).\nIts columns are: {', '.join(kinds)}. Name one with --text.")
+    if not full:
+        raise MergeError(
+            f"{data}: column {part['text']!r} has no text in any of {len(found)} examples.\n"
+            f"Its columns are: {', '.join(kinds)}. Name one with --text."
+        )
+    if len(full) < len(found):
+        warnings.warn(
+            f"{data}: {len(found) - len(full)} of {len(found)} examples have no "
+            f"text{' or no pair' * ('pair' in part)} and are left out",
+            stacklevel=2,
+        )
+    if not isinstance(t := full[0]["text"], (str, int, float)) and not (
+        isinstance(t, list) and isinstance(t[0], dict) and "role" in t[0]
+    ):
+        raise MergeError(
+            f"{data}: column {part['text']!r} holds {kinds[part['text']]}, not texts or "
+            "chats (lists of role and content).\n"
+            f"Its columns are: {', '.join(kinds)}. Name one with --text."
+        )
     return full
 
 # %% ../nbs/20a_examples.ipynb #7de5aa3f
 def batches(
-    kind:str,                  # "causal" | "classifier" | "encoder"
-    tokenizer:Any,             # of transformers
-    records:list[dict],        # from `examples`
-    batch_size:int=8,          # texts
-    max_length:int=512,        # tokens; longer texts are cut
-    seed:int=0,                # of the order
-    label2id:dict|None=None,   # for labels that are names
-)->list[dict[str,Tensor]]:     # input_ids, attention_mask, …: (B, L); labels: (B,), or (B, L) with -100 where nothing is predicted
-    "Padded batches of texts of like length, in random order; labels where all records have one. `MergeError` for labels that are no classes, `ValueError` for a length with room for special tokens only."
+    kind: str,  # "causal" | "classifier" | "encoder"
+    tokenizer: Any,  # of transformers
+    records: list[dict],  # from `examples`
+    batch_size: int = 8,  # texts
+    max_length: int = 512,  # tokens; longer texts are cut
+    seed: int = 0,  # of the order
+    label2id: dict | None = None,  # for labels that are names
+    # input_ids, attention_mask, …: (B, L); labels: (B,), or (B, L) with -100 where nothing is
+    # predicted
+) -> list[dict[str, Tensor]]:
+    """Padded batches of texts of like length, in random order; labels where all records have one.
+    `MergeError` for labels that are no classes, `ValueError` for a length with room for special
+    tokens only."""
     limit = min(max_length, tokenizer.model_max_length)
     chat = isinstance(records[0]["text"], list)
-    if chat and tokenizer.chat_template is None: raise MergeError("these are chats, and the tokenizer has no chat template.\nName a column of texts (--text).")
-    texts = [tokenizer.apply_chat_template(r["text"], tokenize=False) if chat else str(r["text"]) for r in records]
+    if chat and tokenizer.chat_template is None:
+        raise MergeError(
+            "these are chats, and the tokenizer has no chat template.\n"
+            "Name a column of texts (--text)."
+        )
+    texts = [
+        tokenizer.apply_chat_template(r["text"], tokenize=False) if chat else str(r["text"])
+        for r in records
+    ]
     pairs = [str(r["pair"]) for r in records] if "pair" in records[0] else None
-    if kind == "causal" and pairs: texts, pairs = [a + ("" if a[-1:].isspace() or b[:1].isspace() else " ") + b for a, b in zip(texts, pairs)], None
+    if kind == "causal" and pairs:
+        texts, pairs = (
+            [
+                a + ("" if a[-1:].isspace() or b[:1].isspace() else " ") + b
+                for a, b in zip(texts, pairs)
+            ],
+            None,
+        )
     special = 0 if chat else tokenizer.num_special_tokens_to_add(pairs is not None)
-    if limit < (least := max(1 + special, 2 if kind == "causal" else 1)): raise ValueError(f"texts are cut at {limit} tokens, and {least} are the least that say anything: the tokenizer adds {special} of its own.\nRaise the length (--max-length).")
-    with quiet(need("transformers")): found = tokenizer(texts, pairs, truncation=True, max_length=limit, add_special_tokens=not chat)
+    if limit < (least := max(1 + special, 2 if kind == "causal" else 1)):
+        raise ValueError(
+            f"texts are cut at {limit} tokens, and {least} are the least that say "
+            f"anything: the tokenizer adds {special} of its own.\n"
+            "Raise the length (--max-length)."
+        )
+    with quiet(need("transformers")):
+        found = tokenizer(
+            texts, pairs, truncation=True, max_length=limit, add_special_tokens=not chat
+        )
     rows = [{k: v[i] for k, v in found.items()} for i in range(len(texts))]
     if full := [i for i, r in enumerate(rows) if len(r["input_ids"]) == limit]:
-        with quiet(need("transformers")): cut = sum(len(x) > limit for x in tokenizer([texts[i] for i in full], pairs and [pairs[i] for i in full], add_special_tokens=not chat)["input_ids"])
-        if cut: warnings.warn(f"{cut} of {len(rows)} texts are longer than {limit} tokens and are cut there", stacklevel=2)
+        with quiet(need("transformers")):
+            cut = sum(
+                len(x) > limit
+                for x in tokenizer(
+                    [texts[i] for i in full],
+                    pairs and [pairs[i] for i in full],
+                    add_special_tokens=not chat,
+                )["input_ids"]
+            )
+        if cut:
+            warnings.warn(
+                f"{cut} of {len(rows)} texts are longer than {limit} tokens and are cut there",
+                stacklevel=2,
+            )
     if kind != "causal" and all(r.get("label") is not None for r in records):
-        for r, y in zip(rows, _classes([r["label"] for r in records], label2id)): r["labels"] = y
-    order = sorted((i for i, r in enumerate(rows) if len(r["input_ids"]) > (kind == "causal")), key=lambda i: -len(rows[i]["input_ids"]))     # one token predicts nothing
-    if (short := len(rows) - len(order)) and order: warnings.warn(f"{short} of {len(rows)} texts are too short to predict anything and are left out", stacklevel=2)
-    if not order: raise MergeError("no text has a token.\nIs it the right column, and the right tokenizer?")
-    cuts = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+        for r, y in zip(rows, _classes([r["label"] for r in records], label2id)):
+            r["labels"] = y
+    # one token predicts nothing
+    order = sorted(
+        (i for i, r in enumerate(rows) if len(r["input_ids"]) > (kind == "causal")),
+        key=lambda i: -len(rows[i]["input_ids"]),
+    )
+    if (short := len(rows) - len(order)) and order:
+        warnings.warn(
+            f"{short} of {len(rows)} texts are too short to predict anything and are left out",
+            stacklevel=2,
+        )
+    if not order:
+        raise MergeError("no text has a token.\nIs it the right column, and the right tokenizer?")
+    cuts = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     random.Random(seed).shuffle(cuts)
     out = []
     for cut in cuts:
-        b = dict(tokenizer.pad([{k: v for k, v in rows[i].items() if k != "labels"} for i in cut], return_tensors="pt"))
-        if kind == "causal": b["labels"] = b["input_ids"].masked_fill(b["attention_mask"] == 0, -100)
-        elif "labels" in rows[cut[0]]: b["labels"] = torch.tensor([rows[i]["labels"] for i in cut])
+        b = dict(
+            tokenizer.pad(
+                [{k: v for k, v in rows[i].items() if k != "labels"} for i in cut],
+                return_tensors="pt",
+            )
+        )
+        if kind == "causal":
+            b["labels"] = b["input_ids"].masked_fill(b["attention_mask"] == 0, -100)
+        elif "labels" in rows[cut[0]]:
+            b["labels"] = torch.tensor([rows[i]["labels"] for i in cut])
         out.append(b)
     return out
 
-def _classes(labels:list, label2id:dict|None)->list[int]:
+# %% ../nbs/20a_examples.ipynb #1f42ced5
+def _classes(labels: list, label2id: dict | None) -> list[int]:
     known = {str(k): v for k, v in (label2id or {}).items()}
+
     def number(y):
-        if isinstance(y, str) and y in known: return known[y]
-        if y.lstrip("-").isdigit() if isinstance(y, str) else int(y) == y: return int(y)
-        raise MergeError(f"the label {y!r} is neither a whole number nor a class of the model.\nIts classes are: {', '.join(known) or 'not in its config'}.")
+        if isinstance(y, str) and y in known:
+            return known[y]
+        if y.lstrip("-").isdigit() if isinstance(y, str) else int(y) == y:
+            return int(y)
+        raise MergeError(
+            f"the label {y!r} is neither a whole number nor a class of the model.\n"
+            f"Its classes are: {', '.join(known) or 'not in its config'}."
+        )
+
     out = [number(y) for y in labels]
-    if min(out) < 0: raise MergeError(f"a label is {min(out)}: these examples are not labelled.\nTake another split, or another column (--label).")
+    if min(out) < 0:
+        raise MergeError(
+            f"a label is {min(out)}: these examples are not labelled.\n"
+            "Take another split, or another column (--label)."
+        )
     return out

@@ -15,35 +15,47 @@ from torch import Tensor
 # %% ../nbs/09_factors.ipynb #d5d94542
 @dataclass(frozen=True)
 class Factors:
-    "A low-rank update ΔW = s·B·A: one pair of its orbit {(B·M⁻¹, M·A)}. Leading dimensions count layers."
-    B: Tensor         # (…, m, r)
-    A: Tensor         # (…, r, n)
-    s: float = 1.0    # lora_alpha/r, or lora_alpha/√r with use_rslora
-    shape = property(lambda self: (self.B.shape[-2], self.A.shape[-1]))    # (m, n)
-    rank = property(lambda self: self.A.shape[-2])                         # r, of the pair; the product may have less
-    dtype = property(lambda self: self.B.dtype)                            # of both
-    device = property(lambda self: self.B.device)                          # of both
-    def double(self)->"Factors":
+    """A low-rank update ΔW = s·B·A: one pair of its orbit {(B·M⁻¹, M·A)}. Leading dimensions count
+    layers."""
+
+    B: Tensor  # (…, m, r)
+    A: Tensor  # (…, r, n)
+    s: float = 1.0  # lora_alpha/r, or lora_alpha/√r with use_rslora
+    shape = property(lambda self: (self.B.shape[-2], self.A.shape[-1]))  # (m, n)
+    rank = property(lambda self: self.A.shape[-2])  # r, of the pair; the product may have less
+    dtype = property(lambda self: self.B.dtype)  # of both
+    device = property(lambda self: self.B.device)  # of both
+
+    def double(self) -> "Factors":
         "The same update in float64, with s = 1."
-        return Factors(self.B.double() if self.s == 1 else self.s*self.B.double(), self.A.double())
-    def delta(self)->Tensor:
+        return Factors(
+            self.B.double() if self.s == 1 else self.s*self.B.double(), self.A.double()
+        )
+
+    def delta(self) -> Tensor:
         "ΔW, (…, m, n): for small matrices and tests only."
         return self.s*(self.B @ self.A)
 
 # %% ../nbs/09_factors.ipynb #a6b014e2
-def svd(f:Factors)->tuple[Tensor,Tensor,Tensor]:    # U (…, m, k), σ (…, k) descending, V (…, n, k), k = min(r, m, n); float64
+def svd(
+    f: Factors,
+    # U (…, m, k), σ (…, k) descending, V (…, n, k), k = min(r, m, n); float64
+) -> tuple[Tensor, Tensor, Tensor]:
     "Singular value decomposition of ΔW = s·B·A from two thin QRs: U·diag(σ)·Vᵀ."
     f = f.double()
-    QB, RB = torch.linalg.qr(f.B); QA, RA = torch.linalg.qr(f.A.mT)
+    QB, RB = torch.linalg.qr(f.B)
+    QA, RA = torch.linalg.qr(f.A.mT)
     U, S, Vt = torch.linalg.svd(RB @ RA.mT, full_matrices=False)
     return QB @ U, S, QA @ Vt.mT
 
+# %% ../nbs/09_factors.ipynb #12ab819b
 def balanced(
-    U:Tensor,    # (…, m, k), orthonormal columns
-    S:Tensor,    # (…, k), σ >= 0; what is negative counts as 0
-    V:Tensor,    # (…, n, k), orthonormal columns
-)->Factors:      # of rank k
-    "The pair of the orbit of U·diag(σ)·Vᵀ with BᵀB = AAᵀ = diag(σ): the numbers are spread evenly over both factors."
+    U: Tensor,  # (…, m, k), orthonormal columns
+    S: Tensor,  # (…, k), σ >= 0; what is negative counts as 0
+    V: Tensor,  # (…, n, k), orthonormal columns
+) -> Factors:  # of rank k
+    """The pair of the orbit of U·diag(σ)·Vᵀ with BᵀB = AAᵀ = diag(σ): the numbers are spread evenly
+    over both factors."""
     root = S.clamp(min=0).sqrt()[..., None, :]
     return Factors(U*root, (V*root).mT)
 
@@ -51,24 +63,39 @@ def balanced(
 @dataclass(frozen=True)
 class Basis:
     "An orthonormal basis Q of the columns of X = Q·R, kept as Householder reflections."
-    a: Tensor      # (…, m, R), from `torch.geqrf`
-    tau: Tensor    # (…, R)
+
+    a: Tensor  # (…, m, R), from `torch.geqrf`
+    tau: Tensor  # (…, R)
+
     @classmethod
-    def of(cls, X:Tensor)->"Basis":
+    def of(cls, X: Tensor) -> "Basis":
         "A basis of the columns of X, (…, m, k), of dimension R = min(m, k)."
         return cls(*torch.geqrf(X))
-    shape = property(lambda self: (self.a.shape[-2], self.tau.shape[-1]))    # (m, R)
-    def R(self)->Tensor:
+
+    shape = property(lambda self: (self.a.shape[-2], self.tau.shape[-1]))  # (m, R)
+
+    def R(self) -> Tensor:
         "The columns of X in the basis: (…, R, k), upper triangular."
-        return self.a[..., :self.shape[1], :].triu()
-    def __matmul__(self, C:Tensor)->Tensor:                                                # (…, R, k) → (…, m, k)
+        return self.a[..., : self.shape[1], :].triu()
+
+    # (…, R, k) → (…, m, k)
+    def __matmul__(self, C: Tensor) -> Tensor:
         m, R = self.shape
         return torch.ormqr(self.a[..., :R], self.tau, torch.nn.functional.pad(C, (0, 0, 0, m - R)))
 
+# %% ../nbs/09_factors.ipynb #2c2c29f8
 def core(
-    thetas:Sequence[Factors],    # T updates of one shape (m, n), of any ranks
-)->tuple[Basis,Basis,list[Factors]]:    # Q_G (m, R_G), Q_H (n, R_H), and the core (R_G, R_H) of each update as a pair, in float64
+    thetas: Sequence[Factors],  # T updates of one shape (m, n), of any ranks
+    # Q_G (m, R_G), Q_H (n, R_H), and the core (R_G, R_H) of each update as a pair, in float64
+) -> tuple[Basis, Basis, list[Factors]]:
     "QR cores: ΔW = Q_G·(g·hᵀ)·Q_Hᵀ exactly for each update."
-    QG, QH = Basis.of(torch.cat([f.double().B for f in thetas], -1)), Basis.of(torch.cat([f.A.double().mT for f in thetas], -1))
+    QG, QH = (
+        Basis.of(torch.cat([f.double().B for f in thetas], -1)),
+        Basis.of(torch.cat([f.A.double().mT for f in thetas], -1)),
+    )
     ranks = [f.rank for f in thetas]
-    return QG, QH, [Factors(g, h.mT) for g, h in zip(QG.R().split(ranks, -1), QH.R().split(ranks, -1))]
+    return (
+        QG,
+        QH,
+        [Factors(g, h.mT) for g, h in zip(QG.R().split(ranks, -1), QH.R().split(ranks, -1))],
+    )

@@ -16,162 +16,354 @@ from .uses import MATRIX, Use
 
 # %% ../nbs/19b_forms.ipynb #0541a9df
 class Sums:
-    "Running sums over samples of contributions c, with what the standard error of their mean needs."
-    def __init__(self, total:dict|None=None, square:dict|None=None, count:dict|None=None, count2:dict|None=None):      # by key: Σc, Σ‖c‖², Σt, Σt²; default none
-        self.total, self.square, self.count, self.count2 = total or {}, square or {}, count or {}, count2 or {}
-    def add(self,
-        key:str,
-        c:Tensor,                    # Σ c
-        square:Tensor,               # Σ ‖c‖²
-        tokens:Tensor|None=None,     # t, (N,): of each sample, if the mean is one over tokens
+    """Running sums over samples of contributions c, with what the standard error of their mean
+    needs."""
+
+    # by key: Σc, Σ‖c‖², Σt, Σt²; default none
+    def __init__(
+        self,
+        total: dict | None = None,
+        square: dict | None = None,
+        count: dict | None = None,
+        count2: dict | None = None,
+    ):
+        self.total, self.square, self.count, self.count2 = (
+            total or {},
+            square or {},
+            count or {},
+            count2 or {},
+        )
+
+    def add(
+        self,
+        key: str,
+        c: Tensor,  # Σ c
+        square: Tensor,  # Σ ‖c‖²
+        tokens: Tensor | None = None,  # t, (N,): of each sample, if the mean is one over tokens
     ):
         "Add the samples of a batch."
         t = None if tokens is None else tokens.double()
-        for d, v in ((self.total, c), (self.square, square.double()), *(() if t is None else ((self.count, t.sum()), (self.count2, t.pow(2).sum())))):
-            if key in d: d[key] += v
-            else: d[key] = v
-    def mean(self, key:str, n:int)->Tensor:
+        for d, v in (
+            (self.total, c),
+            (self.square, square.double()),
+            *(() if t is None else ((self.count, t.sum()), (self.count2, t.pow(2).sum()))),
+        ):
+            if key in d:
+                d[key] += v
+            else:
+                d[key] = v
+
+    def mean(self, key: str, n: int) -> Tensor:
         "Σc/n, or Σc/Σt where tokens are counted."
-        return self.total[key]/(self.count[key].clamp(min=1).to(self.total[key].dtype) if key in self.count else n)
-    def error(self, key:str, n:int)->float|None:     # None: unknown, for fewer than two samples or a mean of zero
+        return self.total[key]/(
+            self.count[key].clamp(min=1).to(self.total[key].dtype) if key in self.count else n
+        )
+
+    def error(
+        self,
+        key: str,
+        n: int,
+        # None: unknown, for fewer than two samples or a mean of zero
+    ) -> float | None:
         "Relative standard error of the mean of n samples, in the Frobenius norm."
         m2 = float(self.total[key].double().div(n).pow(2).sum())
-        if n < 2 or not m2: return None
+        if n < 2 or not m2:
+            return None
         r = float(n*self.count2[key]/self.count[key]**2) if key in self.count else 1.0
-        return (max(float(self.square[key])/n - r*m2, 0)/(n - 1)/m2)**.5
+        return (max(float(self.square[key])/n - r*m2, 0)/(n - 1)/m2)**0.5
 
 # %% ../nbs/19b_forms.ipynb #b648ffa7
-WIDE = 8192                      # features; a wider side of a layer has a diagonal factor
-GRADIENTS = 1 << 24              # numbers of per-sample gradients in memory at a time
+WIDE = 8192  # features; a wider side of a layer has a diagonal factor
+GRADIENTS = 1 << 24  # numbers of per-sample gradients in memory at a time
+
 
 def covariance(
-    rows:Tensor,                 # (N, t, f)
-)->tuple[Tensor,Tensor]:         # Σ (f, f), or its diagonal (f,) if f > `WIDE`; Σ‖c‖² over samples, float64
+    rows: Tensor,  # (N, t, f)
+    # Σ (f, f), or its diagonal (f,) if f > `WIDE`; Σ‖c‖² over samples, float64
+) -> tuple[Tensor, Tensor]:
     "Σ over samples and tokens of the outer products of rows."
-    if rows.shape[2] > WIDE: each = rows.pow(2).sum(1); return each.sum(0), each.pow(2).sum(dtype=torch.float64)
+    if rows.shape[2] > WIDE:
+        each = rows.pow(2).sum(1)
+        return each.sum(0), each.pow(2).sum(dtype=torch.float64)
     X = rows.reshape(-1, rows.shape[2])
-    if rows.shape[1] <= rows.shape[2]: return X.T @ X, (rows @ rows.mT).pow(2).sum(dtype=torch.float64)
-    total, square = rows.new_zeros(rows.shape[2], rows.shape[2]), torch.zeros((), dtype=torch.float64, device=rows.device)
-    for r in rows: c = r.T @ r; total += c; square += c.pow(2).sum(dtype=torch.float64)
+    if rows.shape[1] <= rows.shape[2]:
+        return X.T @ X, (rows @ rows.mT).pow(2).sum(dtype=torch.float64)
+    total, square = (
+        rows.new_zeros(rows.shape[2], rows.shape[2]),
+        torch.zeros((), dtype=torch.float64, device=rows.device),
+    )
+    for r in rows:
+        c = r.T @ r
+        total += c
+        square += c.pow(2).sum(dtype=torch.float64)
     return total, square
 
+# %% ../nbs/19b_forms.ipynb #6676cad3
 def frequencies(
-    ids:Tensor, keep:Tensor,     # (N, t); (N, t) bool
-    size:int, dtype:torch.dtype, # of the vocabulary; of the counts
-)->tuple[Tensor,Tensor]:         # Σ (size,); Σ‖c‖² over samples, float64
+    ids: Tensor,
+    keep: Tensor,  # (N, t); (N, t) bool
+    size: int,
+    dtype: torch.dtype,  # of the vocabulary; of the counts
+) -> tuple[Tensor, Tensor]:  # Σ (size,); Σ‖c‖² over samples, float64
     "How often each id is looked up."
     same = (ids[:, :, None] == ids[:, None]) & keep[:, :, None] & keep[:, None]
     return torch.bincount(ids[keep], minlength=size).to(dtype), same.sum(dtype=torch.float64)
 
 # %% ../nbs/19b_forms.ipynb #d7c6f055
 def projected_diagonal(
-    V:Tensor,                    # (m, n), >= 0: one number an entry
-    U:Tensor, W:Tensor,          # (m, p), (n, p): the basis u_i w_iᵀ
-)->Tensor:                       # (p, p)
+    V: Tensor,  # (m, n), >= 0: one number an entry
+    U: Tensor,
+    W: Tensor,  # (m, p), (n, p): the basis u_i w_iᵀ
+) -> Tensor:  # (p, p)
     "(u_i∘u_j)ᵀ V (w_i∘w_j): a diagonal metric in the basis u_i w_iᵀ (EpiMer, arXiv 2605.26693)."
     H = V.new_zeros(U.shape[1], U.shape[1])
-    for i in range(len(H)): H[i, i:] = ((V.mT @ (U[:, i:]*U[:, i:i + 1]))*(W[:, i:]*W[:, i:i + 1])).sum(0)
+    for i in range(len(H)):
+        H[i, i:] = ((V.mT @ (U[:, i:]*U[:, i : i + 1]))*(W[:, i:]*W[:, i : i + 1])).sum(0)
     return H + H.triu(1).mT
 
+# %% ../nbs/19b_forms.ipynb #6b63dcde
 def projected_kronecker(
-    L:Tensor|None, R:Tensor|None,      # (m, m) or (m,); (n, n) or (n,)
-    U:Tensor, W:Tensor,                # (m, p), (n, p): the basis u_i w_iᵀ
-)->Tensor:                             # (p, p)
-    "(UᵀLU)∘(WᵀRW): a Kronecker metric in the basis u_i w_iᵀ; a vector is a diagonal, None the identity."
-    def side(M, B): return B.mT @ (B if M is None else M[:, None]*B if M.dim() == 1 else M @ B)
+    L: Tensor | None,
+    R: Tensor | None,  # (m, m) or (m,); (n, n) or (n,)
+    U: Tensor,
+    W: Tensor,  # (m, p), (n, p): the basis u_i w_iᵀ
+) -> Tensor:  # (p, p)
+    """(UᵀLU)∘(WᵀRW): a Kronecker metric in the basis u_i w_iᵀ; a vector is a diagonal, None the
+    identity."""
+
+    def side(M, B):
+        return B.mT @ (B if M is None else M[:, None]*B if M.dim() == 1 else M @ B)
+
     return side(L, U)*side(R, W)
 
 # %% ../nbs/19b_forms.ipynb #c4dde95f
 class Form:
     "What all forms share: `sums`, and the names under which they are read."
-    parts:tuple[str,...] = ("",)       # endings of the names of its tensors
-    def __init__(self,
-        dtypes:dict[str,torch.dtype],                        # parameter → dtype of its sums
-        basis:dict[str,tuple[Tensor,Tensor]]|None=None,      # parameter → (U, V), for `Projected`
+
+    parts: tuple[str, ...] = ("",)  # endings of the names of its tensors
+
+    def __init__(
+        self,
+        dtypes: dict[str, torch.dtype],  # parameter → dtype of its sums
+        basis: dict[str, tuple[Tensor, Tensor]]
+        | None = None,  # parameter → (U, V), for `Projected`
     ):
         self.dtypes, self.basis, self.sums = dtypes, basis or {}, Sums()
-        self.diagonal:set[str] = set()                       # tensors that are diagonals since their side is wide
-    def __call__(self, p:str, uses:list[tuple[str,Use]]):
+        # tensors that are diagonals since their side is wide
+        self.diagonal: set[str] = set()
+
+    def __call__(self, p: str, uses: list[tuple[str, Use]]):
         "Add a batch's uses of parameter p, as (role, use)."
         raise NotImplementedError
-    def refuses(self, p:str, uses:list[tuple[str,Use]])->str|None:
+
+    def refuses(self, p: str, uses: list[tuple[str, Use]]) -> str | None:
         "Why this form does not hold parameter p; None if it does."
-        return None if all(role == "weight" and u.kind in MATRIX for role, u in uses) else "this form is for the weights of linear layers, convolutions and embeddings"
-    def begin(self, calls:dict|None=None): "Before a batch; before the first, with the uses that a rehearsal found."
-    def key(self, p:str, part:str)->str:
+        return (
+            None
+            if all(role == "weight" and u.kind in MATRIX for role, u in uses)
+            else "this form is for the weights of linear layers, convolutions and embeddings"
+        )
+
+    def begin(self, calls: dict | None = None):
+        "Before a batch; before the first, with the uses that a rehearsal found."
+
+    def key(self, p: str, part: str) -> str:
         "Under which key the sums of a part are: its own name, unless it is shared."
         return p + part
-    def result(self, n:int, names:dict[str,list])->tuple[dict,dict]:      # {name: mean}, {name: relative error}
-        "Means over n samples, one tensor for each key however many names read it."
-        keys = {(p, s): k for p in names for s in self.parts if (k := self.key(p, s)) in self.sums.total}
-        means = {k: self.sums.mean(k, n) for k in dict.fromkeys(keys.values())}
-        errors = {p: [self.sums.error(k, n) for (q, _), k in keys.items() if q == p] for p, _ in keys}
-        def both(e): return None if None in e else sum(x*x for x in e)**.5
-        return {m + s: means[k] for (p, s), k in keys.items() for m in names[p]}, {m: both(e) for p, e in errors.items() for m in names[p]}
 
+    def result(
+        self,
+        n: int,
+        names: dict[str, list],
+        # {name: mean}, {name: relative error}
+    ) -> tuple[dict, dict]:
+        "Means over n samples, one tensor for each key however many names read it."
+        keys = {
+            (p, s): k for p in names for s in self.parts if (k := self.key(p, s)) in self.sums.total
+        }
+        means = {k: self.sums.mean(k, n) for k in dict.fromkeys(keys.values())}
+        errors = {
+            p: [self.sums.error(k, n) for (q, _), k in keys.items() if q == p] for p, _ in keys
+        }
+
+        def both(e):
+            return None if None in e else sum(x*x for x in e)**0.5
+
+        return {m + s: means[k] for (p, s), k in keys.items() for m in names[p]}, {
+            m: both(e) for p, e in errors.items() for m in names[p]
+        }
+
+# %% ../nbs/19b_forms.ipynb #dfc0dc7e
 class Diagonals(Form):
     "P: the mean square of per-sample gradients."
-    def refuses(self, p, uses): return None
+
+    def refuses(self, p, uses):
+        return None
+
     def __call__(self, p, uses):
         (role, u), dtype = uses[0], self.dtypes[p]
-        shape, lone = u.layer._parameters[role].shape, len(uses) == 1 and role == "weight" and u.kind in ("linear", "conv1d")
-        if all(v.kind == "embedding" for _, v in uses):       # zero but in the rows of a sample's own tokens
-            ids, d = torch.cat([v.ids() for _, v in uses], 1), torch.cat([v.back(dtype) for _, v in uses], 1)
-            rows, at = (ids + shape[0]*torch.arange(u.n, device=ids.device)[:, None]).flatten().unique(return_inverse=True)
-            g2 = d.new_zeros(len(rows), shape[1]).index_add_(0, at.flatten(), d.flatten(0, 1)).pow_(2)
-            return self.sums.add(p, d.new_zeros(shape).index_add_(0, rows % shape[0], g2), g2.pow_(2).sum(dtype=torch.float64))
-        if lone and (d := u.back(dtype).pow(2)).shape[1] == 1:      # one token: the square of a product
+        shape, lone = (
+            u.layer._parameters[role].shape,
+            len(uses) == 1 and role == "weight" and u.kind in ("linear", "conv1d"),
+        )
+        # zero but in the rows of a sample's own tokens
+        if all(v.kind == "embedding" for _, v in uses):
+            ids, d = (
+                torch.cat([v.ids() for _, v in uses], 1),
+                torch.cat([v.back(dtype) for _, v in uses], 1),
+            )
+            rows, at = (
+                (ids + shape[0]*torch.arange(u.n, device=ids.device)[:, None])
+                .flatten()
+                .unique(return_inverse=True)
+            )
+            g2 = (
+                d.new_zeros(len(rows), shape[1])
+                .index_add_(0, at.flatten(), d.flatten(0, 1))
+                .pow_(2)
+            )
+            return self.sums.add(
+                p,
+                d.new_zeros(shape).index_add_(0, rows % shape[0], g2),
+                g2.pow_(2).sum(dtype=torch.float64),
+            )
+        # one token: the square of a product
+        if lone and (d := u.back(dtype).pow(2)).shape[1] == 1:
             d, a = d[:, 0], u.rows(dtype)[:, 0].pow(2)
-            return self.sums.add(p, a.T @ d if u.kind == "conv1d" else d.T @ a, (d.double().pow(2).sum(1)*a.double().pow(2).sum(1)).sum())
-        total, square, step = torch.zeros(shape, dtype=dtype, device=u.delta().device), torch.zeros((), dtype=torch.float64, device=u.delta().device), max(1, GRADIENTS//shape.numel())
+            return self.sums.add(
+                p,
+                a.T @ d if u.kind == "conv1d" else d.T @ a,
+                (d.double().pow(2).sum(1)*a.double().pow(2).sum(1)).sum(),
+            )
+        total, square, step = (
+            torch.zeros(shape, dtype=dtype, device=u.delta().device),
+            torch.zeros((), dtype=torch.float64, device=u.delta().device),
+            max(1, GRADIENTS//shape.numel()),
+        )
         for i in range(0, u.n, step):
             g = uses[0][1].gradient(role, dtype, i, i + step)
-            for r, v in uses[1:]: g = g + v.gradient(r, dtype, i, i + step)
-            g2 = g.pow(2); total += g2.sum(0); square += g2.pow_(2).sum(dtype=torch.float64)
+            for r, v in uses[1:]:
+                g = g + v.gradient(r, dtype, i, i + step)
+            g2 = g.pow(2)
+            total += g2.sum(0)
+            square += g2.pow_(2).sum(dtype=torch.float64)
         self.sums.add(p, total, square)
 
+# %% ../nbs/19b_forms.ipynb #957c528f
 class Factors(Form):
-    "P.left and P.right: the second moments of what went in and of what came back, as they act on the rows and columns of P."
-    parts, back = (".left", ".right"), True      # the names of both; whether what came back is collected too
+    """P.left and P.right: the second moments of what went in and of what came back, as they act on
+    the rows and columns of P."""
+
+    # the names of both; whether what came back is collected too
+    parts, back = (".left", ".right"), True
+
     def refuses(self, p, uses):
         kinds = sorted({u.kind for _, u in uses})
-        return super().refuses(p, uses) or (f"it is shared by layers of different kinds ({', '.join(kinds)}), whose factors are of different spaces" if len(kinds) > 1 else None)
+        return super().refuses(p, uses) or (
+            f"it is shared by layers of different kinds ({', '.join(kinds)}), whose "
+            "factors are of different spaces"
+            if len(kinds) > 1
+            else None
+        )
+
     def begin(self, calls=None):
         self.seen = {}
-        if calls is None: return
-        self.into, self.leader, first = {p: ".left" if u[0][1].kind in ("conv1d", "embedding") else ".right" for p, u in calls.items()}, {}, {}
-        for p, uses in calls.items(): self.leader[p] = first.setdefault((uses[0][1].kind == "embedding", self.into[p], *(u.key for _, u in uses)), p)      # queries, keys and values share their input's factor
-    def key(self, p, part): return (self.leader[p] if part == self.into[p] else p) + part
+        if calls is None:
+            return
+        self.into, self.leader, first = (
+            {
+                p: ".left" if u[0][1].kind in ("conv1d", "embedding") else ".right"
+                for p, u in calls.items()
+            },
+            {},
+            {},
+        )
+        # queries, keys and values share their input's factor
+        for p, uses in calls.items():
+            self.leader[p] = first.setdefault(
+                (uses[0][1].kind == "embedding", self.into[p], *(u.key for _, u in uses)), p
+            )
+
+    def key(self, p, part):
+        return (self.leader[p] if part == self.into[p] else p) + part
+
     def __call__(self, p, uses):
         dtype, uses, lead = self.dtypes[p], [u for _, u in uses], self.leader[p]
         keys = [u.key for u in uses]
-        if self.seen.setdefault(lead, keys) != keys: raise ValueError(f"{p} and {lead} had the same inputs in the first batch, and do not have them in a later one.\nCollect their statistics in separate runs (parameters=).")
+        if self.seen.setdefault(lead, keys) != keys:
+            raise ValueError(
+                f"{p} and {lead} had the same inputs in the first batch, and do not have them "
+                "in a later one.\n"
+                "Collect their statistics in separate runs (parameters=)."
+            )
         if self.seen[lead] is keys:
             x = [u.ids() if u.kind == "embedding" else u.rows(dtype) for u in uses]
-            keep, x = torch.cat([torch.ones(v.shape[:2], dtype=torch.bool, device=v.device) if u.mask is None else u.mask for u, v in zip(uses, x)], 1), torch.cat(x, 1)
+            keep, x = (
+                torch.cat(
+                    [
+                        torch.ones(v.shape[:2], dtype=torch.bool, device=v.device)
+                        if u.mask is None
+                        else u.mask
+                        for u, v in zip(uses, x)
+                    ],
+                    1,
+                ),
+                torch.cat(x, 1),
+            )
             if uses[0].kind == "embedding":
-                if uses[0].layer.padding_idx is not None: keep = keep & (x != uses[0].layer.padding_idx)
+                if uses[0].layer.padding_idx is not None:
+                    keep = keep & (x != uses[0].layer.padding_idx)
                 c, square = frequencies(x, keep, uses[0].layer.num_embeddings, dtype)
-            else: c, square = covariance(x*keep[..., None])
-            self._add(self.key(p, self.into[p]), c, square, keep.sum(1), uses[0].kind != "embedding")
-        if self.back: self._add(p + (".right" if self.into[p] == ".left" else ".left"), *covariance(torch.cat([u.back(dtype) for u in uses], 1)))
+            else:
+                c, square = covariance(x*keep[..., None])
+            self._add(
+                self.key(p, self.into[p]), c, square, keep.sum(1), uses[0].kind != "embedding"
+            )
+        if self.back:
+            self._add(
+                p + (".right" if self.into[p] == ".left" else ".left"),
+                *covariance(torch.cat([u.back(dtype) for u in uses], 1)),
+            )
+
     def _add(self, key, c, square, tokens=None, wide=True):
         self.sums.add(key, c, square, tokens)
-        if wide and c.dim() == 1: self.diagonal.add(key)
+        if wide and c.dim() == 1:
+            self.diagonal.add(key)
 
+# %% ../nbs/19b_forms.ipynb #ef43dfd1
 class Inputs(Factors):
     "The side of what went in alone (RegMean; Jin et al. 2023), which needs no backward pass."
+
     back = False
 
+# %% ../nbs/19b_forms.ipynb #54b7c9dd
 class Projected(Form):
     "P.projected: the second moment of per-sample gradients in a basis {P: (U (m, p), V (n, p))}."
+
     parts = (".projected",)
+
     def __call__(self, p, uses):
         (U, V), dtype = self.basis[p], self.dtypes[p]
-        def coordinates(u):      # (N, p)
+
+        def coordinates(u):  # (N, p)
             d = u.back(dtype) @ (V if u.kind in ("conv1d", "embedding") else U)
-            return (d*(U[u.ids()] if u.kind == "embedding" else u.rows(dtype) @ (U if u.kind == "conv1d" else V))).sum(1)
+            return (
+                d
+                * (
+                    U[u.ids()]
+                    if u.kind == "embedding"
+                    else u.rows(dtype) @ (U if u.kind == "conv1d" else V)
+                )
+            ).sum(1)
+
         g = reduce(torch.add, (coordinates(u) for _, u in uses))
         self.sums.add(p + ".projected", g.mT @ g, g.pow(2).sum(1).pow(2).sum(dtype=torch.float64))
 
-FORMS:dict[str,type[Form]] = {"diagonal": Diagonals, "kronecker": Factors, "inputs": Inputs, "projected": Projected}      # form= of `curvature`
+# %% ../nbs/19b_forms.ipynb #fe01e70a
+# form= of `curvature`
+FORMS: dict[str, type[Form]] = {
+    "diagonal": Diagonals,
+    "kronecker": Factors,
+    "inputs": Inputs,
+    "projected": Projected,
+}

@@ -20,55 +20,91 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Point:
     "One model in coordinates, and the metric that it brings."
-    x: Tensor        # coordinates, of any shape that the geometry chooses
-    G: Any = 1.0     # positive semi-definite metric on tangents, in loss per squared unit: float, tensor (a diagonal), or anything of `metrics`; default: the geometry's own
+
+    x: Tensor  # coordinates, of any shape that the geometry chooses
+    # positive semi-definite metric on tangents, in loss per squared unit: float, tensor (a
+    # diagonal), or anything of `metrics`; default: the geometry's own
+    G: Any = 1.0
 
 # %% ../nbs/01_geometry.ipynb #c3aa98f8
 @dataclass(frozen=True)
 class Geometry(ABC):
-    "Where models are, and how to go from one to another. Subclasses are frozen, stateless and final."
-    separable = False    # d² is a sum over coordinates: any cut of a tensor may be merged on its own
-    factors = False      # its chart reads low-rank pairs (`Factors`), not tensors
-    curved = False       # its point is the metrics: a tensor for which there are none is merged as in flat space
+    """Where models are, and how to go from one to another. Subclasses are frozen, stateless and
+    final."""
+
+    # d² is a sum over coordinates: any cut of a tensor may be merged on its own
+    separable = False
+    factors = False  # its chart reads low-rank pairs (`Factors`), not tensors
+    # its point is the metrics: a tensor for which there are none is merged as in flat space
+    curved = False
     differences = False  # it adds what models changed, and needs the base from which they did
-    needs_metrics = False    # without metrics there is nothing of it: refused, instead of merged as in flat space
-    keeps_rank = False   # a mean of low-rank updates has their rank, and not the sum of their ranks
-    batched = False      # its points may have one more dimension in front, which counts problems of one shape
-    radius = None        # float | None: if every model is closer to a stationary point than this, that point is the mean: math.inf where space is flat; None: not known
-    laws_waived = ()     # tuple[int, ...]: the laws (`check_geometry`) that this method breaks by design
+    # without metrics there is nothing of it: refused, instead of merged as in flat space
+    needs_metrics = False
+    # a mean of low-rank updates has their rank, and not the sum of their ranks
+    keeps_rank = False
+    # its points may have one more dimension in front, which counts problems of one shape
+    batched = False
+    # float | None: if every model is closer to a stationary point than this, that point is the
+    # mean: math.inf where space is flat; None: not known
+    radius = None
+    # tuple[int, ...]: the laws (`check_geometry`) that this method breaks by design
+    laws_waived = ()
 
     @abstractmethod
-    def chart(self,
-        thetas:Sequence[Any],              # T tensors of one shape, or a `Stack` of them that is still on disk; T `Factors` if `factors`
-        Gs:Sequence[Any]|None=None,        # T metrics, for the tensors as they are; default 1.0
-    )->tuple[list[Point],Callable[[Tensor],Any]]:      # points of one shape, one or several for each model; and the way back: coordinates → tensor (or `Factors`) like the thetas
-        "All models at once in coordinates, and the way back; `ValueError` for metrics that the coordinates cannot carry."
+    def chart(
+        self,
+        # T tensors of one shape, or a `Stack` of them that is still on disk; T `Factors` if
+        # `factors`
+        thetas: Sequence[Any],
+        Gs: Sequence[Any] | None = None,  # T metrics, for the tensors as they are; default 1.0
+        # points of one shape, one or several for each model; and the way back: coordinates → tensor
+        # (or `Factors`) like the thetas
+    ) -> tuple[list[Point], Callable[[Tensor], Any]]:
+        """All models at once in coordinates, and the way back; `ValueError` for metrics that the
+        coordinates cannot carry."""
+
     @abstractmethod
-    def log(self, m:Tensor, x:Tensor)->Tensor:
-        "The tangent at m that points to x along the shortest path, as long as the path; NaN where there is no single one."
+    def log(self, m: Tensor, x: Tensor) -> Tensor:
+        """The tangent at m that points to x along the shortest path, as long as the path; NaN where
+        there is no single one."""
+
     @abstractmethod
-    def exp(self, m:Tensor, v:Tensor)->Tensor:
+    def exp(self, m: Tensor, v: Tensor) -> Tensor:
         "The point to which the tangent v at m leads: `exp(m, log(m, x))` is x."
-    def start(self, points:Sequence[Point], ws:Sequence[float])->Tensor:
+
+    def start(self, points: Sequence[Point], ws: Sequence[float]) -> Tensor:
         "Where the solver begins: one step towards the mean from the heaviest model; ws sum to 1."
         m = points[max(range(len(ws)), key=ws.__getitem__)].x
-        return self.exp(m, reduce(torch.add, (w*self.log(m, p.x).nan_to_num(0) for p, w in zip(points, ws))))
-    def size(self, m:Tensor)->Tensor:
-        "What is as long as tangents are whose rounding is that of m: m itself, if both are in one unit."
+        return self.exp(
+            m, reduce(torch.add, (w*self.log(m, p.x).nan_to_num(0) for p, w in zip(points, ws)))
+        )
+
+    def size(self, m: Tensor) -> Tensor:
+        """What is as long as tangents are whose rounding is that of m: m itself, if both are in one
+        unit."""
         return m
 
 # %% ../nbs/01_geometry.ipynb #440d81fd
 @dataclass(frozen=True)
 class Euclidean(Geometry):
     "Flat space: the weighted average, or with metrics the precision-weighted one."
+
     separable = batched = True
     radius = math.inf
+
     def chart(self, thetas, Gs=None):
         return [Point(t, G) for t, G in zip(thetas, Gs or [1.0]*len(thetas))], lambda m: m
-    def log(self, m, x): return x - m
-    def exp(self, m, v): return m + v
+
+    def log(self, m, x):
+        return x - m
+
+    def exp(self, m, v):
+        return m + v
+
     def start(self, points, ws):
         m = ws[0]*points[0].x
-        for p, w in zip(points[1:], ws[1:]): m.add_(p.x, alpha=w)
+        for p, w in zip(points[1:], ws[1:]):
+            m.add_(p.x, alpha=w)
         top = torch.finfo(m.dtype).max
-        return m.clamp_(-top, top)      # weights sum to one but for rounding, which the largest number has no room for
+        # weights sum to one but for rounding, which the largest number has no room for
+        return m.clamp_(-top, top)

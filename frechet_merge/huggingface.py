@@ -29,200 +29,533 @@ from .output import free
 from .statistics import PARTS
 
 # %% ../nbs/20b_huggingface.ipynb #7f756f0a
-Name = str | os.PathLike      # a file, a folder or a hub id
-KINDS = {"causal": "AutoModelForCausalLM", "classifier": "AutoModelForSequenceClassification", "encoder": "AutoModel"}      # what the outputs are → who opens it
+Name = str | os.PathLike  # a file, a folder or a hub id
+# what the outputs are → who opens it
+KINDS = {
+    "causal": "AutoModelForCausalLM",
+    "classifier": "AutoModelForSequenceClassification",
+    "encoder": "AutoModel",
+}
+
 
 class Opened(NamedTuple):
     "A model that is ready to be measured."
-    model: nn.Module         # in eval mode
-    tokenizer: Any           # pads on the right
-    kind: str                # "causal" | "classifier" | "encoder"
-    names: dict[str,str]     # name of a parameter in the module → its name in the checkpoint
-    logits: Callable         # (model, batch) → outputs, (B, …, classes)
-    config: Any              # of transformers
 
+    model: nn.Module  # in eval mode
+    tokenizer: Any  # pads on the right
+    kind: str  # "causal" | "classifier" | "encoder"
+    names: dict[str, str]  # name of a parameter in the module → its name in the checkpoint
+    logits: Callable  # (model, batch) → outputs, (B, …, classes)
+    config: Any  # of transformers
+
+# %% ../nbs/20b_huggingface.ipynb #1a86ae0b
 def kind_of(
-    config:Any, source:Name, # of transformers; for the errors
-    task:str|None=None,      # PEFT's task_type, of an adapter on the model
-    head:Name|None=None,     # as for `open_model`: it makes anything an encoder
-)->str:                      # a key of `KINDS`
+    config: Any,
+    source: Name,  # of transformers; for the errors
+    task: str | None = None,  # PEFT's task_type, of an adapter on the model
+    head: Name | None = None,  # as for `open_model`: it makes anything an encoder
+) -> str:  # a key of `KINDS`
     "What the outputs are; `MergeError` if they are neither logits nor embeddings of a text."
-    known, arch = import_module("transformers.models.auto.modeling_auto"), (config.architectures or [None])[0]
-    if arch is None and task is None and head is None: raise MergeError(f"{source}: its config.json names no architecture.\nAdd it, as \"architectures\": [\"LlamaForCausalLM\"].")
+    known, arch = (
+        import_module("transformers.models.auto.modeling_auto"),
+        (config.architectures or [None])[0],
+    )
+    if arch is None and task is None and head is None:
+        raise MergeError(
+            f"{source}: its config.json names no architecture.\n"
+            "Add it, as \"architectures\": [\"LlamaForCausalLM\"]."
+        )
     arch = arch or ""
-    if not getattr(config, "vocab_size", None) and not hasattr(config, "text_config") or getattr(config, "is_encoder_decoder", False): pass
-    elif head: return "encoder"
-    elif task in ("SEQ_CLS", "CAUSAL_LM"): return {"SEQ_CLS": "classifier", "CAUSAL_LM": "causal"}[task]
-    elif arch.endswith("ForSequenceClassification"): return "classifier"
-    elif arch in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(): return "causal"
-    elif any(arch == n or arch in (n if isinstance(n, (list, tuple)) else ()) for names in (known.MODEL_MAPPING_NAMES, known.MODEL_FOR_MASKED_LM_MAPPING_NAMES, known.MODEL_FOR_PRETRAINING_MAPPING_NAMES) for n in names.values()): return "encoder"
-    raise MergeError(f"{source}: is a {arch}, and only causal LMs, sequence classifiers and text encoders are opened here.\nFrom Python, frechet_merge.curvature.curvature takes any module and its batches.")
+    if (
+        not getattr(config, "vocab_size", None)
+        and not hasattr(config, "text_config")
+        or getattr(config, "is_encoder_decoder", False)
+    ):
+        pass
+    elif head:
+        return "encoder"
+    elif task in ("SEQ_CLS", "CAUSAL_LM"):
+        return {"SEQ_CLS": "classifier", "CAUSAL_LM": "causal"}[task]
+    elif arch.endswith("ForSequenceClassification"):
+        return "classifier"
+    elif arch in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return "causal"
+    elif any(
+        arch == n or arch in (n if isinstance(n, (list, tuple)) else ())
+        for names in (
+            known.MODEL_MAPPING_NAMES,
+            known.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+            known.MODEL_FOR_PRETRAINING_MAPPING_NAMES,
+        )
+        for n in names.values()
+    ):
+        return "encoder"
+    raise MergeError(
+        f"{source}: is a {arch}, and only causal LMs, sequence classifiers and text "
+        "encoders are opened here.\n"
+        "From Python, frechet_merge.curvature.curvature takes any module and its "
+        "batches."
+    )
 
-def read_head(text:Name)->tuple[Tensor,Tensor|None]:    # (classes, width), (classes,)
-    "FILE or FILE:NAME → the `weight` and `bias` of a linear head in a safetensors file; `MergeError` if it holds none."
-    file, _, name = (str(text), "", "") if Path(text).expanduser().exists() else str(text).rpartition(":")
-    if not Path(file or text).expanduser().exists(): raise MergeError(f"{text}: there is no such file.\nA head is FILE.safetensors or FILE.safetensors:NAME.")
+# %% ../nbs/20b_huggingface.ipynb #72f1e6a9
+def read_head(text: Name) -> tuple[Tensor, Tensor | None]:  # (classes, width), (classes,)
+    """FILE or FILE:NAME → the `weight` and `bias` of a linear head in a safetensors file;
+    `MergeError` if it holds none."""
+    file, _, name = (
+        (str(text), "", "") if Path(text).expanduser().exists() else str(text).rpartition(":")
+    )
+    if not Path(file or text).expanduser().exists():
+        raise MergeError(
+            f"{text}: there is no such file.\nA head is FILE.safetensors or FILE.safetensors:NAME."
+        )
     held, at = load(file), f"{name}.weight" if name else "weight"
-    if at not in held or len(held[at].shape) != 2: raise MergeError(f"{file}: holds no head {at!r}.\nIt holds: {', '.join(held)}. Name one as {file}:NAME, for NAME.weight.")
+    if at not in held or len(held[at].shape) != 2:
+        raise MergeError(
+            f"{file}: holds no head {at!r}.\n"
+            f"It holds: {', '.join(held)}. Name one as {file}:NAME, for NAME.weight."
+        )
     bias = at.removesuffix("weight") + "bias"
     return held[at].float(), held[bias].float() if bias in held else None
 
-def _inputs(batch): return {k: v for k, v in batch.items() if k != "labels"}
+# %% ../nbs/20b_huggingface.ipynb #3ea254a9
+def _inputs(batch):
+    return {k: v for k, v in batch.items() if k != "labels"}
 
+# %% ../nbs/20b_huggingface.ipynb #9deadb99
 def embeddings(
-    model:nn.Module,         # whose outputs have last_hidden_state
-    batch:dict,              # with attention_mask (B, tokens)
-    first:bool=False,        # the first token instead of the mean
-)->Tensor:                   # (B, width)
+    model: nn.Module,  # whose outputs have last_hidden_state
+    batch: dict,  # with attention_mask (B, tokens)
+    first: bool = False,  # the first token instead of the mean
+) -> Tensor:  # (B, width)
     "Means over the tokens of a text, or its first token's vector."
     h, mask = model(**_inputs(batch)).last_hidden_state, batch["attention_mask"][..., None]
     return h[:, 0] if first else (h*mask).sum(1)/mask.sum(1)
 
 # %% ../nbs/20b_huggingface.ipynb #e615f287
-def names_in(model:Any, c:Checkpoint)->dict[str,str]:      # model: a PreTrainedModel, which knows its prefix
+def names_in(
+    model: Any,
+    c: Checkpoint,
+    # model: a PreTrainedModel, which knows its prefix
+) -> dict[str, str]:
     "Parameter → its name in the checkpoint, for those that it has."
-    known, prefix, out, seen = {**c.lazy, **{k: c.lazy[v] for k, v in c.tied.items()}}, f"{model.base_model_prefix}.", {}, {}
-    old = lambda n: n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+    known, prefix, out, seen = (
+        {**c.lazy, **{k: c.lazy[v] for k, v in c.tied.items()}},
+        f"{model.base_model_prefix}.",
+        {},
+        {},
+    )
+    old = lambda n: n.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+        "LayerNorm.bias", "LayerNorm.beta"
+    )
     for n, p in model.named_parameters(remove_duplicate=False):
         first = seen.setdefault(id(p), n)
-        if first not in out and (there := next((m for k in (n, n.removeprefix(prefix), prefix + n) for m in (k, old(k)) if m in known and tuple(known[m].shape) == tuple(p.shape)), None)): out[first] = c.tied.get(there, there)
+        if first not in out and (
+            there := next(
+                (
+                    m
+                    for k in (n, n.removeprefix(prefix), prefix + n)
+                    for m in (k, old(k))
+                    if m in known and tuple(known[m].shape) == tuple(p.shape)
+                ),
+                None,
+            )
+        ):
+            out[first] = c.tied.get(there, there)
     return out
 
-def open_tokenizer(folders:list, rows:int, source:Name)->Any:      # folders: or hub ids, the first choice first; rows: of the token embedding; source: for the errors
-    "The first tokenizer in `folders`, padding on the right; `MergeError` if there is none, or another model's."
-    folder = next((f for f in folders if not Path(f).is_dir() or any(p for g in ("tokenizer*", "vocab*", "*.model", "merges.txt") for p in Path(f).glob(g))), None)     # without files, transformers makes an empty one
-    if folder is None: raise MergeError(f"{source}: has no tokenizer.\nCopy its files there from the base model, or name a folder that has one (--tokenizer).")
-    try: tok = import_module("transformers").AutoTokenizer.from_pretrained(folder)
-    except Exception as e: raise MergeError(f"{folder}: its tokenizer cannot be opened ({str(e).splitlines()[0][:200]}).\nCopy its files there again, or name a folder that has one (--tokenizer).") from e
+# %% ../nbs/20b_huggingface.ipynb #851bbbf2
+def open_tokenizer(
+    folders: list,
+    rows: int,
+    source: Name,
+    # folders: or hub ids, the first choice first; rows: of the token embedding; source: for the
+    # errors
+) -> Any:
+    """The first tokenizer in `folders`, padding on the right; `MergeError` if there is none, or
+    another model's."""
+    # without files, transformers makes an empty one
+    folder = next(
+        (
+            f
+            for f in folders
+            if not Path(f).is_dir()
+            or any(
+                p
+                for g in ("tokenizer*", "vocab*", "*.model", "merges.txt")
+                for p in Path(f).glob(g)
+            )
+        ),
+        None,
+    )
+    if folder is None:
+        raise MergeError(
+            f"{source}: has no tokenizer.\n"
+            "Copy its files there from the base model, or name a folder that has one "
+            "(--tokenizer)."
+        )
+    try:
+        tok = import_module("transformers").AutoTokenizer.from_pretrained(folder)
+    except Exception as e:
+        raise MergeError(
+            f"{folder}: its tokenizer cannot be opened ({str(e).splitlines()[0][:200]}).\n"
+            "Copy its files there again, or name a folder that has one (--tokenizer)."
+        ) from e
     tok.padding_side = "right"
     if tok.pad_token is None or tok.pad_token_id >= rows:
-        if tok.eos_token is None: raise MergeError(f"{folder}: its tokenizer has no token to pad with, nor one that ends a text.\nSet tokenizer.pad_token and save it again.")
-        tok.pad_token = tok.eos_token      # what it is does not matter behind the mask
-    if beyond := next((t for t, i in tok.get_vocab().items() if i >= rows), None): raise MergeError(f"{folder}: its tokenizer knows {beyond!r} as number {tok.get_vocab()[beyond]}, and {source} embeds {rows} tokens.\nIt is another model's: name the right one (--tokenizer).")
+        if tok.eos_token is None:
+            raise MergeError(
+                f"{folder}: its tokenizer has no token to pad with, nor one that ends a text.\n"
+                "Set tokenizer.pad_token and save it again."
+            )
+        # what it is does not matter behind the mask
+        tok.pad_token = tok.eos_token
+    if beyond := next((t for t, i in tok.get_vocab().items() if i >= rows), None):
+        raise MergeError(
+            f"{folder}: its tokenizer knows {beyond!r} as number "
+            f"{tok.get_vocab()[beyond]}, and {source} embeds {rows} tokens.\n"
+            "It is another model's: name the right one (--tokenizer)."
+        )
     return tok
 
+# %% ../nbs/20b_huggingface.ipynb #80c72be1
 def open_model(
-    model:Name,            # folder or hub id of a Hugging Face model, or BASE+ADAPTER
-    head:Name|None=None,   # FILE[:NAME] of a linear head on the pooled embeddings of its encoder
-    tokenizer:Name|None=None,          # folder or hub id, where the model's has none
-    dtype:torch.dtype=torch.float32,   # of the parameters while they are measured
-    allow_pickle:bool=False,           # accept .bin files (plain tensors only)
-)->Opened:
-    "The module, its tokenizer, what its outputs are, and what the checkpoint calls its parameters; `MergeError` if any of these is in doubt."
+    model: Name,  # folder or hub id of a Hugging Face model, or BASE+ADAPTER
+    # FILE[:NAME] of a linear head on the pooled embeddings of its encoder
+    head: Name | None = None,
+    tokenizer: Name | None = None,  # folder or hub id, where the model's has none
+    dtype: torch.dtype = torch.float32,  # of the parameters while they are measured
+    allow_pickle: bool = False,  # accept .bin files (plain tensors only)
+) -> Opened:
+    """The module, its tokenizer, what its outputs are, and what the checkpoint calls its
+    parameters; `MergeError` if any of these is in doubt."""
     transformers = need("transformers")
     parts = [str(model)] if Path(model).expanduser().exists() else parts_of(str(model))
     base, *adapters = (load(p, allow_pickle) for p in parts)
-    def no(why, remedy): return MergeError(f"{model}: {why}.\n{remedy}")
-    if base.adapter is not None: raise no("is an adapter", f"Name its base too: {base.adapter.get('base_model_name_or_path') or 'BASE'}+{model}.")
-    if base.folder is None or Path(parts[0]).expanduser().is_file() or not (base.folder/"config.json").exists(): raise no("is not a folder with a config.json", "Name the folder of a Hugging Face model.")
+
+    def no(why, remedy):
+        return MergeError(f"{model}: {why}.\n{remedy}")
+
+    if base.adapter is not None:
+        raise no(
+            "is an adapter",
+            f"Name its base too: {base.adapter.get('base_model_name_or_path') or 'BASE'}+{model}.",
+        )
+    if (
+        base.folder is None
+        or Path(parts[0]).expanduser().is_file()
+        or not (base.folder/"config.json").exists()
+    ):
+        raise no("is not a folder with a config.json", "Name the folder of a Hugging Face model.")
     c = base
-    for a in adapters: c = bake(c, a)
+    for a in adapters:
+        c = bake(c, a)
     with quiet(transformers):
         try:
             config = transformers.AutoConfig.from_pretrained(base.folder)
-            kind = kind_of(config, model, next((t for a in adapters if a.adapter and (t := a.adapter.get("task_type"))), None), head)
-            more = {"num_labels": n, "ignore_mismatched_sizes": True} if kind == "classifier" and (n := classes(c)) else {}
-            m, info = getattr(transformers, KINDS[kind]).from_pretrained(base.folder, dtype=dtype, output_loading_info=True, **more)
-        except MergeError: raise
-        except Exception as e: raise no(f"transformers cannot open it ({str(e).splitlines()[0][:200]})", "From Python, frechet_merge.curvature.curvature takes any module and its batches.") from e
+            kind = kind_of(
+                config,
+                model,
+                next(
+                    (t for a in adapters if a.adapter and (t := a.adapter.get("task_type"))), None
+                ),
+                head,
+            )
+            more = (
+                {"num_labels": n, "ignore_mismatched_sizes": True}
+                if kind == "classifier" and (n := classes(c))
+                else {}
+            )
+            m, info = getattr(transformers, KINDS[kind]).from_pretrained(
+                base.folder, dtype=dtype, output_loading_info=True, **more
+            )
+        except MergeError:
+            raise
+        except Exception as e:
+            raise no(
+                f"transformers cannot open it ({str(e).splitlines()[0][:200]})",
+                "From Python, frechet_merge.curvature.curvature takes any module and its batches.",
+            ) from e
         names, m = names_in(m, c), m.eval()
-        if made_up := sorted(n for n in {*info["missing_keys"], *(k if isinstance(k, str) else k[0] for k in info.get("mismatched_keys", ()))} if n not in names and "pooler" not in n): raise no(f"has no {made_up[0]!r}" + (f" and {len(made_up) - 1} more" if made_up[1:] else "") + f", which {type(m).__name__} needs", "It was not trained as one: name the fine-tuned model, or give a head (--head FILE:NAME).")
+        if made_up := sorted(
+            n
+            for n in {
+                *info["missing_keys"],
+                *(k if isinstance(k, str) else k[0] for k in info.get("mismatched_keys", ())),
+            }
+            if n not in names and "pooler" not in n
+        ):
+            raise no(
+                f"has no {made_up[0]!r}"
+                + (f" and {len(made_up) - 1} more" if made_up[1:] else "")
+                + f", which {type(m).__name__} needs",
+                "It was not trained as one: name the fine-tuned model, or give a head (--head "
+                "FILE:NAME).",
+            )
         with torch.no_grad():
             for n, p in m.named_parameters():
-                if n in names and c.lazy[names[n]] is not base.lazy.get(names[n]): p.copy_(c[names[n]])
-        tok = open_tokenizer([tokenizer] if tokenizer else [base.folder, *(a.folder for a in adapters)], m.get_input_embeddings().num_embeddings, model)
+                if n in names and c.lazy[names[n]] is not base.lazy.get(names[n]):
+                    p.copy_(c[names[n]])
+        tok = open_tokenizer(
+            [tokenizer] if tokenizer else [base.folder, *(a.folder for a in adapters)],
+            m.get_input_embeddings().num_embeddings,
+            model,
+        )
     m.config.pad_token_id, m.config.use_cache = tok.pad_token_id, False
     room = getattr(m.config, "max_position_embeddings", None)
-    offset = next((e.padding_idx + 1 for n, e in m.named_modules() if n.endswith("position_embeddings") and getattr(e, "padding_idx", None) is not None), 0)    # RoBERTa counts positions from there
-    tok.model_max_length = min(tok.model_max_length, room - offset) if room else tok.model_max_length
+    # RoBERTa counts positions from there
+    offset = next(
+        (
+            e.padding_idx + 1
+            for n, e in m.named_modules()
+            if n.endswith("position_embeddings") and getattr(e, "padding_idx", None) is not None
+        ),
+        0,
+    )
+    tok.model_max_length = (
+        min(tok.model_max_length, room - offset) if room else tok.model_max_length
+    )
     return Opened(m, tok, kind, names, _outputs(kind, head, m, base.folder, model), m.config)
 
-def _outputs(kind, head, m, folder, source)->Callable:
-    if kind != "encoder": return lambda model, batch: model(**_inputs(batch)).logits
-    pooling = read_json(folder/"1_Pooling"/"config.json") if (folder/"1_Pooling"/"config.json").exists() else {}
-    how = pooling.get("pooling_mode") or next((k.removeprefix("pooling_mode_") for k, v in pooling.items() if k.startswith("pooling_mode_") and v is True), "mean_tokens")
-    if how not in ("mean", "mean_tokens", "cls", "cls_token"): raise MergeError(f"{source}: pools its tokens by {how!r}, and only mean and cls are known here.\nFrom Python, frechet_merge.curvature.curvature takes any function of a batch.")
+# %% ../nbs/20b_huggingface.ipynb #34480d79
+def _outputs(kind, head, m, folder, source) -> Callable:
+    if kind != "encoder":
+        return lambda model, batch: model(**_inputs(batch)).logits
+    pooling = (
+        read_json(folder/"1_Pooling"/"config.json")
+        if (folder/"1_Pooling"/"config.json").exists()
+        else {}
+    )
+    how = pooling.get("pooling_mode") or next(
+        (
+            k.removeprefix("pooling_mode_")
+            for k, v in pooling.items()
+            if k.startswith("pooling_mode_") and v is True
+        ),
+        "mean_tokens",
+    )
+    if how not in ("mean", "mean_tokens", "cls", "cls_token"):
+        raise MergeError(
+            f"{source}: pools its tokens by {how!r}, and only mean and cls are known here.\n"
+            "From Python, frechet_merge.curvature.curvature takes any function of a "
+            "batch."
+        )
     first = how.startswith("cls")
-    if head is None: return lambda model, batch: embeddings(model, batch, first)
+    if head is None:
+        return lambda model, batch: embeddings(model, batch, first)
     W, b = read_head(head)
-    if W.shape[1] != m.config.hidden_size: raise MergeError(f"{head}: is for embeddings of width {W.shape[1]}, and {source} has {m.config.hidden_size}.\nName the head that was used with this encoder.")
-    return lambda model, batch: F.linear(e := embeddings(model, batch, first), W.to(e), None if b is None else b.to(e))
+    if W.shape[1] != m.config.hidden_size:
+        raise MergeError(
+            f"{head}: is for embeddings of width {W.shape[1]}, and {source} has "
+            f"{m.config.hidden_size}.\n"
+            "Name the head that was used with this encoder."
+        )
+    return lambda model, batch: F.linear(
+        e := embeddings(model, batch, first), W.to(e), None if b is None else b.to(e)
+    )
 
 # %% ../nbs/20b_huggingface.ipynb #bb117a84
-def renamed(stats:Statistics, names:dict[str,str], held:Checkpoint)->Statistics:      # names: as in the module → as in the checkpoint
-    "Statistics by the names of the checkpoint; further names of a tied parameter stay if the checkpoint has them."
+def renamed(
+    stats: Statistics,
+    names: dict[str, str],
+    held: Checkpoint,
+    # names: as in the module → as in the checkpoint
+) -> Statistics:
+    """Statistics by the names of the checkpoint; further names of a tied parameter stay if the
+    checkpoint has them."""
+
     def name(n):
         stem, _, part = n.rpartition(".")
         n, end = (stem, f".{part}") if part in PARTS else (n, "")
         return None if (to := names.get(n) or (n if n in held else None)) is None else to + end
-    def of(d): return {name(n): x for n, x in d.items() if name(n)}
+
+    def of(d):
+        return {name(n): x for n, x in d.items() if name(n)}
+
     about = stats.about | {k: of(stats.about[k]) for k in ("error", "skipped") if k in stats.about}
-    if "diagonal" in about: about["diagonal"] = [name(n) for n in about["diagonal"] if name(n)]
+    if "diagonal" in about:
+        about["diagonal"] = [name(n) for n in about["diagonal"] if name(n)]
     return Statistics(of(stats), about)
 
-def _chosen(m:Opened, only, source)->set:
-    found = {n for n, k in m.names.items() if only is None or fnmatchcase(n, only) or fnmatchcase(k, only)}
-    if not found: raise MergeError(f"{source}: no parameter is called {only!r}.\nNames are those of the checkpoint, such as {next(iter(m.names.values()))!r}, and may have wildcards.")
+# %% ../nbs/20b_huggingface.ipynb #f753a83b
+def _chosen(m: Opened, only, source) -> set:
+    found = {
+        n
+        for n, k in m.names.items()
+        if only is None or fnmatchcase(n, only) or fnmatchcase(k, only)
+    }
+    if not found:
+        raise MergeError(
+            f"{source}: no parameter is called {only!r}.\n"
+            f"Names are those of the checkpoint, such as {next(iter(m.names.values()))!r}, "
+            "and may have wildcards."
+        )
     return found
 
+# %% ../nbs/20b_huggingface.ipynb #534b513b
 def collect(
-    model:Name, data:Name,         # as for `open_model` and `examples`
-    out:Name,                      # safetensors file to write
-    form:str="kronecker",          # kronecker | diagonal | inputs | projected
-    estimator:str|None=None,       # pullback | true | empirical; default: empirical if projected, otherwise pullback
-    *, head:Name|None=None,        # as for `open_model`
-    tokenizer:Name|None=None,      # as for `open_model`
-    basis:Name|None=None,          # file with P.U, P.V and P.sigma, for the projected form: see `write_bases`
-    split:str="train", text:str|None=None, pair:str|None=None, label:str|None=None,      # as for `examples`
-    max_samples:int|None=256,      # a random subset of this size; None: all
-    seed:int=0,                    # of the subset, the order and what is drawn
-    batch_size:int=8,              # texts at a time
-    max_length:int=512,            # tokens; longer texts are cut
-    only:str|None=None,            # parameters, by a pattern of names
-    device=None,                   # default: the CPU
-    dtype:torch.dtype=torch.float32,      # of the model while it runs; sums are float32
-    resume:bool=False,             # go on where a killed run was, and return a finished file as it is
-    allow_pickle:bool=False,       # accept .bin files (plain tensors only)
-    progress:bool=False,           # a bar on stderr
-)->Statistics:
-    "Statistics of a Hugging Face model on examples, in a file by the names of its checkpoint; `MergeError` or `ValueError` before anything is read if a name is wrong."
-    estimator, out = checked(form, estimator), free(out, folder=False, replace=resume); state = out.with_name(out.name + ".state")
-    asked = {k: x if x is None or isinstance(x, int) else str(x) for k, x in dict(model=model, data=data, form=form, estimator=estimator, head=head, tokenizer=tokenizer, basis=basis, split=split, text=text, pair=pair, label=label, max_samples=max_samples, seed=seed, max_length=max_length, only=only, dtype=dtype).items()}
-    if out.exists():      # a loop over models that was killed starts with finished ones
-        done = Statistics.load(out); was = done.about.get("asked", done.about)
-        if other := [f"{k} {was[k]!r}" for k, x in asked.items() if k in was and was[k] != x][:3]: raise MergeError(f"{out}: is finished, and of another run: {', '.join(other)}.\nRemove it, or name another file.")
+    model: Name,
+    data: Name,  # as for `open_model` and `examples`
+    out: Name,  # safetensors file to write
+    form: str = "kronecker",  # kronecker | diagonal | inputs | projected
+    # pullback | true | empirical; default: empirical if projected, otherwise pullback
+    estimator: str | None = None,
+    *,
+    head: Name | None = None,  # as for `open_model`
+    tokenizer: Name | None = None,  # as for `open_model`
+    # file with P.U, P.V and P.sigma, for the projected form: see `write_bases`
+    basis: Name | None = None,
+    # as for `examples`
+    split: str = "train",
+    text: str | None = None,
+    pair: str | None = None,
+    label: str | None = None,
+    max_samples: int | None = 256,  # a random subset of this size; None: all
+    seed: int = 0,  # of the subset, the order and what is drawn
+    batch_size: int = 8,  # texts at a time
+    max_length: int = 512,  # tokens; longer texts are cut
+    only: str | None = None,  # parameters, by a pattern of names
+    device=None,  # default: the CPU
+    dtype: torch.dtype = torch.float32,  # of the model while it runs; sums are float32
+    resume: bool = False,  # go on where a killed run was, and return a finished file as it is
+    allow_pickle: bool = False,  # accept .bin files (plain tensors only)
+    progress: bool = False,  # a bar on stderr
+) -> Statistics:
+    """Statistics of a Hugging Face model on examples, in a file by the names of its checkpoint;
+    `MergeError` or `ValueError` before anything is read if a name is wrong."""
+    estimator, out = checked(form, estimator), free(out, folder=False, replace=resume)
+    state = out.with_name(out.name + ".state")
+    asked = {
+        k: x if x is None or isinstance(x, int) else str(x)
+        for k, x in dict(
+            model=model,
+            data=data,
+            form=form,
+            estimator=estimator,
+            head=head,
+            tokenizer=tokenizer,
+            basis=basis,
+            split=split,
+            text=text,
+            pair=pair,
+            label=label,
+            max_samples=max_samples,
+            seed=seed,
+            max_length=max_length,
+            only=only,
+            dtype=dtype,
+        ).items()
+    }
+    # a loop over models that was killed starts with finished ones
+    if out.exists():
+        done = Statistics.load(out)
+        was = done.about.get("asked", done.about)
+        if other := [f"{k} {was[k]!r}" for k, x in asked.items() if k in was and was[k] != x][:3]:
+            raise MergeError(
+                f"{out}: is finished, and of another run: {', '.join(other)}.\n"
+                "Remove it, or name another file."
+            )
         return done
-    if (basis is None) == (form == "projected"): raise ValueError("form = projected needs a basis (--basis), which `frechet-merge basis` makes." if basis is None else "a basis is for form = projected only.")
+    if (basis is None) == (form == "projected"):
+        raise ValueError(
+            "form = projected needs a basis (--basis), which `frechet-merge basis` makes."
+            if basis is None
+            else "a basis is for form = projected only."
+        )
     as_device(device)
-    if not resume: state.unlink(missing_ok=True)
+    if not resume:
+        state.unlink(missing_ok=True)
     records = examples(data, split, text, pair, label, max_samples, seed)
     m = open_model(model, head, tokenizer, dtype, allow_pickle)
     if estimator != "pullback" and form != "inputs":
-        if m.kind == "encoder" and head is None: raise MergeError(f"{model}: is an encoder, whose embeddings are not logits: there is no {estimator} Fisher.\nGive its classifier (--head FILE:NAME), or use --estimator pullback.")
-        if getattr(m.config, "problem_type", None) not in (None, "single_label_classification"): raise MergeError(f"{model}: is trained for {m.config.problem_type}, and the Fisher here is of one label a text.\nUse --estimator pullback.")
-    if estimator != "empirical": records = [{k: v for k, v in r.items() if k != "label"} for r in records]      # not asked, so not refused
-    fed = batches(m.kind, m.tokenizer, records, batch_size, max_length, seed, m.config.label2id if head is None else None)
-    if estimator == "empirical" and "labels" not in fed[0]: raise MergeError(f"{data}: the empirical Fisher needs labels, and no column is called one.\nName it (--label), or use --estimator pullback.")
+        if m.kind == "encoder" and head is None:
+            raise MergeError(
+                f"{model}: is an encoder, whose embeddings are not logits: there is no "
+                f"{estimator} Fisher.\n"
+                "Give its classifier (--head FILE:NAME), or use --estimator pullback."
+            )
+        if getattr(m.config, "problem_type", None) not in (None, "single_label_classification"):
+            raise MergeError(
+                f"{model}: is trained for {m.config.problem_type}, and the Fisher here is of "
+                "one label a text.\n"
+                "Use --estimator pullback."
+            )
+    # not asked, so not refused
+    if estimator != "empirical":
+        records = [{k: v for k, v in r.items() if k != "label"} for r in records]
+    fed = batches(
+        m.kind,
+        m.tokenizer,
+        records,
+        batch_size,
+        max_length,
+        seed,
+        m.config.label2id if head is None else None,
+    )
+    if estimator == "empirical" and "labels" not in fed[0]:
+        raise MergeError(
+            f"{data}: the empirical Fisher needs labels, and no column is called one.\n"
+            "Name it (--label), or use --estimator pullback."
+        )
     classes = read_head(head)[0].shape[0] if head else m.config.num_labels
-    if m.kind != "causal" and (top := max((int(b["labels"].max()) for b in fed if "labels" in b), default=0)) >= classes: raise MergeError(f"{data}: a label is {top}, and {head or model} has {classes} classes, from 0.\nIs it the right column (--label)?")
+    if (
+        m.kind != "causal"
+        and (top := max((int(b["labels"].max()) for b in fed if "labels" in b), default=0))
+        >= classes
+    ):
+        raise MergeError(
+            f"{data}: a label is {top}, and {head or model} has {classes} classes, from 0.\n"
+            "Is it the right column (--label)?"
+        )
     held = {} if basis is None else load(basis)
     bases = None if basis is None else _bases(held, m, basis)
     chosen = _chosen(m, only, model) & set(bases or m.names)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "no metric for")      # said below, by the names of the checkpoint
-        stats = curvature(m.model.to(device), fed, form, estimator, basis=bases and {n: b for n, b in bases.items() if n in chosen}, forward=m.logits, loss=_next_token if m.kind == "causal" else None,
-                          parameters=chosen.__contains__, seed=seed, resume=state, progress=progress, max_samples=sum(len(b["input_ids"]) for b in fed) if progress else None)     # the bar's end
+        # said below, by the names of the checkpoint
+        warnings.filterwarnings("ignore", "no metric for")
+        # the bar's end
+        stats = curvature(
+            m.model.to(device),
+            fed,
+            form,
+            estimator,
+            basis=bases and {n: b for n, b in bases.items() if n in chosen},
+            forward=m.logits,
+            loss=_next_token if m.kind == "causal" else None,
+            parameters=chosen.__contains__,
+            seed=seed,
+            resume=state,
+            progress=progress,
+            max_samples=sum(len(b["input_ids"]) for b in fed) if progress else None,
+        )
     stats = renamed(stats, m.names, load(model, allow_pickle))
-    if said := stats.lacking(): warnings.warn(f"no metric for {said}", stacklevel=2)
-    stats |= {k: held[k] for n in stats if n.endswith(".projected") and (k := n.removesuffix("projected") + "sigma") in held}      # by which a merge knows its basis
+    if said := stats.lacking():
+        warnings.warn(f"no metric for {said}", stacklevel=2)
+    # by which a merge knows its basis
+    stats |= {
+        k: held[k]
+        for n in stats
+        if n.endswith(".projected") and (k := n.removesuffix("projected") + "sigma") in held
+    }
     stats.about |= {"model": str(model), "data": str(data), "asked": asked}
     stats.save(out)
     state.unlink(missing_ok=True)
     return stats
 
-def _next_token(outputs, batch): return cross_entropy(outputs, batch["labels"], shift=True)
+# %% ../nbs/20b_huggingface.ipynb #9cecae75
+def _next_token(outputs, batch):
+    return cross_entropy(outputs, batch["labels"], shift=True)
 
-def _bases(held, m:Opened, source)->dict:
-    found = {n: (held[f"{k}.U"], held[f"{k}.V"]) for n, k in m.names.items() if f"{k}.U" in held and f"{k}.V" in held}
-    if not found: raise MergeError(f"{source}: has a basis for none of the parameters.\nMake it of these models: frechet-merge basis A B C --base X -o {Path(source).name}.")
+# %% ../nbs/20b_huggingface.ipynb #f8e7c732
+def _bases(held, m: Opened, source) -> dict:
+    found = {
+        n: (held[f"{k}.U"], held[f"{k}.V"])
+        for n, k in m.names.items()
+        if f"{k}.U" in held and f"{k}.V" in held
+    }
+    if not found:
+        raise MergeError(
+            f"{source}: has a basis for none of the parameters.\n"
+            "Make it of these models: frechet-merge basis A B C --base X -o "
+            f"{Path(source).name}."
+        )
     return found

@@ -30,152 +30,285 @@ from .shards import ShardWriter
 @dataclass
 class Job:
     "A piece of a merge that can be done on its own."
-    size: int          # numbers that it goes through; the largest go first, so that no thread is left alone with one
-    do: Callable[[Callable],dict[str,Mean]]     # write(name, start, flat values) → {block name: Mean}
-    name: str = ""     # of its tensors, for warnings
 
+    # numbers that it goes through; the largest go first, so that no thread is left alone with one
+    size: int
+    do: Callable[
+        [Callable], dict[str, Mean]
+    ]  # write(name, start, flat values) → {block name: Mean}
+    name: str = ""  # of its tensors, for warnings
+
+# %% ../nbs/11_jobs.ipynb #3fcb7ae0
 @dataclass
 class Plan:
     "All that a merge will do."
-    layout: dict[str, tuple]             # tensor name → (shape, dtype), in the order of the file
-    jobs: list[Job]                      # independent of each other
-    tied: dict[str, str]                 # further name → name in `layout`
-    names: list[str]                     # of the blocks that have a mean, in order
-    config: dict | None = None           # adapter_config.json, if an adapter is written
-    allow_nonfinite: bool = False        # NaN and Inf are written where inputs have them
+
+    layout: dict[str, tuple]  # tensor name → (shape, dtype), in the order of the file
+    jobs: list[Job]  # independent of each other
+    tied: dict[str, str]  # further name → name in `layout`
+    names: list[str]  # of the blocks that have a mean, in order
+    config: dict | None = None  # adapter_config.json, if an adapter is written
+    allow_nonfinite: bool = False  # NaN and Inf are written where inputs have them
+
     @property
-    def nbytes(self)->int:
+    def nbytes(self) -> int:
         "Bytes of the tensors that will be written."
         return sum(torch.Size(s).numel()*d.itemsize for s, d in self.layout.values())
 
+# %% ../nbs/11_jobs.ipynb #8289be46
 @dataclass
 class Merged:
     "What a merge made."
-    tensors: Mapping[str, Tensor]       # a `Checkpoint`, read from `out` on look-up, or in memory
-    means: dict[str, Mean]              # per floating-point tensor, or per adapted layer
-    out: Path | None = None             # the folder; None: in memory
+
+    tensors: Mapping[str, Tensor]  # a `Checkpoint`, read from `out` on look-up, or in memory
+    means: dict[str, Mean]  # per floating-point tensor, or per adapted layer
+    out: Path | None = None  # the folder; None: in memory
 
 # %% ../nbs/11_jobs.ipynb #56da108f
 def as_dtype(
-    dtype:str|torch.dtype|None,    # or its name: bf16, fp16, fp32, fp64, or torch's
-)->torch.dtype|None:               # None stays None
+    dtype: str | torch.dtype | None,  # or its name: bf16, fp16, fp32, fp64, or torch's
+) -> torch.dtype | None:  # None stays None
     "A floating-point dtype by its name; `ValueError` if there is none of that name."
-    if dtype is None: return dtype
-    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}.get(dtype, dtype), None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize == 1: raise ValueError(f"no floating-point dtype is called {dtype!r}: use bf16, fp16, fp32 or fp64.")
+    if dtype is None:
+        return dtype
+    found = (
+        dtype
+        if isinstance(dtype, torch.dtype)
+        else getattr(
+            torch,
+            {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}.get(
+                dtype, dtype
+            ),
+            None,
+        )
+    )
+    if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize == 1:
+        raise ValueError(
+            f"no floating-point dtype is called {dtype!r}: use bf16, fp16, fp32 or fp64."
+        )
     return found
 
-def _over(x, dtype): return x.abs() > (1 + torch.finfo(dtype).eps/4)*torch.finfo(dtype).max      # 8-bit casts have no infinity, and end at the largest number
+# %% ../nbs/11_jobs.ipynb #83e9663c
+# 8-bit casts have no infinity, and end at the largest number
+
+
+def _over(x, dtype):
+    return x.abs() > (1 + torch.finfo(dtype).eps/4)*torch.finfo(dtype).max
+
+# %% ../nbs/11_jobs.ipynb #d38e9d2e
 def overflow(
-    name:str,        # of the tensor, for the message
-    x:Tensor,        # what was computed
-    y:Tensor,        # what is written: x, cast
-    allowed:bool,    # whether x may have NaN and Inf
-)->None:
-    "`MergeError` if y has values that are not finite or, of 8 bits, the largest that there is in place of a larger one, other than where x has what it may have."
+    name: str,  # of the tensor, for the message
+    x: Tensor,  # what was computed
+    y: Tensor,  # what is written: x, cast
+    allowed: bool,  # whether x may have NaN and Inf
+) -> None:
+    """`MergeError` if y has values that are not finite or, of 8 bits, the largest that there is in
+    place of a larger one, other than where x has what it may have."""
     bad = (~y.float().isfinite() if y.dtype.itemsize == 1 else ~y.isfinite()) | _over(x, y.dtype)
-    if allowed: bad &= x.isfinite()
-    if bad.any(): raise MergeError(f"tensor {name!r} would be written with {int(bad.sum())} values that {str(y.dtype).removeprefix('torch.')} cannot hold, the first of them {float(x[bad][0]):.4g}.\nWrite a wider dtype (bf16 or fp32), or lower the scale.")
+    if allowed:
+        bad &= x.isfinite()
+    if bad.any():
+        raise MergeError(
+            f"tensor {name!r} would be written with {int(bad.sum())} values that "
+            f"{str(y.dtype).removeprefix('torch.')} cannot hold, the first of them "
+            f"{float(x[bad][0]):.4g}.\n"
+            "Write a wider dtype (bf16 or fp32), or lower the scale."
+        )
 
 # %% ../nbs/11_jobs.ipynb #7ff14b02
-_before, _lock = [], threading.Lock()      # how many threads torch had, once for each pool that there is
+# how many threads torch had, once for each pool that there is
+_before, _lock = [], threading.Lock()
+
 
 @contextmanager
-def _pool()->Iterator[ThreadPoolExecutor]:
-    "A thread for each core that this process may use, in which torch has one; a thread that began while another merge ran gets torch's own back, too."
-    with _lock: _before.append(_before[0] if _before else torch.get_num_threads())
-    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,))
-    try: yield pool
+def _pool() -> Iterator[ThreadPoolExecutor]:
+    """A thread for each core that this process may use, in which torch has one; a thread that began
+    while another merge ran gets torch's own back, too."""
+    with _lock:
+        _before.append(_before[0] if _before else torch.get_num_threads())
+    pool = ThreadPoolExecutor(
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        initializer=torch.set_num_threads,
+        initargs=(1,),
+    )
+    try:
+        yield pool
     finally:
         pool.shutdown(cancel_futures=True)
-        with _lock: torch.set_num_threads(_before.pop())
+        with _lock:
+            torch.set_num_threads(_before.pop())
 
+# %% ../nbs/11_jobs.ipynb #b209993c
 @contextmanager
-def _mapper(executor)->Iterator[Callable]:
+def _mapper(executor) -> Iterator[Callable]:
     "executor → a map over blocks."
     import resource
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)     # models × shards descriptors are open at once
-    wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
-    if soft != resource.RLIM_INFINITY and soft < wanted: resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    torch.empty(24 << 20, dtype=torch.uint8)    # freed at once: glibc then keeps buffers up to this size instead of faulting them in afresh for each chunk
-    if callable(executor): yield executor
-    elif executor == "serial": yield map
-    elif executor == "threads":
-        with _pool() as pool: yield pool.map
-    else: raise ValueError(f"no executor is called {executor!r}: use 'serial', 'threads', or a function like `map`.")
 
+    # models × shards descriptors are open at once
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    # freed at once: glibc then keeps buffers up to this size instead of faulting them in afresh for
+    # each chunk
+    torch.empty(24 << 20, dtype=torch.uint8)
+    if callable(executor):
+        yield executor
+    elif executor == "serial":
+        yield map
+    elif executor == "threads":
+        with _pool() as pool:
+            yield pool.map
+    else:
+        raise ValueError(
+            f"no executor is called {executor!r}: use 'serial', 'threads', or a function "
+            "like `map`."
+        )
+
+# %% ../nbs/11_jobs.ipynb #c6319c16
 class _Memory(dict):
     "Merged tensors in memory, filled like shards."
-    def __init__(self, layout): super().__init__({n: torch.empty(s, dtype=d) for n, (s, d) in layout.items()})
-    def write(self, name, start, values): self[name].view(-1)[start:start + len(values)] = values
-    def close(self): pass
 
+    def __init__(self, layout):
+        super().__init__({n: torch.empty(s, dtype=d) for n, (s, d) in layout.items()})
+
+    def write(self, name, start, values):
+        self[name].view(-1)[start : start + len(values)] = values
+
+    def close(self):
+        pass
+
+# %% ../nbs/11_jobs.ipynb #eddbe058
 @contextmanager
 def bar(
-    what:str,      # is being done
-    total:int,     # parameters
-    show:bool,     # False: no bar
-)->Iterator[Callable[[int],Any]]:
+    what: str,  # is being done
+    total: int,  # parameters
+    show: bool,  # False: no bar
+) -> Iterator[Callable[[int], Any]]:
     "A progress bar over parameters on stderr, or none: yields the function that advances it."
-    if not show: yield lambda n: None; return
+    if not show:
+        yield lambda n: None
+        return
     from tqdm import tqdm
-    with tqdm(total=total, unit="param", unit_scale=True, desc=what, leave=False) as b: yield b.update
 
+    with tqdm(total=total, unit="param", unit_scale=True, desc=what, leave=False) as b:
+        yield b.update
+
+# %% ../nbs/11_jobs.ipynb #ea9a0569
 def report(
-    means:dict[str,Mean],    # by name
-    start:str="",            # what the solver starts from, where it is of use to know
-)->None:
+    means: dict[str, Mean],  # by name
+    start: str = "",  # what the solver starts from, where it is of use to know
+) -> None:
     "One `ConvergenceWarning` for all means that have a problem."
-    if text := doubtful(means, start): warnings.warn(text, ConvergenceWarning, stacklevel=3)
+    if text := doubtful(means, start):
+        warnings.warn(text, ConvergenceWarning, stacklevel=3)
 
+# %% ../nbs/11_jobs.ipynb #11510208
 def doubtful(
-    means:dict[str,Mean],    # by name
-    start:str="",            # what the solver starts from, where it is of use to know
-)->str:                      # empty if there are none
+    means: dict[str, Mean],  # by name
+    start: str = "",  # what the solver starts from, where it is of use to know
+) -> str:  # empty if there are none
     "How many means have a problem, the first ones, and what it is."
     bad = {n: m.problem for n, m in means.items() if m.problem}
     alike = {p: [n for n in bad if bad[n] == p] for p in dict.fromkeys(bad.values())}
-    said = "; ".join(f"{', '.join(ns[:2])}{f' and {len(ns) - 2} more' if ns[2:] else ''} {p}" for p, ns in list(alike.items())[:3]) + (" …" if len(alike) > 3 else "")
-    lost = f" These models are too far apart for this geometry: what is written there is where the solver starts{start and ', ' + start}." if any(m.lost for m in means.values()) else ""
+    said = "; ".join(
+        f"{', '.join(ns[:2])}{f' and {len(ns) - 2} more' if ns[2:] else ''} {p}"
+        for p, ns in list(alike.items())[:3]
+    ) + (" …" if len(alike) > 3 else "")
+    lost = (
+        (
+            " These models are too far apart for this geometry: what is written there is "
+            f"where the solver starts{start and ', ' + start}."
+        )
+        if any(m.lost for m in means.values())
+        else ""
+    )
     return f"{len(bad)} of {len(means)} means need a look: {said}.{lost}" if bad else ""
 
 # %% ../nbs/11_jobs.ipynb #46798222
 def carry_out(
-    plan:Plan,
-    out:str|os.PathLike|None=None,                  # folder to write, ~ is home; None: tensors in memory
-    dress:Callable[[Path],Any]=lambda part: None,   # called with the new folder, to write what is not a tensor
-    executor:str|Callable="threads",                # "threads" | "serial", or a function like `map`
-    shard_size:int=5*10**9,                         # bytes; adapters are one file
-    progress:bool=False,                            # a bar on stderr
-    card:Callable=lambda part, means: None,         # called with the folder and {name: Mean} when all is done
-)->Merged:
-    "Do the jobs of a plan; `MergeError` if the disk is full or a number does not fit, and then nothing appears at `out`."
+    plan: Plan,
+    out: str | os.PathLike | None = None,  # folder to write, ~ is home; None: tensors in memory
+    # called with the new folder, to write what is not a tensor
+    dress: Callable[[Path], Any] = lambda part: None,
+    executor: str | Callable = "threads",  # "threads" | "serial", or a function like `map`
+    shard_size: int = 5*10**9,  # bytes; adapters are one file
+    progress: bool = False,  # a bar on stderr
+    # called with the folder and {name: Mean} when all is done
+    card: Callable = lambda part, means: None,
+) -> Merged:
+    """Do the jobs of a plan; `MergeError` if the disk is full or a number does not fit, and then
+    nothing appears at `out`."""
+
     def run(sink):
         def write(name, i, x, allowed=plan.allow_nonfinite):
             y = x.to(plan.layout[name][1])
             small = y.is_floating_point() and y.dtype.itemsize == 1
-            if small and _over(x, y.dtype).any() or y.is_floating_point() and not (y.float() if small else y).sum(dtype=torch.promote_types(torch.float32, x.dtype)).isfinite(): overflow(name, x, y, allowed)
+            if (
+                small
+                and _over(x, y.dtype).any()
+                or y.is_floating_point()
+                and not (y.float() if small else y)
+                .sum(dtype=torch.promote_types(torch.float32, x.dtype))
+                .isfinite()
+            ):
+                overflow(name, x, y, allowed)
             sink.write(name, i, y)
+
         means, seen, notes = {}, 0, Notes()
+
         def do(job):
-            with notes.about(job.name): return job, job.do(write)
-        with _mapper(executor) as over, bar("merging", sum(j.size for j in plan.jobs), progress) as tick:
+            with notes.about(job.name):
+                return job, job.do(write)
+
+        with (
+            _mapper(executor) as over,
+            bar("merging", sum(j.size for j in plan.jobs), progress) as tick,
+        ):
             for job, found in over(do, sorted(plan.jobs, key=lambda j: -j.size)):
-                tick(job.size); seen += 1; means |= found
-        if seen != len(plan.jobs): raise ValueError(f"the executor returned {seen} of {len(plan.jobs)} tensors: it must act like `map`.")
+                tick(job.size)
+                seen += 1
+                means |= found
+        if seen != len(plan.jobs):
+            raise ValueError(
+                f"the executor returned {seen} of {len(plan.jobs)} tensors: it must act like `map`."
+            )
         notes.tell(stacklevel=5)
         return {n: means[n] for n in plan.names if n in means}
+
     if out is None:
-        sink = _Memory(plan.layout); means = run(sink)
-        tensors = from_state_dict({**sink, **{k: sink[v] for k, v in plan.tied.items()}}, "the merge"); tensors.adapter = plan.config
+        sink = _Memory(plan.layout)
+        means = run(sink)
+        tensors = from_state_dict(
+            {**sink, **{k: sink[v] for k, v in plan.tied.items()}}, "the merge"
+        )
+        tensors.adapter = plan.config
         return Merged(tensors, means)
     out = Path(out).expanduser()
     try:
         with staged(out) as part:
             dress(part)
-            with ShardWriter(part, plan.layout, shard_size if plan.config is None else 1 << 62, "model" if plan.config is None else "adapter_model", plan.tied) as sink: means = run(sink)
+            with ShardWriter(
+                part,
+                plan.layout,
+                shard_size if plan.config is None else 1 << 62,
+                "model" if plan.config is None else "adapter_model",
+                plan.tied,
+            ) as sink:
+                means = run(sink)
             card(part, means)
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): raise MergeError(f"{e.filename or out}: {e.strerror}.\n" + ("Allow more open files: ulimit -n 65536." if e.errno == errno.EMFILE else "Check the folder and its permissions; nothing was left behind.")) from e
-        raise MergeError(f"{out}: {e.strerror} (the merged model takes {plan.nbytes/1e9:.2f} GB).\nFree some space or name a folder on another disk; nothing was left behind.") from e
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise MergeError(
+                f"{e.filename or out}: {e.strerror}.\n"
+                + (
+                    "Allow more open files: ulimit -n 65536."
+                    if e.errno == errno.EMFILE
+                    else "Check the folder and its permissions; nothing was left behind."
+                )
+            ) from e
+        raise MergeError(
+            f"{out}: {e.strerror} (the merged model takes {plan.nbytes / 1e9:.2f} GB).\n"
+            "Free some space or name a folder on another disk; nothing was left behind."
+        ) from e
     return Merged(load(out), means, out)

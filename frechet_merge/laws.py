@@ -18,13 +18,17 @@ from .mean import Mean, frechet_mean, pull
 
 # %% ../nbs/05_laws.ipynb #9f7680da
 def mean_of(
-    g:Geometry,
-    thetas:Sequence[Any],              # T tensors of one shape; `Factors` if the geometry reads them
-    ws:Sequence[float]|None=None,      # T weights; default equal
-    Gs:Sequence[Any]|None=None,        # T metrics; default 1.0
-    *, tol:float=1e-10, maxiter:int=500, warn:bool=True,     # as in `frechet_mean`
-)->tuple[Any,Mean]:                    # like the thetas; and the report
-    "Chart, mean, and back: the merged tensor and what is known about it; `ValueError` as from `frechet_mean`."
+    g: Geometry,
+    thetas: Sequence[Any],  # T tensors of one shape; `Factors` if the geometry reads them
+    ws: Sequence[float] | None = None,  # T weights; default equal
+    Gs: Sequence[Any] | None = None,  # T metrics; default 1.0
+    *,
+    tol: float = 1e-10,
+    maxiter: int = 500,
+    warn: bool = True,  # as in `frechet_mean`
+) -> tuple[Any, Mean]:  # like the thetas; and the report
+    """Chart, mean, and back: the merged tensor and what is known about it; `ValueError` as from
+    `frechet_mean`."""
     points, lift = g.chart(thetas, Gs)
     mean = frechet_mean(g, points, ws, tol, maxiter, warn)
     return lift(mean.x), mean
@@ -33,28 +37,46 @@ def mean_of(
 def _errors(g, thetas, ws, Gs, act, same):
     T, Gs = len(thetas), Gs or [1.0]*len(thetas)
     scale = float(max(same(t).double().norm() for t in thetas)) or 1.0
-    def gap(a, b): return float((same(a).double() - same(b).double()).norm())/scale
-    def mean(ix, w): return mean_of(g, [thetas[i] for i in ix], w, [Gs[i] for i in ix], warn=False)
+
+    def gap(a, b):
+        return float((same(a).double() - same(b).double()).norm())/scale
+
+    def mean(ix, w):
+        return mean_of(g, [thetas[i] for i in ix], w, [Gs[i] for i in ix], warn=False)
+
     m, order = mean(range(T), ws)[0], list(reversed(range(T)))
     points, lift = g.chart(thetas, Gs)
     yield 1, _off(g, points, ws)
     yield 2, gap(m, mean(order, [ws[i] for i in order])[0])
     yield 3, gap(mean([0]*T, ws)[0], thetas[0])
     yield 4, gap(mean(range(T), [2*ws[0], *ws[1:]])[0], mean([0, *range(T)], [ws[0], *ws])[0])
-    if act: yield 5, gap(m, mean_of(g, [act(t) for t in thetas], ws, Gs, warn=False)[0])
+    if act:
+        yield 5, gap(m, mean_of(g, [act(t) for t in thetas], ws, Gs, warn=False)[0])
     yield 6, max(gap(lift(p.x), t) for p, t in zip(points, thetas))
     yield 7, _derivative(g, points, ws)
-    yield 8, float((m.dtype, m.device, m.shape) != (thetas[0].dtype, thetas[0].device, thetas[0].shape))
+    yield (
+        8,
+        float((m.dtype, m.device, m.shape) != (thetas[0].dtype, thetas[0].device, thetas[0].shape)),
+    )
     yield 9, gap(mean([0], ws[:1])[0], thetas[0])
     away = g.exp(points[0].x, g.log(points[0].x, points[-1].x)/3)
     ways = [g.log(away, p.x) for p in points]
-    yield 10, max(gap(lift(g.exp(away, v)), lift(p.x)) if v.isfinite().all() else math.inf for v, p in zip(ways, points))
+    yield (
+        10,
+        max(
+            gap(lift(g.exp(away, v)), lift(p.x)) if v.isfinite().all() else math.inf
+            for v, p in zip(ways, points)
+        ),
+    )
 
+# %% ../nbs/05_laws.ipynb #767f1116
 def _off(g, points, ws):
     "How far the next step from the mean would lead, relative to where it is and to the distances."
-    m = frechet_mean(g, points, ws, warn=False).x; at, A = pull(g, m, points, ws)
+    m = frechet_mean(g, points, ws, warn=False).x
+    at, A = pull(g, m, points, ws)
     return float(A.solve(at.b).norm())/(float(m.norm()) + float(at.reach[0]) or 1.0)
 
+# %% ../nbs/05_laws.ipynb #ebf6b7bb
 def _derivative(g, points, ws):
     "The finite difference of the variance along a direction, against what the pull says."
     m = g.exp(points[0].x, g.log(points[0].x, points[-1].x)/3)
@@ -66,28 +88,68 @@ def _derivative(g, points, ws):
     return float(abs((F[0] - F[1])/(2*h) + 2*float((at.b*u).sum()))/unit)
 
 # %% ../nbs/05_laws.ipynb #18a5b90e
-LAWS = {1: "the mean is stationary", 2: "the order of the models is irrelevant", 3: "the mean of copies is the copy",
-        4: "weight 2 is being listed twice", 5: "models may be replaced within their orbits", 6: "into the chart and back is the identity",
-        7: "the pull is the derivative of the variance", 8: "dtype, device and shape come back", 9: "the mean of one model is that model", 10: "exp leads to where log points"}    # number → what is true of every mean
+# number → what is true of every mean
+LAWS = {
+    1: "the mean is stationary",
+    2: "the order of the models is irrelevant",
+    3: "the mean of copies is the copy",
+    4: "weight 2 is being listed twice",
+    5: "models may be replaced within their orbits",
+    6: "into the chart and back is the identity",
+    7: "the pull is the derivative of the variance",
+    8: "dtype, device and shape come back",
+    9: "the mean of one model is that model",
+    10: "exp leads to where log points",
+}
+
 
 def check_geometry(
-    g:Geometry,
-    thetas:Sequence[Any]|None=None,    # T >= 2 tensors of one shape to try it on; default: three random ones, 4×6, float64
-    ws:Sequence[float]|None=None,      # their weights; default 0.5, 0.3, 0.2, ...
-    Gs:Sequence[Any]|None=None,        # their metrics; default none
-    act:Callable[[Any],Any]|None=None,           # theta → another tensor of its orbit, drawn anew at each call; law 5 is left out without it
-    same:Callable[[Any],Tensor]=lambda t: t,     # theta → what an orbit has in common, compared in laws 2 to 6, 9 and 10
-    tol:float|None=None,               # on relative errors; default 1e-9 in float64, 1e-4 in float32 (1e-6 and 1e-2 for law 7, a finite difference)
-)->dict[int,float]:                  # law → relative error
-    "Hold a geometry to the laws of a mean: error per law, or `AssertionError` that names the law. Waived laws are not checked."
-    if not isinstance(g, Geometry): raise ValueError(f"{g!r} is not a Geometry: pass an instance, such as Euclidean().")
-    if thetas is None: thetas = torch.randn(3, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).add(1).unbind()
-    ws = ws or [.5, .3, .2, *[.1]*len(thetas)][:len(thetas)]
+    g: Geometry,
+    # T >= 2 tensors of one shape to try it on; default: three random ones, 4×6, float64
+    thetas: Sequence[Any] | None = None,
+    ws: Sequence[float] | None = None,  # their weights; default 0.5, 0.3, 0.2, ...
+    Gs: Sequence[Any] | None = None,  # their metrics; default none
+    # theta → another tensor of its orbit, drawn anew at each call; law 5 is left out without it
+    act: Callable[[Any], Any] | None = None,
+    # theta → what an orbit has in common, compared in laws 2 to 6, 9 and 10
+    same: Callable[[Any], Tensor] = lambda t: t,
+    # on relative errors; default 1e-9 in float64, 1e-4 in float32 (1e-6 and 1e-2 for law 7, a
+    # finite difference)
+    tol: float | None = None,
+) -> dict[int, float]:  # law → relative error
+    """Hold a geometry to the laws of a mean: error per law, or `AssertionError` that names the law.
+    Waived laws are not checked."""
+    if not isinstance(g, Geometry):
+        raise ValueError(f"{g!r} is not a Geometry: pass an instance, such as Euclidean().")
+    if thetas is None:
+        thetas = (
+            torch.randn(3, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+            .add(1)
+            .unbind()
+        )
+    ws = ws or [0.5, 0.3, 0.2, *[0.1]*len(thetas)][: len(thetas)]
     tol = tol or (1e-9 if thetas[0].dtype == torch.float64 else 1e-4)
     made = g.chart(list(thetas), Gs)
-    if not (isinstance(made, tuple) and len(made) == 2 and callable(made[1]) and all(isinstance(p, Point) for p in made[0])): raise ValueError(f"{type(g).__name__}.chart must return two things, a list of Points and the way back, a function of coordinates; it returned {type(made).__name__}" + (f" of {', '.join(type(x).__name__ for x in made)}." if isinstance(made, tuple) else "."))
+    if not (
+        isinstance(made, tuple)
+        and len(made) == 2
+        and callable(made[1])
+        and all(isinstance(p, Point) for p in made[0])
+    ):
+        raise ValueError(
+            f"{type(g).__name__}.chart must return two things, a list of Points and the "
+            f"way back, a function of coordinates; it returned {type(made).__name__}"
+            + (
+                f" of {', '.join(type(x).__name__ for x in made)}."
+                if isinstance(made, tuple)
+                else "."
+            )
+        )
     found = {k: e for k, e in _errors(g, list(thetas), ws, Gs, act, same) if k not in g.laws_waived}
     for k, e in found.items():
         limit = max(tol, 1e-6 if thetas[0].dtype == torch.float64 else 1e-2) if k == 7 else tol
-        assert e <= limit, f"{type(g).__name__} breaks law {k}, {LAWS[k]}: relative error {e:.1e}, tolerance {limit:.0e}"
+        assert e <= limit, (
+            f"{type(g).__name__} breaks law {k}, {LAWS[k]}: relative error {e:.1e}, "
+            f"tolerance {limit:.0e}"
+        )
     return found

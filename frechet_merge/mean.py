@@ -24,192 +24,384 @@ from .geometry import Geometry, Point
 from .metrics import as_metric
 
 # %% ../nbs/03_mean.ipynb #de95cc43
-SQUARES = 1e-17, 1e17    # lengths whose squares a float32 holds
+SQUARES = 1e-17, 1e17  # lengths whose squares a float32 holds
 
-class ConvergenceWarning(UserWarning): "A mean did not reach its tolerance, or is not the only one."
 
+class ConvergenceWarning(UserWarning):
+    "A mean did not reach its tolerance, or is not the only one."
+
+# %% ../nbs/03_mean.ipynb #939ccdef
 @dataclass(frozen=True)
 class Mean:
     "A Fréchet mean and what is known about it."
-    x: Tensor | Any = field(repr=False)      # coordinates: a tensor, as the points are; None in the reports of `merge`, which do not keep them
-    residual: float       # ‖Σ w G log‖ / Σ‖w G log‖, without unit: 0 where all pulls cancel, 1 where they agree
-    iterations: int       # steps tried after the first
-    converged: bool       # residual <= tol, or the step was below the resolution of the dtype
-    variance: float       # Σ w d², in the units of the metric: how far the models are from agreeing
-    unique: bool | None = True    # every model that counts is within the geometry's `radius` of the mean, so that there is no other; None: not known
-    lost: int = 0         # models to which no single shortest path leads from where the solver started, and so stayed; residual and variance are then NaN
+
+    # coordinates: a tensor, as the points are; None in the reports of `merge`, which do not keep
+    # them
+    x: Tensor | Any = field(repr=False)
+    # ‖Σ w G log‖ / Σ‖w G log‖, without unit: 0 where all pulls cancel, 1 where they agree
+    residual: float
+    iterations: int  # steps tried after the first
+    converged: bool  # residual <= tol, or the step was below the resolution of the dtype
+    variance: float  # Σ w d², in the units of the metric: how far the models are from agreeing
+    # every model that counts is within the geometry's `radius` of the mean, so that there is no
+    # other; None: not known
+    unique: bool | None = True
+    # models to which no single shortest path leads from where the solver started, and so stayed;
+    # residual and variance are then NaN
+    lost: int = 0
 
     @property
-    def problem(self)->str:
+    def problem(self) -> str:
         "What a user should know, in words; empty if nothing."
-        if self.lost: return f"is where the solver started, and in general no mean: there is no single shortest path from it to {self.lost} of the models"
-        if not self.converged: return f"did not converge: residual {self.residual:.1e} after {self.iterations} iterations"
-        return "" if self.unique is not False else "may not be the only mean: some models are too far apart for this geometry"
+        if self.lost:
+            return (
+                "is where the solver started, and in general no mean: there is no single "
+                f"shortest path from it to {self.lost} of the models"
+            )
+        if not self.converged:
+            return (
+                f"did not converge: residual {self.residual:.1e} after {self.iterations} iterations"
+            )
+        return (
+            ""
+            if self.unique is not False
+            else "may not be the only mean: some models are too far apart for this geometry"
+        )
 
 # %% ../nbs/03_mean.ipynb #ca1439c2
-def normalise(ws:Sequence[float]|None, T:int)->list[float]:
-    "Weights that sum to 1; `ValueError` unless there are T of them, finite, none negative, with a positive sum."
+def normalise(ws: Sequence[float] | None, T: int) -> list[float]:
+    """Weights that sum to 1; `ValueError` unless there are T of them, finite, none negative, with a
+    positive sum."""
     ws = [1.0]*T if ws is None else [float(w) for w in ws]
-    if len(ws) != T: raise ValueError(f"{len(ws)} weights {ws} for {T} models: give one per model.")
-    if not all(math.isfinite(w) and w >= 0 for w in ws): raise ValueError(f"weights {ws} must be finite and >= 0; to move away from a model, use base= and a negative scale=.")
-    if not (top := max(ws)) > 0: raise ValueError(f"weights {ws} sum to zero: at least one model must count.")
+    if len(ws) != T:
+        raise ValueError(f"{len(ws)} weights {ws} for {T} models: give one per model.")
+    if not all(math.isfinite(w) and w >= 0 for w in ws):
+        raise ValueError(
+            f"weights {ws} must be finite and >= 0; to move away from a model, use base= "
+            "and a negative scale=."
+        )
+    if not (top := max(ws)) > 0:
+        raise ValueError(f"weights {ws} sum to zero: at least one model must count.")
     total = math.fsum(w/top for w in ws)
     return [w/top/total for w in ws]
 
-def _of_points(ws, points)->list[float]:
-    "A weight for every point; a chart may give each model several points, all the first ones first."
+# %% ../nbs/03_mean.ipynb #af249887
+def _of_points(ws, points) -> list[float]:
+    """A weight for every point; a chart may give each model several points, all the first ones
+    first."""
     T = len(points) if ws is None else len(ws)
-    return normalise(list(ws)*(len(points)//T) if ws is not None and T and len(points) % T == 0 else ws, len(points))
+    return normalise(
+        list(ws)*(len(points)//T) if ws is not None and T and len(points) % T == 0 else ws,
+        len(points),
+    )
 
+# %% ../nbs/03_mean.ipynb #93be743c
 def _length(v, N):
-    v = v.reshape(N, -1); n = torch.linalg.vector_norm(v, dim=1).double()
-    if not ((n > SQUARES[0]) & (n < SQUARES[1])).all() and v.any(): n = torch.linalg.vector_norm(v.double(), dim=1)      # slow, and so only where it must be
+    v = v.reshape(N, -1)
+    n = torch.linalg.vector_norm(v, dim=1).double()
+    # slow, and so only where it must be
+    if not ((n > SQUARES[0]) & (n < SQUARES[1])).all() and v.any():
+        n = torch.linalg.vector_norm(v.double(), dim=1)
     return n.cpu().numpy()
-def _dot(u, v, N):
-    d = (torch.dot(u.flatten(), v.flatten())[None] if N == 1 else torch.linalg.vecdot(u.reshape(N, -1), v.reshape(N, -1))).double().cpu().numpy()
-    return d if np.isfinite(d).all() or u.dtype == torch.float64 else _dot(u.double(), v.double(), N)      # squares may leave float32's range
 
+# %% ../nbs/03_mean.ipynb #a7a3c741
+def _dot(u, v, N):
+    d = (
+        (
+            torch.dot(u.flatten(), v.flatten())[None]
+            if N == 1
+            else torch.linalg.vecdot(u.reshape(N, -1), v.reshape(N, -1))
+        )
+        .double()
+        .cpu()
+        .numpy()
+    )
+    # squares may leave float32's range
+    return (
+        d if np.isfinite(d).all() or u.dtype == torch.float64 else _dot(u.double(), v.double(), N)
+    )
+
+# %% ../nbs/03_mean.ipynb #2780d407
 @dataclass
 class Pull:
     "What the models do at a point, for each of N problems."
-    b: Any               # Σ w G v, a tangent; N of them
-    size: np.ndarray     # (N,) Σ ‖w G v‖
-    reach: np.ndarray    # (N,) Σ w ‖v‖
-    var: np.ndarray      # (N,) Σ w ⟨v, G v⟩
-    far: np.ndarray      # (N,) max ‖v‖
-    lost: np.ndarray     # (N,) models to which no single shortest path leads
 
-def _total(Gs, ws)->Any:      # Σ w G, which undoes every pull: a metric rides on its point, not on where the solver is
+    b: Any  # Σ w G v, a tangent; N of them
+    size: np.ndarray  # (N,) Σ ‖w G v‖
+    reach: np.ndarray  # (N,) Σ w ‖v‖
+    var: np.ndarray  # (N,) Σ w ⟨v, G v⟩
+    far: np.ndarray  # (N,) max ‖v‖
+    lost: np.ndarray  # (N,) models to which no single shortest path leads
+
+# %% ../nbs/03_mean.ipynb #c957dfa4
+# Σ w G, which undoes every pull: a metric rides on its point, not on where the solver is
+def _total(Gs, ws) -> Any:
     return reduce(add, (w*G for G, w in zip(Gs, ws)))
 
-def _pulls(g, m, points, Gs, ws, N=1)->Pull:
+# %% ../nbs/03_mean.ipynb #c94287cd
+def _pulls(g, m, points, Gs, ws, N=1) -> Pull:
     at = Pull(None, *np.zeros((5, N)))
     for p, G, w in zip(points, Gs, ws):
         v = g.log(m, p.x)
         Gv = G @ v
         d2 = _dot(v, Gv, N)
-        if (gone := ~np.isfinite(d2)).any():      # no single shortest path to this model: it cannot pull
-            d2 = np.where(gone, 0, d2); at.lost += gone & (w > 0)
-            v, Gv = (x.reshape(N, -1).masked_fill(torch.as_tensor(gone, device=x.device)[:, None], 0).view_as(x) for x in (v, Gv))
+        # no single shortest path to this model: it cannot pull
+        if (gone := ~np.isfinite(d2)).any():
+            d2 = np.where(gone, 0, d2)
+            at.lost += gone & (w > 0)
+            v, Gv = (
+                x.reshape(N, -1)
+                .masked_fill(torch.as_tensor(gone, device=x.device)[:, None], 0)
+                .view_as(x)
+                for x in (v, Gv)
+            )
         at.b = w*Gv if at.b is None else at.b.add_(Gv, alpha=w)
         n = np.sqrt(d2.clip(0)) if Gv is v else _length(v, N)
-        at.size += w*(n if Gv is v else _length(Gv, N)); at.reach += w*n; at.var += w*d2
-        if w > 0: at.far = np.maximum(at.far, n)
+        at.size += w*(n if Gv is v else _length(Gv, N))
+        at.reach += w*n
+        at.var += w*d2
+        if w > 0:
+            at.far = np.maximum(at.far, n)
     return at
 
+# %% ../nbs/03_mean.ipynb #d56175fa
 def pull(
-    g:Geometry,
-    m:Tensor,                    # a point, anywhere
-    points:Sequence[Point],
-    ws:Sequence[float]|None=None,     # as for `frechet_mean`
-)->tuple[Pull,Any]:
+    g: Geometry,
+    m: Tensor,  # a point, anywhere
+    points: Sequence[Point],
+    ws: Sequence[float] | None = None,  # as for `frechet_mean`
+) -> tuple[Pull, Any]:
     "The pull at a point, and the sum of metrics Σ w G that turns it into a step."
     ws, Gs = _of_points(ws, points), [as_metric(p.G) for p in points]
     return _pulls(g, m, points, Gs, ws), _total(Gs, ws)
 
 # %% ../nbs/03_mean.ipynb #64fa3ddc
-HALVINGS = 30    # of a step, before a point is taken as the best that can be reached
-ROUNDING = 64    # eps of the dtype: a residual that is left to rounding
+HALVINGS = 30  # of a step, before a point is taken as the best that can be reached
+ROUNDING = 64  # eps of the dtype: a residual that is left to rounding
 
-def _solve(g, points, ws, tol, maxiter, N)->tuple[Tensor,list[Mean]]:
+
+def _solve(g, points, ws, tol, maxiter, N) -> tuple[Tensor, list[Mean]]:
     ws, Gs, k = _of_points(ws, points), [as_metric(p.G) for p in points], 0
     A, m = _total(Gs, ws), g.start(points, ws)
     at, stuck, eps = _pulls(g, m, points, Gs, ws, N), np.zeros(N, bool), torch.finfo(m.dtype).eps
     tol, most, stiff, before = max(tol, ROUNDING*eps), at.size, np.zeros(N), np.full(N, np.inf)
-    plain = all(isinstance(getattr(G, "d", None), float) for G in Gs)      # else pulls that cancel as a whole may hide a direction in which all are weak
+    # else pulls that cancel as a whole may hide a direction in which all are weak
+    plain = all(isinstance(getattr(G, "d", None), float) for G in Gs)
     while True:
         residual = np.divide(_length(at.b, N), at.size, out=np.zeros(N), where=at.size > 0)
-        most, stiff = np.maximum(most, at.size), np.maximum(stiff, np.divide(at.size, at.reach, out=np.zeros(N), where=at.reach > 0))
+        most, stiff = (
+            np.maximum(most, at.size),
+            np.maximum(stiff, np.divide(at.size, at.reach, out=np.zeros(N), where=at.reach > 0)),
+        )
         whole = _length(g.size(m), N)
-        rounding = (at.size <= ROUNDING*eps*np.maximum(most, stiff*at.reach)) | (at.reach <= ROUNDING*eps*whole) | (residual <= ROUNDING**2*eps) & (residual > .9*before)      # pulls that are rounding have no direction, and steps that are do not help
+        # pulls that are rounding have no direction, and steps that are do not help
+        rounding = (
+            (at.size <= ROUNDING*eps*np.maximum(most, stiff*at.reach))
+            | (at.reach <= ROUNDING*eps*whole)
+            | (residual <= ROUNDING**2*eps) & (residual > 0.9*before)
+        )
         small = (residual <= tol) | rounding
-        if (done := small & (k > 0 or plain)).all(): break
+        if (done := small & (k > 0 or plain)).all():
+            break
         step = A.solve(at.b)
-        far = _length(step, N); done |= far <= eps*(whole + at.reach)
-        t = (~(done | stuck | (at.lost > 0)) & np.isfinite(far)).astype(float)      # the share of the step that each problem takes
-        if not t.any() or k >= maxiter: break
+        far = _length(step, N)
+        done |= far <= eps*(whole + at.reach)
+        # the share of the step that each problem takes
+        t = (~(done | stuck | (at.lost > 0)) & np.isfinite(far)).astype(float)
+        if not t.any() or k >= maxiter:
+            break
         while True:
-            part = torch.as_tensor(t, dtype=step.dtype, device=step.device).view(N, *[1]*(step.dim() - 1)) if N > 1 else t[0]
-            y = g.exp(m, step if N == 1 and t[0] == 1 else torch.where(part > 0, step*part, 0) if N > 1 else step*part)      # who does not move may have no step
+            part = (
+                torch.as_tensor(t, dtype=step.dtype, device=step.device).view(
+                    N, *[1]*(step.dim() - 1)
+                )
+                if N > 1
+                else t[0]
+            )
+            # who does not move may have no step
+            y = g.exp(
+                m,
+                step
+                if N == 1 and t[0] == 1
+                else torch.where(part > 0, step*part, 0)
+                if N > 1
+                else step*part,
+            )
             to, k = _pulls(g, y, points, Gs, ws, N), k + 1
-            nearer = (to.var <= at.var*(1 + eps**.5)) & (_length(to.b, N) < residual*to.size)      # a rise that rounding explains
+            # a rise that rounding explains
+            nearer = (to.var <= at.var*(1 + eps**0.5)) & (_length(to.b, N) < residual*to.size)
             worse = (t > 0) & ((to.var > at.var*(1 + 8*eps)) & ~nearer | (to.lost > 0))
-            if not worse.any(): break
+            if not worse.any():
+                break
             stuck |= worse & (small | (t < 2.0**-HALVINGS) | (k >= maxiter))
             t = np.where(stuck, 0, np.where(worse, t/2, t))
         before, m, at = residual, y, to
-    lost = at.lost > 0      # what is known there leaves models out, and is not known
-    return m, [Mean(None, *row) for row in zip(np.where(lost, np.nan, residual).tolist(), [k]*N, (done & ~lost).tolist(), np.where(lost, np.nan, at.var).tolist(),
-               (~lost & (at.far < g.radius)).tolist() if g.radius is not None else [False if x else None for x in lost], at.lost.astype(int).tolist())]
+    # what is known there leaves models out, and is not known
+    lost = at.lost > 0
+    return m, [
+        Mean(None, *row)
+        for row in zip(
+            np.where(lost, np.nan, residual).tolist(),
+            [k]*N,
+            (done & ~lost).tolist(),
+            np.where(lost, np.nan, at.var).tolist(),
+            (~lost & (at.far < g.radius)).tolist()
+            if g.radius is not None
+            else [False if x else None for x in lost],
+            at.lost.astype(int).tolist(),
+        )
+    ]
 
 # %% ../nbs/03_mean.ipynb #f745252c
 @overload
-def frechet_mean(g:Geometry, points:Sequence[Point], ws:Sequence[float]|None=None, tol:float=..., maxiter:int=..., warn:bool=..., batch:None=None)->Mean: ...
+def frechet_mean(
+    g: Geometry,
+    points: Sequence[Point],
+    ws: Sequence[float] | None = None,
+    tol: float = ...,
+    maxiter: int = ...,
+    warn: bool = ...,
+    batch: None = None,
+) -> Mean: ...
 @overload
-def frechet_mean(g:Geometry, points:Sequence[Point], ws:Sequence[float]|None=None, tol:float=..., maxiter:int=..., warn:bool=..., *, batch:int)->list[Mean]: ...
+def frechet_mean(
+    g: Geometry,
+    points: Sequence[Point],
+    ws: Sequence[float] | None = None,
+    tol: float = ...,
+    maxiter: int = ...,
+    warn: bool = ...,
+    *,
+    batch: int,
+) -> list[Mean]: ...
 
 # %% ../nbs/03_mean.ipynb #23274c7c
 def frechet_mean(
-    g:Geometry,                         # gives log and exp; with `batch`, one that is `batched`
-    points:Sequence[Point],             # all of one shape: one for each model, or several (all the first ones first); 16-bit ones are computed in float32
-    ws:Sequence[float]|None=None,       # T weights >= 0, of any sum; default equal
-    tol:float=1e-10,                    # on the residual, without unit; 64 eps of the dtype if that is more
-    maxiter:int=500,                    # steps tried, halved ones too
-    warn:bool=True,                     # a `ConvergenceWarning` if the result has a `problem`
-    batch:int|None=None,                # N: the first dimension of every point counts N problems
-)->Mean|list[Mean]:                     # with `batch`, one for each problem
-    "The point at which the weighted squared distance to `points` is stationary (Karcher 1977); `ValueError` for no points, and for weights or metrics that have no mean."
-    if not points: raise ValueError("there are no points to take a mean of: give at least one.")
-    dtype, narrow = points[0].x.dtype, points[0].x.dtype.itemsize < 4      # 16 bits would be met by any point
-    x, found = _solve(g, [replace(p, x=p.x.detach().float() if narrow else p.x.detach()) for p in points], ws, tol, maxiter, batch or 1)
+    g: Geometry,  # gives log and exp; with `batch`, one that is `batched`
+    # all of one shape: one for each model, or several (all the first ones first); 16-bit ones are
+    # computed in float32
+    points: Sequence[Point],
+    ws: Sequence[float] | None = None,  # T weights >= 0, of any sum; default equal
+    tol: float = 1e-10,  # on the residual, without unit; 64 eps of the dtype if that is more
+    maxiter: int = 500,  # steps tried, halved ones too
+    warn: bool = True,  # a `ConvergenceWarning` if the result has a `problem`
+    batch: int | None = None,  # N: the first dimension of every point counts N problems
+) -> Mean | list[Mean]:  # with `batch`, one for each problem
+    """The point at which the weighted squared distance to `points` is stationary (Karcher 1977);
+    `ValueError` for no points, and for weights or metrics that have no mean."""
+    if not points:
+        raise ValueError("there are no points to take a mean of: give at least one.")
+    # 16 bits would be met by any point
+    dtype, narrow = points[0].x.dtype, points[0].x.dtype.itemsize < 4
+    x, found = _solve(
+        g,
+        [replace(p, x=p.x.detach().float() if narrow else p.x.detach()) for p in points],
+        ws,
+        tol,
+        maxiter,
+        batch or 1,
+    )
     x = x.to(dtype)
     found = [replace(f, x=y) for f, y in zip(found, x if batch else [x])]
     for f in found:
-        if warn and f.problem: warnings.warn(f"the mean {f.problem}", ConvergenceWarning, stacklevel=2)
+        if warn and f.problem:
+            warnings.warn(f"the mean {f.problem}", ConvergenceWarning, stacklevel=2)
     return found if batch else found[0]
 
 # %% ../nbs/03_mean.ipynb #374ed767
-def import_geomstats()->Any:    # the module
-    "geomstats with its NumPy backend, loaded on first use, since it is slow to import; `ImportError` if it runs on another one."
+def import_geomstats() -> Any:  # the module
+    """geomstats with its NumPy backend, loaded on first use, since it is slow to import;
+    `ImportError` if it runs on another one."""
     shim = not hasattr(np, "trapz")
-    if shim: np.trapz = np.trapezoid
+    if shim:
+        np.trapz = np.trapezoid
     try:
         geomstats, backend = import_module("geomstats"), import_module("geomstats.backend")
-        if not isinstance(backend.array([1.0]), np.ndarray): raise ImportError("GEOMSTATS_BACKEND is set to another backend than numpy: unset it.")
+        if not isinstance(backend.array([1.0]), np.ndarray):
+            raise ImportError("GEOMSTATS_BACKEND is set to another backend than numpy: unset it.")
         return geomstats
     finally:
-        if shim: del np.trapz
+        if shim:
+            del np.trapz
 
-ASTRAY = .1    # share of a distance by which a log may miss, before it is taken to lead elsewhere
-COARSE = 1e-6    # of a coordinate: rounding of the distances in geomstats, which are arccosines and roots
+# %% ../nbs/03_mean.ipynb #a415b8d2
+ASTRAY = 0.1  # share of a distance by which a log may miss, before it is taken to lead elsewhere
+# of a coordinate: rounding of the distances in geomstats, which are arccosines and roots
+COARSE = 1e-6
+
 
 @dataclass(frozen=True)
 class Manifold(Geometry):
     "A geomstats space as a geometry: points are its points, in float64, one at a time on the CPU."
-    space: Any                                               # with .to_tangent and a Riemannian .metric: log, exp, inner_product, and dist if logs are to be checked
-    radius: float | None = field(default=None, kw_only=True)    # in units of the distance: within it a mean whose metrics are numbers is unique; geomstats does not say
+
+    # with .to_tangent and a Riemannian .metric: log, exp, inner_product, and dist if logs are to be
+    # checked
+    space: Any
+    # in units of the distance: within it a mean whose metrics are numbers is unique; geomstats does
+    # not say
+    radius: float | None = field(default=None, kw_only=True)
+
     def chart(self, thetas, Gs=None):
-        return [Point(t.double(), G) for t, G in zip(thetas, Gs or [1.0]*len(thetas))], lambda m: m.to(thetas[0].dtype)
-    def frame(self,
-        m:np.ndarray,                    # a point, n numbers in whatever shape
-    )->tuple[np.ndarray,np.ndarray]:     # both (dim, n)
-        "Rows: an orthonormal basis of the tangent space at m, and the covectors that read its coordinates; `ValueError` where float64 cannot hold the metric."
-        E, inner = self.space.to_tangent(np.eye(m.size).reshape(m.size, *m.shape), m), self.space.metric.inner_product
-        Q, R, _ = import_module("scipy.linalg").qr(E.reshape(m.size, -1).T, mode="economic", pivoting=True)      # how many directions there are is no question of the metric
+        return [
+            Point(t.double(), G) for t, G in zip(thetas, Gs or [1.0]*len(thetas))
+        ], lambda m: m.to(thetas[0].dtype)
+
+    def frame(
+        self,
+        m: np.ndarray,  # a point, n numbers in whatever shape
+    ) -> tuple[np.ndarray, np.ndarray]:  # both (dim, n)
+        """Rows: an orthonormal basis of the tangent space at m, and the covectors that read its
+        coordinates; `ValueError` where float64 cannot hold the metric."""
+        E, inner = (
+            self.space.to_tangent(np.eye(m.size).reshape(m.size, *m.shape), m),
+            self.space.metric.inner_product,
+        )
+        # how many directions there are is no question of the metric
+        Q, R, _ = import_module("scipy.linalg").qr(
+            E.reshape(m.size, -1).T, mode="economic", pivoting=True
+        )
         Q = Q.T[np.abs(R.diagonal()) > 1e-10*abs(R[0, 0])]
-        lam, V = np.linalg.eigh(np.stack([inner(Q.reshape(-1, *m.shape), q, m) for q in Q.reshape(-1, *m.shape)]))
-        if lam[0] < -1e-10*abs(lam).max(): raise ValueError(f"the metric at a point has the eigenvalue {lam[0]:.1e}: {type(self.space).__name__} is not Riemannian there.")
-        if not lam[0] > len(lam)*np.finfo(float).eps*lam[-1]: raise ValueError(f"the metric at a point has eigenvalues from {lam[0]:.1e} to {lam[-1]:.1e}, more than float64 holds.\nScale the coordinates of {type(self.space).__name__}.")
-        return (V/np.sqrt(lam)).T @ Q, (V/np.sqrt(lam)).T @ np.stack([inner(Q.reshape(-1, *m.shape), e, m) for e in E], -1)
-    def size(self, m): "The lengths of changes of the coordinates, each by its own size."; return torch.as_tensor(self.frame(m.numpy())[1]*m.numpy().reshape(-1))
+        lam, V = np.linalg.eigh(
+            np.stack([inner(Q.reshape(-1, *m.shape), q, m) for q in Q.reshape(-1, *m.shape)])
+        )
+        if lam[0] < -1e-10*abs(lam).max():
+            raise ValueError(
+                f"the metric at a point has the eigenvalue {lam[0]:.1e}: "
+                f"{type(self.space).__name__} is not Riemannian there."
+            )
+        if not lam[0] > len(lam)*np.finfo(float).eps*lam[-1]:
+            raise ValueError(
+                f"the metric at a point has eigenvalues from {lam[0]:.1e} to {lam[-1]:.1e}, "
+                "more than float64 holds.\n"
+                f"Scale the coordinates of {type(self.space).__name__}."
+            )
+        return (V/np.sqrt(lam)).T @ Q, (V/np.sqrt(lam)).T @ np.stack(
+            [inner(Q.reshape(-1, *m.shape), e, m) for e in E], -1
+        )
+
+    def size(self, m):
+        "The lengths of changes of the coordinates, each by its own size."
+        return torch.as_tensor(self.frame(m.numpy())[1]*m.numpy().reshape(-1))
+
     def log(self, m, x):
         m, x, metric = m.numpy(), x.numpy(), self.space.metric
-        if not np.isfinite(m).all(): raise ValueError(f"the iteration left {type(self.space).__name__}: a point is not finite.\nStart from points that are nearer to each other.")
-        v = metric.log(x, m); u = self.frame(m)[1] @ v.reshape(-1)
-        if (dist := getattr(metric, "dist", None)) is not None:      # at a cut locus some return a vector that leads elsewhere
-            d = dist(m, x); near = ASTRAY*d + COARSE*(1 + np.linalg.norm(x))
-            if dist(metric.exp(v, m), x) > near or abs(np.linalg.norm(u) - d) > near: u = np.full_like(u, np.nan)
+        if not np.isfinite(m).all():
+            raise ValueError(
+                f"the iteration left {type(self.space).__name__}: a point is not finite.\n"
+                "Start from points that are nearer to each other."
+            )
+        v = metric.log(x, m)
+        u = self.frame(m)[1] @ v.reshape(-1)
+        # at a cut locus some return a vector that leads elsewhere
+        if (dist := getattr(metric, "dist", None)) is not None:
+            d = dist(m, x)
+            near = ASTRAY*d + COARSE*(1 + np.linalg.norm(x))
+            if dist(metric.exp(v, m), x) > near or abs(np.linalg.norm(u) - d) > near:
+                u = np.full_like(u, np.nan)
         return torch.as_tensor(u)
+
     def exp(self, m, v):
         m = m.numpy()
-        return torch.as_tensor(self.space.metric.exp((v.numpy() @ self.frame(m)[0]).reshape(m.shape), m))
+        return torch.as_tensor(
+            self.space.metric.exp((v.numpy() @ self.frame(m)[0]).reshape(m.shape), m)
+        )

@@ -19,7 +19,7 @@ from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
 from inspect import signature
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -38,257 +38,769 @@ from .mean import Mean, frechet_mean, normalise
 from .output import free, inputs, write_card, write_companions
 from .span import Stack
 from .statistics import Coupled, statistics
-from .updates import BATCH, Update, align_updates, batches, bias_key, factor_shapes, merge_updates, peft_config
+from frechet_merge.updates import (
+    BATCH,
+    Update,
+    align_updates,
+    batches,
+    bias_key,
+    factor_shapes,
+    merge_updates,
+    peft_config,
+)
 
-Model = str | os.PathLike[str] | Mapping[str, Tensor]      # a folder, file, hub id or "base+adapter", or tensors by name (a `Checkpoint` is such)
+# a folder, file, hub id or "base+adapter", or tensors by name (a `Checkpoint` is such)
+Model = str | os.PathLike[str] | Mapping[str, Tensor]
 
 # %% ../nbs/21_merge.ipynb #9dd5db33
-def _pool(means:list[Mean])->Mean:
+def _pool(means: list[Mean]) -> Mean:
     "One report for the chunks of a tensor."
     unique = {m.unique for m in means}
-    return Mean(None, max(m.residual for m in means) if not any(m.lost for m in means) else math.nan, max(m.iterations for m in means), all(m.converged for m in means),
-                sum(m.variance for m in means), False if False in unique else None if None in unique else True, max(m.lost for m in means))
+    return Mean(
+        None,
+        max(m.residual for m in means) if not any(m.lost for m in means) else math.nan,
+        max(m.iterations for m in means),
+        all(m.converged for m in means),
+        sum(m.variance for m in means),
+        False if False in unique else None if None in unique else True,
+        max(m.lost for m in means),
+    )
 
+# %% ../nbs/21_merge.ipynb #6885a4cb
 def merge_block(
-    g:Geometry,
-    stack:Stack,              # the T versions of one tensor
-    ws:list[float],           # T weights
-    write:Callable,           # called with (start, flat values), chunk after chunk
-    scale:float=1.0,          # of the mean difference, if the stack has a base
-    metrics:Stack|Coupled|None=None,  # metrics of the T versions; default: none
-)->Mean:                      # what is known about the mean, without its coordinates
-    "Merge one tensor: chart, mean, lift, write. `ValueError` if the geometry cannot place a version, `MergeError` if one is not finite."
+    g: Geometry,
+    stack: Stack,  # the T versions of one tensor
+    ws: list[float],  # T weights
+    write: Callable,  # called with (start, flat values), chunk after chunk
+    scale: float = 1.0,  # of the mean difference, if the stack has a base
+    metrics: Stack | Coupled | None = None,  # metrics of the T versions; default: none
+) -> Mean:  # what is known about the mean, without its coordinates
+    """Merge one tensor: chart, mean, lift, write. `ValueError` if the geometry cannot place a
+    version, `MergeError` if one is not finite."""
+
     def done(i, j, x):
-        if stack.base is not None: x = stack.base_row(i, j).add(x, alpha=scale)
+        if stack.base is not None:
+            x = stack.base_row(i, j).add(x, alpha=scale)
         write(i, stack.marked(x, i, j) if stack.allow_nonfinite else x)
+
     def mean_of(thetas, Gs):
         points, lift = g.chart(thetas, Gs)
         mean = frechet_mean(g, points, ws, warn=False)
         return lift(cast(Tensor, mean.x)), replace(mean, x=None)
+
     if (g.separable or g.curved and metrics is None) and not isinstance(metrics, Coupled):
         means = []
         for i, j in stack.spans():
             X = stack.rows(i, j)
             x, mean = mean_of(list(X), list(metrics.rows(i, j)) if metrics else None)
-            if mean.lost: stack.check(X, i)    # no path to some model: is it a NaN?
-            done(i, j, x); means.append(mean)
+            # no path to some model: is it a NaN?
+            if mean.lost:
+                stack.check(X, i)
+            done(i, j, x)
+            means.append(mean)
         return _pool(means)
-    flat = isinstance(metrics, Coupled) and len(stack.shape) > 2      # a convolution, whose metric is of a matrix
-    x, mean = mean_of([x.flatten(1) for x in stack] if flat else stack, list(metrics) if metrics else None)
-    if isinstance(x, Tensor): x = MemoryTensor(x)
-    for i, j in stack.spans(): done(i, j, x.read(i, j))
+    # a convolution, whose metric is of a matrix
+    flat = isinstance(metrics, Coupled) and len(stack.shape) > 2
+    x, mean = mean_of(
+        [x.flatten(1) for x in stack] if flat else stack, list(metrics) if metrics else None
+    )
+    if isinstance(x, Tensor):
+        x = MemoryTensor(x)
+    for i, j in stack.spans():
+        done(i, j, x.read(i, j))
     return mean
 
 # %% ../nbs/21_merge.ipynb #df3231b5
-def geometries()->dict[str,EntryPoint]:
+def geometries() -> dict[str, EntryPoint]:
     "Name → entry point of every installed geometry."
     return {e.name: e for e in entry_points(group="frechet_merge.geometries")}
 
-ELSEWHERE = {"linear": "It is euclidean.", "mean": "It is euclidean.", "slerp": "It is sphere.", "karcher": "It is sphere.", "task_arithmetic": "It is euclidean, with a base and a scale.", "fisher": "It is curved or pullback, with metrics that `frechet-merge curvature` collects.",
-             "kfac": "It is curved, with metrics that `frechet-merge curvature` collects.", "regmean": "It is curved, with metrics that `frechet-merge curvature --form inputs` collects.", "ties": "It is none of these; knots is TIES for adapters.", "dare": "It is none of these; tsvm adds up what tasks changed, too."}      # what people look for → where it is
+# %% ../nbs/21_merge.ipynb #ad3d233c
+# what people look for → where it is
+ELSEWHERE = {
+    "linear": "It is euclidean.",
+    "mean": "It is euclidean.",
+    "slerp": "It is sphere.",
+    "karcher": "It is sphere.",
+    "task_arithmetic": "It is euclidean, with a base and a scale.",
+    "fisher": "It is curved or pullback, with metrics that `frechet-merge curvature` collects.",
+    "kfac": "It is curved, with metrics that `frechet-merge curvature` collects.",
+    "regmean": "It is curved, with metrics that `frechet-merge curvature --form inputs` collects.",
+    "ties": "It is none of these; knots is TIES for adapters.",
+    "dare": "It is none of these; tsvm adds up what tasks changed, too.",
+}
 
-def geometry_named(text:str)->Geometry:      # NAME or NAME:ARGUMENT=VALUE,…, values as Python writes them
-    "'lora:rank=16,metric=mix' → LoRA(rank=16, metric='mix'); `ValueError` suggests the nearest name, or says which arguments there are."
+
+def geometry_named(
+    text: str,
+    # NAME or NAME:ARGUMENT=VALUE,…, values as Python writes them
+) -> Geometry:
+    """'lora:rank=16,metric=mix' → LoRA(rank=16, metric='mix'); `ValueError` suggests the nearest
+    name, or says which arguments there are."""
     name, _, args = text.partition(":")
     known = geometries()
     if name not in known:
         near = get_close_matches(name, known, 1)
-        raise ValueError(f"no geometry is called {name!r}.\n" + (f"{said} " if (said := ELSEWHERE.get(name.lower().replace("-", "_"))) else f"Did you mean {near[0]!r}? " if near else "") + f"There are: {', '.join(sorted(known))}.")
-    def value(v):
-        try: return ast.literal_eval(v)
-        except (ValueError, SyntaxError): return v
-    make = known[name].load(); takes = signature(make).parameters
-    remedy = f"{name} takes {', '.join(k if p.default is p.empty else f'{k}={p.default}' for k, p in takes.items())}; write {name}:{next(iter(takes))}=…" if takes else f"{name} takes nothing"
-    pairs = [tuple(x.strip() for x in a.partition("=")) for a in args.split(",") if a]
-    if strange := next((k for k, is_, _ in pairs if not is_ or k not in takes and not any(p.kind == p.VAR_KEYWORD for p in takes.values())), None): raise ValueError(f"{text!r}: {name} has no {strange!r}.\n{remedy}.")
-    try: return make(**{k: value(v) for k, _, v in pairs})
-    except (TypeError, ValueError) as e: raise ValueError(f"{text!r}: {str(e).splitlines()[0].rstrip('.')}.\n{remedy}.") from e
+        raise ValueError(
+            f"no geometry is called {name!r}.\n"
+            + (
+                f"{said} "
+                if (said := ELSEWHERE.get(name.lower().replace("-", "_")))
+                else f"Did you mean {near[0]!r}? "
+                if near
+                else ""
+            )
+            + f"There are: {', '.join(sorted(known))}."
+        )
 
-def spelled(g:Geometry)->str:      # as `geometry_named` reads it; its repr if it cannot
-    "LoRA(rank=16, metric='mix') → 'lora:rank=16,metric=mix': what to type for a geometry, the shortest way."
+    def value(v):
+        try:
+            return ast.literal_eval(v)
+        except (ValueError, SyntaxError):
+            return v
+
+    make = known[name].load()
+    takes = signature(make).parameters
+    remedy = (
+        (
+            f"{name} takes "
+            f"{', '.join(k if p.default is p.empty else f'{k}={p.default}' for k, p in takes.items())}; "
+            f"write {name}:{next(iter(takes))}=…"
+        )
+        if takes
+        else f"{name} takes nothing"
+    )
+    pairs = [tuple(x.strip() for x in a.partition("=")) for a in args.split(",") if a]
+    if strange := next(
+        (
+            k
+            for k, is_, _ in pairs
+            if not is_
+            or k not in takes
+            and not any(p.kind == p.VAR_KEYWORD for p in takes.values())
+        ),
+        None,
+    ):
+        raise ValueError(f"{text!r}: {name} has no {strange!r}.\n{remedy}.")
+    try:
+        return make(**{k: value(v) for k, _, v in pairs})
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"{text!r}: {str(e).splitlines()[0].rstrip('.')}.\n{remedy}.") from e
+
+# %% ../nbs/21_merge.ipynb #4046c780
+def spelled(g: Geometry) -> str:  # as `geometry_named` reads it; its repr if it cannot
+    """LoRA(rank=16, metric='mix') → 'lora:rank=16,metric=mix': what to type for a geometry, the
+    shortest way."""
     found = []
     for name, e in geometries().items():
-        try:      # others' geometries may be of any kind
-            make = e.load(); plain = make()
-            if type(plain) is not type(g): continue
-            args = [f"{k}={getattr(g, k)}" for k in signature(make).parameters if getattr(g, k, None) != getattr(plain, k, None)]
-            if geometry_named(text := name + ":"*bool(args) + ",".join(args)) == g: found.append(text)
-        except Exception: continue
+        # others' geometries may be of any kind
+        try:
+            make = e.load()
+            plain = make()
+            if type(plain) is not type(g):
+                continue
+            args = [
+                f"{k}={getattr(g, k)}"
+                for k in signature(make).parameters
+                if getattr(g, k, None) != getattr(plain, k, None)
+            ]
+            if geometry_named(text := name + ":"*bool(args) + ",".join(args)) == g:
+                found.append(text)
+        except Exception:
+            continue
     return min(found, key=len, default=repr(g))
 
 # %% ../nbs/21_merge.ipynb #0ce5ab0c
-def _weights(names, weights, scale, T:int):
+def _weights(names, weights, scale, T: int):
     "Weights and scale of every block."
-    if isinstance(weights, str) or isinstance(scale, str): raise ValueError(f"weights = {weights!r} and scale = {scale!r} must be numbers.")
+    if isinstance(weights, str) or isinstance(scale, str):
+        raise ValueError(f"weights = {weights!r} and scale = {scale!r} must be numbers.")
     ws = {n: normalise(w, T) for n, w in by_name(weights, names, None, "weights").items()}
     scales = by_name(scale, names, 1.0, "scale")
-    if bad := next((x for x in scales.values() if not math.isfinite(x)), None): raise ValueError(f"scale {bad} is not finite.")
+    if bad := next((x for x in scales.values() if not math.isfinite(x)), None):
+        raise ValueError(f"scale {bad} is not finite.")
     return ws, scales
 
-def _of_those(name:str, ws:list[float], who:list[int])->list[float]:
-    if not any(w := [ws[i] for i in who]): raise MergeError(f"tensor {name!r}: the models that have it all have weight 0.\nGive one of them a weight.")
+# %% ../nbs/21_merge.ipynb #b1b63bd9
+def _of_those(name: str, ws: list[float], who: list[int]) -> list[float]:
+    if not any(w := [ws[i] for i in who]):
+        raise MergeError(
+            f"tensor {name!r}: the models that have it all have weight 0.\n"
+            "Give one of them a weight."
+        )
     return w
 
-def _needs(g:Geometry, remedy:str): return ValueError(f"{spelled(g)} is made of the models' metrics, and there are none: it would be the plain mean.\n{remedy}")
+# %% ../nbs/21_merge.ipynb #ef350d17
+def _needs(g: Geometry, remedy: str):
+    return ValueError(
+        f"{spelled(g)} is made of the models' metrics, and there are none: it would be "
+        "the plain mean.\n"
+        f"{remedy}"
+    )
 
-def plan_models(models:list[Checkpoint], g:Geometry, base:Checkpoint|None,
-    weights, scale, metrics, dtype:torch.dtype|None, device, absent:str|None, allow_nonfinite:bool, allow_pickle:bool,     # as for `merge`
-)->Plan:
-    "Full checkpoints → full checkpoint; `MergeError` if they do not match, `ValueError` if the arguments do not."
-    if absent not in (None, "renormalise"): raise ValueError(f"absent = {absent!r}: use 'renormalise'; 'zero' is for the layers of adapters.")
-    if g.factors: raise ValueError(f"{g!r} merges adapters, and these are full models.\nName the adapters alone, or use another geometry (TSV-M of full models is epimer without metrics).")
-    if g.differences and base is None: raise ValueError(f"{g!r} adds up what the models changed.\nName the model from which they did: base=, --base.")
-    if g.needs_metrics and metrics is None: raise _needs(g, "Collect them with `frechet-merge curvature`, one file per model, and name them: metrics=, --metrics.")
-    for said in unlike([*([] if base is None else [base]), *models]): warn(said, stacklevel=4)
+# %% ../nbs/21_merge.ipynb #8307c7d4
+def plan_models(
+    models: list[Checkpoint],
+    g: Geometry,
+    base: Checkpoint | None,
+    # as for `merge`
+    weights: Any,
+    scale: Any,
+    metrics: Any,
+    dtype: torch.dtype | None,
+    device: Any,
+    absent: str | None,
+    allow_nonfinite: bool,
+    allow_pickle: bool,
+) -> Plan:
+    """Full checkpoints → full checkpoint; `MergeError` if they do not match, `ValueError` if the
+    arguments do not."""
+    if absent not in (None, "renormalise"):
+        raise ValueError(
+            f"absent = {absent!r}: use 'renormalise'; 'zero' is for the layers of adapters."
+        )
+    if g.factors:
+        raise ValueError(
+            f"{g!r} merges adapters, and these are full models.\n"
+            "Name the adapters alone, or use another geometry (TSV-M of full models is "
+            "epimer without metrics)."
+        )
+    if g.differences and base is None:
+        raise ValueError(
+            f"{g!r} adds up what the models changed.\n"
+            "Name the model from which they did: base=, --base."
+        )
+    if g.needs_metrics and metrics is None:
+        raise _needs(
+            g,
+            "Collect them with `frechet-merge curvature`, one file per model, and name "
+            "them: metrics=, --metrics.",
+        )
+    for said in unlike([*([] if base is None else [base]), *models]):
+        warn(said, stacklevel=4)
     blocks, tied = align(models, base, absent)
-    if base is None and (isinstance(scale, Mapping) or scale != 1.0): raise ValueError("scale multiplies the difference from a base: give base= (--base) too.")
-    if base is not None and (bare := [b.name for b in blocks if b.base is None and b.mergeable]): warn(f"{len(bare)} tensors that {base.source} lacks are merged whole, without scale: {', '.join(bare[:3])}{' …'*(len(bare) > 3)}", stacklevel=4)
+    if base is None and (isinstance(scale, Mapping) or scale != 1.0):
+        raise ValueError("scale multiplies the difference from a base: give base= (--base) too.")
+    if base is not None and (bare := [b.name for b in blocks if b.base is None and b.mergeable]):
+        warn(
+            f"{len(bare)} tensors that {base.source} lacks are merged whole, without "
+            f"scale: {', '.join(bare[:3])}{' …' * (len(bare) > 3)}",
+            stacklevel=4,
+        )
     ws, scales = _weights([b.name for b in blocks], weights, scale, len(models))
-    Gs = statistics(metrics, blocks, len(models), allow_pickle, device, [m.source for m in models], isinstance(g, EpiMer))
-    if len(models) > 1 and (isinstance(g, Euclidean) or g.curved) and getattr(g, "share", None) is None and not getattr(g, "damping", 0) and any(isinstance(G, Coupled) and {"left", "right"} <= set(G.parts[0]) for G in Gs.values()):
-        warn("sums of metrics with two factors each have no closed form, and undamped they are inverted by many iterations: minutes, where --geometry pullback or curved:damping=0.1 take seconds", stacklevel=4)
-    layout = {b.name: (b.first.shape, dtype if dtype and b.first.dtype.is_floating_point else b.first.dtype) for b in blocks}
-    def job(b:Block):
+    Gs = statistics(
+        metrics,
+        blocks,
+        len(models),
+        allow_pickle,
+        device,
+        [m.source for m in models],
+        isinstance(g, EpiMer),
+    )
+    if (
+        len(models) > 1
+        and (isinstance(g, Euclidean) or g.curved)
+        and getattr(g, "share", None) is None
+        and not getattr(g, "damping", 0)
+        and any(
+            isinstance(G, Coupled) and {"left", "right"} <= set(G.parts[0]) for G in Gs.values()
+        )
+    ):
+        warn(
+            "sums of metrics with two factors each have no closed form, and undamped they "
+            "are inverted by many iterations: minutes, where --geometry pullback or "
+            "curved:damping=0.1 take seconds",
+            stacklevel=4,
+        )
+    layout = {
+        b.name: (
+            b.first.shape,
+            dtype if dtype and b.first.dtype.is_floating_point else b.first.dtype,
+        )
+        for b in blocks
+    }
+
+    def job(b: Block):
         def do(write):
             if not b.mergeable:
-                copy = Stack([b.first], name=b.name, sources=("" if base is None else base.source,), allow_nonfinite=allow_nonfinite)
+                copy = Stack(
+                    [b.first],
+                    name=b.name,
+                    sources=("" if base is None else base.source,),
+                    allow_nonfinite=allow_nonfinite,
+                )
                 for i, j in spans(b.first.numel):
                     x = b.first.read(i, j)
-                    if not allow_nonfinite and x.dtype.is_floating_point: copy.check((x if x.dtype.itemsize > 1 else x.float())[None], i)
+                    if not allow_nonfinite and x.dtype.is_floating_point:
+                        copy.check((x if x.dtype.itemsize > 1 else x.float())[None], i)
                     write(b.name, i, x)
                 return {}
-            stack = Stack(b.lazy, b.base, device, b.name, (*(models[i].source for i in b.who), *([] if base is None else [base.source])), allow_nonfinite)
+            stack = Stack(
+                b.lazy,
+                b.base,
+                device,
+                b.name,
+                (*(models[i].source for i in b.who), *([] if base is None else [base.source])),
+                allow_nonfinite,
+            )
             w = _of_those(b.name, ws[b.name], b.who)
-            try: return {b.name: merge_block(g, stack, w, lambda i, x: write(b.name, i, x), scales[b.name], Gs.get(b.name))}
-            except MergeError: raise
-            except ValueError as e: raise MergeError(f"tensor {b.name!r}: {e}") from e
+            try:
+                return {
+                    b.name: merge_block(
+                        g,
+                        stack,
+                        w,
+                        lambda i, x: write(b.name, i, x),
+                        scales[b.name],
+                        Gs.get(b.name),
+                    )
+                }
+            except MergeError:
+                raise
+            except ValueError as e:
+                raise MergeError(f"tensor {b.name!r}: {e}") from e
+
         return Job(b.first.numel, do, b.name)
-    return Plan(layout, [job(b) for b in blocks], tied, [b.name for b in blocks], allow_nonfinite=allow_nonfinite)
+
+    return Plan(
+        layout,
+        [job(b) for b in blocks],
+        tied,
+        [b.name for b in blocks],
+        allow_nonfinite=allow_nonfinite,
+    )
 
 # %% ../nbs/21_merge.ipynb #832a0569
-def plan_adapters(models:list[Checkpoint], g:Geometry,         # a geometry of matrices is put behind `LoRA`
-    weights, scale, dtype:torch.dtype|None, device, absent:str|None, any_base:bool, allow_nonfinite:bool=False,     # as for `merge`
-)->Plan:
-    "PEFT adapters → PEFT adapter; `MergeError` if they do not match, `ValueError` if the arguments do not."
-    if absent not in (None, "renormalise", "zero"): raise ValueError(f"absent = {absent!r}: use 'renormalise' or 'zero'.")
+# a geometry of matrices is put behind `LoRA`
+def plan_adapters(
+    models: list[Checkpoint],
+    g: Geometry,
+    # as for `merge`
+    weights: Any,
+    scale: Any,
+    dtype: torch.dtype | None,
+    device: Any,
+    absent: str | None,
+    any_base: bool,
+    allow_nonfinite: bool = False,
+) -> Plan:
+    """PEFT adapters → PEFT adapter; `MergeError` if they do not match, `ValueError` if the
+    arguments do not."""
+    if absent not in (None, "renormalise", "zero"):
+        raise ValueError(f"absent = {absent!r}: use 'renormalise' or 'zero'.")
     g = g if isinstance(g, LoRA) else LoRA(metric=g)
-    if g.inner.needs_metrics: raise _needs(g.inner, "Metrics are for full models: name each adapter as BASE+ADAPTER, collect metrics with `frechet-merge curvature`, and give --base.")
+    if g.inner.needs_metrics:
+        raise _needs(
+            g.inner,
+            "Metrics are for full models: name each adapter as BASE+ADAPTER, collect "
+            "metrics with `frechet-merge curvature`, and give --base.",
+        )
     updates, whole = align_updates(models, absent, any_base)
-    ws, scales = _weights([*(u.name for u in updates), *(b.name for b in whole)], weights, scale, len(models))
+    ws, scales = _weights(
+        [*(u.name for u in updates), *(b.name for b in whole)], weights, scale, len(models)
+    )
     ranks = {u.name: g.out_rank(u.ranks, u.first.shape) for u in updates}
-    def kind(d): return dtype if dtype and d.is_floating_point else d
-    layout = {k: (s, kind(u.first.A.dtype)) for u in updates for k, s in factor_shapes(u, ranks[u.name]).items()} | {k: ((u.first.B.shape[0],), kind(u.first.B.dtype)) for u in updates if (k := bias_key(u))}
 
-    def versions(u:Update)->list[float]:
-        if absent == "renormalise": return _of_those(u.name, ws[u.name], u.who)
-        return [ws[u.name][i] for i in (*u.who, *(i for i in range(len(models)) if i not in u.who))]     # last the adapters in which it is zero
-    def job(batch:list[Update]):
-        u0 = batch[0]; w = versions(u0)
+    def kind(d):
+        return dtype if dtype and d.is_floating_point else d
+
+    layout = {
+        k: (s, kind(u.first.A.dtype))
+        for u in updates
+        for k, s in factor_shapes(u, ranks[u.name]).items()
+    } | {k: ((u.first.B.shape[0],), kind(u.first.B.dtype)) for u in updates if (k := bias_key(u))}
+
+    def versions(u: Update) -> list[float]:
+        if absent == "renormalise":
+            return _of_those(u.name, ws[u.name], u.who)
+        # last the adapters in which it is zero
+        return [ws[u.name][i] for i in (*u.who, *(i for i in range(len(models)) if i not in u.who))]
+
+    def job(batch: list[Update]):
+        u0 = batch[0]
+        w = versions(u0)
+
         def do(write):
-            try: f, means = merge_updates(g, batch, w, scales[u0.name], device)
-            except MergeError: raise
-            except (ValueError, RuntimeError) as e: raise MergeError(f"layer {u0.name!r}: {e}") from e
+            try:
+                f, means = merge_updates(g, batch, w, scales[u0.name], device)
+            except MergeError:
+                raise
+            except (ValueError, RuntimeError) as e:
+                raise MergeError(f"layer {u0.name!r}: {e}") from e
             for u, B, A in zip(batch, f.B, f.A):
-                k, pad = ranks[u.name], torch.nn.functional.pad      # a negative pad cuts: singular values beyond k are zero
-                write(u.first.keys[0], 0, pad(A, (0, 0, 0, k - len(A))).flatten()); write(u.first.keys[1], 0, pad(B, (0, k - B.shape[1])).flatten())
+                # a negative pad cuts: singular values beyond k are zero
+                k, pad = ranks[u.name], torch.nn.functional.pad
+                write(u.first.keys[0], 0, pad(A, (0, 0, 0, k - len(A))).flatten())
+                write(u.first.keys[1], 0, pad(B, (0, k - B.shape[1])).flatten())
                 if key := bias_key(u):
                     n = sum(w)
-                    write(key, 0, scales[u.name]*sum(x/n*v.s*v.bias.tensor().double() for x, v in zip(w, u.versions) if v.bias is not None))
+                    write(
+                        key,
+                        0,
+                        scales[u.name]
+                        * sum(
+                            x/n*v.s*v.bias.tensor().double()
+                            for x, v in zip(w, u.versions)
+                            if v.bias is not None
+                        ),
+                    )
             return {u.name: replace(mean, x=None) for u, mean in zip(batch, means)}
-        return Job(sum(sum(u.first.shape)*sum(u.ranks) for u in batch), do, u0.name + (f" and {len(batch) - 1} like it" if batch[1:] else ""))
-    jobs = [job(b) for b in batches(updates, lambda n: (tuple(ws[n]), scales[n], ranks[n]), BATCH if g.batched else 1)]
-    rest = plan_models([Checkpoint({b.name: b.lazy[b.who.index(i) if b.who else 0] for b in whole if i in b.who or not b.who}, m.source) for i, m in enumerate(models)], Euclidean(), None,
-                       {b.name: ws[b.name] for b in whole} or None, 1.0, None, dtype, device, "renormalise", allow_nonfinite, False)
-    if models[1:] and (heads := [b.name for b in whole if len(b.first.shape) > 1 and ".base_layer." not in b.name]):
-        warn(f"{', '.join(heads[:3])}{' …'*(len(heads) > 3)}: saved whole beside the adapters (modules_to_save), and averaged without scale. If these are heads of different tasks, their mean answers none: keep each one, and put it on after the merge", stacklevel=4)
-    return Plan({**layout, **rest.layout}, jobs + rest.jobs, {}, [*(u.name for u in updates), *rest.names], peft_config(models, updates, ranks), allow_nonfinite)
+
+        return Job(
+            sum(sum(u.first.shape)*sum(u.ranks) for u in batch),
+            do,
+            u0.name + (f" and {len(batch) - 1} like it" if batch[1:] else ""),
+        )
+
+    jobs = [
+        job(b)
+        for b in batches(
+            updates, lambda n: (tuple(ws[n]), scales[n], ranks[n]), BATCH if g.batched else 1
+        )
+    ]
+    rest = plan_models(
+        [
+            Checkpoint(
+                {
+                    b.name: b.lazy[b.who.index(i) if b.who else 0]
+                    for b in whole
+                    if i in b.who or not b.who
+                },
+                m.source,
+            )
+            for i, m in enumerate(models)
+        ],
+        Euclidean(),
+        None,
+        {b.name: ws[b.name] for b in whole} or None,
+        1.0,
+        None,
+        dtype,
+        device,
+        "renormalise",
+        allow_nonfinite,
+        False,
+    )
+    if models[1:] and (
+        heads := [b.name for b in whole if len(b.first.shape) > 1 and ".base_layer." not in b.name]
+    ):
+        warn(
+            f"{', '.join(heads[:3])}{' …' * (len(heads) > 3)}: saved whole beside the "
+            "adapters (modules_to_save), and averaged without scale. If these are heads "
+            "of different tasks, their mean answers none: keep each one, and put it on "
+            "after the merge",
+            stacklevel=4,
+        )
+    return Plan(
+        {**layout, **rest.layout},
+        jobs + rest.jobs,
+        {},
+        [*(u.name for u in updates), *rest.names],
+        peft_config(models, updates, ranks),
+        allow_nonfinite,
+    )
 
 # %% ../nbs/21_merge.ipynb #d56a05c7
 def merge(
-    models:Sequence[Model],       # full checkpoints, or PEFT adapters of one base
-    geometry:Geometry|str=Euclidean(),        # what a distance is: a `Geometry`, or the name of one, "lora:rank=16"
-    base:Model|None=None,         # merging is then on the differences from it (adapters are differences already)
-    weights:Sequence[float]|Mapping[str,Sequence[float]]|None=None,     # one per model, or {name pattern: one per model}; >= 0, normalised; default equal
-    scale:float|Mapping[str,float]=1.0,       # multiplies the merged difference from the base; a number, or {name pattern: number}
-    metrics:Sequence[Model]|None=None,        # one per model: statistics that `curvature` collected, or diagonal metrics by tensor name; default: none
-    out:str|os.PathLike[str]|None=None,       # folder to write, absent or empty, ~ is home; None returns tensors in memory
-    dtype:str|torch.dtype|None=None,          # of what is written: "bf16", torch.bfloat16; default: each tensor's own, in the base or first model
-    executor:str|Callable="threads",          # "threads" | "serial", or any map over blocks
-    device:str|torch.device|None=None,        # where chunks are computed; "cuda" moves chunks, never models; default: the CPU
-    *, bake:Model|None=None,      # a full model to put the merged adapter on: a full checkpoint is written
-    drop:Sequence[str]=(),        # names of tensors to leave out of the models and the base; * is a wildcard: heads of different tasks
-    absent:str|None=None,         # of what some models lack: "renormalise" over those that have it | "zero" (layers of adapters: the default); full models: refused
-    any_base:bool=False,          # merge adapters whose configs name different bases
-    allow_nonfinite:bool=False,   # copy NaN and Inf through, instead of refusing them
-    allow_pickle:bool=False,      # accept .bin files (plain tensors only)
-    shard_size:int=5*10**9,       # bytes of a file, at most, unless one tensor is larger
-    full_hash:bool=False,         # hash every byte of the inputs for the model card
-    progress:bool=False,          # a progress bar on stderr
-)->Merged:                        # tensors, and what is known about each mean
-    "Merge models as weighted Fréchet means, tensor by tensor; `MergeError` or `ValueError` if they cannot be, and then `out` is untouched; a `ConvergenceWarning` names means that are in doubt."
-    if isinstance(models, (str, os.PathLike, Mapping)): raise ValueError("models must be a list of models, not one.")
+    models: Sequence[Model],  # full checkpoints, or PEFT adapters of one base
+    # what a distance is: a `Geometry`, or the name of one, "lora:rank=16"
+    geometry: Geometry | str = Euclidean(),
+    # merging is then on the differences from it (adapters are differences already)
+    base: Model | None = None,
+    # one per model, or {name pattern: one per model}; >= 0, normalised; default equal
+    weights: Sequence[float] | Mapping[str, Sequence[float]] | None = None,
+    # multiplies the merged difference from the base; a number, or {name pattern: number}
+    scale: float | Mapping[str, float] = 1.0,
+    # one per model: statistics that `curvature` collected, or diagonal metrics by tensor name;
+    # default: none
+    metrics: Sequence[Model] | None = None,
+    # folder to write, absent or empty, ~ is home; None returns tensors in memory
+    out: str | os.PathLike[str] | None = None,
+    # of what is written: "bf16", torch.bfloat16; default: each tensor's own, in the base or first
+    # model
+    dtype: str | torch.dtype | None = None,
+    executor: str | Callable = "threads",  # "threads" | "serial", or any map over blocks
+    # where chunks are computed; "cuda" moves chunks, never models; default: the CPU
+    device: str | torch.device | None = None,
+    # a full model to put the merged adapter on: a full checkpoint is written
+    *,
+    bake: Model | None = None,
+    # names of tensors to leave out of the models and the base; * is a wildcard: heads of different
+    # tasks
+    drop: Sequence[str] = (),
+    # of what some models lack: "renormalise" over those that have it | "zero" (layers of adapters:
+    # the default); full models: refused
+    absent: str | None = None,
+    any_base: bool = False,  # merge adapters whose configs name different bases
+    allow_nonfinite: bool = False,  # copy NaN and Inf through, instead of refusing them
+    allow_pickle: bool = False,  # accept .bin files (plain tensors only)
+    shard_size: int = 5*10**9,  # bytes of a file, at most, unless one tensor is larger
+    full_hash: bool = False,  # hash every byte of the inputs for the model card
+    progress: bool = False,  # a progress bar on stderr
+) -> Merged:  # tensors, and what is known about each mean
+    """Merge models as weighted Fréchet means, tensor by tensor; `MergeError` or `ValueError` if
+    they cannot be, and then `out` is untouched; a `ConvergenceWarning` names means that are in
+    doubt."""
+    if isinstance(models, (str, os.PathLike, Mapping)):
+        raise ValueError("models must be a list of models, not one.")
     models = [load(m, allow_pickle, f"models[{i}]") for i, m in enumerate(models)]
-    if not models: raise ValueError("there is nothing to merge: name at least one model.")
+    if not models:
+        raise ValueError("there is nothing to merge: name at least one model.")
     base, dtype = load(base, allow_pickle, "base") if base is not None else None, as_dtype(dtype)
     if drop:
-        drop = [drop] if isinstance(drop, str) else [*drop]; less = [without(c, drop) for c in models]
-        if none := next((p for p in drop if all(len(without(c, [p])) == len(c) for c in (*models, *([] if base is None else [base])))), None): raise ValueError(f"drop = {none!r}: no model has a tensor of this name.")
+        drop = [drop] if isinstance(drop, str) else [*drop]
+        less = [without(c, drop) for c in models]
+        if none := next(
+            (
+                p
+                for p in drop
+                if all(
+                    len(without(c, [p])) == len(c)
+                    for c in (*models, *([] if base is None else [base]))
+                )
+            ),
+            None,
+        ):
+            raise ValueError(f"drop = {none!r}: no model has a tensor of this name.")
         models, base = less, None if base is None else without(base, drop)
     g = geometry_named(geometry) if isinstance(geometry, str) else geometry
-    if not isinstance(g, Geometry): raise ValueError(f"{g!r} is not a Geometry: pass an instance, such as Euclidean(), or a name.")
+    if not isinstance(g, Geometry):
+        raise ValueError(
+            f"{g!r} is not a Geometry: pass an instance, such as Euclidean(), or a name."
+        )
     adapters = any(m.adapter is not None for m in models)
-    if bake is not None and not adapters: raise ValueError("bake= puts merged adapters on a full model, and these are full models.")
+    if bake is not None and not adapters:
+        raise ValueError("bake= puts merged adapters on a full model, and these are full models.")
     as_device(device)
-    if out is not None: out = free(out)
+    if out is not None:
+        out = free(out)
 
     if adapters:
-        if base is not None: raise ValueError("adapters are differences from their base already: leave base= (--base) out, or write a full model with bake= (--bake).")
-        if metrics is not None: raise ValueError("metrics are for the tensors of full models: put the adapters on their base, as BASE+ADAPTER.")
-        plan = plan_adapters(models, g, weights, scale, dtype if bake is None else None, device, absent, any_base, allow_nonfinite)
-        if bake is not None: plan.layout = {k: (s, torch.promote_types(torch.float32, d) if ".lora_" in k else d) for k, (s, d) in plan.layout.items()}     # rounded once, on the base
-    else: plan = plan_models(models, g, base, weights, scale, metrics, dtype, device, absent, allow_nonfinite, allow_pickle)
+        if base is not None:
+            raise ValueError(
+                "adapters are differences from their base already: leave base= (--base) out, "
+                "or write a full model with bake= (--bake)."
+            )
+        if metrics is not None:
+            raise ValueError(
+                "metrics are for the tensors of full models: put the adapters on their base, "
+                "as BASE+ADAPTER."
+            )
+        plan = plan_adapters(
+            models,
+            g,
+            weights,
+            scale,
+            dtype if bake is None else None,
+            device,
+            absent,
+            any_base,
+            allow_nonfinite,
+        )
+        # rounded once, on the base
+        if bake is not None:
+            plan.layout = {
+                k: (s, torch.promote_types(torch.float32, d) if ".lora_" in k else d)
+                for k, (s, d) in plan.layout.items()
+            }
+    else:
+        plan = plan_models(
+            models,
+            g,
+            base,
+            weights,
+            scale,
+            metrics,
+            dtype,
+            device,
+            absent,
+            allow_nonfinite,
+            allow_pickle,
+        )
 
     onto = load(bake, allow_pickle, "bake") if bake is not None else None
-    if onto is not None:      # whether it fits is in the shapes
-        hollow = Checkpoint({n: MemoryTensor(torch.zeros(s, dtype=d)) for n, (s, d) in plan.layout.items()}, "the merged adapter", adapter=plan.config)
+    # whether it fits is in the shapes
+    if onto is not None:
+        hollow = Checkpoint(
+            {n: MemoryTensor(torch.zeros(s, dtype=d)) for n, (s, d) in plan.layout.items()},
+            "the merged adapter",
+            adapter=plan.config,
+        )
         put_on(onto, hollow)
-    recipe, title = ({}, "") if out is None else (_recipe(Path(out).name, g, models, base, onto, weights, scale, dtype, None if metrics is None else [load(m, allow_pickle, "in memory") for m in metrics], full_hash, drop=drop, absent=absent, any_base=any_base, allow_nonfinite=allow_nonfinite, allow_pickle=allow_pickle), Path(out).name)
+    recipe, title = (
+        ({}, "")
+        if out is None
+        else (
+            _recipe(
+                Path(out).name,
+                g,
+                models,
+                base,
+                onto,
+                weights,
+                scale,
+                dtype,
+                None if metrics is None else [load(m, allow_pickle, "in memory") for m in metrics],
+                full_hash,
+                drop=drop,
+                absent=absent,
+                any_base=any_base,
+                allow_nonfinite=allow_nonfinite,
+                allow_pickle=allow_pickle,
+            ),
+            Path(out).name,
+        )
+    )
     untied = any(c.config and not c.config.get("tie_word_embeddings") for c in models)
-    start = "their mean, cut to its rank, as lora:rank=… gives it" if adapters and (g.inner if isinstance(g, LoRA) else g).keeps_rank else ""
-    def dress(part, folder=next((c.folder for need in ("config.json", "") for c in (*models, base) if c is not None and c.folder and (c.folder/need).exists()), None), plan=plan, head=classes(models[0])):
+    start = (
+        "their mean, cut to its rank, as lora:rank=… gives it"
+        if adapters and (g.inner if isinstance(g, LoRA) else g).keeps_rank
+        else ""
+    )
+
+    def dress(
+        part,
+        folder=next(
+            (
+                c.folder
+                for need in ("config.json", "")
+                for c in (*models, base)
+                if c is not None and c.folder and (c.folder/need).exists()
+            ),
+            None,
+        ),
+        plan=plan,
+        head=classes(models[0]),
+    ):
         kinds, config = {d for _, d in plan.layout.values() if d.is_floating_point}, plan.config
-        write_companions(part, folder, dtype or (kinds.pop() if len(kinds) == 1 else None), head, untied and any(HEAD.search(n) for n in plan.layout))
-        if config is not None: (part/"adapter_config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
+        write_companions(
+            part,
+            folder,
+            dtype or (kinds.pop() if len(kinds) == 1 else None),
+            head,
+            untied and any(HEAD.search(n) for n in plan.layout),
+        )
+        if config is not None:
+            (part/"adapter_config.json").write_text(
+                json.dumps(config, indent=2, default=str) + "\n"
+            )
+
     def card(part, means, plan=plan):
         ids = [c.source for c in (base, *models) if c is not None]
-        hub = {"base_model": [i.partition("@")[0] for i in ids], "base_model_relation": "merge"} if all(HUB.fullmatch(i) and not Path(i).exists() for i in ids) else None      # by which the hub draws where a model comes from
-        if said := doubtful(means, start): recipe["doubtful"] = said
-        write_card(part, title, recipe, hub if plan.config is None else {"library_name": "peft", "base_model": plan.config["base_model_name_or_path"]})
+        # by which the hub draws where a model comes from
+        hub = (
+            {"base_model": [i.partition("@")[0] for i in ids], "base_model_relation": "merge"}
+            if all(HUB.fullmatch(i) and not Path(i).exists() for i in ids)
+            else None
+        )
+        if said := doubtful(means, start):
+            recipe["doubtful"] = said
+        write_card(
+            part,
+            title,
+            recipe,
+            hub
+            if plan.config is None
+            else {"library_name": "peft", "base_model": plan.config["base_model_name_or_path"]},
+        )
+
     if onto is not None:
         done = carry_out(plan, None, executor=executor, progress=progress)
         full = put_on(onto, load(done.tensors))
-        whole = plan_models([full], Euclidean(), None, None, 1.0, None, dtype, device, None, allow_nonfinite, False)
-        last = carry_out(whole, out, lambda part: dress(part, onto.folder, whole, classes(full)), executor, shard_size, progress, lambda part, _: card(part, done.means, whole))
+        whole = plan_models(
+            [full], Euclidean(), None, None, 1.0, None, dtype, device, None, allow_nonfinite, False
+        )
+        last = carry_out(
+            whole,
+            out,
+            lambda part: dress(part, onto.folder, whole, classes(full)),
+            executor,
+            shard_size,
+            progress,
+            lambda part, _: card(part, done.means, whole),
+        )
         merged = Merged(last.tensors, done.means, last.out)
-    else: merged = carry_out(plan, out, dress, executor, shard_size, progress, card)
+    else:
+        merged = carry_out(plan, out, dress, executor, shard_size, progress, card)
     report(merged.means, start)
     return merged
 
 # %% ../nbs/21_merge.ipynb #5bcb16f3
-HUB = re.compile(r"\w[\w.-]*/\w[\w.-]*(?:@[\w./-]+)?")      # what hub ids look like
+HUB = re.compile(r"\w[\w.-]*/\w[\w.-]*(?:@[\w./-]+)?")  # what hub ids look like
 
-def _recipe(out, g, models, base, bake, weights, scale, dtype, metrics, full, **options)->dict:
-    def plain(v): return {k: plain(x) for k, x in v.items()} if isinstance(v, Mapping) else [float(x) for x in v] if hasattr(v, "__len__") and getattr(v, "ndim", 1) else float(v)
+
+def _recipe(out, g, models, base, bake, weights, scale, dtype, metrics, full, **options) -> dict:
+    def plain(v):
+        return (
+            {k: plain(x) for k, x in v.items()}
+            if isinstance(v, Mapping)
+            else [float(x) for x in v]
+            if hasattr(v, "__len__") and getattr(v, "ndim", 1)
+            else float(v)
+        )
+
     w = plain(weights) if weights is not None else [1.0]*len(models)
     made, name = {}, spelled(g)
-    def typed(x): return f"{x:g}" if float(f"{x:g}") == x else repr(float(x))
-    named = [m for m in (*models, base, bake, *(metrics or [])) if m is not None]      # what a command would have to name
-    if name != repr(g) and all(m.files and not m.source.startswith("-") and "," not in m.source for m in named) and isinstance(w, list) and not isinstance(scale, Mapping):
-        words = [*(m.source for m in models), "-o", out, *([] if base is None else ["--base", base.source]), *([] if bake is None else ["--bake", bake.source]), *([] if metrics is None else ["--metrics", ",".join(m.source for m in metrics)]), *([] if name == "euclidean" else ["--geometry", name]),
-                 *([] if weights is None else ["--weights", ",".join(map(typed, w))]), *([] if scale == 1 else ["--scale", typed(scale)]), *([] if dtype is None else ["--dtype", str(dtype).removeprefix("torch.")])]
-        made["command"] = shlex.join(["frechet-merge", "merge", *words, *(x for k, v in options.items() if v for x in ([f"--{k.replace('_', '-')}"] if v is True else [f"--{k}", v] if isinstance(v, str) else [w for y in v for w in (f"--{k}", y)]))])
-    made |= {"geometry": repr(g), "models": [{"model": m.source, "files": inputs(m, full)} for m in models], "weights": w, "scale": plain(scale)}
-    made |= {k: {"model": m.source, "files": inputs(m, full)} for k, m in (("base", base), ("bake", bake)) if m is not None}
-    if metrics is not None: made["metrics"] = [{"metrics": m.source, "files": inputs(m, full)} for m in metrics]
-    if dtype: made["dtype"] = str(dtype).removeprefix("torch.")
-    return made | {k: v for k, v in options.items() if v and k != "allow_pickle"} | {"frechet_merge": frechet_merge.__version__, "torch": str(torch.__version__)}
+
+    def typed(x):
+        return f"{x:g}" if float(f"{x:g}") == x else repr(float(x))
+
+    # what a command would have to name
+    named = [m for m in (*models, base, bake, *(metrics or [])) if m is not None]
+    if (
+        name != repr(g)
+        and all(m.files and not m.source.startswith("-") and "," not in m.source for m in named)
+        and isinstance(w, list)
+        and not isinstance(scale, Mapping)
+    ):
+        words = [
+            *(m.source for m in models),
+            "-o",
+            out,
+            *([] if base is None else ["--base", base.source]),
+            *([] if bake is None else ["--bake", bake.source]),
+            *([] if metrics is None else ["--metrics", ",".join(m.source for m in metrics)]),
+            *([] if name == "euclidean" else ["--geometry", name]),
+            *([] if weights is None else ["--weights", ",".join(map(typed, w))]),
+            *([] if scale == 1 else ["--scale", typed(scale)]),
+            *([] if dtype is None else ["--dtype", str(dtype).removeprefix("torch.")]),
+        ]
+        made["command"] = shlex.join(
+            [
+                "frechet-merge",
+                "merge",
+                *words,
+                *(
+                    x
+                    for k, v in options.items()
+                    if v
+                    for x in (
+                        [f"--{k.replace('_', '-')}"]
+                        if v is True
+                        else [f"--{k}", v]
+                        if isinstance(v, str)
+                        else [w for y in v for w in (f"--{k}", y)]
+                    )
+                ),
+            ]
+        )
+    made |= {
+        "geometry": repr(g),
+        "models": [{"model": m.source, "files": inputs(m, full)} for m in models],
+        "weights": w,
+        "scale": plain(scale),
+    }
+    made |= {
+        k: {"model": m.source, "files": inputs(m, full)}
+        for k, m in (("base", base), ("bake", bake))
+        if m is not None
+    }
+    if metrics is not None:
+        made["metrics"] = [{"metrics": m.source, "files": inputs(m, full)} for m in metrics]
+    if dtype:
+        made["dtype"] = str(dtype).removeprefix("torch.")
+    return (
+        made
+        | {k: v for k, v in options.items() if v and k != "allow_pickle"}
+        | {"frechet_merge": frechet_merge.__version__, "torch": str(torch.__version__)}
+    )

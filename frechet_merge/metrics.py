@@ -18,280 +18,579 @@ from torch import Tensor
 from .notes import warn
 
 # %% ../nbs/02_metrics.ipynb #3c170e8c
-AT_ONCE = 1e18    # a factor by which float32 numbers are not multiplied at once: its square is the largest of them
+# a factor by which float32 numbers are not multiplied at once: its square is the largest of them
+AT_ONCE = 1e18
 
-def _times(w:float, M)->Any: return M if M is None or w == 1 else w*M if w < AT_ONCE or not isinstance(M, Tensor) else w**.5*(w**.5*M)
 
+def _times(w: float, M) -> Any:
+    return (
+        M
+        if M is None or w == 1
+        else w*M
+        if w < AT_ONCE or not isinstance(M, Tensor)
+        else w**0.5*(w**0.5*M)
+    )
+
+# %% ../nbs/02_metrics.ipynb #3ffc6e8c
 @dataclass(frozen=True)
 class Diagonal:
-    "The metric ⟨v, d∘v⟩; `d` is a number or a tensor of the shape of the tangents, >= 0, in loss per squared unit."
-    d: float | Tensor                       # in loss per squared unit
-    diag = property(lambda self: self.d)    # what preconditions a sum
-    def __matmul__(self, v:Tensor)->Tensor: return v if isinstance(self.d, float) and self.d == 1 else self._like(v)*v
-    def _like(self, v): return self.d.to(v.dtype) if isinstance(self.d, Tensor) else self.d
-    def __add__(self, other): return Diagonal(self.d + other.d) if isinstance(other, Diagonal) else NotImplemented
-    def __rmul__(self, w:float)->"Diagonal": return Diagonal(_times(w, self.d))
-    def solve(self, b:Tensor)->Tensor:
-        "d⁺∘b, of the shape of b: the least step whose image is b; zero where no model knows anything."
+    """The metric ⟨v, d∘v⟩; `d` is a number or a tensor of the shape of the tangents, >= 0, in loss
+    per squared unit."""
+
+    d: float | Tensor  # in loss per squared unit
+    diag = property(lambda self: self.d)  # what preconditions a sum
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        return v if isinstance(self.d, float) and self.d == 1 else self._like(v)*v
+
+    def _like(self, v):
+        return self.d.to(v.dtype) if isinstance(self.d, Tensor) else self.d
+
+    def __add__(self, other):
+        return Diagonal(self.d + other.d) if isinstance(other, Diagonal) else NotImplemented
+
+    def __rmul__(self, w: float) -> "Diagonal":
+        return Diagonal(_times(w, self.d))
+
+    def solve(self, b: Tensor) -> Tensor:
+        """d⁺∘b, of the shape of b: the least step whose image is b; zero where no model knows
+        anything."""
         d = self._like(b)
-        if not isinstance(d, Tensor): return b/d if d > 0 else torch.zeros_like(b)
+        if not isinstance(d, Tensor):
+            return b/d if d > 0 else torch.zeros_like(b)
         return torch.where(d > 0, b/torch.where(d > 0, d, 1), 0)
+
     @property
-    def unit(self)->float:
+    def unit(self) -> float:
         "The mean eigenvalue."
         return float(self.d.double().mean()) if isinstance(self.d, Tensor) else self.d
 
 # %% ../nbs/02_metrics.ipynb #983666f5
-class SolveWarning(UserWarning): "A sum of metrics was not inverted to its tolerance."
+class SolveWarning(UserWarning):
+    "A sum of metrics was not inverted to its tolerance."
 
-SOLVED = 16      # eps of the dtype: the residual relative to ‖b‖ at which a step is taken as found
-NULL = 100       # eps of the dtype: curvature relative to the largest seen, below which a direction is one that no metric knows
-STEPS = 2000     # of conjugate residuals, before they warn
-GROWN = 100      # times the least residual (squared, in D⁻¹): one that has grown so far is rounding
-NEGATIVE = "a sum of metrics is not positive semi-definite: it has a direction of negative curvature, in which there is no mean. Clip the negative eigenvalues, or add damping."    # the `ValueError` of every `solve`
+# %% ../nbs/02_metrics.ipynb #18f373a9
+SOLVED = 16  # eps of the dtype: the residual relative to ‖b‖ at which a step is taken as found
+# eps of the dtype: curvature relative to the largest seen, below which a direction is one that no
+# metric knows
+NULL = 100
+STEPS = 2000  # of conjugate residuals, before they warn
+GROWN = 100  # times the least residual (squared, in D⁻¹): one that has grown so far is rounding
+# the `ValueError` of every `solve`
+NEGATIVE = (
+    "a sum of metrics is not positive semi-definite: it has a direction of "
+    "negative curvature, in which there is no mean. Clip the negative "
+    "eigenvalues, or add damping."
+)
+
 
 @dataclass(frozen=True)
 class Operator:
-    "The metric ⟨v, mv(v)⟩, given by its product with a tangent; it adds up with every other metric."
-    mv: Callable[[Tensor],Tensor]    # v → G v of the same shape: linear, symmetric, positive semi-definite; in loss per squared unit
-    diag: float | Tensor = 1.0       # the diagonal of G, or any guess at it that is > 0 where G is not 0: the speed of `solve` depends on it, and where G is singular, which of the steps it takes
-    lead: int = 0                    # leading dimensions that count independent problems, in which G is block-diagonal
-    eps: float = 0.0                 # relative rounding of what G is made of, if that is more than of the tangents: what is below it is not known
-    def __matmul__(self, v:Tensor)->Tensor: return self.mv(v)
+    """The metric ⟨v, mv(v)⟩, given by its product with a tangent; it adds up with every other
+    metric."""
+
+    # v → G v of the same shape: linear, symmetric, positive semi-definite; in loss per squared unit
+    mv: Callable[[Tensor], Tensor]
+    # the diagonal of G, or any guess at it that is > 0 where G is not 0: the speed of `solve`
+    # depends on it, and where G is singular, which of the steps it takes
+    diag: float | Tensor = 1.0
+    # leading dimensions that count independent problems, in which G is block-diagonal
+    lead: int = 0
+    # relative rounding of what G is made of, if that is more than of the tangents: what is below it
+    # is not known
+    eps: float = 0.0
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        return self.mv(v)
+
     def __add__(self, other):
-        return Operator(lambda v: self.mv(v) + other @ v, self.diag + other.diag, min(self.lead, other.lead) if isinstance(other, Operator) else self.lead, max(self.eps, getattr(other, "eps", 0.0)))
+        return Operator(
+            lambda v: self.mv(v) + other @ v,
+            self.diag + other.diag,
+            min(self.lead, other.lead) if isinstance(other, Operator) else self.lead,
+            max(self.eps, getattr(other, "eps", 0.0)),
+        )
+
     __radd__ = __add__
-    def __rmul__(self, w:float)->"Operator": return Operator(lambda v: w*self.mv(v), w*self.diag, self.lead, self.eps)
-    def solve(self, b:Tensor)->Tensor:
-        "The least step, measured by `diag`, whose image is b (G⁺b if that is a number), by conjugate residuals from zero (Stiefel 1955); `SolveWarning` if they do not end, `ValueError` for negative curvature."
-        eps, dims = torch.finfo(b.dtype).eps, tuple(range(self.lead, b.dim())); known = max(eps, self.eps)
-        def dot(u, v): return (u*v).sum(dims, keepdim=True)
-        def ratio(a, b): return torch.where(b > 0, a/torch.where(b > 0, b, 1), 0)
-        u = torch.arange(b.numel(), dtype=b.dtype, device=b.device).cos().view_as(b)      # some direction: its curvature is the unit of all others
+
+    def __rmul__(self, w: float) -> "Operator":
+        return Operator(lambda v: w*self.mv(v), w*self.diag, self.lead, self.eps)
+
+    def solve(self, b: Tensor) -> Tensor:
+        """The least step, measured by `diag`, whose image is b (G⁺b if that is a number), by
+        conjugate residuals from zero (Stiefel 1955); `SolveWarning` if they do not end,
+        `ValueError` for negative curvature."""
+        eps, dims = torch.finfo(b.dtype).eps, tuple(range(self.lead, b.dim()))
+        known = max(eps, self.eps)
+
+        def dot(u, v):
+            return (u*v).sum(dims, keepdim=True)
+
+        def ratio(a, b):
+            return torch.where(b > 0, a/torch.where(b > 0, b, 1), 0)
+
+        # some direction: its curvature is the unit of all others
+        u = torch.arange(b.numel(), dtype=b.dtype, device=b.device).cos().view_as(b)
         M = Diagonal(self.diag*ratio(dot(u, self @ u), dot(u, self.diag*u)).abs()).solve
-        unit = b.abs().amax(dims, keepdim=True); b = b/torch.where(unit > 0, unit, 1)
+        unit = b.abs().amax(dims, keepdim=True)
+        b = b/torch.where(unit > 0, unit, 1)
         top, enough = torch.ones_like(unit), (SOLVED*eps)**2*dot(b, b)
         x, r, z = 0*b, b, M(b)
-        Az = self @ z; p, Ap = z, Az
+        Az = self @ z
+        p, Ap = z, Az
         best, least, grew, k = x, dot(z, r), torch.zeros_like(unit, dtype=torch.bool), 0
         first = least
         while True:
             curve, size = dot(z, Az), dot(z, r)
             top = torch.maximum(top, ratio(curve, size))
-            if ((negative := curve < -known**.5*top*size) & (size > known**.5*first)).any(): raise ValueError(NEGATIVE)
-            grew |= negative | ~(size <= GROWN*least) & ~least.isnan()      # it cannot, but by rounding
+            if (
+                (negative := curve < -(known**0.5)*top*size) & (size > known**0.5*first)
+            ).any():
+                raise ValueError(NEGATIVE)
+            # it cannot, but by rounding
+            grew |= negative | ~(size <= GROWN*least) & ~least.isnan()
             best, least = torch.where(size <= least, x, best), torch.minimum(size, least)
             live = ~grew & (dot(r, r) > enough) & (curve > NULL*known*top*size)
-            if not live.any() or k == STEPS: break
+            if not live.any() or k == STEPS:
+                break
             k += 1
             a = torch.where(live, ratio(curve, dot(Ap, M(Ap))), 0)
             x, r = x + a*p, r - a*Ap
-            z = M(r); Az = self @ z
+            z = M(r)
+            Az = self @ z
             c = torch.where(live, ratio(dot(z, Az), curve), 0)
             p, Ap = z + c*p, Az + c*Ap
         if (live | grew).any():
-            x = torch.where(grew, best, x); r = b - self @ x
-            warn(f"a sum of metrics was inverted to a relative residual of {float(ratio(dot(r, r), dot(b, b)).max().sqrt()):.0e} only, in {k} steps: it is ill-conditioned. Add damping, or give the metrics their diagonals.", SolveWarning, stacklevel=2)
+            x = torch.where(grew, best, x)
+            r = b - self @ x
+            warn(
+                "a sum of metrics was inverted to a relative residual of "
+                f"{float(ratio(dot(r, r), dot(b, b)).max().sqrt()):.0e} only, in {k} steps: it "
+                "is ill-conditioned. Add damping, or give the metrics their diagonals.",
+                SolveWarning,
+                stacklevel=2,
+            )
         return unit*x
 
 # %% ../nbs/02_metrics.ipynb #a0825e8b
-def _eps(*Ms)->float:      # of 16 bits that of float32, in which they are computed
-    return max((min(torch.finfo(M.dtype).eps, torch.finfo(torch.float32).eps) for M in Ms if isinstance(M, Tensor)), default=0.0)
+# of 16 bits that of float32, in which they are computed
+def _eps(*Ms) -> float:
+    return max(
+        (
+            min(torch.finfo(M.dtype).eps, torch.finfo(torch.float32).eps)
+            for M in Ms
+            if isinstance(M, Tensor)
+        ),
+        default=0.0,
+    )
 
-def _known(lam, null=NULL, eps=0.0)->Any:
-    "Eigenvalues without those that may be rounding, which are 0 (None but the negative ones for null = 0); numbers as they are; `ValueError` if one is negative."
-    if not isinstance(lam, Tensor): return lam
+# %% ../nbs/02_metrics.ipynb #6145e6a3
+def _known(lam, null=NULL, eps=0.0) -> Any:
+    """Eigenvalues without those that may be rounding, which are 0 (None but the negative ones for
+    null = 0); numbers as they are; `ValueError` if one is negative."""
+    if not isinstance(lam, Tensor):
+        return lam
     eps, top = max(eps, torch.finfo(lam.dtype).eps), lam.abs().max()
-    if (lam < -eps**.5*top).any(): raise ValueError(NEGATIVE)
+    if (lam < -(eps**0.5)*top).any():
+        raise ValueError(NEGATIVE)
     return torch.where(lam > null*eps*top, lam, 0)
 
-def _inverse(lam:Tensor)->Tensor: "1/λ, and 0 where λ is 0."; return torch.where(lam > 0, 1/torch.where(lam > 0, lam, 1), 0)
+# %% ../nbs/02_metrics.ipynb #e8b70284
+def _inverse(lam: Tensor) -> Tensor:
+    "1/λ, and 0 where λ is 0."
+    return torch.where(lam > 0, 1/torch.where(lam > 0, lam, 1), 0)
 
+# %% ../nbs/02_metrics.ipynb #c5b4d6fa
 @dataclass(frozen=True)
 class Dense:
     "The metric ⟨v, M·v⟩ of tangents of n numbers."
-    M: Tensor     # (n, n), symmetric, positive semi-definite; in loss per squared unit
-    eps: float = field(default=0.0, kw_only=True)     # relative rounding of what M was made of, if that is more than its own
-    diag = property(lambda self: self.M.diagonal())                           # what preconditions a sum
-    unit = property(lambda self: float(self.M.diagonal().double().mean()))    # the mean eigenvalue
-    def __matmul__(self, v:Tensor)->Tensor:
-        if v.numel() != len(self.M): raise ValueError(f"a metric of {len(self.M)} coordinates was given a difference of {v.numel()}: a projected metric is for EpiMer, in the basis that it was collected in.")
+
+    M: Tensor  # (n, n), symmetric, positive semi-definite; in loss per squared unit
+    # relative rounding of what M was made of, if that is more than its own
+    eps: float = field(default=0.0, kw_only=True)
+    diag = property(lambda self: self.M.diagonal())  # what preconditions a sum
+    # the mean eigenvalue
+    unit = property(lambda self: float(self.M.diagonal().double().mean()))
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        if v.numel() != len(self.M):
+            raise ValueError(
+                f"a metric of {len(self.M)} coordinates was given a difference of {v.numel()}: "
+                "a projected metric is for EpiMer, in the basis that it was collected in."
+            )
         return (self.M.to(v.dtype) @ v.flatten()).view_as(v)
+
     def __add__(self, other):
-        if isinstance(other, Dense): return Dense(self.M + other.M, eps=max(self.eps, other.eps, _eps(self.M, other.M)))
-        if isinstance(other, Diagonal): return Dense(self.M + torch.diag(torch.as_tensor(other.d, dtype=self.M.dtype, device=self.M.device).flatten().expand(len(self.M))), eps=self.eps)
+        if isinstance(other, Dense):
+            return Dense(self.M + other.M, eps=max(self.eps, other.eps, _eps(self.M, other.M)))
+        if isinstance(other, Diagonal):
+            return Dense(
+                self.M
+                + torch.diag(
+                    torch.as_tensor(other.d, dtype=self.M.dtype, device=self.M.device)
+                    .flatten()
+                    .expand(len(self.M))
+                ),
+                eps=self.eps,
+            )
         return NotImplemented
+
     __radd__ = __add__
-    def __rmul__(self, w:float)->"Dense": return Dense(_times(w, self.M), eps=self.eps)
-    def solve(self, b:Tensor)->Tensor:
+
+    def __rmul__(self, w: float) -> "Dense":
+        return Dense(_times(w, self.M), eps=self.eps)
+
+    def solve(self, b: Tensor) -> Tensor:
         "M⁺b, by Cholesky; by eigenvalues if M is singular; `ValueError` for negative curvature."
         M, eps = self.M.to(b.dtype), max(self.eps, _eps(self.M, b))
         C, failed = torch.linalg.cholesky_ex(M)
         pivots = C.diagonal()
-        if not failed and pivots.min() > (NULL*eps)**.5*pivots.max(): return torch.cholesky_solve(b.reshape(-1, 1), C).view_as(b)
+        if not failed and pivots.min() > (NULL*eps)**0.5*pivots.max():
+            return torch.cholesky_solve(b.reshape(-1, 1), C).view_as(b)
         lam, Q = torch.linalg.eigh(M)
         return (Q @ (_inverse(_known(lam, eps=eps))*(Q.T @ b.flatten()))).view_as(b)
 
 # %% ../nbs/02_metrics.ipynb #cab73c48
-def _side(M, v:Tensor, side:int)->Tensor:
+def _side(M, v: Tensor, side: int) -> Tensor:
     "M on the rows (0) or the columns (1) of v; a vector is a diagonal, None the identity."
-    if M is None: return v
+    if M is None:
+        return v
     M = M.to(v.dtype)
-    if M.dim() == 1: return M[:, None]*v if side == 0 else v*M
+    if M.dim() == 1:
+        return M[:, None]*v if side == 0 else v*M
     return M @ v if side == 0 else v @ M
 
+# %% ../nbs/02_metrics.ipynb #9a74c263
 def _plus(M, K):
-    if M is None or K is None: return K if M is None else M
+    if M is None or K is None:
+        return K if M is None else M
     return M + K if M.dim() == K.dim() else M + K.diag() if K.dim() == 1 else M.diag() + K
 
-def _together(M, K, like:Tensor, eps:float):
-    "N, m, k with NᵀMN = diag(m) and NᵀKN = diag(k), N None if it is the identity; or None if neither is safely positive definite."
+# %% ../nbs/02_metrics.ipynb #b65e1629
+def _together(M, K, like: Tensor, eps: float):
+    """N, m, k with NᵀMN = diag(m) and NᵀKN = diag(k), N None if it is the identity; or None if
+    neither is safely positive definite."""
     M, K = (None if X is None else X.to(like.dtype) for X in (M, K))
-    if all(X is None or X.dim() == 1 for X in (M, K)): return None, *(1.0 if X is None else X for X in (M, K))
-    if M is None: lam, Q = torch.linalg.eigh(K); return Q, 1.0, lam
-    if K is None: lam, Q = torch.linalg.eigh(M); return Q, lam, 1.0
+    if all(X is None or X.dim() == 1 for X in (M, K)):
+        return None, *(1.0 if X is None else X for X in (M, K))
+    if M is None:
+        lam, Q = torch.linalg.eigh(K)
+        return Q, 1.0, lam
+    if K is None:
+        lam, Q = torch.linalg.eigh(M)
+        return Q, lam, 1.0
     M, K = (X.diag() if X.dim() == 1 else X for X in (M, K))
     for A, B, swap in ((M, K, False), (K, M, True)):
         C, failed = torch.linalg.cholesky_ex(B)
-        if failed or C.diagonal().min() < eps**.25*C.diagonal().max(): continue
-        A = torch.linalg.solve_triangular(C, torch.linalg.solve_triangular(C, A, upper=False).mT, upper=False)
+        if failed or C.diagonal().min() < eps**0.25*C.diagonal().max():
+            continue
+        A = torch.linalg.solve_triangular(
+            C, torch.linalg.solve_triangular(C, A, upper=False).mT, upper=False
+        )
         lam, Q = torch.linalg.eigh((A + A.mT)/2)
         N = torch.linalg.solve_triangular(C.mT, Q, upper=True)
         return (N, 1.0, lam) if swap else (N, lam, 1.0)
 
+# %% ../nbs/02_metrics.ipynb #d5d9a063
 class Kronecker:
     "The metric V ↦ Σ L·V·R + flat·V on matrices V; in loss per squared unit."
-    def __init__(self,
-        *pairs,             # (L, R): (m, m) or (m,), for the rows, and (n, n) or (n,), for the columns; symmetric, positive semi-definite; vectors are diagonals, None is the identity
-        flat:float=0.0,     # a multiple of the identity, added: damping or an anchor
+
+    def __init__(
+        self,
+        # (L, R): (m, m) or (m,), for the rows, and (n, n) or (n,), for the columns; symmetric,
+        # positive semi-definite; vectors are diagonals, None is the identity
+        *pairs,
+        flat: float = 0.0,  # a multiple of the identity, added: damping or an anchor
     ):
         self._gather([(1.0, L, R) for L, R in pairs], flat)
+
     def _gather(self, terms, flat):
-        kept = []      # terms with one factor in common, or the identity there, are one term; weights stand apart, or no factor would be the same again
+        # terms with one factor in common, or the identity there, are one term; weights stand apart,
+        # or no factor would be the same again
+        kept = []
         for w, L, R in terms:
-            if L is None and R is None: flat += w; continue
-            k = next((k for k, (_, l, r) in enumerate(kept) if r is R and (L is None) == (l is None) or l is L and (R is None) == (r is None)), None)
-            if k is None: kept.append((w, L, R)); continue
+            if L is None and R is None:
+                flat += w
+                continue
+            k = next(
+                (
+                    k
+                    for k, (_, l, r) in enumerate(kept)
+                    if r is R
+                    and (L is None) == (l is None)
+                    or l is L
+                    and (R is None) == (r is None)
+                ),
+                None,
+            )
+            if k is None:
+                kept.append((w, L, R))
+                continue
             u, l, r = kept[k]
-            kept[k] = (u + w, L, R) if l is L and r is R else (1.0, l, _plus(_times(u, r), _times(w, R))) if l is L else (1.0, _plus(_times(u, l), _times(w, L)), r)
+            kept[k] = (
+                (u + w, L, R)
+                if l is L and r is R
+                else (1.0, l, _plus(_times(u, r), _times(w, R)))
+                if l is L
+                else (1.0, _plus(_times(u, l), _times(w, L)), r)
+            )
         self.terms, self.flat, self._solvers = tuple(kept), float(flat), {}
         return self
-    pairs = property(lambda self: tuple((None, _times(w, R)) if L is None else (_times(w, L), R) for w, L, R in self.terms))      # (L, R) of each product, its weight in one of them
-    eps = property(lambda self: _eps(*(M for _, L, R in self.terms for M in (L, R))))      # relative rounding of its factors
+
+    # (L, R) of each product, its weight in one of them
+    pairs = property(
+        lambda self: tuple(
+            (None, _times(w, R)) if L is None else (_times(w, L), R) for w, L, R in self.terms
+        )
+    )
+    # relative rounding of its factors
+    eps = property(lambda self: _eps(*(M for _, L, R in self.terms for M in (L, R))))
+
     @property
-    def diag(self)->Any:                  # (m, n), or what broadcasts to it
+    def diag(self) -> Any:  # (m, n), or what broadcasts to it
         "The diagonal of the metric, which preconditions a sum."
-        return sum((w*(1.0 if L is None else _read(L)[:, None])*(1.0 if R is None else _read(R)) for w, L, R in self.terms), self.flat)
+        return sum(
+            (
+                w*(1.0 if L is None else _read(L)[:, None])*(1.0 if R is None else _read(R))
+                for w, L, R in self.terms
+            ),
+            self.flat,
+        )
+
     @property
-    def unit(self)->float:
+    def unit(self) -> float:
         "The mean eigenvalue."
         return sum(w*_mean(L)*_mean(R) for w, L, R in self.terms) + self.flat
-    def __matmul__(self, v:Tensor)->Tensor:
+
+    def __matmul__(self, v: Tensor) -> Tensor:
         out = self.flat*v
-        for w, L, R in self.terms: out = out.add_(_side(R, _side(L, v, 0), 1), alpha=w)
+        for w, L, R in self.terms:
+            out = out.add_(_side(R, _side(L, v, 0), 1), alpha=w)
         return out
+
     def __add__(self, other):
-        if isinstance(other, Kronecker): return Kronecker()._gather(self.terms + other.terms, self.flat + other.flat)
-        if isinstance(other, Diagonal) and isinstance(other.d, float): return Kronecker()._gather(self.terms, self.flat + other.d)
-        if isinstance(other, (Diagonal, Dense)): return Operator(self.__matmul__, self.diag, eps=self.eps) + (Operator(other.__matmul__, other.d) if isinstance(other, Diagonal) else Operator(other.__matmul__, other.unit, eps=max(other.eps, _eps(other.M))))
+        if isinstance(other, Kronecker):
+            return Kronecker()._gather(self.terms + other.terms, self.flat + other.flat)
+        if isinstance(other, Diagonal) and isinstance(other.d, float):
+            return Kronecker()._gather(self.terms, self.flat + other.d)
+        if isinstance(other, (Diagonal, Dense)):
+            return Operator(self.__matmul__, self.diag, eps=self.eps) + (
+                Operator(other.__matmul__, other.d)
+                if isinstance(other, Diagonal)
+                else Operator(other.__matmul__, other.unit, eps=max(other.eps, _eps(other.M)))
+            )
         return NotImplemented
+
     __radd__ = __add__
-    def __rmul__(self, w:float)->"Kronecker":
-        terms = self.terms if w < AT_ONCE else [_own(*t) for t in self.terms if _mean(t[1])*_mean(t[2])]      # products of small factors leave float32 before w could bring them back
+
+    def __rmul__(self, w: float) -> "Kronecker":
+        # products of small factors leave float32 before w could bring them back
+        terms = (
+            self.terms
+            if w < AT_ONCE
+            else [_own(*t) for t in self.terms if _mean(t[1])*_mean(t[2])]
+        )
         return Kronecker()._gather([(w*u, L, R) for u, L, R in terms], w*self.flat)
-    def solve(self, b:Tensor)->Tensor:
-        "A step whose image is b, (m, n), the least one as measured in the bases that are used, which are kept, and by the preconditioner: by division in the common bases of one or two terms, by conjugate residuals for more; `ValueError` for negative curvature."
-        if (kind := (b.dtype, b.device)) not in self._solvers: self._solvers[kind] = self._solver(b)
+
+    def solve(self, b: Tensor) -> Tensor:
+        """A step whose image is b, (m, n), the least one as measured in the bases that are used,
+        which are kept, and by the preconditioner: by division in the common bases of one or two
+        terms, by conjugate residuals for more; `ValueError` for negative curvature."""
+        if (kind := (b.dtype, b.device)) not in self._solvers:
+            self._solvers[kind] = self._solver(b)
         return self._solvers[kind](b)
-    def _solver(self, b:Tensor)->Callable:
+
+    def _solver(self, b: Tensor) -> Callable:
         terms = [*self.terms] + ([(self.flat, None, None)] if self.flat else [])
-        if not terms: return torch.zeros_like
+        if not terms:
+            return torch.zeros_like
         eps = max(self.eps, torch.finfo(b.dtype).eps)
-        def product(w, l, r, nulls): l, r = (_known(x, n, eps) for x, n in zip((l, r), nulls)); return w*(l[:, None] if isinstance(l, Tensor) else l)*r
+
+        def product(w, l, r, nulls):
+            l, r = (_known(x, n, eps) for x, n in zip((l, r), nulls))
+            return w*(l[:, None] if isinstance(l, Tensor) else l)*r
+
         if len(terms) <= 2:
             one, two = [*terms, (0.0, None, None)][:2]
             (N, *rows), (O, *cols) = (_together(one[s], two[s], b, eps) or (None,) for s in (1, 2))
             if rows and cols:
-                floor = any(not isinstance(l, Tensor) and not isinstance(r, Tensor) for _, l, r in zip(terms, rows, cols))
-                nulls = [0 if floor or X is None else NULL for X in (N, O)]      # nothing is unknown above a floor, nor in what was not computed
-                over = _inverse(torch.as_tensor(sum(product(t[0], l, r, nulls) for t, l, r in zip(terms, rows, cols)), dtype=b.dtype, device=b.device))
+                floor = any(
+                    not isinstance(l, Tensor) and not isinstance(r, Tensor)
+                    for _, l, r in zip(terms, rows, cols)
+                )
+                # nothing is unknown above a floor, nor in what was not computed
+                nulls = [0 if floor or X is None else NULL for X in (N, O)]
+                over = _inverse(
+                    torch.as_tensor(
+                        sum(product(t[0], l, r, nulls) for t, l, r in zip(terms, rows, cols)),
+                        dtype=b.dtype,
+                        device=b.device,
+                    )
+                )
                 return lambda b: _between(N, O, lambda y: over*y, b)
         Q, P = (_basis(self.terms, s, b) for s in (1, 2))
-        turned = Kronecker()._gather([(w, _turn(L, Q, b), _turn(R, P, b)) for w, L, R in self.terms], self.flat)
+        turned = Kronecker()._gather(
+            [(w, _turn(L, Q, b), _turn(R, P, b)) for w, L, R in self.terms], self.flat
+        )
         nulls = [0 if self.flat or X is None else NULL for X in (Q, P)]
-        diag = torch.as_tensor(sum(product(w, 1.0 if L is None else _read(L), 1.0 if R is None else _read(R), nulls) for w, L, R in turned.terms) + self.flat)
+        diag = torch.as_tensor(
+            sum(
+                product(w, 1.0 if L is None else _read(L), 1.0 if R is None else _read(R), nulls)
+                for w, L, R in turned.terms
+            )
+            + self.flat
+        )
         G = Operator(lambda v: (diag > 0)*(turned @ v), diag, eps=eps)
         return lambda b: _between(Q, P, lambda y: G.solve((diag > 0)*y), b)
 
-def _between(Q, P, f:Callable, b:Tensor)->Tensor: return _side(None if P is None else P.mT, _side(Q, f(_side(P, _side(None if Q is None else Q.mT, b, 0), 1)), 0), 1)
+# %% ../nbs/02_metrics.ipynb #63bbd043
+def _between(Q, P, f: Callable, b: Tensor) -> Tensor:
+    return _side(
+        None if P is None else P.mT,
+        _side(Q, f(_side(P, _side(None if Q is None else Q.mT, b, 0), 1)), 0),
+        1,
+    )
 
-def _read(M:Tensor)->Tensor: return M if M.dim() == 1 else M.diagonal()
-def _mean(M)->float: return 1.0 if M is None else float(_read(M).double().mean())
-def _own(w:float, L, R): l, r = _mean(L), _mean(R); return w*l*r, _times(1/l, L), _times(1/r, R)      # the same product, of factors of mean eigenvalue one
-def _turn(M, Q, like:Tensor): return M if M is None or Q is None else Q.mT @ _side(M.to(like.dtype), Q, 0)
-def _basis(terms, s:int, like:Tensor):
-    "Eigenvectors of the marginal metric Σ w·tr(other)·M of side s (1 or 2), or None if it is diagonal as it is."
-    if all(t[s] is None or t[s].dim() == 1 for t in terms): return None
+# %% ../nbs/02_metrics.ipynb #475f6797
+def _read(M: Tensor) -> Tensor:
+    return M if M.dim() == 1 else M.diagonal()
+
+# %% ../nbs/02_metrics.ipynb #13c2486f
+def _mean(M) -> float:
+    return 1.0 if M is None else float(_read(M).double().mean())
+
+# %% ../nbs/02_metrics.ipynb #fe6a1eea
+# the same product, of factors of mean eigenvalue one
+
+
+def _own(w: float, L, R):
+    l, r = _mean(L), _mean(R)
+    return w*l*r, _times(1/l, L), _times(1/r, R)
+
+# %% ../nbs/02_metrics.ipynb #1e80392d
+def _turn(M, Q, like: Tensor):
+    return M if M is None or Q is None else Q.mT @ _side(M.to(like.dtype), Q, 0)
+
+# %% ../nbs/02_metrics.ipynb #bfd197a6
+def _basis(terms, s: int, like: Tensor):
+    """Eigenvectors of the marginal metric Σ w·tr(other)·M of side s (1 or 2), or None if it is
+    diagonal as it is."""
+    if all(t[s] is None or t[s].dim() == 1 for t in terms):
+        return None
     total = None
     for t in terms:
-        if t[s] is not None: total = _plus(total, t[0]*_mean(t[3 - s])*t[s].to(like.dtype))
+        if t[s] is not None:
+            total = _plus(total, t[0]*_mean(t[3 - s])*t[s].to(like.dtype))
     return torch.linalg.eigh(total)[1]
 
+# %% ../nbs/02_metrics.ipynb #20b7bebb
 def mean_factor(
-    Ms:Sequence[Tensor],         # T factors of one side, semi-definite: (n, n), or (n,), which are diagonals
-)->tuple[Tensor,list[float]]:    # (n, n), or (n,) if all are; T mean eigenvalues
-    "The mean of factors that are each divided by its mean eigenvalue, and these; one that is zero has no part in it."
+    # T factors of one side, semi-definite: (n, n), or (n,), which are diagonals
+    Ms: Sequence[Tensor],
+) -> tuple[Tensor, list[float]]:  # (n, n), or (n,) if all are; T mean eigenvalues
+    """The mean of factors that are each divided by its mean eigenvalue, and these; one that is zero
+    has no part in it."""
     units = [_mean(M) for M in Ms]
-    return (1/(sum(u > 0 for u in units) or 1))*reduce(_plus, (_times(1/u if u > 0 else 0.0, M) for u, M in zip(units, Ms))), units
+    return (1/(sum(u > 0 for u in units) or 1))*reduce(
+        _plus, (_times(1/u if u > 0 else 0.0, M) for u, M in zip(units, Ms))
+    ), units
 
 # %% ../nbs/02_metrics.ipynb #6ecdace9
 def as_metric(
-    G:Any,    # a number, a tensor of diagonal entries, or a metric already (anything that has `solve`)
-)->Diagonal|Dense|Kronecker|Operator:
+    # a number, a tensor of diagonal entries, or a metric already (anything that has `solve`)
+    G: Any,
+) -> Diagonal | Dense | Kronecker | Operator:
     "G as a metric; `ValueError` if it is negative, not finite, or none."
-    if not isinstance(G, Tensor) and hasattr(G, "solve"): return G
-    if not isinstance(G, (int, float, Tensor)): raise ValueError(f"a {type(G).__name__} is not a metric: pass a float or a tensor of diagonal entries.")
-    low, high = (float(G), float(G)) if not isinstance(G, Tensor) else map(float, G.aminmax()) if G.numel() else (0.0, 0.0)
-    if not 0 <= low <= high < float("inf"): raise ValueError(f"a metric has entries from {low:.3g} to {high:.3g}; they must be finite and >= 0. Clip it, or collect it again.")
+    if not isinstance(G, Tensor) and hasattr(G, "solve"):
+        return G
+    if not isinstance(G, (int, float, Tensor)):
+        raise ValueError(
+            f"a {type(G).__name__} is not a metric: pass a float or a tensor of diagonal entries."
+        )
+    low, high = (
+        (float(G), float(G))
+        if not isinstance(G, Tensor)
+        else map(float, G.aminmax())
+        if G.numel()
+        else (0.0, 0.0)
+    )
+    if not 0 <= low <= high < float("inf"):
+        raise ValueError(
+            f"a metric has entries from {low:.3g} to {high:.3g}; they must be finite and "
+            ">= 0. Clip it, or collect it again."
+        )
     return Diagonal(G if isinstance(G, Tensor) else float(G))
 
-def numbers(Gs:Sequence[Any]|None, T:int)->list[float]:
-    "T metrics of one number each (default 1.0), as floats; `ValueError` if one of them prefers directions."
+# %% ../nbs/02_metrics.ipynb #66270ef4
+def numbers(Gs: Sequence[Any] | None, T: int) -> list[float]:
+    """T metrics of one number each (default 1.0), as floats; `ValueError` if one of them prefers
+    directions."""
     Gs = [as_metric(G) for G in Gs or [1.0]*T]
-    if not all(isinstance(getattr(G, "d", None), float) for G in Gs): raise ValueError("in the coordinates of this geometry a metric is one number per model, not one per parameter: use Euclidean() with these metrics.")
+    if not all(isinstance(getattr(G, "d", None), float) for G in Gs):
+        raise ValueError(
+            "in the coordinates of this geometry a metric is one number per model, not "
+            "one per parameter: use Euclidean() with these metrics."
+        )
     return [float(G.d) for G in Gs]
 
 # %% ../nbs/02_metrics.ipynb #719b7125
-def _unit(G)->float:
-    if not hasattr(G, "unit"): raise ValueError("a metric that is only known by its product has no trace: normalise and damp it before it becomes an `Operator`.")
+def _unit(G) -> float:
+    if not hasattr(G, "unit"):
+        raise ValueError(
+            "a metric that is only known by its product has no trace: normalise and damp "
+            "it before it becomes an `Operator`."
+        )
     return G.unit
 
-def normalised(Gs:Sequence[Any])->list:
-    "Each metric divided by its mean eigenvalue; a metric that is zero stays zero; `ValueError` for an `Operator`."
+# %% ../nbs/02_metrics.ipynb #308af430
+def normalised(Gs: Sequence[Any]) -> list:
+    """Each metric divided by its mean eigenvalue; a metric that is zero stays zero; `ValueError`
+    for an `Operator`."""
     return [(1/u)*G if (u := _unit(G)) > 0 else G for G in map(as_metric, Gs)]
 
+# %% ../nbs/02_metrics.ipynb #f4ca415d
 def damped(
-    Gs:Sequence[Any],    # T metrics
-    mu:float,            # without unit: a share of the mean eigenvalue of their average; >= 0
-)->list:
-    "Each metric plus mu times the mean eigenvalue of their average; `ValueError` for an `Operator`, or another mu."
-    if not (mu >= 0 and mu < float("inf")): raise ValueError(f"damping {mu} must be finite and >= 0.")
+    Gs: Sequence[Any],  # T metrics
+    mu: float,  # without unit: a share of the mean eigenvalue of their average; >= 0
+) -> list:
+    """Each metric plus mu times the mean eigenvalue of their average; `ValueError` for an
+    `Operator`, or another mu."""
+    if not (mu >= 0 and mu < float("inf")):
+        raise ValueError(f"damping {mu} must be finite and >= 0.")
     Gs = [as_metric(G) for G in Gs]
     return [G + Diagonal(mu*sum(map(_unit, Gs))/len(Gs)) for G in Gs] if mu else Gs
 
 # %% ../nbs/02_metrics.ipynb #0e5ef179
-class MetricWarning(UserWarning): "A metric was not positive semi-definite, and was changed."
+class MetricWarning(UserWarning):
+    "A metric was not positive semi-definite, and was changed."
 
+# %% ../nbs/02_metrics.ipynb #f5c93894
 def clipped(
-    M:Tensor,              # (n, n), in any unit
-    name:str="a metric",   # for the warning
-)->Tensor:
-    "The nearest symmetric positive semi-definite matrix (Higham 1988); a `MetricWarning` says what was taken away, `ValueError` if M is not finite."
-    if not M.isfinite().all(): raise ValueError(f"{name} has entries that are not finite. Collect it again.")
+    M: Tensor,  # (n, n), in any unit
+    name: str = "a metric",  # for the warning
+) -> Tensor:
+    """The nearest symmetric positive semi-definite matrix (Higham 1988); a `MetricWarning` says
+    what was taken away, `ValueError` if M is not finite."""
+    if not M.isfinite().all():
+        raise ValueError(f"{name} has entries that are not finite. Collect it again.")
     M = (M + M.mT)/2
-    floor = torch.finfo(M.dtype).eps**.5*M.diagonal().abs().mean()
-    if M.diagonal().min() >= 0 and (not floor or not torch.linalg.cholesky_ex(M + floor*torch.eye(len(M), dtype=M.dtype, device=M.device))[1]): return M
+    floor = torch.finfo(M.dtype).eps**0.5*M.diagonal().abs().mean()
+    if M.diagonal().min() >= 0 and (
+        not floor
+        or not torch.linalg.cholesky_ex(
+            M + floor*torch.eye(len(M), dtype=M.dtype, device=M.device)
+        )[1]
+    ):
+        return M
     lam, Q = torch.linalg.eigh(M)
-    if lam.min() >= -floor: return M
-    warn(f"{name} is not positive semi-definite: {int((lam < -floor).sum())} of {len(lam)} eigenvalues are negative, with {100*float(-lam.clamp(max=0).sum()/lam.abs().sum()):.1f} % of their sum; they were set to 0.", MetricWarning, stacklevel=2)
+    if lam.min() >= -floor:
+        return M
+    warn(
+        f"{name} is not positive semi-definite: {int((lam < -floor).sum())} of "
+        f"{len(lam)} eigenvalues are negative, with "
+        f"{100 * float(-lam.clamp(max=0).sum() / lam.abs().sum()):.1f} % of their sum; "
+        "they were set to 0.",
+        MetricWarning,
+        stacklevel=2,
+    )
     return (Q*lam.clamp(min=0)) @ Q.mT

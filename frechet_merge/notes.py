@@ -12,24 +12,38 @@ from contextvars import ContextVar
 from typing import Any
 
 # %% ../nbs/00_notes.ipynb #8d3b6f12
-_now: ContextVar[Any] = ContextVar("now", default=None)      # the notes that are taken, and the tensor that is worked on; each thread has its own
+# the notes that are taken, and the tensor that is worked on; each thread has its own
+_now: ContextVar[Any] = ContextVar("now", default=None)
+
 
 class Notes(dict):
-    "Warnings that wait until all tensors are done: (text, category) → the tensors that they are about."
+    """Warnings that wait until all tensors are done: (text, category) → the tensors that they are
+    about."""
+
     @contextmanager
-    def about(self, name:str):
+    def about(self, name: str):
         "What `warn` hears within is about this tensor."
         token = _now.set((self, name))
-        try: yield
-        finally: _now.reset(token)
-    def tell(self, stacklevel:int=2):
+        try:
+            yield
+        finally:
+            _now.reset(token)
+
+    def tell(self, stacklevel: int = 2):
         "One warning for each text, with its tensors where it does not name them itself."
         for (text, category), names in sorted(self.items(), key=lambda x: x[0][0]):
             first, *others = sorted(names)
-            some = ", ".join([first, *others[:2]]) + (f" and {len(others) - 2} more" if others[2:] else "")
-            warnings.warn(text if first in text else f"{some}: {text}", category, stacklevel=stacklevel + 1)
+            some = ", ".join([first, *others[:2]]) + (
+                f" and {len(others) - 2} more" if others[2:] else ""
+            )
+            warnings.warn(
+                text if first in text else f"{some}: {text}", category, stacklevel=stacklevel + 1
+            )
 
-def warn(text:str, category:type[Warning]=UserWarning, stacklevel:int=2):
+# %% ../nbs/00_notes.ipynb #a60540c4
+def warn(text: str, category: type[Warning] = UserWarning, stacklevel: int = 2):
     "Warn, as `warnings.warn` does; within `Notes.about` later, and by name."
-    if (now := _now.get()) is None: warnings.warn(text, category, stacklevel=stacklevel + 1)
-    else: now[0].setdefault((text, category), {})[now[1]] = None
+    if (now := _now.get()) is None:
+        warnings.warn(text, category, stacklevel=stacklevel + 1)
+    else:
+        now[0].setdefault((text, category), {})[now[1]] = None

@@ -16,65 +16,134 @@ from .checkpoints import MergeError
 from .output import free
 
 # %% ../nbs/39_options.ipynb #c6312de4
-Models = Annotated[list[str], typer.Argument(help="Folders, files, hub ids, or BASE+ADAPTER; or PEFT adapters.", show_default=False)]      # the models to merge, in every command that takes some
-Base = Annotated[Optional[str], typer.Option(help="Merge the differences from this model.", show_default=False)]          # what they were trained from
-Weights = Annotated[Optional[str], typer.Option(help="One per model, as 0.5,0.3,0.2; default equal.", show_default=False)]      # of the mean
-Metrics = Annotated[Optional[str], typer.Option(help="One file of statistics per model, as A,B,C: see curvature.", show_default=False)]      # of models that have been run
-Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Accept .bin files (plain tensors only).")]                       # is a pickle to be opened?
-Absent = Annotated[Optional[str], typer.Option(help="What some models lack: renormalise, or zero (layers of adapters).", show_default=False)]      # of models that do not have the same tensors
-AnyBase = Annotated[bool, typer.Option("--any-base", help="Merge adapters that name different bases.")]                        # are they said to be the same?
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Do not show what is being done.")]                                 # no progress bar, no lines
-TextColumn = Annotated[Optional[str], typer.Option("--text", help="Column of the texts.", show_default="guessed")]            # of examples, in the commands that run models
-PairColumn = Annotated[Optional[str], typer.Option("--pair", help="Column of a second text.", show_default="guessed")]        # of two texts that belong together
-Split = Annotated[str, typer.Option(help="Split, or a slice of one, such as train[:10%].")]                                    # of a hub data set
-BatchSize = Annotated[int, typer.Option(help="Texts at a time.", min=1)]                                                       # what memory allows
-MaxLength = Annotated[int, typer.Option(help="Tokens; longer texts are cut.", min=1)]                                          # of a text
-Tokenizer = Annotated[Optional[str], typer.Option(help="Folder or hub id with the tokenizer, if a model has none.", show_default=False)]      # of encoders saved without
+# the models to merge, in every command that takes some
+Models = Annotated[
+    list[str],
+    typer.Argument(
+        help="Folders, files, hub ids, or BASE+ADAPTER; or PEFT adapters.", show_default=False
+    ),
+]
+# what they were trained from
+Base = Annotated[
+    Optional[str], typer.Option(help="Merge the differences from this model.", show_default=False)
+]
+# of the mean
+Weights = Annotated[
+    Optional[str],
+    typer.Option(help="One per model, as 0.5,0.3,0.2; default equal.", show_default=False),
+]
+# of models that have been run
+Metrics = Annotated[
+    Optional[str],
+    typer.Option(
+        help="One file of statistics per model, as A,B,C: see curvature.", show_default=False
+    ),
+]
+# is a pickle to be opened?
+Pickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Accept .bin files (plain tensors only).")
+]
+# of models that do not have the same tensors
+Absent = Annotated[
+    Optional[str],
+    typer.Option(
+        help="What some models lack: renormalise, or zero (layers of adapters).", show_default=False
+    ),
+]
+# are they said to be the same?
+AnyBase = Annotated[
+    bool, typer.Option("--any-base", help="Merge adapters that name different bases.")
+]
+# no progress bar, no lines
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Do not show what is being done.")]
+# of examples, in the commands that run models
+TextColumn = Annotated[
+    Optional[str], typer.Option("--text", help="Column of the texts.", show_default="guessed")
+]
+# of two texts that belong together
+PairColumn = Annotated[
+    Optional[str], typer.Option("--pair", help="Column of a second text.", show_default="guessed")
+]
+# of a hub data set
+Split = Annotated[str, typer.Option(help="Split, or a slice of one, such as train[:10%].")]
+BatchSize = Annotated[int, typer.Option(help="Texts at a time.", min=1)]  # what memory allows
+MaxLength = Annotated[int, typer.Option(help="Tokens; longer texts are cut.", min=1)]  # of a text
+# of encoders saved without
+Tokenizer = Annotated[
+    Optional[str],
+    typer.Option(
+        help="Folder or hub id with the tokenizer, if a model has none.", show_default=False
+    ),
+]
 
 # %% ../nbs/39_options.ipynb #c871ed23
-UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}      # in bytes
+# in bytes
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
 
 def size(
-    text:str,       # such as 5GB, 500MB, "1.5 GiB", or a number of bytes
-)->int:             # bytes
+    text: str,  # such as 5GB, 500MB, "1.5 GiB", or a number of bytes
+) -> int:  # bytes
     "A size, read; `ValueError` if it is none."
-    t = text.strip().upper(); unit = max((u for u in UNITS if t.endswith(u)), key=len, default="")
-    try: n = int(float(t.removesuffix(unit))*UNITS.get(unit, 1))
-    except (ValueError, OverflowError): n = 0
-    if n <= 0: raise ValueError(f"{text!r} is not a size: write 5GB, 500MB or a number of bytes.")
+    t = text.strip().upper()
+    unit = max((u for u in UNITS if t.endswith(u)), key=len, default="")
+    try:
+        n = int(float(t.removesuffix(unit))*UNITS.get(unit, 1))
+    except (ValueError, OverflowError):
+        n = 0
+    if n <= 0:
+        raise ValueError(f"{text!r} is not a size: write 5GB, 500MB or a number of bytes.")
     return n
 
+# %% ../nbs/39_options.ipynb #1afc3767
 def numbers(
-    text:str|None,       # such as 0.5,0.3,0.2
-    what:str,            # they are, for the message
-)->list[float]|None:     # None if nothing was said
+    text: str | None,  # such as 0.5,0.3,0.2
+    what: str,  # they are, for the message
+) -> list[float] | None:  # None if nothing was said
     "Numbers, read; `ValueError` if they are none."
-    try: return None if text is None else [float(x) for x in text.split(",")]
-    except ValueError: raise ValueError(f"{what} {text!r} are not numbers: write them as 0.5,0.3,0.2.") from None
+    try:
+        return None if text is None else [float(x) for x in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{what} {text!r} are not numbers: write them as 0.5,0.3,0.2.") from None
 
+# %% ../nbs/39_options.ipynb #c96e0cf1
 def pair_of(
-    text:str,                  # such as 0.125,16
-)->tuple[float,float]:
+    text: str,  # such as 0.125,16
+) -> tuple[float, float]:
     "Two numbers, read; `ValueError` if they are not two."
-    if len(found := numbers(text, "bounds") or []) != 2: raise ValueError(f"bounds {text!r} are not two numbers: write them as 0.125,16.")
+    if len(found := numbers(text, "bounds") or []) != 2:
+        raise ValueError(f"bounds {text!r} are not two numbers: write them as 0.125,16.")
     return found[0], found[1]
 
+# %% ../nbs/39_options.ipynb #fe868196
 def names(
-    text:str|None,             # such as A,B,C
-    option:str="--metrics",    # they were given for, for the message
-)->list[str]|None:             # None if nothing was said
+    text: str | None,  # such as A,B,C
+    option: str = "--metrics",  # they were given for, for the message
+) -> list[str] | None:  # None if nothing was said
     "Names of files or data sets, read; `ValueError` if one is empty."
-    if text is None: return None
-    if not all(found := [x.strip() for x in text.split(",")]): raise ValueError(f"{option} {text!r} has an empty name: write one file per model, as A,B,C.")
+    if text is None:
+        return None
+    if not all(found := [x.strip() for x in text.split(",")]):
+        raise ValueError(
+            f"{option} {text!r} has an empty name: write one file per model, as A,B,C."
+        )
     return found
 
 # %% ../nbs/39_options.ipynb #5c2e9b19
 def picture_path(
-    path:Path|None,     # where a picture will be saved; ~ is home
-)->Path|None:           # with ~ written out
+    path: Path | None,  # where a picture will be saved; ~ is home
+) -> Path | None:  # with ~ written out
     "`MergeError` if no picture can be written there, before there is one."
-    if path is None: return None
+    if path is None:
+        return None
     path = free(path, folder=False, replace=True)
     from matplotlib.backend_bases import FigureCanvasBase
-    if path.suffix and path.suffix[1:].lower() not in (known := FigureCanvasBase.get_supported_filetypes()): raise MergeError(f"{path}: no picture ends in {path.suffix}.\nIt may end in .{', .'.join(sorted(known))}.")
+
+    if path.suffix and path.suffix[1:].lower() not in (
+        known := FigureCanvasBase.get_supported_filetypes()
+    ):
+        raise MergeError(
+            f"{path}: no picture ends in {path.suffix}.\n"
+            f"It may end in .{', .'.join(sorted(known))}."
+        )
     return path

@@ -22,115 +22,220 @@ from .notes import warn
 
 # %% ../nbs/06_output.ipynb #27f61a92
 def free(
-    out:str|os.PathLike,     # where something will be written; ~ is home
-    folder:bool=True,        # absent or empty, in folders that need not exist yet; False: a file, in a folder that does
-    replace:bool=False,      # whether there may be such a file
-)->Path:                     # with ~ written out
+    out: str | os.PathLike,  # where something will be written; ~ is home
+    # absent or empty, in folders that need not exist yet; False: a file, in a folder that does
+    folder: bool = True,
+    replace: bool = False,  # whether there may be such a file
+) -> Path:  # with ~ written out
     "The place of an output; `MergeError` if it is taken, or cannot be."
     out = Path(out).expanduser()
     if not folder:
-        if out.is_dir() or not out.absolute().parent.is_dir(): raise MergeError(f"{out}: {'is a folder' if out.is_dir() else 'its folder does not exist'}.\nName a file in a folder that exists.")
-        if out.exists() and not replace: raise MergeError(f"{out}: exists already.\nRemove it, or name another file.")
-    elif out.resolve() == Path.cwd(): raise MergeError(f"{out}: is the current folder, which cannot be replaced.\nName a folder in it.")
-    elif out.exists() and not (out.is_dir() and not any(out.iterdir())): raise MergeError(f"{out}: exists already, and is not an empty folder.\nName another folder, or empty this one.")
+        if out.is_dir() or not out.absolute().parent.is_dir():
+            raise MergeError(
+                f"{out}: {'is a folder' if out.is_dir() else 'its folder does not exist'}.\n"
+                "Name a file in a folder that exists."
+            )
+        if out.exists() and not replace:
+            raise MergeError(f"{out}: exists already.\nRemove it, or name another file.")
+    elif out.resolve() == Path.cwd():
+        raise MergeError(
+            f"{out}: is the current folder, which cannot be replaced.\nName a folder in it."
+        )
+    elif out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise MergeError(
+            f"{out}: exists already, and is not an empty folder.\n"
+            "Name another folder, or empty this one."
+        )
     return out
 
+# %% ../nbs/06_output.ipynb #dd95b141
 @contextmanager
 def staged_file(
-    out:str|os.PathLike,    # replaced if it is there; ~ is home
-)->Iterator[Path]:          # the file to write
+    out: str | os.PathLike,  # replaced if it is there; ~ is home
+) -> Iterator[Path]:  # the file to write
     "A new file that becomes `out` on success and vanishes on failure."
-    out = Path(out).expanduser(); part = out.with_name(out.name + ".part")
-    try: yield part; os.replace(part, out)
-    finally: part.unlink(missing_ok=True)
+    out = Path(out).expanduser()
+    part = out.with_name(out.name + ".part")
+    try:
+        yield part
+        os.replace(part, out)
+    finally:
+        part.unlink(missing_ok=True)
 
+# %% ../nbs/06_output.ipynb #2da36393
 @contextmanager
 def staged(
-    out:Path,               # must not exist, or be an empty folder; ~ is home
-)->Iterator[Path]:          # the folder to write to
-    "A new folder that becomes `out` on success and vanishes on failure; `MergeError` if `out` is taken or another merge is writing it."
+    out: Path,  # must not exist, or be an empty folder; ~ is home
+) -> Iterator[Path]:  # the folder to write to
+    """A new folder that becomes `out` on success and vanishes on failure; `MergeError` if `out` is
+    taken or another merge is writing it."""
     import fcntl
-    out = free(out).resolve()                            # a link to a folder is that folder
-    made = [p for p in out.parents if not p.exists()]    # innermost first
+
+    # a link to a folder is that folder
+    out = free(out).resolve()
+    # innermost first
+    made = [p for p in out.parents if not p.exists()]
     part = out.parent/f".{out.name}.partial"
     part.mkdir(parents=True, exist_ok=True)
     lock = os.open(part, os.O_RDONLY)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(lock), part.stat()): raise BlockingIOError      # one that failed has removed it, and a third has made it anew
-        except (BlockingIOError, FileNotFoundError): raise MergeError(f"{out}: another merge is writing it.\nWait for it, or name another folder.") from None
+            # one that failed has removed it, and a third has made it anew
+            if not os.path.samestat(os.fstat(lock), part.stat()):
+                raise BlockingIOError
+        except (BlockingIOError, FileNotFoundError):
+            raise MergeError(
+                f"{out}: another merge is writing it.\nWait for it, or name another folder."
+            ) from None
         try:
-            for f in part.iterdir(): shutil.rmtree(f) if f.is_dir() and not f.is_symlink() else f.unlink()
+            for f in part.iterdir():
+                shutil.rmtree(f) if f.is_dir() and not f.is_symlink() else f.unlink()
             yield part
-            if out.exists(): out.rmdir()
+            if out.exists():
+                out.rmdir()
             part.rename(out)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
             for p in made:
-                if not any(p.iterdir()): p.rmdir()
+                if not any(p.iterdir()):
+                    p.rmdir()
             raise
-    finally: os.close(lock)
+    finally:
+        os.close(lock)
 
 # %% ../nbs/06_output.ipynb #81fc0553
-COMPANIONS = ("config.json", "generation_config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
-              "chat_template*", "preprocessor_config.json", "processor_config.json", "*.model", "*.spm", "*.codes", "*.tiktoken", "tekken.json", "video_preprocessor_config.json", "*.py", "modules.json", "sentence_*.json", "config_sentence_transformers.json")      # files beside the weights that a model needs
+# files beside the weights that a model needs
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "*.model",
+    "*.spm",
+    "*.codes",
+    "*.tiktoken",
+    "tekken.json",
+    "video_preprocessor_config.json",
+    "*.py",
+    "modules.json",
+    "sentence_*.json",
+    "config_sentence_transformers.json",
+)
+
 
 def fingerprint(
-    path:str|Path,
-    full:bool=False,        # read every byte of files above 64 MiB, too
-)->str:                     # "sha256:…", or "sampled:…" for a large file
-    "sha256 of a file, exact if it is small, `full`, or named by its hash; `OSError` if it cannot be read."
+    path: str | Path,
+    full: bool = False,  # read every byte of files above 64 MiB, too
+) -> str:  # "sha256:…", or "sampled:…" for a large file
+    """sha256 of a file, exact if it is small, `full`, or named by its hash; `OSError` if it cannot
+    be read."""
     real, block = os.path.realpath(path), 4096
-    if len(name := os.path.basename(real)) == 64 and set(name) <= set("0123456789abcdef"): return f"sha256:{name}"
+    if len(name := os.path.basename(real)) == 64 and set(name) <= set("0123456789abcdef"):
+        return f"sha256:{name}"
     with open(real, "rb") as f:
         size = os.fstat(f.fileno()).st_size
         if full or size <= 64 << 20:
             h = hashlib.sha256()
-            while piece := f.read(1 << 20): h.update(piece)
+            while piece := f.read(1 << 20):
+                h.update(piece)
             return f"sha256:{h.hexdigest()}"
-        h = hashlib.sha256(str(size).encode()); h.update(f.read(1 << 20))
-        for k in range(128): f.seek(k*(size - block)//127); h.update(f.read(block))
+        h = hashlib.sha256(str(size).encode())
+        h.update(f.read(1 << 20))
+        for k in range(128):
+            f.seek(k*(size - block)//127)
+            h.update(f.read(block))
     return f"sampled:{h.hexdigest()}"
 
+# %% ../nbs/06_output.ipynb #80a51e4f
 def inputs(
-    c:Checkpoint,
-    full:bool=False,        # as in `fingerprint`
-)->dict[str,str]:
+    c: Checkpoint,
+    full: bool = False,  # as in `fingerprint`
+) -> dict[str, str]:
     "File name → fingerprint of every file that a checkpoint reads."
     return {str(Path(f.parent.name)/f.name): fingerprint(f, full) for f in c.files}
 
+# %% ../nbs/06_output.ipynb #727b64a4
 def write_companions(
-    out:Path,                   # the folder to write to
-    source:Path|None,           # the folder of a model; None: there is nothing to copy
-    dtype:torch.dtype|None,     # what the config is to say; None: what it says
-    classes:int|None=None,      # of the head, which the config may not know; None: what it says
-    untied:bool=False,          # the output layer is stored, and not the embedding
-)->None:
+    out: Path,  # the folder to write to
+    source: Path | None,  # the folder of a model; None: there is nothing to copy
+    dtype: torch.dtype | None,  # what the config is to say; None: what it says
+    classes: int | None = None,  # of the head, which the config may not know; None: what it says
+    untied: bool = False,  # the output layer is stored, and not the embedding
+) -> None:
     "Copy config and tokenizer files."
-    for f in sorted({f for p in COMPANIONS for f in source.glob(p) if f.is_file()} if source else []):
-        if f.name.endswith(".index.json"): continue
+    for f in sorted(
+        {f for p in COMPANIONS for f in source.glob(p) if f.is_file()} if source else []
+    ):
+        if f.name.endswith(".index.json"):
+            continue
         if f.name == "config.json":
-            cfg = json.loads(f.read_text()); said = {}
-            if dtype is not None: said["dtype" if "dtype" in cfg else "torch_dtype"] = str(dtype).removeprefix("torch.")
-            if untied and cfg.get("tie_word_embeddings"): said["tie_word_embeddings"] = False
-            if classes is not None and {len(cfg.get("id2label") or "01"), cfg.get("num_labels", classes)} != {classes}: cfg = {k: v for k, v in cfg.items() if k not in ("num_labels", "problem_type")}; said |= {"id2label": {str(i): f"LABEL_{i}" for i in range(classes)}, "label2id": {f"LABEL_{i}": i for i in range(classes)}}      # transformers' default: two
-            if any(cfg.get(k) != v for k, v in said.items()): (out/f.name).write_text(json.dumps({**cfg, **said}, indent=2) + "\n"); continue
+            cfg = json.loads(f.read_text())
+            said = {}
+            if dtype is not None:
+                said["dtype" if "dtype" in cfg else "torch_dtype"] = str(dtype).removeprefix(
+                    "torch."
+                )
+            if untied and cfg.get("tie_word_embeddings"):
+                said["tie_word_embeddings"] = False
+            # transformers' default: two
+            if classes is not None and {
+                len(cfg.get("id2label") or "01"),
+                cfg.get("num_labels", classes),
+            } != {classes}:
+                cfg = {k: v for k, v in cfg.items() if k not in ("num_labels", "problem_type")}
+                said |= {
+                    "id2label": {str(i): f"LABEL_{i}" for i in range(classes)},
+                    "label2id": {f"LABEL_{i}": i for i in range(classes)},
+                }
+            if any(cfg.get(k) != v for k, v in said.items()):
+                (out/f.name).write_text(json.dumps({**cfg, **said}, indent=2) + "\n")
+                continue
         shutil.copyfile(f, out/f.name)
-    parts = [m["path"] for m in json.loads((source/"modules.json").read_text()) if m.get("path")] if source and (source/"modules.json").exists() else []      # of sentence-transformers
+    # of sentence-transformers
+    parts = (
+        [m["path"] for m in json.loads((source/"modules.json").read_text()) if m.get("path")]
+        if source and (source/"modules.json").exists()
+        else []
+    )
     for d in ["additional_chat_templates", *parts]:
         if source and (source/d).is_dir() and (source/d).resolve().parent == source.resolve():
             shutil.copytree(source/d, out/d)
-            if any((source/d).glob("*.safetensors")) or any((source/d).glob("*.bin")): warn(f"{source/d}: its weights are copied as they are, and not merged")
+            if any((source/d).glob("*.safetensors")) or any((source/d).glob("*.bin")):
+                warn(f"{source / d}: its weights are copied as they are, and not merged")
 
+# %% ../nbs/06_output.ipynb #d6a3b058
 def write_card(
-    out:Path,                           # the folder to write to
-    title:str,
-    recipe:dict[str,Any],               # what was merged, from what, and how
-    about:dict[str,Any]|None=None,      # keys of the card's head, such as `base_model`
-)->None:
+    out: Path,  # the folder to write to
+    title: str,
+    recipe: dict[str, Any],  # what was merged, from what, and how
+    about: dict[str, Any] | None = None,  # keys of the card's head, such as `base_model`
+) -> None:
     "README.md: a model card whose body is the recipe, as YAML."
     import yaml
-    head = yaml.safe_dump({"library_name": "transformers", **{k: v for k, v in (about or {}).items() if v}, "tags": ["merge", "frechet_merge"]}, sort_keys=False)
+
+    head = yaml.safe_dump(
+        {
+            "library_name": "transformers",
+            **{k: v for k, v in (about or {}).items() if v},
+            "tags": ["merge", "frechet_merge"],
+        },
+        sort_keys=False,
+    )
     body = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=1000)
-    (out/"README.md").write_text(f"---\n{head}---\n# {title}\n\nA merge of pre-trained models, tensor by tensor:\n\n```yaml\n{body}```\n")
+    (out/"README.md").write_text(
+        "---\n"
+        f"{head}---\n"
+        f"# {title}\n"
+        "\n"
+        "A merge of pre-trained models, tensor by tensor:\n"
+        "\n"
+        "```yaml\n"
+        f"{body}```\n"
+    )

@@ -21,86 +21,176 @@ from .metrics import as_metric
 
 # %% ../nbs/04_span.ipynb #c83aafb6
 class Stack(Sequence[Tensor]):
-    "T versions of one tensor, read a flat range at a time, as differences from `base` if there is one."
-    separable = True      # a range of a tensor of metrics is a metric of that range
-    def __init__(self,
-        lazy:Sequence[LazyTensor],     # the versions, all of one shape
-        base:LazyTensor|None=None,     # of that shape too
-        device:Any=None,               # where chunks are computed, as torch names devices; default the CPU; `ValueError` for one that is not there
-        name:str="tensor",             # for messages
-        sources:tuple=(),              # names of the models, and last of the base, for messages
-        allow_nonfinite:bool=False,    # treat NaN and Inf as zeros; `nonfinite` says where they are
-        role:str="rows",               # two stacks that are read in turn need a buffer each
+    """T versions of one tensor, read a flat range at a time, as differences from `base` if there is
+    one."""
+
+    separable = True  # a range of a tensor of metrics is a metric of that range
+
+    def __init__(
+        self,
+        lazy: Sequence[LazyTensor],  # the versions, all of one shape
+        base: LazyTensor | None = None,  # of that shape too
+        # where chunks are computed, as torch names devices; default the CPU; `ValueError` for one
+        # that is not there
+        device: Any = None,
+        name: str = "tensor",  # for messages
+        sources: tuple = (),  # names of the models, and last of the base, for messages
+        # treat NaN and Inf as zeros; `nonfinite` says where they are
+        allow_nonfinite: bool = False,
+        role: str = "rows",  # two stacks that are read in turn need a buffer each
     ):
         device = as_device(device)
-        self.lazy, self.base, self.device, self.name, self.sources, self.allow_nonfinite, self.role = lazy, base, device, name, sources, allow_nonfinite, role
-        self.shape, self.dtype, self.numel = lazy[0].shape, (lazy[0] if base is None else base).dtype, lazy[0].numel
+        (
+            self.lazy,
+            self.base,
+            self.device,
+            self.name,
+            self.sources,
+            self.allow_nonfinite,
+            self.role,
+        ) = lazy, base, device, name, sources, allow_nonfinite, role
+        self.shape, self.dtype, self.numel = (
+            lazy[0].shape,
+            (lazy[0] if base is None else base).dtype,
+            lazy[0].numel,
+        )
         self.computes = torch.float32
         every = (*lazy, *([base] if base is not None else []))
         for x in every:
-            if x.dtype.itemsize > 1: self.computes = torch.promote_types(self.computes, x.dtype)     # float8 does not promote
+            # float8 does not promote
+            if x.dtype.itemsize > 1:
+                self.computes = torch.promote_types(self.computes, x.dtype)
         self.narrow = all(x.dtype.itemsize <= 2 for x in every)
+
     @classmethod
-    def of(cls, thetas:Sequence[Tensor])->"Stack":
+    def of(cls, thetas: Sequence[Tensor]) -> "Stack":
         "A stack of tensors of one shape; a stack as it is."
-        return thetas if isinstance(thetas, Stack) else cls([MemoryTensor(t) for t in thetas], device=thetas[0].device)
-    def __len__(self)->int: return len(self.lazy)
-    def __getitem__(self, t)->Any:      # version t, whole
-        if t >= len(self): raise IndexError(t)
-        one, out = Stack([self.lazy[t]], self.base, self.device, self.name, (*self.sources[t:t + 1], *self.sources[len(self):]), self.allow_nonfinite, self.role), torch.empty(self.numel, dtype=self.computes, device=self.device)
-        for i, j in self.spans(): out[i:j] = one.check(one.rows(i, j), i)[0]
+        return (
+            thetas
+            if isinstance(thetas, Stack)
+            else cls([MemoryTensor(t) for t in thetas], device=thetas[0].device)
+        )
+
+    def __len__(self) -> int:
+        return len(self.lazy)
+
+    # version t, whole
+    def __getitem__(self, t) -> Any:
+        if t >= len(self):
+            raise IndexError(t)
+        one, out = (
+            Stack(
+                [self.lazy[t]],
+                self.base,
+                self.device,
+                self.name,
+                (*self.sources[t : t + 1], *self.sources[len(self) :]),
+                self.allow_nonfinite,
+                self.role,
+            ),
+            torch.empty(self.numel, dtype=self.computes, device=self.device),
+        )
+        for i, j in self.spans():
+            out[i:j] = one.check(one.rows(i, j), i)[0]
         return out.view(self.shape)
-    def spans(self)->Iterator[tuple[int,int]]:
+
+    def spans(self) -> Iterator[tuple[int, int]]:
         "The ranges (start, stop) in which chunks are read: larger ones where each call costs more."
         return spans(self.numel, CHUNK if self.device.type == "cpu" else 64*CHUNK)
-    def raw(self, i:int, j:int)->Tensor:
-        "Elements i to j of every version as stored, and not as differences: (T, j-i), in a buffer that the next call overwrites."
-        X = scratch(self.role, len(self)*(j - i), self.computes, self.device).view(len(self), j - i)
-        for row, x in zip(X, self.lazy): x.into(row, i)
+
+    def raw(self, i: int, j: int) -> Tensor:
+        """Elements i to j of every version as stored, and not as differences: (T, j-i), in a buffer
+        that the next call overwrites."""
+        X = scratch(self.role, len(self)*(j - i), self.computes, self.device).view(
+            len(self), j - i
+        )
+        for row, x in zip(X, self.lazy):
+            x.into(row, i)
         return X
-    def base_row(self, i:int, j:int)->Tensor:
-        "Elements i to j of the base: (j-i,), in a buffer that the next call overwrites; `ValueError` if there is none."
-        if self.base is None: raise ValueError(f"{self.name}: there is no base to read.")
+
+    def base_row(self, i: int, j: int) -> Tensor:
+        """Elements i to j of the base: (j-i,), in a buffer that the next call overwrites;
+        `ValueError` if there is none."""
+        if self.base is None:
+            raise ValueError(f"{self.name}: there is no base to read.")
         row = scratch("base", j - i, self.computes, self.device)
         self.base.into(row, i)
         return row
-    def rows(self, i:int, j:int)->Tensor:
+
+    def rows(self, i: int, j: int) -> Tensor:
         "Elements i to j of every version: (T, j-i), in a buffer that the next call overwrites."
         X = self.raw(i, j)
-        if self.base is not None: X -= self.base_row(i, j)
+        if self.base is not None:
+            X -= self.base_row(i, j)
         return X.nan_to_num_(0, 0, 0) if self.allow_nonfinite else X
-    def nonfinite(self, i:int, j:int)->Tensor:
+
+    def nonfinite(self, i: int, j: int) -> Tensor:
         "Which of the elements i to j are NaN or Inf in some version or in the base: (j-i,), bool."
         bad = ~self.raw(i, j).isfinite().all(0)
         return bad if self.base is None else bad | ~self.base_row(i, j).isfinite()
-    def marked(self, x:Tensor, i:int, j:int)->Tensor:
-        "Elements i to j of the mean x: what all versions have where they have one and the same Inf, and NaN where they do not have a number for another reason; `MergeError` if x has none where they do."
-        every = self.raw(i, j); alike = (every == every[0]).all(0) & every[0].isinf(); bad = self.nonfinite(i, j)
-        if not x.masked_fill(bad, 0).isfinite().all(): raise MergeError(f"tensor {self.name!r}: its mean is larger than {str(x.dtype).removeprefix('torch.')} can hold.\nLower the scale.")
+
+    def marked(self, x: Tensor, i: int, j: int) -> Tensor:
+        """Elements i to j of the mean x: what all versions have where they have one and the same
+        Inf, and NaN where they do not have a number for another reason; `MergeError` if x has
+        none where they do."""
+        every = self.raw(i, j)
+        alike = (every == every[0]).all(0) & every[0].isinf()
+        bad = self.nonfinite(i, j)
+        if not x.masked_fill(bad, 0).isfinite().all():
+            raise MergeError(
+                f"tensor {self.name!r}: its mean is larger than "
+                f"{str(x.dtype).removeprefix('torch.')} can hold.\n"
+                "Lower the scale."
+            )
         return torch.where(alike, every[0].to(x.dtype), x.masked_fill(bad, torch.nan))
-    def check(self, X:Tensor, i:int)->Tensor:
+
+    def check(self, X: Tensor, i: int) -> Tensor:
         "X, rows from element i on; `MergeError` names the first NaN or Inf."
-        if X.isfinite().all(): return X
-        every = Stack(self.lazy if self.base is None else [*self.lazy, self.base], role="check").raw(i, i + X.shape[1])
+        if X.isfinite().all():
+            return X
+        every = Stack(
+            self.lazy if self.base is None else [*self.lazy, self.base], role="check"
+        ).raw(i, i + X.shape[1])
         bad = (~every.isfinite()).nonzero()
-        if len(bad) == 0: raise MergeError(f"tensor {self.name!r} has values so large that their differences overflow.\nMend it, or leave it out of the models.")
-        t, k = bad[-1].tolist()          # the base is last
+        if len(bad) == 0:
+            raise MergeError(
+                f"tensor {self.name!r} has values so large that their differences overflow.\n"
+                "Mend it, or leave it out of the models."
+            )
+        # the base is last
+        t, k = bad[-1].tolist()
         who = self.sources[t] if t < len(self.sources) else f"model {t}"
-        raise MergeError(f"{who}: tensor {self.name!r} is {every[t, k]} at element {i + k}.\nThe model is broken there: mend it, or merge anyway with allow_nonfinite=True (--allow-nonfinite), which writes NaN for such elements.")
+        raise MergeError(
+            f"{who}: tensor {self.name!r} is {every[t, k]} at element {i + k}.\n"
+            "The model is broken there: mend it, or merge anyway with "
+            "allow_nonfinite=True (--allow-nonfinite), which writes NaN for such "
+            "elements."
+        )
 
 # %% ../nbs/04_span.ipynb #f9905a0d
-RUN = 1024    # products of 16-bit numbers that are summed in float32 before float64 takes over: relative error about 1e-7 a run
-FAR = 64.0    # if taking c·θ₁ away made a tensor 8 times longer, it was the wrong thing to do
+# products of 16-bit numbers that are summed in float32 before float64 takes over: relative error
+# about 1e-7 a run
+RUN = 1024
+FAR = 64.0  # if taking c·θ₁ away made a tensor 8 times longer, it was the wrong thing to do
+
 
 def gram(
-    thetas:Sequence[Tensor],    # T tensors of one shape, or a `Stack`
-    run:int=RUN,                # products that are summed in float32; 0: float64 throughout, as always for tensors of 32 bits and more
-    c:Tensor|None=None,         # (T-1, 1), of θ₁ in the others; default: from the norms of the first chunk
-)->tuple[Tensor,Tensor]:        # K (T, T) and L (T, T), unit lower triangular; float64 on the CPU
-    "Gram matrix K of Y, and L with θ = L·Y, where Y is the first tensor and what the others add to it; `MergeError` for NaN or Inf."
-    stack = Stack.of(thetas); T = len(stack)
+    thetas: Sequence[Tensor],  # T tensors of one shape, or a `Stack`
+    # products that are summed in float32; 0: float64 throughout, as always for tensors of 32 bits
+    # and more
+    run: int = RUN,
+    # (T-1, 1), of θ₁ in the others; default: from the norms of the first chunk
+    c: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # K (T, T) and L (T, T), unit lower triangular; float64 on the CPU
+    """Gram matrix K of Y, and L with θ = L·Y, where Y is the first tensor and what the others add
+    to it; `MergeError` for NaN or Inf."""
+    stack = Stack.of(thetas)
+    T = len(stack)
     share = torch.zeros(T - 1, 1, dtype=torch.float64) if c is None else c
-    K, L = torch.zeros(T, T, dtype=torch.float64, device=stack.device), torch.eye(T, dtype=torch.float64)
+    K, L = (
+        torch.zeros(T, T, dtype=torch.float64, device=stack.device),
+        torch.eye(T, dtype=torch.float64),
+    )
     for i, j in stack.spans():
         X = stack.rows(i, j)
         if i == 0 and c is None:
@@ -109,55 +199,76 @@ def gram(
         X[1:].addcmul_(share.to(X), X[:1], value=-1)
         whole = (j - i)//run*run if run and stack.narrow else 0
         Y, tail = X[:, :whole].unflatten(1, (-1, run or 1)).transpose(0, 1), X[:, whole:].double()
-        K += torch.bmm(Y, Y.mT).double().sum(0) + tail@tail.T
-        if not math.isfinite(K.sum()): stack.check(stack.rows(i, j), i)
+        K += torch.bmm(Y, Y.mT).double().sum(0) + tail @ tail.T
+        if not math.isfinite(K.sum()):
+            stack.check(stack.rows(i, j), i)
     K = K.cpu()
-    if run and stack.narrow and not (K[0, 0] > 1e-20 and math.isfinite(K.sum())):                            # squares may have left float32's range,
-        if K.any() or any(stack.rows(i, j).any() for i, j in stack.spans()): return gram(stack, 0, share)         # unless there is nothing to square
+    # squares may have left float32's range,
+    if run and stack.narrow and not (K[0, 0] > 1e-20 and math.isfinite(K.sum())):
+        # unless there is nothing to square
+        if K.any() or any(stack.rows(i, j).any() for i, j in stack.spans()):
+            return gram(stack, 0, share)
     L[1:, :1] = share
-    far = (K.diagonal() > FAR*(L@K@L.T).diagonal())[1:, None] & (share > 0)
+    far = (K.diagonal() > FAR*(L @ K @ L.T).diagonal())[1:, None] & (share > 0)
     return gram(stack, run, share.masked_fill(far, 0)) if far.any() else (K, L)
 
 # %% ../nbs/04_span.ipynb #305e389f
 def coordinates(
-    K:Tensor,    # (T, T), from `gram`
-    L:Tensor,    # (T, T), from `gram`
-)->tuple[Tensor,Tensor]:    # C (T, k), the models; and B (T, k) with coefficients a = B@y on the models of a point y; float64
+    K: Tensor,  # (T, T), from `gram`
+    L: Tensor,  # (T, T), from `gram`
+    # C (T, k), the models; and B (T, k) with coefficients a = B@y on the models of a point y;
+    # float64
+) -> tuple[Tensor, Tensor]:
     "The models in an orthonormal basis of their span, of dimension k <= T, and the way back."
     T, rest, order = len(K), K.clone(), []
     C = torch.zeros_like(K)
     while len(order) < T:
-        left = torch.where(rest.diagonal() > T*RANK_TOL*K.diagonal(), rest.diagonal(), 0)      # of each squared length, what the basis does not reach yet
-        if not left[p := int(left.argmax())] > 0: break
+        # of each squared length, what the basis does not reach yet
+        left = torch.where(rest.diagonal() > T*RANK_TOL*K.diagonal(), rest.diagonal(), 0)
+        if not left[p := int(left.argmax())] > 0:
+            break
         c = C[:, len(order)] = rest[:, p]/left[p].sqrt()
-        rest = rest - c[:, None]*c; rest[p] = rest[:, p] = 0; order.append(p)
-    C = C[:, :len(order)]
-    B = torch.zeros_like(C); B[order] = torch.linalg.inv(C[order]).T
-    return L@C, torch.linalg.inv(L).T@B
+        rest = rest - c[:, None]*c
+        rest[p] = rest[:, p] = 0
+        order.append(p)
+    C = C[:, : len(order)]
+    B = torch.zeros_like(C)
+    B[order] = torch.linalg.inv(C[order]).T
+    return L @ C, torch.linalg.inv(L).T @ B
 
-RANK_TOL = 4e-16   # share of a squared length, below which it is the rounding of float64
+
+RANK_TOL = 4e-16  # share of a squared length, below which it is the rounding of float64
 
 # %% ../nbs/04_span.ipynb #841cba4c
 @dataclass(frozen=True)
 class Combination(LazyTensor):
     "Σ a·θ, a range at a time, in a buffer that the next call overwrites."
-    a: Tensor        # (T,) coefficients
-    stack: Stack     # of the T versions
+
+    a: Tensor  # (T,) coefficients
+    stack: Stack  # of the T versions
     shape = property(lambda self: self.stack.shape)
     dtype = property(lambda self: self.stack.computes)
-    def read(self, start:int=0, stop:int|None=None)->Tensor:
+
+    def read(self, start: int = 0, stop: int | None = None) -> Tensor:
         stop = self.numel if stop is None else min(stop, self.numel)
         out = scratch("out", stop - start, self.dtype, self.stack.device)
-        return torch.mv(self.stack.rows(start, stop).T, self.a.to(self.stack.device, self.dtype), out=out)
+        return torch.mv(
+            self.stack.rows(start, stop).T, self.a.to(self.stack.device, self.dtype), out=out
+        )
+
     def tensor(self):
         out = torch.empty(self.numel, dtype=self.dtype, device=self.stack.device)
-        for i, j in self.stack.spans(): out[i:j] = self.read(i, j)
+        for i, j in self.stack.spans():
+            out[i:j] = self.read(i, j)
         return out.view(self.shape)
 
+# %% ../nbs/04_span.ipynb #9600b139
 def combine(
-    a:Tensor,                   # (T,) coefficients
-    thetas:Sequence[Tensor],    # T tensors of one shape, or a `Stack`
-)->Tensor|Combination:          # of their shape: a tensor with the dtype of the first, or a promise of one if `thetas` is a `Stack`
+    a: Tensor,  # (T,) coefficients
+    thetas: Sequence[Tensor],  # T tensors of one shape, or a `Stack`
+    # of their shape: a tensor with the dtype of the first, or a promise of one if `thetas` is a
+    # `Stack`
+) -> Tensor | Combination:
     "The linear combination Σ a·θ."
     c = Combination(a, Stack.of(thetas))
     return c if thetas is c.stack else c.tensor().to(thetas[0].dtype)
@@ -165,16 +276,31 @@ def combine(
 # %% ../nbs/04_span.ipynb #dac40dbf
 @dataclass(frozen=True)
 class Span(Geometry):
-    "An orthogonally invariant geometry on R^n, run on the span of the models: dimension at most T (reduction theorem)."
-    inner: Geometry      # of vectors, unchanged by orthogonal maps: `Sphere()`, `Euclidean()`
+    """An orthogonally invariant geometry on R^n, run on the span of the models: dimension at most T
+    (reduction theorem)."""
+
+    inner: Geometry  # of vectors, unchanged by orthogonal maps: `Sphere()`, `Euclidean()`
     radius = property(lambda self: self.inner.radius)
     laws_waived = property(lambda self: self.inner.laws_waived)
+
     def chart(self, thetas, Gs=None):
-        if not all(isinstance(getattr(as_metric(G), "d", None), float) for G in Gs or []): raise ValueError("in the span of the models a metric is one number per model, not one per parameter: use Euclidean() with these metrics.")
+        if not all(isinstance(getattr(as_metric(G), "d", None), float) for G in Gs or []):
+            raise ValueError(
+                "in the span of the models a metric is one number per model, not one per "
+                "parameter: use Euclidean() with these metrics."
+            )
         C, B = coordinates(*gram(thetas))
         points, lift = self.inner.chart(list(C), Gs)
-        return points, lambda m: combine(B@lift(m), thetas)
-    def log(self, m, x): return self.inner.log(m, x)
-    def exp(self, m, v): return self.inner.exp(m, v)
-    def start(self, points, ws): return self.inner.start(points, ws)
-    def size(self, m): return self.inner.size(m)
+        return points, lambda m: combine(B @ lift(m), thetas)
+
+    def log(self, m, x):
+        return self.inner.log(m, x)
+
+    def exp(self, m, v):
+        return self.inner.exp(m, v)
+
+    def start(self, points, ws):
+        return self.inner.start(points, ws)
+
+    def size(self, m):
+        return self.inner.size(m)

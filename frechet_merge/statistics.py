@@ -24,90 +24,225 @@ from .shards import read_header
 from .span import Stack
 
 # %% ../nbs/07a_statistics.ipynb #027f333e
-PARTS = ("left", "right", "projected")    # what a key ends in if the metric is not a diagonal
+PARTS = ("left", "right", "projected")  # what a key ends in if the metric is not a diagonal
+
 
 @dataclass(frozen=True)
 class InBasis(Dense):
     "A metric in a labeled basis, and what tells that basis from others."
-    sigma: Tensor | None = None      # (p,) singular values of the models' updates, in the order of the atoms; None: not known
 
+    # (p,) singular values of the models' updates, in the order of the atoms; None: not known
+    sigma: Tensor | None = None
+
+# %% ../nbs/07a_statistics.ipynb #83a9fb80
 class Coupled(Sequence[Dense | Kronecker]):
-    "The metrics of T versions of one tensor that couple its entries, read one at a time; `MergeError` if one has entries that are negative or not finite."
-    separable = False      # a piece of the tensor has no metric of its own
-    def __init__(self,
-        parts:Sequence[Mapping[str,LazyTensor]],    # T mappings from `PARTS`, and sigma beside projected, to matrices
-        name:str,                                   # of the tensor, for messages
-        sources:Sequence[str],                      # T names of files, for messages
-        device:Any=None,                            # where they are read to, as torch names devices; default the CPU
-    ): self.parts, self.name, self.sources, self.device = parts, name, sources, device
-    def __len__(self)->int: return len(self.parts)
-    def __getitem__(self, t)->Any:      # metric t
-        if t >= len(self): raise IndexError(t)
+    """The metrics of T versions of one tensor that couple its entries, read one at a time;
+    `MergeError` if one has entries that are negative or not finite."""
+
+    separable = False  # a piece of the tensor has no metric of its own
+
+    def __init__(
+        self,
+        # T mappings from `PARTS`, and sigma beside projected, to matrices
+        parts: Sequence[Mapping[str, LazyTensor]],
+        name: str,  # of the tensor, for messages
+        sources: Sequence[str],  # T names of files, for messages
+        device: Any = None,  # where they are read to, as torch names devices; default the CPU
+    ):
+        self.parts, self.name, self.sources, self.device = parts, name, sources, device
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    # metric t
+    def __getitem__(self, t) -> Any:
+        if t >= len(self):
+            raise IndexError(t)
         read = {k: self._read(t, k, x) for k, x in self.parts[t].items()}
-        return InBasis(read["projected"], read.get("sigma")) if "projected" in read else Kronecker((read.get("left"), read.get("right")))
+        return (
+            InBasis(read["projected"], read.get("sigma"))
+            if "projected" in read
+            else Kronecker((read.get("left"), read.get("right")))
+        )
+
     def _read(self, t, part, x):
         M, what = x.tensor().to(self.device), f"{self.sources[t]}: the metric {self.name}.{part}"
-        if M.dim() == 2: return clipped(M, what)
-        if not (M.isfinite().all() and (M >= 0).all()): raise MergeError(f"{what} has entries that are negative or not finite.\nCollect the statistics again.")
+        if M.dim() == 2:
+            return clipped(M, what)
+        if not (M.isfinite().all() and (M >= 0).all()):
+            raise MergeError(
+                f"{what} has entries that are negative or not finite.\n"
+                "Collect the statistics again."
+            )
         return M
 
-def facts(metrics:str|os.PathLike|Mapping[str,Tensor], c:Checkpoint)->dict[str,Any]:     # c: the same, opened
+# %% ../nbs/07a_statistics.ipynb #a03966b2
+def facts(
+    metrics: str | os.PathLike | Mapping[str, Tensor],
+    c: Checkpoint,
+    # c: the same, opened
+) -> dict[str, Any]:
     "What statistics say about themselves (form, estimator, model, …); empty if nothing."
-    if (said := getattr(metrics, "about", None)) is not None: return dict(said)
+    if (said := getattr(metrics, "about", None)) is not None:
+        return dict(said)
+
     def value(v):
-        try: return json.loads(v)
-        except ValueError: return v
-    return {k: value(v) for f in c.files if f.suffix not in (".bin", ".pt", ".pth", ".ckpt") for k, v in read_header(f)[1].items()}
+        try:
+            return json.loads(v)
+        except ValueError:
+            return v
 
-def _same(a, b): return os.path.realpath(os.path.expanduser(a)) == os.path.realpath(os.path.expanduser(b))
+    return {
+        k: value(v)
+        for f in c.files
+        if f.suffix not in (".bin", ".pt", ".pth", ".ckpt")
+        for k, v in read_header(f)[1].items()
+    }
 
-def _agree(files:list[Checkpoint], about:list[dict], models:Sequence[str]):
-    "`MergeError` if statistics are of different kinds, a warning if one is of another of the models than it is given for."
+# %% ../nbs/07a_statistics.ipynb #44e82861
+def _same(a, b):
+    return os.path.realpath(os.path.expanduser(a)) == os.path.realpath(os.path.expanduser(b))
+
+# %% ../nbs/07a_statistics.ipynb #847dcc15
+def _agree(files: list[Checkpoint], about: list[dict], models: Sequence[str]):
+    """`MergeError` if statistics are of different kinds, a warning if one is of another of the
+    models than it is given for."""
     for k in ("form", "estimator"):
-        said = {}      # the first file of each
+        # the first file of each
+        said = {}
         for a, c in zip(about, files):
-            if isinstance(a.get(k), str): said.setdefault(a[k], c.source)
-        if len(said) > 1: raise MergeError(f"{' and '.join(f'{c} is of {k} {v!r}' for v, c in list(said.items())[:2])}, which do not add up.\nCollect the statistics of every model in the same way.")
-    if twice := next((c.source for i, c in enumerate(files) if c.files and any(c.files == d.files for d in files[:i])), None): warnings.warn(f"{twice}: is given for two models, which then have the same metric", stacklevel=5)
+            if isinstance(a.get(k), str):
+                said.setdefault(a[k], c.source)
+        if len(said) > 1:
+            raise MergeError(
+                f"{' and '.join(f'{c} is of {k} {v!r}' for v, c in list(said.items())[:2])}, "
+                "which do not add up.\n"
+                "Collect the statistics of every model in the same way."
+            )
+    if twice := next(
+        (
+            c.source
+            for i, c in enumerate(files)
+            if c.files and any(c.files == d.files for d in files[:i])
+        ),
+        None,
+    ):
+        warnings.warn(
+            f"{twice}: is given for two models, which then have the same metric", stacklevel=5
+        )
     for c, a, m in zip(files, about, models):
-        if isinstance(of := a.get("model"), str) and not _same(of, m) and any(_same(of, n) for n in models): warnings.warn(f"{c.source}: was collected from {of}, and is given for {m}: metrics go in the order of the models", stacklevel=5)
+        if (
+            isinstance(of := a.get("model"), str)
+            and not _same(of, m)
+            and any(_same(of, n) for n in models)
+        ):
+            warnings.warn(
+                f"{c.source}: was collected from {of}, and is given for {m}: metrics go in the "
+                "order of the models",
+                stacklevel=5,
+            )
 
+# %% ../nbs/07a_statistics.ipynb #935baa23
 def statistics(
-    metrics:Sequence[str|os.PathLike|Mapping[str,Tensor]]|None,    # T mappings or paths; None: there are none
-    blocks:Sequence[Block],     # from `align`
-    T:int,                      # the number of models
-    allow_pickle:bool=False,    # as in `load`
-    device:Any=None,            # where metrics are read to, as torch names devices; default the CPU
-    models:Sequence[str]=(),    # their T names, to find metrics in another order; default: not looked at
-    projected:bool=True,        # are metrics in the basis of `EpiMer` welcome?
-)->dict[str,Stack|Coupled]:     # name of a block → the metrics of its versions, for those that have one
-    "Match statistics to tensors; `ValueError` unless there are T, `MergeError` names what does not fit, a warning the tensors without a metric (with factors, the matrices among them)."
-    if metrics is None: return {}
-    if len(metrics) != T: raise ValueError(f"{len(metrics)} metrics for {T} models: give one per model.")
-    files, found, without = [load(m, allow_pickle, f"metrics[{i}]") for i, m in enumerate(metrics)], {}, []
+    # T mappings or paths; None: there are none
+    metrics: Sequence[str | os.PathLike | Mapping[str, Tensor]] | None,
+    blocks: Sequence[Block],  # from `align`
+    T: int,  # the number of models
+    allow_pickle: bool = False,  # as in `load`
+    device: Any = None,  # where metrics are read to, as torch names devices; default the CPU
+    # their T names, to find metrics in another order; default: not looked at
+    models: Sequence[str] = (),
+    projected: bool = True,  # are metrics in the basis of `EpiMer` welcome?
+    # name of a block → the metrics of its versions, for those that have one
+) -> dict[str, Stack | Coupled]:
+    """Match statistics to tensors; `ValueError` unless there are T, `MergeError` names what does
+    not fit, a warning the tensors without a metric (with factors, the matrices among them)."""
+    if metrics is None:
+        return {}
+    if len(metrics) != T:
+        raise ValueError(f"{len(metrics)} metrics for {T} models: give one per model.")
+    files, found, without = (
+        [load(m, allow_pickle, f"metrics[{i}]") for i, m in enumerate(metrics)],
+        {},
+        [],
+    )
     _agree(files, about := [facts(m, c) for m, c in zip(metrics, files)], models)
-    if wrong := next((c.source for m, a, c in zip(metrics, about, files) if isinstance(m, (str, os.PathLike)) and not a.get("form") and any(_same(m, n) for n in models)), None): raise MergeError(f"{wrong}: is a model, and not statistics of one.\nCollect them with `frechet-merge curvature`, and name the file that it writes.")
+    if wrong := next(
+        (
+            c.source
+            for m, a, c in zip(metrics, about, files)
+            if isinstance(m, (str, os.PathLike))
+            and not a.get("form")
+            and any(_same(m, n) for n in models)
+        ),
+        None,
+    ):
+        raise MergeError(
+            f"{wrong}: is a model, and not statistics of one.\n"
+            "Collect them with `frechet-merge curvature`, and name the file that it "
+            "writes."
+        )
     for b in (b for b in blocks if b.mergeable):
         has = [_parts(files[i], b) for i in b.who]
         kind = next((set(h) for h in has if h), None)
-        if kind is None: without.append(b); continue
+        if kind is None:
+            without.append(b)
+            continue
         for i, h in zip(b.who, has):
-            if set(h) != kind: raise MergeError(f"{files[i].source}: the metric of tensor {b.name!r} is {'missing, though another model has it' if not h else 'of another form than another model has'}.\nCollect the statistics of every model in the same way.")
-        if not projected and "projected" in kind: raise MergeError(f"{files[b.who[0]].source}: the metric of tensor {b.name!r} is projected on a basis, which only EpiMer makes of the models.\nMerge with epimer, models, order and k as for the basis, or collect another form (kronecker).")
+            if set(h) != kind:
+                raise MergeError(
+                    f"{files[i].source}: the metric of tensor {b.name!r} is "
+                    f"{'missing, though another model has it' if not h else 'of another form than another model has'}.\n"
+                    "Collect the statistics of every model in the same way."
+                )
+        if not projected and "projected" in kind:
+            raise MergeError(
+                f"{files[b.who[0]].source}: the metric of tensor {b.name!r} is projected on a "
+                "basis, which only EpiMer makes of the models.\n"
+                "Merge with epimer, models, order and k as for the basis, or collect another "
+                "form (kronecker)."
+            )
         sources = tuple(files[i].source for i in b.who)
-        found[b.name] = Stack([h[""] for h in has], device=device, name=b.name, sources=sources, role="metrics") if kind == {""} else Coupled(has, b.name, sources, device)
-    if not found: raise MergeError(f"{files[0].source}: has a metric for none of the tensors.\nMetrics go by the names of the checkpoint, such as {blocks[0].name!r}.")
-    if any(isinstance(m, Coupled) for m in found.values()): without = [b for b in without if len(b.first.shape) > 1]      # this form is for matrices
-    if without: warnings.warn(f"no metric for {len(without)} tensors, which are merged without: {', '.join(b.name for b in without[:3])}{' …' if len(without) > 3 else ''}", stacklevel=4)
+        found[b.name] = (
+            Stack([h[""] for h in has], device=device, name=b.name, sources=sources, role="metrics")
+            if kind == {""}
+            else Coupled(has, b.name, sources, device)
+        )
+    if not found:
+        raise MergeError(
+            f"{files[0].source}: has a metric for none of the tensors.\n"
+            f"Metrics go by the names of the checkpoint, such as {blocks[0].name!r}."
+        )
+    # this form is for matrices
+    if any(isinstance(m, Coupled) for m in found.values()):
+        without = [b for b in without if len(b.first.shape) > 1]
+    if without:
+        warnings.warn(
+            f"no metric for {len(without)} tensors, which are merged without: "
+            f"{', '.join(b.name for b in without[:3])}{' …' if len(without) > 3 else ''}",
+            stacklevel=4,
+        )
     return found
 
-def _parts(c:Checkpoint, b:Block)->dict[str,LazyTensor]:
+# %% ../nbs/07a_statistics.ipynb #c82c5332
+def _parts(c: Checkpoint, b: Block) -> dict[str, LazyTensor]:
     shape = b.lazy[0].shape
     rows, columns = math.prod(shape[:1]), math.prod(shape[1:])
     found = {p: x for p in PARTS if (x := get(c, f"{b.name}.{p}")) is not None}
-    if "projected" in found and (x := get(c, f"{b.name}.sigma")) is not None: found["sigma"] = x
-    if not found and (x := get(c, b.name)) is not None: found = {"": x}
-    fits = {"": (shape,), "left": ((rows, rows), (rows,)), "right": ((columns, columns), (columns,))}
+    if "projected" in found and (x := get(c, f"{b.name}.sigma")) is not None:
+        found["sigma"] = x
+    if not found and (x := get(c, b.name)) is not None:
+        found = {"": x}
+    fits = {
+        "": (shape,),
+        "left": ((rows, rows), (rows,)),
+        "right": ((columns, columns), (columns,)),
+    }
     for p, x in found.items():
-        if x.shape not in fits.get(p, (x.shape,)): raise MergeError(f"{c.source}: the metric {'.'.join(filter(None, (b.name, p)))} is of shape {list(x.shape)}, and the tensor {list(shape)}.\nCollect the statistics from the model that is merged.")
+        if x.shape not in fits.get(p, (x.shape,)):
+            raise MergeError(
+                f"{c.source}: the metric {'.'.join(filter(None, (b.name, p)))} is of shape "
+                f"{list(x.shape)}, and the tensor {list(shape)}.\n"
+                "Collect the statistics from the model that is merged."
+            )
     return found

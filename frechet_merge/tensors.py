@@ -19,91 +19,146 @@ from torch import Tensor
 from .shards import Entry, MergeError
 
 # %% ../nbs/00_tensors.ipynb #8b78fac8
-CHUNK = 1 << 18    # elements of one model that are worked on at a time: rows of 1 MB in float32 stay in a processor's cache
+# elements of one model that are worked on at a time: rows of 1 MB in float32 stay in a processor's
+# cache
+CHUNK = 1 << 18
 
-def spans(n:int, size:int=CHUNK)->Iterator[tuple[int,int]]:
+
+def spans(n: int, size: int = CHUNK) -> Iterator[tuple[int, int]]:
     "The ranges (start, stop) that cut `n` elements into pieces of at most `size`."
     return ((i, min(i + size, n)) for i in range(0, n, size))
 
+# %% ../nbs/00_tensors.ipynb #1fa3a01f
 _mine = threading.local()
 
+
 def scratch(
-    role:str,                # each role has a buffer of its own
-    n:int,                   # numbers; more than 64 chunks are allocated afresh
-    dtype:torch.dtype,
-    device:Any="cpu",        # as torch names devices
-)->Tensor:                   # (n,), with whatever was in it
-    "A buffer of this thread, reused from chunk to chunk: faulting in fresh megabytes costs as much as the arithmetic on them."
-    if n > 64*CHUNK: return torch.empty(n, dtype=dtype, device=device)
+    role: str,  # each role has a buffer of its own
+    n: int,  # numbers; more than 64 chunks are allocated afresh
+    dtype: torch.dtype,
+    device: Any = "cpu",  # as torch names devices
+) -> Tensor:  # (n,), with whatever was in it
+    """A buffer of this thread, reused from chunk to chunk: faulting in fresh megabytes costs as
+    much as the arithmetic on them."""
+    if n > 64*CHUNK:
+        return torch.empty(n, dtype=dtype, device=device)
     have = getattr(_mine, role, None)
     if have is None or len(have) < n or have.dtype != dtype or have.device != torch.device(device):
-        have = torch.empty(n, dtype=dtype, device=device); setattr(_mine, role, have)
+        have = torch.empty(n, dtype=dtype, device=device)
+        setattr(_mine, role, have)
     return have[:n]
 
+# %% ../nbs/00_tensors.ipynb #9354ce23
 def as_device(
-    device:str|torch.device|None,    # as torch names them; None is the CPU
-)->torch.device:
+    device: str | torch.device | None,  # as torch names them; None is the CPU
+) -> torch.device:
     "A device that is here and holds numbers; `ValueError` for another."
-    try: x = torch.zeros(1, device=device or "cpu"); x.item()
-    except (RuntimeError, AssertionError) as e: raise ValueError(f"there is no device {device!r} here ({str(e).splitlines()[0][:100]}).") from e
-    return x.device      # cuda → cuda:0
+    try:
+        x = torch.zeros(1, device=device or "cpu")
+        x.item()
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(
+            f"there is no device {device!r} here ({str(e).splitlines()[0][:100]})."
+        ) from e
+    # cuda → cuda:0
+    return x.device
 
+# %% ../nbs/00_tensors.ipynb #4e2d304e
 class LazyTensor:
-    "A tensor that has not been read: `shape`, `dtype`, and any flat range of its elements on request."
-    shape: Any    # tuple[int, ...]
-    dtype: Any    # torch.dtype, as stored
+    """A tensor that has not been read: `shape`, `dtype`, and any flat range of its elements on
+    request."""
+
+    shape: Any  # tuple[int, ...]
+    dtype: Any  # torch.dtype, as stored
+
     @property
-    def numel(self)->int:
+    def numel(self) -> int:
         "The number of elements."
         return math.prod(self.shape)
-    def read(self, start:int=0, stop:int|None=None)->Tensor:
-        "Elements `start` to `stop` (default: the last), row-major: (stop-start,), in the dtype of the tensor, cut off at its end."
+
+    def read(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Elements `start` to `stop` (default: the last), row-major: (stop-start,), in the dtype of
+        the tensor, cut off at its end."""
         raise NotImplementedError
-    def into(self, row:Tensor, start:int)->None:
+
+    def into(self, row: Tensor, start: int) -> None:
         "Fill 1-D `row` with the elements from `start` on, cast to its dtype and device."
         row.copy_(self.read(start, start + len(row)))
-    def same(self, other:"LazyTensor")->bool:
+
+    def same(self, other: "LazyTensor") -> bool:
         "Are all bytes the same, of two tensors of one shape and dtype?"
-        return all(torch.equal(self.read(i, j).view(torch.uint8), other.read(i, j).view(torch.uint8)) for i, j in spans(self.numel))
-    def tensor(self)->Tensor:
+        return all(
+            torch.equal(self.read(i, j).view(torch.uint8), other.read(i, j).view(torch.uint8))
+            for i, j in spans(self.numel)
+        )
+
+    def tensor(self) -> Tensor:
         "All of it, in its shape."
         return self.read().view(self.shape)
 
+# %% ../nbs/00_tensors.ipynb #6fdfa5a3
 @dataclass(frozen=True)
 class MemoryTensor(LazyTensor):
     "A tensor that is in memory already, behind the same door."
-    data: Tensor    # detached, and made contiguous
-    def __post_init__(self): object.__setattr__(self, "data", self.data.detach().contiguous())    # once, and not for each range
+
+    data: Tensor  # detached, and made contiguous
+
+    # once, and not for each range
+    def __post_init__(self):
+        object.__setattr__(self, "data", self.data.detach().contiguous())
+
     shape = property(lambda self: tuple(self.data.shape))
     dtype = property(lambda self: self.data.dtype)
-    def read(self, start=0, stop=None): return self.data.view(-1)[start:stop]
+
+    def read(self, start=0, stop=None):
+        return self.data.view(-1)[start:stop]
 
 # %% ../nbs/00_tensors.ipynb #b2e85d33
 class Files(dict):
     "File descriptors by path: opened when first used, closed with the checkpoint."
-    lock = threading.Lock()    # two threads may ask for one path at once
-    def __missing__(self, path:str)->int:
-        with self.lock: return dict.get(self, path) or self.setdefault(path, os.open(path, os.O_RDONLY))
-    def __del__(self, close=os.close):    # bound here, since at exit modules may be gone
-        for fd in self.values(): close(fd)
 
+    lock = threading.Lock()  # two threads may ask for one path at once
+
+    def __missing__(self, path: str) -> int:
+        with self.lock:
+            return dict.get(self, path) or self.setdefault(path, os.open(path, os.O_RDONLY))
+
+    def __del__(self, close=os.close):  # bound here, since at exit modules may be gone
+        for fd in self.values():
+            close(fd)
+
+# %% ../nbs/00_tensors.ipynb #d48a5c2c
 @dataclass(frozen=True)
 class FileTensor(LazyTensor):
     "A tensor in a safetensors file, read by byte range."
-    entry: Entry                        # where in which file
-    files: Files = field(repr=False)    # shared by the tensors of a checkpoint
+
+    entry: Entry  # where in which file
+    files: Files = field(repr=False)  # shared by the tensors of a checkpoint
     shape = property(lambda self: self.entry.shape)
     dtype = property(lambda self: self.entry.dtype)
+
     def read(self, start=0, stop=None):
         stop = self.numel if stop is None else min(stop, self.numel)
         return self._pread(torch.empty(max(stop - start, 0), dtype=self.dtype), start)
+
     def into(self, row, start):
-        if (row.dtype, row.device.type) == (self.dtype, "cpu"): self._pread(row, start)
-        else: row.copy_(self._pread(scratch("raw", len(row), self.dtype), start))
+        if (row.dtype, row.device.type) == (self.dtype, "cpu"):
+            self._pread(row, start)
+        else:
+            row.copy_(self._pread(scratch("raw", len(row), self.dtype), start))
+
     def _pread(self, out, start):
-        path, room, at = self.entry.path, memoryview(out.view(torch.uint8).numpy()), self.entry.offset + start*self.dtype.itemsize
+        path, room, at = (
+            self.entry.path,
+            memoryview(out.view(torch.uint8).numpy()),
+            self.entry.offset + start*self.dtype.itemsize,
+        )
         while room:
             n = os.preadv(self.files[path], [room], at)
-            if n == 0: raise MergeError(f"{path}: ends at byte {at}, inside a tensor.\nThe file was cut short while it was read: restore it and merge again.")
+            if n == 0:
+                raise MergeError(
+                    f"{path}: ends at byte {at}, inside a tensor.\n"
+                    "The file was cut short while it was read: restore it and merge again."
+                )
             room, at = room[n:], at + n
         return out

@@ -36,185 +36,390 @@ from .output import free
 from .statistics import facts
 
 # %% ../nbs/22_tune.ipynb #d14b2e31
-SKETCH = 256      # numbers that are kept of one output
+SKETCH = 256  # numbers that are kept of one output
 
-def _sketch(z:Tensor)->Tensor:
-    "(N, C) → (N, C), or (N, SKETCH) with the same squared distances on average (Charikar et al. 2002)."
-    if (C := z.shape[1]) <= SKETCH: return z
-    gen = torch.Generator().manual_seed(C); at, sign = torch.randint(SKETCH, (C,), generator=gen), 2.0*torch.randint(2, (C,), generator=gen) - 1
+
+def _sketch(z: Tensor) -> Tensor:
+    """(N, C) → (N, C), or (N, SKETCH) with the same squared distances on average (Charikar et al.
+    2002)."""
+    if (C := z.shape[1]) <= SKETCH:
+        return z
+    gen = torch.Generator().manual_seed(C)
+    at, sign = (
+        torch.randint(SKETCH, (C,), generator=gen),
+        2.0*torch.randint(2, (C,), generator=gen) - 1,
+    )
     return z.new_zeros(len(z), SKETCH).index_add_(1, at.to(z.device), z*sign.to(z))
 
+# %% ../nbs/22_tune.ipynb #b94c0d9c
 class OutputDistance:
     "How far a model's outputs are from those of each expert, on that expert's own examples."
-    def __init__(self): self.asked:list[tuple] = []
+
+    def __init__(self):
+        self.asked: list[tuple] = []
+
     @torch.no_grad()
-    def _outputs(self, model, fed, forward, mask)->Iterable[Tensor]:
+    def _outputs(self, model, fed, forward, mask) -> Iterable[Tensor]:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         for b in fed:
             z, m = forward(model, take(b, list(range(size(b))), device)), mask(b)
-            if not isinstance(z, Tensor) or z.dim() < 2: raise ValueError(f"outputs have the shape {list(z.shape)}: they must be (N, C) or (N, tokens, C).\nPass forward=lambda model, batch: such a tensor.")
+            if not isinstance(z, Tensor) or z.dim() < 2:
+                raise ValueError(
+                    f"outputs have the shape {list(z.shape)}: they must be (N, C) or (N, tokens, "
+                    "C).\n"
+                    "Pass forward=lambda model, batch: such a tensor."
+                )
             z = z.float()
-            yield _sketch(z[m.to(device)] if z.dim() > 2 and m is not None and m.shape == z.shape[:-1] else z.flatten(0, -2))
-    def add(self,
-        model:nn.Module,               # an expert, in eval mode: the place where its distance is zero
-        batches:Iterable,              # of its examples, as for `curvature`; labels are not looked at
-        forward:Callable|None=None,    # (model, batch) → outputs (N, C) or (N, tokens, C); default: logits, or mean-pooled hidden states
-        mask:Callable|None=None,       # batch → (N, tokens) bool; default: its attention_mask
-    )->"OutputDistance":
-        "Remember what an expert answers; `ValueError` for outputs that are not rows of numbers, or not finite."
+            yield _sketch(
+                z[m.to(device)]
+                if z.dim() > 2 and m is not None and m.shape == z.shape[:-1]
+                else z.flatten(0, -2)
+            )
+
+    def add(
+        self,
+        model: nn.Module,  # an expert, in eval mode: the place where its distance is zero
+        batches: Iterable,  # of its examples, as for `curvature`; labels are not looked at
+        # (model, batch) → outputs (N, C) or (N, tokens, C); default: logits, or mean-pooled hidden
+        # states
+        forward: Callable | None = None,
+        mask: Callable | None = None,  # batch → (N, tokens) bool; default: its attention_mask
+    ) -> "OutputDistance":
+        """Remember what an expert answers; `ValueError` for outputs that are not rows of numbers,
+        or not finite."""
         fed, how = list(batches), (forward or default_forward, mask or default_mask)
         kept = list(self._outputs(model, fed, *how))
-        if not kept: raise ValueError("there are no examples: the batches are empty.")
-        if not all(z.isfinite().all() for z in kept): raise ValueError("the outputs of an expert are not finite.\nRun it in float32 or bfloat16, and look at its weights.")
+        if not kept:
+            raise ValueError("there are no examples: the batches are empty.")
+        if not all(z.isfinite().all() for z in kept):
+            raise ValueError(
+                "the outputs of an expert are not finite.\n"
+                "Run it in float32 or bfloat16, and look at its weights."
+            )
         self.asked.append((fed, how, kept))
         return self
-    def __call__(self,
-        model:nn.Module,               # in eval mode
-    )->list[float]:                    # for each expert, in squared units of its outputs; inf if an output is not finite
+
+    def __call__(
+        self,
+        model: nn.Module,  # in eval mode
+    ) -> list[
+        float
+    ]:  # for each expert, in squared units of its outputs; inf if an output is not finite
         "The mean squared distance of the model's outputs from each expert's."
         found = []
         for fed, how, kept in self.asked:
-            total = sum(float((z - k).double().square().sum()) for z, k in zip(self._outputs(model, fed, *how), kept))
+            total = sum(
+                float((z - k).double().square().sum())
+                for z, k in zip(self._outputs(model, fed, *how), kept)
+            )
             found.append(total/sum(map(len, kept)) if math.isfinite(total) else math.inf)
         return found
 
 # %% ../nbs/22_tune.ipynb #f81d0cba
-BOUNDS, CLOSE = (1/8, 16.0), .1      # of an anchor or a scale; how close to the best, in powers of two
+# of an anchor or a scale; how close to the best, in powers of two
+BOUNDS, CLOSE = (
+    (1/8, 16.0),
+    0.1,
+)
+
 
 def nearest(
-    at:Callable[[float],float],              # what to make small, of a number > 0
-    bounds:tuple[float,float]=BOUNDS,        # of the number
-)->tuple[float,dict[float,float]]:           # the number, and {number: value} of all that were tried
+    at: Callable[[float], float],  # what to make small, of a number > 0
+    bounds: tuple[float, float] = BOUNDS,  # of the number
+) -> tuple[float, dict[float, float]]:  # the number, and {number: value} of all that were tried
     "The number with the lowest value, by Brent's bounded search (1973) on its logarithm."
-    tried:dict[float, float] = {}
+    tried: dict[float, float] = {}
+
     def f(e):
-        x = float(f"{2.0**float(e):.3g}")      # as it will be written
-        if x not in tried: tried[x] = at(x)
+        # as it will be written
+        x = float(f"{2.0 ** float(e):.3g}")
+        if x not in tried:
+            tried[x] = at(x)
         return tried[x] if math.isfinite(tried[x]) else 1e300
-    minimize_scalar(f, bounds=tuple(map(math.log2, bounds)), method="bounded", options={"xatol": CLOSE})
+
+    minimize_scalar(
+        f, bounds=tuple(map(math.log2, bounds)), method="bounded", options={"xatol": CLOSE}
+    )
     return min(tried, key=lambda x: math.inf if math.isnan(tried[x]) else tried[x]), tried
 
 # %% ../nbs/22_tune.ipynb #c1b0e6d0
 @dataclass(frozen=True)
 class Setting:
     "A merge, and how far the outputs of its models moved."
-    geometry: Geometry            # with the best anchor, if it has one
-    scale: float                  # of the merged difference
-    distances: list[float]        # for each model, without unit: 0 at its own outputs, 1 as far from them as the base is
-    tried: dict[float, float]     # {anchor or scale: weighted mean of the distances} of the search
-    distance: float               # their weighted mean
-    name = property(lambda self: spelled(self.geometry))      # the geometry, as one types it
 
+    geometry: Geometry  # with the best anchor, if it has one
+    scale: float  # of the merged difference
+    # for each model, without unit: 0 at its own outputs, 1 as far from them as the base is
+    distances: list[float]
+    tried: dict[float, float]  # {anchor or scale: weighted mean of the distances} of the search
+    distance: float  # their weighted mean
+    name = property(lambda self: spelled(self.geometry))  # the geometry, as one types it
+
+# %% ../nbs/22_tune.ipynb #587de025
 @dataclass(frozen=True)
 class Tuned:
     "What `tune` found: the best setting, all of them, and the merge if one was made."
-    settings: list[Setting]       # the best first
-    merged: Merged | None = None  # as `merge` returns it
-    best = property(lambda self: self.settings[0])      # the nearest
 
-def _unseen(data, statistics, split, text, pair, max_samples, seed, allow_pickle=False)->list[dict]:
-    "Examples that a metric has not seen, texts alone; all of them, with a warning, if there are not 8."
+    settings: list[Setting]  # the best first
+    merged: Merged | None = None  # as `merge` returns it
+    best = property(lambda self: self.settings[0])  # the nearest
+
+# %% ../nbs/22_tune.ipynb #de24d1f3
+def _unseen(
+    data, statistics, split, text, pair, max_samples, seed, allow_pickle=False
+) -> list[dict]:
+    """Examples that a metric has not seen, texts alone; all of them, with a warning, if there are
+    not 8."""
     about = {} if statistics is None else facts(statistics, load(statistics, allow_pickle))
-    n = about.get("samples", 0); at = (split, text, pair, None, max_samples, about.get("seed", seed))      # the order of which those are the first
-    try: rows = examples(data, *at, skip=n)
+    # the order of which those are the first
+    n = about.get("samples", 0)
+    at = (split, text, pair, None, max_samples, about.get("seed", seed))
+    try:
+        rows = examples(data, *at, skip=n)
     except MergeError:
-        if not n: raise
+        if not n:
+            raise
         rows = []
     if n and len(rows) < min(8, max_samples or 8):
-        rows = examples(data, *at)      # which says it if that is no file
-        warnings.warn(f"{data}: the metrics have seen {n} examples, and fewer than 8 others are there to be asked.\nDistances are of seen ones, which flatter metrics with more of their own. Collect metrics from fewer (--max-samples), or give more data.", stacklevel=3)
+        # which says it if that is no file
+        rows = examples(data, *at)
+        warnings.warn(
+            f"{data}: the metrics have seen {n} examples, and fewer than 8 others are "
+            "there to be asked.\n"
+            "Distances are of seen ones, which flatter metrics with more of their own. "
+            "Collect metrics from fewer (--max-samples), or give more data.",
+            stacklevel=3,
+        )
     return [{k: v for k, v in r.items() if k in ("text", "pair")} for r in rows]
 
+# %% ../nbs/22_tune.ipynb #7799d9f1
 class _Asked:
-    "The module that merges are put into, and how far it is from each expert in units of the base's distance."
+    """The module that merges are put into, and how far it is from each expert in units of the
+    base's distance."""
+
     def __init__(self, opened, distance, origin):
         self.model, self.distance = opened.model, distance
-        self.parameters = {k: p for n, p in opened.model.named_parameters() if (k := opened.names.get(n))}
-        self.put(self.parameters.keys() & set(origin), origin.__getitem__); self.unit = distance(self.model)
+        self.parameters = {
+            k: p for n, p in opened.model.named_parameters() if (k := opened.names.get(n))
+        }
+        self.put(self.parameters.keys() & set(origin), origin.__getitem__)
+        self.unit = distance(self.model)
+
     @torch.no_grad()
-    def put(self, names, tensor):      # one at a time; others stay
-        for k in names: self.parameters[k].copy_(tensor(k))
+    def put(self, names, tensor):  # one at a time; others stay
+        for k in names:
+            self.parameters[k].copy_(tensor(k))
+
     def along(self, a, b, ws, bounds, say):
-        "The best number on the line from a (0) through b (1), the distances there, and all that were tried."
-        self.put(self.parameters.keys() & set(b), b.__getitem__); moving, seen = {k for k in self.parameters.keys() & set(a) & set(b) if not torch.equal(a[k].float(), b[k].float())}, {}
+        """The best number on the line from a (0) through b (1), the distances there, and all that
+        were tried."""
+        self.put(self.parameters.keys() & set(b), b.__getitem__)
+        moving, seen = (
+            {
+                k
+                for k in self.parameters.keys() & set(a) & set(b)
+                if not torch.equal(a[k].float(), b[k].float())
+            },
+            {},
+        )
+
         def mean(x):
             self.put(moving, lambda k: torch.lerp(a[k].float(), b[k].float(), x))
             seen[x] = [d/u for d, u in zip(self.distance(self.model), self.unit)]
-            d = sum(w*v for w, v in zip(ws, seen[x])); say(x, d); return d
+            d = sum(w*v for w, v in zip(ws, seen[x]))
+            say(x, d)
+            return d
+
         best, tried = nearest(mean, bounds)
         return best, seen[best], tried
 
+# %% ../nbs/22_tune.ipynb #0778a254
 @contextmanager
-def _between(out)->Iterator[str]:
+def _between(out) -> Iterator[str]:
     "A folder beside `out` for merges that are only looked at; those of runs that were killed go."
-    parent, start = (None, "") if out is None else (Path(out).absolute().parent, f".{Path(out).name}.tune-")
+    parent, start = (
+        (None, "") if out is None else (Path(out).absolute().parent, f".{Path(out).name}.tune-")
+    )
     for old in parent.glob(start + "*") if parent else ():
-        try: os.kill(int(old.name.removeprefix(start).partition("-")[0]), 0)      # is its process there?
-        except (ProcessLookupError, ValueError): shutil.rmtree(old, ignore_errors=True)
-        except PermissionError: pass
-    with tempfile.TemporaryDirectory(dir=parent, prefix=f"{start}{os.getpid()}-" if parent else None) as folder: yield folder
+        # is its process there?
+        try:
+            os.kill(int(old.name.removeprefix(start).partition("-")[0]), 0)
+        except (ProcessLookupError, ValueError):
+            shutil.rmtree(old, ignore_errors=True)
+        except PermissionError:
+            pass
+    with tempfile.TemporaryDirectory(
+        dir=parent, prefix=f"{start}{os.getpid()}-" if parent else None
+    ) as folder:
+        yield folder
 
+# %% ../nbs/22_tune.ipynb #8d8aad80
 def tune(
-    models:Sequence[Name],                         # T full models, BASE+ADAPTER, or adapters, as folders or hub ids of causal LMs, classifiers or text encoders
-    data:Sequence[Name],                           # T files or data sets of examples, one for each model, as for `examples`; or one for all
-    base:Name,                                     # what they were trained from
-    geometries:Sequence[Geometry|str]|None=None,   # to choose from; default: with metrics `pullback` with either side shared, without `EpiMer` (TSV-M)
-    metrics:Sequence[Any]|None=None,               # T files of statistics, as for `merge`
-    weights:Sequence[float]|None=None,             # of the models, in the mean and in the sum of distances; default equal
-    out:Name|None=None,                            # folder for the best merge; default: none is made
-    *, heads:Sequence[Name]|None=None,             # T heads FILE[:NAME], as for `open_model`; or one for all
-    tokenizer:Name|None=None,                      # as for `open_model`
-    split:str="train", text:str|None=None, pair:str|None=None,      # as for `examples`
-    max_samples:int|None=64,                       # of each data set, a random subset; None: all
-    seed:int=0,                                    # of the subset, where there are no metrics; with metrics it is theirs, and what they have seen is left out
-    batch_size:int=8,                              # texts at a time
-    max_length:int=512,                            # tokens; longer texts are cut
-    device=None,                                   # where models run and merges are computed; default: the CPU
-    dtype:str|torch.dtype|None=None,               # of what is written, as for `merge`
-    bounds:tuple[float,float]=BOUNDS,              # of anchors and scales
-    absent:str|None=None,                          # of what some models lack, as for `merge`
-    any_base:bool=False,                           # merge adapters whose configs name different bases
-    allow_pickle:bool=False,                       # accept .bin files (plain tensors only)
-    say:Callable=lambda text: None,                # called with what is being done
-)->Tuned:
-    "Choose anchor or scale, and the geometry, by the distance of outputs, without labels; `MergeError` or `ValueError` if that cannot be, and then `out` is untouched."
+    # T full models, BASE+ADAPTER, or adapters, as folders or hub ids of causal LMs, classifiers or
+    # text encoders
+    models: Sequence[Name],
+    # T files or data sets of examples, one for each model, as for `examples`; or one for all
+    data: Sequence[Name],
+    base: Name,  # what they were trained from
+    # to choose from; default: with metrics `pullback` with either side shared, without `EpiMer`
+    # (TSV-M)
+    geometries: Sequence[Geometry | str] | None = None,
+    metrics: Sequence[Any] | None = None,  # T files of statistics, as for `merge`
+    # of the models, in the mean and in the sum of distances; default equal
+    weights: Sequence[float] | None = None,
+    out: Name | None = None,  # folder for the best merge; default: none is made
+    # T heads FILE[:NAME], as for `open_model`; or one for all
+    *,
+    heads: Sequence[Name] | None = None,
+    tokenizer: Name | None = None,  # as for `open_model`
+    split: str = "train",
+    text: str | None = None,
+    pair: str | None = None,  # as for `examples`
+    max_samples: int | None = 64,  # of each data set, a random subset; None: all
+    # of the subset, where there are no metrics; with metrics it is theirs, and what they have seen
+    # is left out
+    seed: int = 0,
+    batch_size: int = 8,  # texts at a time
+    max_length: int = 512,  # tokens; longer texts are cut
+    device=None,  # where models run and merges are computed; default: the CPU
+    dtype: str | torch.dtype | None = None,  # of what is written, as for `merge`
+    bounds: tuple[float, float] = BOUNDS,  # of anchors and scales
+    absent: str | None = None,  # of what some models lack, as for `merge`
+    any_base: bool = False,  # merge adapters whose configs name different bases
+    allow_pickle: bool = False,  # accept .bin files (plain tensors only)
+    say: Callable = lambda text: None,  # called with what is being done
+) -> Tuned:
+    """Choose anchor or scale, and the geometry, by the distance of outputs, without labels;
+    `MergeError` or `ValueError` if that cannot be, and then `out` is untouched."""
     T = len(models)
+
     def each(what, x):
-        if isinstance(x, (str, Path)): x = [x]
-        if len(x := list(x)) not in (1, T): raise ValueError(f"{len(x)} {what} for {T} models: give one for each, or one for all.")
+        if isinstance(x, (str, Path)):
+            x = [x]
+        if len(x := list(x)) not in (1, T):
+            raise ValueError(f"{len(x)} {what} for {T} models: give one for each, or one for all.")
         return x*T if len(x) == 1 else x
-    data, given, ws = each("data sets", data), each("heads", heads) if heads else [None]*T, normalise(weights, T)
-    if not 0 < bounds[0] < bounds[1] < math.inf: raise ValueError(f"bounds {bounds} must be positive and rising.")
-    if out is not None and not (out := free(out)).absolute().parent.is_dir(): raise MergeError(f"{out}: its folder does not exist.\nName one in a folder that does.")
+
+    data, given, ws = (
+        each("data sets", data),
+        each("heads", heads) if heads else [None]*T,
+        normalise(weights, T),
+    )
+    if not 0 < bounds[0] < bounds[1] < math.inf:
+        raise ValueError(f"bounds {bounds} must be positive and rising.")
+    if out is not None and not (out := free(out)).absolute().parent.is_dir():
+        raise MergeError(f"{out}: its folder does not exist.\nName one in a folder that does.")
     origin, loaded = load(base, allow_pickle), [load(m, allow_pickle) for m in models]
     adapters = any(c.adapter is not None for c in loaded)
-    gs = [geometry_named(g) if isinstance(g, str) else g for g in geometries or ([pullback(share="right"), pullback(share="left")] if metrics is not None else ["tsvm"] if adapters else [EpiMer()])]
-    def merging(g, scale, to, dtype=dtype): return merge(models, g, None if adapters else base, ws, scale, metrics, to, dtype, device=device, absent=absent, any_base=any_base, allow_pickle=allow_pickle)
-    with warnings.catch_warnings():      # what cannot be is refused before anything runs; the merges will warn
+    gs = [
+        geometry_named(g) if isinstance(g, str) else g
+        for g in geometries
+        or (
+            [pullback(share="right"), pullback(share="left")]
+            if metrics is not None
+            else ["tsvm"]
+            if adapters
+            else [EpiMer()]
+        )
+    ]
+
+    def merging(g, scale, to, dtype=dtype):
+        return merge(
+            models,
+            g,
+            None if adapters else base,
+            ws,
+            scale,
+            metrics,
+            to,
+            dtype,
+            device=device,
+            absent=absent,
+            any_base=any_base,
+            allow_pickle=allow_pickle,
+        )
+
+    # what cannot be is refused before anything runs; the merges will warn
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for g in gs:
-            if adapters: plan_adapters(loaded, g, ws, 1.0, None, device, absent, any_base)
-            else: plan_models(loaded, g, origin, ws, 1.0, metrics, None, device, absent, False, allow_pickle)
+            if adapters:
+                plan_adapters(loaded, g, ws, 1.0, None, device, absent, any_base)
+            else:
+                plan_models(
+                    loaded, g, origin, ws, 1.0, metrics, None, device, absent, False, allow_pickle
+                )
 
     distance, opened = OutputDistance(), None
-    asking = [_unseen(d, s, split, text, pair, max_samples, seed, allow_pickle) for d, s in zip(data, metrics or [None]*T)]
+    asking = [
+        _unseen(d, s, split, text, pair, max_samples, seed, allow_pickle)
+        for d, s in zip(data, metrics or [None]*T)
+    ]
     for m, rows, h in zip(models, asking, given):
         say(f"{m}: outputs …")
-        opened = open_model(f"{base}+{m}" if adapters else m, h, tokenizer, allow_pickle=allow_pickle)
-        distance.add(opened.model.to(device), batches(opened.kind, opened.tokenizer, rows, batch_size, max_length, seed), opened.logits)
+        opened = open_model(
+            f"{base}+{m}" if adapters else m, h, tokenizer, allow_pickle=allow_pickle
+        )
+        distance.add(
+            opened.model.to(device),
+            batches(opened.kind, opened.tokenizer, rows, batch_size, max_length, seed),
+            opened.logits,
+        )
     asked, settings = _Asked(opened, distance, origin), []
     for m, u in zip(models, asked.unit):
-        if not u > 0: raise MergeError(f"{m}: its outputs are those of the base on its examples.\nIs it the right model, and are these its examples?")
+        if not u > 0:
+            raise MergeError(
+                f"{m}: its outputs are those of the base on its examples.\n"
+                "Is it the right model, and are these its examples?"
+            )
     for g in gs:
         anchored = isinstance(g, Curved) and g.anchor is not None
         with _between(out) as folder:
+
             def end(name, g, scale=1.0, folder=Path(folder)):
-                say(f"{spelled(g)}: merging …"); merging(g, scale, folder/name, "fp32")
+                say(f"{spelled(g)}: merging …")
+                merging(g, scale, folder/name, "fp32")
                 return bake(origin, load(folder/name)) if adapters else load(folder/name)
-            ends = (end("0", replace(g, anchor=0.0)), end("1", replace(g, anchor=1.0))) if anchored else (end("0", g, 0.0) if adapters else origin, end("1", g))      # what adapters saved whole has no scale
-            best, far, tried = asked.along(*ends, ws, bounds, lambda x, d, g=g, anchored=anchored: say((spelled(replace(g, anchor=x)) if anchored else f"{spelled(g)}, scale {x:g}") + f": distance {d:.4f}"))
-        if min(math.log2(best/bounds[0]), math.log2(bounds[1]/best)) <= 2*CLOSE: warnings.warn(f"{spelled(g)}: the best {'anchor' if anchored else 'scale'} in {bounds} is at an end, {best:g}.\nWiden the bounds (--bounds), or take another geometry.", stacklevel=2)
-        settings.append(Setting(replace(g, anchor=best) if anchored else g, 1.0 if anchored else best, far, tried, tried[best]))
+
+            # what adapters saved whole has no scale
+            ends = (
+                (end("0", replace(g, anchor=0.0)), end("1", replace(g, anchor=1.0)))
+                if anchored
+                else (end("0", g, 0.0) if adapters else origin, end("1", g))
+            )
+            best, far, tried = asked.along(
+                *ends,
+                ws,
+                bounds,
+                lambda x, d, g=g, anchored=anchored: say(
+                    (spelled(replace(g, anchor=x)) if anchored else f"{spelled(g)}, scale {x:g}")
+                    + f": distance {d:.4f}"
+                ),
+            )
+        if min(math.log2(best/bounds[0]), math.log2(bounds[1]/best)) <= 2*CLOSE:
+            warnings.warn(
+                f"{spelled(g)}: the best {'anchor' if anchored else 'scale'} in {bounds} is at "
+                f"an end, {best:g}.\n"
+                "Widen the bounds (--bounds), or take another geometry.",
+                stacklevel=2,
+            )
+        settings.append(
+            Setting(
+                replace(g, anchor=best) if anchored else g,
+                1.0 if anchored else best,
+                far,
+                tried,
+                tried[best],
+            )
+        )
     settings.sort(key=lambda s: s.distance)
-    if settings[0].distance >= 1: warnings.warn(f"{settings[0].name}: the nearest merge is as far from the models as the base is, or farther ({settings[0].distance:.2f} of that distance).\nDo not use it: are these the right models, base and examples?", stacklevel=2)
-    return Tuned(settings, None if out is None else merging(settings[0].geometry, settings[0].scale, out))
+    if settings[0].distance >= 1:
+        warnings.warn(
+            f"{settings[0].name}: the nearest merge is as far from the models as the base "
+            f"is, or farther ({settings[0].distance:.2f} of that distance).\n"
+            "Do not use it: are these the right models, base and examples?",
+            stacklevel=2,
+        )
+    return Tuned(
+        settings, None if out is None else merging(settings[0].geometry, settings[0].scale, out)
+    )

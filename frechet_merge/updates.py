@@ -28,113 +28,299 @@ from .mean import Mean, frechet_mean
 @dataclass
 class Update:
     "One adapted layer of the merge: its versions, and which adapters have it."
-    name: str                      # of the module, as in the base
-    versions: list[Layer]          # of one shape and kind, of any ranks
-    who: list[int]                 # indices of the adapters in `versions`
-    first = property(lambda self: self.versions[0])                   # whose names and dtypes are those of the mean
-    ranks = property(lambda self: [v.rank for v in self.versions])    # of the versions
 
+    name: str  # of the module, as in the base
+    versions: list[Layer]  # of one shape and kind, of any ranks
+    who: list[int]  # indices of the adapters in `versions`
+    # whose names and dtypes are those of the mean
+    first = property(lambda self: self.versions[0])
+    ranks = property(lambda self: [v.rank for v in self.versions])  # of the versions
+
+# %% ../nbs/10_updates.ipynb #fa67b84d
 def align_updates(
-    models:list[Checkpoint],       # adapters
-    absent:str|None=None,          # "zero" (default, for layers) | "renormalise": merge a layer over the adapters that have it
-    any_base:bool=False,           # do not compare the bases that the adapters name
-)->tuple[list[Update],list[Block]]:
-    "Updates in the order of the first adapter, and the blocks of tensors that were saved whole; `MergeError` names what does not match."
+    models: list[Checkpoint],  # adapters
+    # "zero" (default, for layers) | "renormalise": merge a layer over the adapters that have it
+    absent: str | None = None,
+    any_base: bool = False,  # do not compare the bases that the adapters name
+) -> tuple[list[Update], list[Block]]:
+    """Updates in the order of the first adapter, and the blocks of tensors that were saved whole;
+    `MergeError` names what does not match."""
     for c in models:
-        if c.adapter is None: raise MergeError(f"{c.source}: is a full model, others here are adapters.\nMerge one kind: put each adapter on its base, as BASE+ADAPTER.")
+        if c.adapter is None:
+            raise MergeError(
+                f"{c.source}: is a full model, others here are adapters.\n"
+                "Merge one kind: put each adapter on its base, as BASE+ADAPTER."
+            )
     read = [layers(c) for c in models]
-    bases = {os.path.normpath(b): c for c in models if (b := (c.adapter or {}).get("base_model_name_or_path"))}
-    if len(bases) > 1 and not any_base: raise MergeError("; ".join(f"{c.source} is of base {b!r}" for b, c in list(bases.items())[:2]) + ".\nUpdates of different models have no common mean; if these are two names of one model, say so (any_base=True, --any-base).")
-    for i, (found, rest) in enumerate(read):      # one was trained as a part of another's model, `bert.`
-        if to := in_front({*found}, {*read[0][0]}): read[i] = {to(n): replace(x, name=to(n), keys=tuple(k.replace(f"base_model.model.{n}", f"base_model.model.{to(n)}", 1) for k in x.keys)) for n, x in found.items()}, rest
-    if models[1:] and absent != "renormalise" and max(Counter(n for found, _ in read for n in found).values()) == 1: warn("no layer is adapted by more than one of these adapters: nothing is averaged with anything. Are they of one model, and are its layers called alike in all?", stacklevel=4)
+    bases = {
+        os.path.normpath(b): c
+        for c in models
+        if (b := (c.adapter or {}).get("base_model_name_or_path"))
+    }
+    if len(bases) > 1 and not any_base:
+        raise MergeError(
+            "; ".join(f"{c.source} is of base {b!r}" for b, c in list(bases.items())[:2])
+            + (
+                ".\n"
+                "Updates of different models have no common mean; if these are two names of "
+                "one model, say so (any_base=True, --any-base)."
+            )
+        )
+    # one was trained as a part of another's model, `bert.`
+    for i, (found, rest) in enumerate(read):
+        if to := in_front({*found}, {*read[0][0]}):
+            read[i] = (
+                {
+                    to(n): replace(
+                        x,
+                        name=to(n),
+                        keys=tuple(
+                            k.replace(f"base_model.model.{n}", f"base_model.model.{to(n)}", 1)
+                            for k in x.keys
+                        ),
+                    )
+                    for n, x in found.items()
+                },
+                rest,
+            )
+    if (
+        models[1:]
+        and absent != "renormalise"
+        and max(Counter(n for found, _ in read for n in found).values()) == 1
+    ):
+        warn(
+            "no layer is adapted by more than one of these adapters: nothing is averaged "
+            "with anything. Are they of one model, and are its layers called alike in "
+            "all?",
+            stacklevel=4,
+        )
     updates = []
     for name in dict.fromkeys(n for found, _ in read for n in found):
         there = [(i, found[name]) for i, (found, _) in enumerate(read) if name in found]
         (i0, x0) = there[0]
         for i, x in there[1:]:
-            if (x.shape, x.kind) != (x0.shape, x0.kind): raise MergeError(f"{models[i].source}: updates {name!r} by {list(x.shape)}, {models[i0].source} by {list(x0.shape)}" + ("" if x.shape != x0.shape else ", as another kind of layer") + ".\nThe adapters are of different bases.")
+            if (x.shape, x.kind) != (x0.shape, x0.kind):
+                raise MergeError(
+                    f"{models[i].source}: updates {name!r} by {list(x.shape)}, {models[i0].source} "
+                    f"by {list(x0.shape)}"
+                    + ("" if x.shape != x0.shape else ", as another kind of layer")
+                    + ".\nThe adapters are of different bases."
+                )
         updates.append(Update(name, [x for _, x in there], [i for i, _ in there]))
-    copies = {k for _, rest in read for k in rest if ".base_layer." in k and not all(k in r for _, r in read)}      # PEFT saves an adapted embedding of the base along, or not
+    # PEFT saves an adapted embedding of the base along, or not
+    copies = {
+        k
+        for _, rest in read
+        for k in rest
+        if ".base_layer." in k and not all(k in r for _, r in read)
+    }
     whole_of = [(c, {*rest} - copies) for c, (_, rest) in zip(models, read)]
-    if absent != "renormalise" and (lacks := next(((c, k, d) for c, has in whole_of for d, more in whole_of for k in sorted(more - has)), None)):
-        c, k, d = lacks; raise MergeError(f"{c.source}: did not save {k!r} beside its updates, and {d.source} did.\nLeave it out (drop={head_of(k) or k.removeprefix('base_model.model.')!r}, --drop), or let those that have it decide, about layers too (absent='renormalise', --absent renormalise).")
-    whole, _ = align([Checkpoint({k: x for k, x in rest.items() if k not in copies}, c.source) for c, (_, rest) in zip(models, read)], absent="renormalise" if absent == "renormalise" else None)
+    if absent != "renormalise" and (
+        lacks := next(
+            ((c, k, d) for c, has in whole_of for d, more in whole_of for k in sorted(more - has)),
+            None,
+        )
+    ):
+        c, k, d = lacks
+        raise MergeError(
+            f"{c.source}: did not save {k!r} beside its updates, and {d.source} did.\n"
+            f"Leave it out (drop={head_of(k) or k.removeprefix('base_model.model.')!r}, "
+            "--drop), or let those that have it decide, about layers too "
+            "(absent='renormalise', --absent renormalise)."
+        )
+    whole, _ = align(
+        [
+            Checkpoint({k: x for k, x in rest.items() if k not in copies}, c.source)
+            for c, (_, rest) in zip(models, read)
+        ],
+        absent="renormalise" if absent == "renormalise" else None,
+    )
     return updates, whole
 
 # %% ../nbs/10_updates.ipynb #bb1fe482
-BATCH = 1 << 19    # numbers in the stacked factors of a batch: 4 MB in float64
+BATCH = 1 << 19  # numbers in the stacked factors of a batch: 4 MB in float64
+
 
 def batches(
-    updates:Sequence[Update],
-    alike:Callable[[str],Any],      # name → what else a batch has in common (weights, scale)
-    most:int=BATCH,                 # numbers in the factors of a batch; a larger update is a batch of its own
-)->list[list[Update]]:
+    updates: Sequence[Update],
+    alike: Callable[[str], Any],  # name → what else a batch has in common (weights, scale)
+    most: int = BATCH,  # numbers in the factors of a batch; a larger update is a batch of its own
+) -> list[list[Update]]:
     "Updates of equal shape, ranks and adapters, cut to `most` numbers; the costliest first."
     groups = {}
-    for u in updates: groups.setdefault((u.first.shape, u.first.kind, tuple(u.who), tuple(u.ranks), tuple(v.bias is None for v in u.versions), alike(u.name)), []).append(u)
-    def numbers(u): return sum(u.first.shape)*sum(u.ranks)
-    cut = [g[i:i + n] for g in groups.values() for n in [max(1, most//numbers(g[0]))] for i in range(0, len(g), n)]
+    for u in updates:
+        groups.setdefault(
+            (
+                u.first.shape,
+                u.first.kind,
+                tuple(u.who),
+                tuple(u.ranks),
+                tuple(v.bias is None for v in u.versions),
+                alike(u.name),
+            ),
+            [],
+        ).append(u)
+
+    def numbers(u):
+        return sum(u.first.shape)*sum(u.ranks)
+
+    cut = [
+        g[i : i + n]
+        for g in groups.values()
+        for n in [max(1, most//numbers(g[0]))]
+        for i in range(0, len(g), n)
+    ]
     return sorted(cut, key=lambda g: -len(g)*numbers(g[0])*sum(g[0].ranks))
 
-def _stacked(fs:list[Factors])->Factors: return Factors(fs[0].B[None], fs[0].A[None]) if len(fs) == 1 else Factors(torch.stack([f.B for f in fs]), torch.stack([f.A for f in fs]))
+# %% ../nbs/10_updates.ipynb #90c8fcc4
+def _stacked(fs: list[Factors]) -> Factors:
+    return (
+        Factors(fs[0].B[None], fs[0].A[None])
+        if len(fs) == 1
+        else Factors(torch.stack([f.B for f in fs]), torch.stack([f.A for f in fs]))
+    )
 
+# %% ../nbs/10_updates.ipynb #72708e16
 def merge_updates(
-    g:Geometry,               # one of factors: `LoRA(...)`
-    batch:Sequence[Update],   # N of one shape and the same ranks; 1 unless the geometry is `batched`
-    ws:Sequence[float],       # one per version, then one per adapter in which the layer is zero
-    scale:float=1.0,          # of the mean; negative takes the update away
-    device:Any=None,          # where it is computed, as torch names devices; default the CPU
-)->tuple[Factors,list[Mean]]:    # B (N, m, k), A (N, k, n), float64; and N reports
+    g: Geometry,  # one of factors: `LoRA(...)`
+    # N of one shape and the same ranks; 1 unless the geometry is `batched`
+    batch: Sequence[Update],
+    ws: Sequence[float],  # one per version, then one per adapter in which the layer is zero
+    scale: float = 1.0,  # of the mean; negative takes the update away
+    device: Any = None,  # where it is computed, as torch names devices; default the CPU
+) -> tuple[Factors, list[Mean]]:  # B (N, m, k), A (N, k, n), float64; and N reports
     "Chart, mean, lift, for N layers at once; `MergeError` for factors that are not finite."
-    thetas = [_stacked([v.factors(device) for v in versions]) for versions in zip(*(u.versions for u in batch))]
+    thetas = [
+        _stacked([v.factors(device) for v in versions])
+        for versions in zip(*(u.versions for u in batch))
+    ]
     k = thetas[0].rank if g.keeps_rank else 1
-    thetas += [Factors(torch.zeros_like(thetas[0].B[..., :k]), torch.zeros_like(thetas[0].A[..., :k, :]))]*(len(ws) - len(thetas))
+    thetas += [
+        Factors(torch.zeros_like(thetas[0].B[..., :k]), torch.zeros_like(thetas[0].A[..., :k, :]))
+    ]*(len(ws) - len(thetas))
     if g.batched:
-        points, lift = g.chart(thetas); del thetas      # from here on all is small
+        # from here on all is small
+        points, lift = g.chart(thetas)
+        del thetas
         means = frechet_mean(g, points, ws, warn=False, batch=len(batch))
         f = lift(torch.stack([m.x for m in means]))
     else:
         points, lift = g.chart([Factors(f.B[0], f.A[0]) for f in thetas])
         means = [frechet_mean(g, points, ws, warn=False)]
-        f = lift(means[0].x); f = Factors(f.B[None], f.A[None])
-    root = abs(scale)**.5
+        f = lift(means[0].x)
+        f = Factors(f.B[None], f.A[None])
+    root = abs(scale)**0.5
     return Factors(f.B*math.copysign(root, scale), f.A*root), means
 
 # %% ../nbs/10_updates.ipynb #6f4b686b
 def factor_shapes(
-    u:Update,
-    k:int,          # the rank that is written
-)->dict[str,tuple]:
+    u: Update,
+    k: int,  # the rank that is written
+) -> dict[str, tuple]:
     "Names and shapes of the two factors of rank k, as PEFT lays them out."
     A, B = u.first.A.shape, u.first.B.shape
     return {u.first.keys[0]: (k, *A[1:]), u.first.keys[1]: (B[0], k, *B[2:])}
 
-def bias_key(u:Update)->str|None:
+# %% ../nbs/10_updates.ipynb #93ebc422
+def bias_key(u: Update) -> str | None:
     "The name of the update's bias in the file; None if no adapter has one."
-    return u.first.keys[1].removesuffix("weight") + "bias" if any(v.bias is not None for v in u.versions) else None
+    return (
+        u.first.keys[1].removesuffix("weight") + "bias"
+        if any(v.bias is not None for v in u.versions)
+        else None
+    )
 
+# %% ../nbs/10_updates.ipynb #b801f771
 def peft_config(
-    models:Sequence[Checkpoint],    # the adapters
-    updates:Sequence[Update],       # from `align_updates`
-    ranks:dict[str,int],            # of the mean, by module
-)->dict[str,Any]:
-    "adapter_config.json of the mean; `MergeError` if the adapters disagree on something that has no mean."
+    models: Sequence[Checkpoint],  # the adapters
+    updates: Sequence[Update],  # from `align_updates`
+    ranks: dict[str, int],  # of the mean, by module
+) -> dict[str, Any]:
+    """adapter_config.json of the mean; `MergeError` if the adapters disagree on something that has
+    no mean."""
     cfgs = [c.adapter or {} for c in models]
+
     def common(key, default=None):
         "What all adapters say, or None."
         said = [c.get(key) or default for c in cfgs]
         return said[0] if all(x == said[0] for x in said) else None
-    if common("bias", "none") is None: raise MergeError(f"{models[0].source}: has bias = {cfgs[0].get('bias')!r}, another adapter has not.\nRetrain with one setting, or merge them on their base, as BASE+ADAPTER.")
+
+    if common("bias", "none") is None:
+        raise MergeError(
+            f"{models[0].source}: has bias = {cfgs[0].get('bias')!r}, another adapter has "
+            "not.\n"
+            "Retrain with one setting, or merge them on their base, as BASE+ADAPTER."
+        )
     r = max(set(ranks.values()), key=lambda k: sum(v == k for v in ranks.values()))
     odd = {f"^{re.escape(n)}": k for n, k in ranks.items() if k != r}
-    def as_set(x): return x if isinstance(x, str) else sorted(x or [])
-    same = all((as_set(c.get("target_modules")), c.get("layers_to_transform"), c.get("layers_pattern"), c.get("exclude_modules")) == (as_set(cfgs[0].get("target_modules")), cfgs[0].get("layers_to_transform"), cfgs[0].get("layers_pattern"), cfgs[0].get("exclude_modules")) for c in cfgs) and cfgs[0].get("target_modules")
-    where = {k: cfgs[0].get(k) for k in ("target_modules", "layers_to_transform", "layers_pattern", "exclude_modules")} if same else \
-            {"target_modules": list(ranks), "layers_to_transform": None, "layers_pattern": None, "exclude_modules": None}
-    named = {m for c in cfgs for m in c.get("modules_to_save") or []}; saved = sorted(m for m in named if any(f".{m}." in k for c in models for k in c.lazy))      # without a head it is for no task: PEFT would ask for one
-    drop = ("loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "runtime_config")
-    return {k: v for k, v in cfgs[0].items() if k not in drop} | where | {
-        "peft_type": "LORA", "task_type": None if named and not saved else common("task_type"), "base_model_name_or_path": next((c.get("base_model_name_or_path") for c in cfgs if c.get("base_model_name_or_path")), None), "revision": common("revision"),
-        "r": r, "lora_alpha": r, "rank_pattern": odd, "alpha_pattern": dict(odd), "use_rslora": False, "lora_dropout": 0.0, "inference_mode": True, "init_lora_weights": True,
-        "bias": common("bias", "none"), "lora_bias": any(bias_key(u) for u in updates), "modules_to_save": saved or None}
+
+    def as_set(x):
+        return x if isinstance(x, str) else sorted(x or [])
+
+    same = all(
+        (
+            as_set(c.get("target_modules")),
+            c.get("layers_to_transform"),
+            c.get("layers_pattern"),
+            c.get("exclude_modules"),
+        )
+        == (
+            as_set(cfgs[0].get("target_modules")),
+            cfgs[0].get("layers_to_transform"),
+            cfgs[0].get("layers_pattern"),
+            cfgs[0].get("exclude_modules"),
+        )
+        for c in cfgs
+    ) and cfgs[0].get("target_modules")
+    where = (
+        {
+            k: cfgs[0].get(k)
+            for k in ("target_modules", "layers_to_transform", "layers_pattern", "exclude_modules")
+        }
+        if same
+        else {
+            "target_modules": list(ranks),
+            "layers_to_transform": None,
+            "layers_pattern": None,
+            "exclude_modules": None,
+        }
+    )
+    # without a head it is for no task: PEFT would ask for one
+    named = {m for c in cfgs for m in c.get("modules_to_save") or []}
+    saved = sorted(m for m in named if any(f".{m}." in k for c in models for k in c.lazy))
+    drop = (
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "velora_config",
+        "runtime_config",
+    )
+    return (
+        {k: v for k, v in cfgs[0].items() if k not in drop}
+        | where
+        | {
+            "peft_type": "LORA",
+            "task_type": None if named and not saved else common("task_type"),
+            "base_model_name_or_path": next(
+                (
+                    c.get("base_model_name_or_path")
+                    for c in cfgs
+                    if c.get("base_model_name_or_path")
+                ),
+                None,
+            ),
+            "revision": common("revision"),
+            "r": r,
+            "lora_alpha": r,
+            "rank_pattern": odd,
+            "alpha_pattern": dict(odd),
+            "use_rslora": False,
+            "lora_dropout": 0.0,
+            "inference_mode": True,
+            "init_lora_weights": True,
+            "bias": common("bias", "none"),
+            "lora_bias": any(bias_key(u) for u in updates),
+            "modules_to_save": saved or None,
+        }
+    )

@@ -17,199 +17,424 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/19_uses.ipynb #85c629e7
-MATRIX = ("linear", "conv1d", "conv", "embedding")      # kinds of layers whose weight has rows and columns
+# kinds of layers whose weight has rows and columns
+MATRIX = ("linear", "conv1d", "conv", "embedding")
 
-def kind(layer:nn.Module)->str:
+
+def kind(layer: nn.Module) -> str:
     "Which row of the table gives the layer's gradients."
     run = type(layer).forward
-    if not set(layer._parameters) <= {"weight", "bias"}: return "other"
-    if run is nn.Linear.forward: return "linear"
-    if type(layer).__name__ == "Conv1D" and hasattr(layer, "nf"): return "conv1d"
-    if run in (nn.Conv1d.forward, nn.Conv2d.forward) and layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str): return "conv"
-    if run is nn.Embedding.forward and layer.max_norm is None and not layer.scale_grad_by_freq: return "embedding"
+    if not set(layer._parameters) <= {"weight", "bias"}:
+        return "other"
+    if run is nn.Linear.forward:
+        return "linear"
+    if type(layer).__name__ == "Conv1D" and hasattr(layer, "nf"):
+        return "conv1d"
+    if (
+        run in (nn.Conv1d.forward, nn.Conv2d.forward)
+        and layer.groups == 1
+        and layer.padding_mode == "zeros"
+        and not isinstance(layer.padding, str)
+    ):
+        return "conv"
+    if run is nn.Embedding.forward and layer.max_norm is None and not layer.scale_grad_by_freq:
+        return "embedding"
     return "norm" if run is nn.LayerNorm.forward else "other"
 
+# %% ../nbs/19_uses.ipynb #47fda9ba
 @dataclass(eq=False)
 class Use:
     "One call of a layer: what went in, and later what came back."
-    layer: Any                       # nn.Module, whose further attributes are those of its kind
-    kind: str                        # see `kind`
-    name: str                        # of the layer, for messages
-    n: int                           # samples
-    tokens: int | None               # of each sample, where the batch says so
-    x: Tensor                        # its input; the ids of an embedding
-    call: tuple = ()                 # (args, kwargs), to run it again
-    mask: Tensor | None = None       # (N, tokens) bool: not padding
-    d: Tensor | None = None          # δ, the gradient of the objective with respect to its output
-    patch: tuple = ()                # of a convolution, found here: (kernel, stride, padding, dilation)
+
+    layer: Any  # nn.Module, whose further attributes are those of its kind
+    kind: str  # see `kind`
+    name: str  # of the layer, for messages
+    n: int  # samples
+    tokens: int | None  # of each sample, where the batch says so
+    x: Tensor  # its input; the ids of an embedding
+    call: tuple = ()  # (args, kwargs), to run it again
+    mask: Tensor | None = None  # (N, tokens) bool: not padding
+    d: Tensor | None = None  # δ, the gradient of the objective with respect to its output
+    patch: tuple = ()  # of a convolution, found here: (kernel, stride, padding, dilation)
+
     def __post_init__(self):
-        if self.kind == "conv": self.patch = (self.layer.kernel_size, self.layer.stride, self.layer.padding, self.layer.dilation)
-        self.version, self.key = self.x._version, (self.x.data_ptr(), self.x.shape, self.x.stride(), self.x.dtype, self.x._version, self.patch)
-        inner = self.by_sample(self.x).shape[1:] if self.kind == "embedding" else self.by_sample(self.x).shape[1:-1]
-        if self.mask is not None and (self.kind not in ("linear", "conv1d", "embedding") or inner != self.mask.shape[1:]): self.mask = None
-    def by_sample(self, x:Tensor)->Tensor:      # (N, …)
+        if self.kind == "conv":
+            self.patch = (
+                self.layer.kernel_size,
+                self.layer.stride,
+                self.layer.padding,
+                self.layer.dilation,
+            )
+        self.version, self.key = (
+            self.x._version,
+            (
+                self.x.data_ptr(),
+                self.x.shape,
+                self.x.stride(),
+                self.x.dtype,
+                self.x._version,
+                self.patch,
+            ),
+        )
+        inner = (
+            self.by_sample(self.x).shape[1:]
+            if self.kind == "embedding"
+            else self.by_sample(self.x).shape[1:-1]
+        )
+        if self.mask is not None and (
+            self.kind not in ("linear", "conv1d", "embedding") or inner != self.mask.shape[1:]
+        ):
+            self.mask = None
+
+    def by_sample(self, x: Tensor) -> Tensor:  # (N, …)
         "The samples first; `ValueError` if they are not."
-        if x.dim() and x.shape[0] == self.n: return x
-        if self.tokens and x.dim() == 2 and x.shape[0] == self.n*self.tokens and self.kind in ("linear", "conv1d", "norm"): return x.view(self.n, self.tokens, -1)
-        raise ValueError(f"layer {self.name!r} was called with a tensor of shape {list(x.shape)}, whose first dimension is not the {self.n} samples of the batch: its gradient cannot be told apart by sample.\nPut the samples first, or leave its parameters out (parameters=).")
-    def flat(self, x:Tensor)->Tensor:           # (N, t, features)
+        if x.dim() and x.shape[0] == self.n:
+            return x
+        if (
+            self.tokens
+            and x.dim() == 2
+            and x.shape[0] == self.n*self.tokens
+            and self.kind in ("linear", "conv1d", "norm")
+        ):
+            return x.view(self.n, self.tokens, -1)
+        raise ValueError(
+            f"layer {self.name!r} was called with a tensor of shape {list(x.shape)}, whose "
+            f"first dimension is not the {self.n} samples of the batch: its gradient "
+            "cannot be told apart by sample.\n"
+            "Put the samples first, or leave its parameters out (parameters=)."
+        )
+
+    def flat(self, x: Tensor) -> Tensor:  # (N, t, features)
         "All of a sample's tokens on one axis."
-        return x.reshape(self.n, -1, math.prod(self.layer.normalized_shape) if self.kind == "norm" else x.shape[-1])
-    def ids(self)->Tensor:                      # (N, t)
+        return x.reshape(
+            self.n,
+            -1,
+            math.prod(self.layer.normalized_shape) if self.kind == "norm" else x.shape[-1],
+        )
+
+    def ids(self) -> Tensor:  # (N, t)
         "What an embedding looked up."
         return self.x.reshape(self.n, -1)
-    def rows(self, dtype:torch.dtype)->Tensor:
-        "What went in, a: (N, t, features); the patches of a convolution, the normalised input of a LayerNorm."
+
+    def rows(self, dtype: torch.dtype) -> Tensor:
+        """What went in, a: (N, t, features); the patches of a convolution, the normalised input of
+        a LayerNorm."""
         x = self.by_sample(self.x).to(dtype)
-        if self.kind == "norm": return self.flat(F.layer_norm(x, self.layer.normalized_shape, eps=self.layer.eps))
-        if self.kind != "conv": return self.flat(x)
+        if self.kind == "norm":
+            return self.flat(F.layer_norm(x, self.layer.normalized_shape, eps=self.layer.eps))
+        if self.kind != "conv":
+            return self.flat(x)
         k, s, p, d = self.patch
-        if x.dim() == 3: x, k, s, p, d = x[:, :, None], (1, *k), (1, *s), (0, *p), (1, *d)
+        if x.dim() == 3:
+            x, k, s, p, d = x[:, :, None], (1, *k), (1, *s), (0, *p), (1, *d)
         return F.unfold(x, k, d, p, s).mT
-    def delta(self)->Tensor:                    # (N, …)
+
+    def delta(self) -> Tensor:  # (N, …)
         "What came back, as it came; `ValueError` before it has."
-        if self.d is None: raise ValueError(f"nothing has come back to layer {self.name!r} yet.\nDifferentiate the outputs first (Watch.collect).")
+        if self.d is None:
+            raise ValueError(
+                f"nothing has come back to layer {self.name!r} yet.\n"
+                "Differentiate the outputs first (Watch.collect)."
+            )
         return self.by_sample(self.d)
-    def back(self, dtype:torch.dtype)->Tensor:
+
+    def back(self, dtype: torch.dtype) -> Tensor:
         "What came back, δ: (N, t, features); zero where an embedding pads."
         d = self.delta().to(dtype)
-        if self.kind == "conv": return d.flatten(2).mT
-        return self.flat(d) if getattr(self.layer, "padding_idx", None) is None else self.flat(d)*self.ids().ne(self.layer.padding_idx)[..., None]
-    def gradient(self,
-        role:str,                    # "weight" or "bias", or what else the layer calls it
-        dtype:torch.dtype,           # of the result
-        i:int=0, j:int|None=None,    # samples i to j; default: all
-    )->Tensor:                       # (j - i, *shape)
+        if self.kind == "conv":
+            return d.flatten(2).mT
+        return (
+            self.flat(d)
+            if getattr(self.layer, "padding_idx", None) is None
+            else self.flat(d)*self.ids().ne(self.layer.padding_idx)[..., None]
+        )
+
+    def gradient(
+        self,
+        role: str,  # "weight" or "bias", or what else the layer calls it
+        dtype: torch.dtype,  # of the result
+        i: int = 0,
+        j: int | None = None,  # samples i to j; default: all
+    ) -> Tensor:  # (j - i, *shape)
         "Gradients of a parameter, sample by sample, as the table has them."
         p, s = self.layer._parameters[role], slice(i, j)
-        if self.kind == "other": return torch.stack([self.rerun(p, k) for k in range(*s.indices(self.n))]).to(dtype)
+        if self.kind == "other":
+            return torch.stack([self.rerun(p, k) for k in range(*s.indices(self.n))]).to(dtype)
         d = self.back(dtype)[s]
-        if role == "bias": g = d.sum(1)
+        if role == "bias":
+            g = d.sum(1)
         elif self.kind == "embedding":
             at = (self.ids()[s] + len(p)*torch.arange(len(d), device=d.device)[:, None]).flatten()
             g = d.new_zeros(len(d)*len(p), p.shape[1]).index_add_(0, at, d.flatten(0, 1))
-        elif self.kind == "norm": g = (d*self.rows(dtype)[s]).sum(1)
-        else: g = self.rows(dtype)[s].mT @ d if self.kind == "conv1d" else d.mT @ self.rows(dtype)[s]
+        elif self.kind == "norm":
+            g = (d*self.rows(dtype)[s]).sum(1)
+        else:
+            g = self.rows(dtype)[s].mT @ d if self.kind == "conv1d" else d.mT @ self.rows(dtype)[s]
         return g.reshape(-1, *p.shape)
-    def rerun(self, p:Tensor, i:int)->Tensor:
+
+    def rerun(self, p: Tensor, i: int) -> Tensor:
         "The gradient of sample i, by running the layer on it alone."
-        def one(v): return v[i:i + 1].detach() if isinstance(v, Tensor) and v.dim() and len(v) == self.n else v
+
+        def one(v):
+            return (
+                v[i : i + 1].detach()
+                if isinstance(v, Tensor) and v.dim() and len(v) == self.n
+                else v
+            )
+
         was, p.requires_grad = p.requires_grad, True
         try:
-            with torch.enable_grad(): out = self.layer(*map(one, self.call[0]), **{k: one(v) for k, v in self.call[1].items()})
-            return torch.autograd.grad(out, p, self.delta()[i:i + 1].to(out.dtype))[0]
-        finally: p.requires_grad = was
+            with torch.enable_grad():
+                out = self.layer(
+                    *map(one, self.call[0]), **{k: one(v) for k, v in self.call[1].items()}
+                )
+            return torch.autograd.grad(out, p, self.delta()[i : i + 1].to(out.dtype))[0]
+        finally:
+            p.requires_grad = was
 
 # %% ../nbs/19_uses.ipynb #82e1835c
 @dataclass(eq=False)
 class Watch:
-    "A model in eval mode with frozen parameters, whose uses of each chosen parameter go to `sink` once a batch; everything is put back on leaving."
-    model: nn.Module                                 # in any mode
-    chosen: dict[str, nn.Parameter]                  # name → parameter to watch; what is dropped is taken out
-    sink: Callable                                   # (name, [(role in its layer, Use), …])
-    backward: bool = True                            # wait for what comes back; False: only inputs are noted, and no gradient is computed
-    skipped: dict[str, str] = field(default_factory=dict)      # name → why it is left out
+    """A model in eval mode with frozen parameters, whose uses of each chosen parameter go to `sink`
+    once a batch; everything is put back on leaving."""
+
+    model: nn.Module  # in any mode
+    chosen: dict[str, nn.Parameter]  # name → parameter to watch; what is dropped is taken out
+    sink: Callable  # (name, [(role in its layer, Use), …])
+    # wait for what comes back; False: only inputs are noted, and no gradient is computed
+    backward: bool = True
+    skipped: dict[str, str] = field(default_factory=dict)  # name → why it is left out
+
     def __enter__(self):
-        self.modes, self.flags, self.handles = [(m, m.training) for m in self.model.modules()], [(p, p.requires_grad) for p in self.model.parameters()], []
+        self.modes, self.flags, self.handles = (
+            [(m, m.training) for m in self.model.modules()],
+            [(p, p.requires_grad) for p in self.model.parameters()],
+            [],
+        )
         self.on = self.noting = self.rehearsing = False
         self.spread, self.calls, self.leaves = set(), {}, []
         names = {id(p): n for n, p in self.chosen.items()}
-        self.model.eval(); self.model.requires_grad_(False)
+        self.model.eval()
+        self.model.requires_grad_(False)
         for name, layer in self.model.named_modules():
             own = [(names[id(p)], role) for role, p in layer._parameters.items() if id(p) in names]
-            if own: self.handles.append(layer.register_forward_hook(self._hook(name, kind(layer), own), with_kwargs=True))
+            if own:
+                self.handles.append(
+                    layer.register_forward_hook(
+                        self._hook(name, kind(layer), own), with_kwargs=True
+                    )
+                )
         return self
+
     def __exit__(self, *_):
-        for h in self.handles: h.remove()
-        for m, mode in self.modes: m.training = mode
-        for p, flag in self.flags: p.requires_grad = flag
-    def drop(self, name:str, why:str):
+        for h in self.handles:
+            h.remove()
+        for m, mode in self.modes:
+            m.training = mode
+        for p, flag in self.flags:
+            p.requires_grad = flag
+
+    def drop(self, name: str, why: str):
         "Leave a parameter out from here on."
-        self.skipped[name] = why; self.chosen.pop(name, None); self.calls.pop(name, None)
+        self.skipped[name] = why
+        self.chosen.pop(name, None)
+        self.calls.pop(name, None)
+
     def _hook(self, name, kind, own):
         def hook(layer, args, kwargs, out):
             live = [(p, role) for p, role in own if p in self.chosen]
-            if not self.on or not live or self.backward and not torch.is_grad_enabled(): return None
+            if not self.on or not live or self.backward and not torch.is_grad_enabled():
+                return None
             x = args[0] if args else next(iter(kwargs.values()), None)
+
             def no(why):
-                for p, _ in live: self.drop(p, f"its layer {name!r} {why}")
-            if not isinstance(out, Tensor) or not isinstance(x, Tensor): return no("does not map one tensor to one tensor")
-            if kind == "other" and (x.shape[:1] != (self.n,) or out.shape[:1] != (self.n,)): return no("is of no known kind, and its samples do not come first")
-            if kind == "embedding":                      # positions, looked up once for all samples
-                if self.rehearsing and x.dim() == 1 and x.shape[0] == self.tokens != self.n: self.spread.add(name)
-                if name in self.spread: x, out = (v.expand(self.n, *v.shape) for v in (x, out))
-                elif x.shape[0] == 1 < self.n: x, out = (v.expand(self.n, *v.shape[1:]) for v in (x, out))
-            use = Use(layer, kind, name, self.n, self.tokens, x, (args, kwargs) if kind == "other" else (), self.mask) if self.noting else None
+                for p, _ in live:
+                    self.drop(p, f"its layer {name!r} {why}")
+
+            if not isinstance(out, Tensor) or not isinstance(x, Tensor):
+                return no("does not map one tensor to one tensor")
+            if kind == "other" and (x.shape[:1] != (self.n,) or out.shape[:1] != (self.n,)):
+                return no("is of no known kind, and its samples do not come first")
+            # positions, looked up once for all samples
+            if kind == "embedding":
+                if self.rehearsing and x.dim() == 1 and x.shape[0] == self.tokens != self.n:
+                    self.spread.add(name)
+                if name in self.spread:
+                    x, out = (v.expand(self.n, *v.shape) for v in (x, out))
+                elif x.shape[0] == 1 < self.n:
+                    x, out = (v.expand(self.n, *v.shape[1:]) for v in (x, out))
+            use = (
+                Use(
+                    layer,
+                    kind,
+                    name,
+                    self.n,
+                    self.tokens,
+                    x,
+                    (args, kwargs) if kind == "other" else (),
+                    self.mask,
+                )
+                if self.noting
+                else None
+            )
             if use:
-                for p, role in live: self.calls.setdefault(p, []).append((role, use))
-            if not self.backward: return None
+                for p, role in live:
+                    self.calls.setdefault(p, []).append((role, use))
+            if not self.backward:
+                return None
             fresh = not out.requires_grad
-            if fresh: out = out.detach().requires_grad_()
-            if fresh and use: self.leaves.append(out)
-            if fresh or out._is_view(): out = out.clone()      # a later in-place operation on a view would pass by its hook
-            if use: out.register_hook(lambda d: self._arrived(use, live, d))
+            if fresh:
+                out = out.detach().requires_grad_()
+            if fresh and use:
+                self.leaves.append(out)
+            # a later in-place operation on a view would pass by its hook
+            if fresh or out._is_view():
+                out = out.clone()
+            if use:
+                out.register_hook(lambda d: self._arrived(use, live, d))
             return out
+
         return hook
+
     def _arrived(self, use, live, d):
-        if use.x._version != use.version: raise ValueError(f"the input of layer {use.name!r} was changed in place after the layer had used it.\nMake that operation out of place, or leave its parameters out (parameters=).")
+        if use.x._version != use.version:
+            raise ValueError(
+                f"the input of layer {use.name!r} was changed in place after the layer had "
+                "used it.\n"
+                "Make that operation out of place, or leave its parameters out (parameters=)."
+            )
         use.d = d.detach()
         for p, _ in [] if self.rehearsing else live:
-            if p in self.calls and all(u.d is not None for _, u in self.calls[p]): self._deliver(p)
+            if p in self.calls and all(u.d is not None for _, u in self.calls[p]):
+                self._deliver(p)
+
     def _deliver(self, p):
-        uses, on, self.on = [u for u in self.calls.pop(p) if u[1].d is not None or not self.backward], self.on, False
+        uses, on, self.on = (
+            [u for u in self.calls.pop(p) if u[1].d is not None or not self.backward],
+            self.on,
+            False,
+        )
         with torch.no_grad(), torch.autocast(self.chosen[p].device.type, enabled=False):
-            if uses: self.sink(p, uses)
+            if uses:
+                self.sink(p, uses)
         self.on = on
-    def forward(self,
-        forward:Callable,            # (model, batch) → (N, …)
-        batch:Any, n:int,            # n samples
-        tokens:int|None=None,        # of each, where the batch says so
-        mask:Tensor|None=None,       # (N, tokens) bool: not padding
-    )->Tensor:                       # (N, …)
-        "The outputs for a batch, its uses noted; `ValueError` if they are not one tensor, samples first."
-        self.n, self.tokens, self.mask, self.calls, self.leaves, self.on, self.noting = n, tokens, mask, {}, [], True, True
+
+    def forward(
+        self,
+        forward: Callable,  # (model, batch) → (N, …)
+        batch: Any,
+        n: int,  # n samples
+        tokens: int | None = None,  # of each, where the batch says so
+        mask: Tensor | None = None,  # (N, tokens) bool: not padding
+    ) -> Tensor:  # (N, …)
+        """The outputs for a batch, its uses noted; `ValueError` if they are not one tensor, samples
+        first."""
+        self.n, self.tokens, self.mask, self.calls, self.leaves, self.on, self.noting = (
+            n,
+            tokens,
+            mask,
+            {},
+            [],
+            True,
+            True,
+        )
         try:
-            with torch.set_grad_enabled(self.backward): out = forward(self.model, batch)
-        finally: self.on = self.noting = False
+            with torch.set_grad_enabled(self.backward):
+                out = forward(self.model, batch)
+        finally:
+            self.on = self.noting = False
         if not isinstance(out, Tensor) or out.shape[:1] != (n,):
-            raise ValueError(f"the model returned {f'a tensor of shape {list(out.shape)}' if isinstance(out, Tensor) else f'a {type(out).__name__}'} for {n} samples.\nPass forward=lambda model, batch: … that returns one tensor, samples first.")
+            raise ValueError(
+                "the model returned "
+                f"{f'a tensor of shape {list(out.shape)}' if isinstance(out, Tensor) else f'a {type(out).__name__}'} "
+                f"for {n} samples.\n"
+                "Pass forward=lambda model, batch: … that returns one tensor, samples first."
+            )
         return out
-    def collect(self, objective:Tensor|None=None):
-        "Take what comes back from a sum over samples (None: nothing does), and hand the uses to `sink`; `ValueError` if nothing watched was called."
+
+    def collect(self, objective: Tensor | None = None):
+        """Take what comes back from a sum over samples (None: nothing does), and hand the uses to
+        `sink`; `ValueError` if nothing watched was called."""
         if objective is not None:
-            if not self.leaves: raise ValueError("no watched layer was called on the way to the outputs.")
-            self.on = True                   # a checkpointed part runs its layers again
-            try: torch.autograd.grad(objective, self.leaves, allow_unused=True)
-            finally: self.on = False
-        for p in list(self.calls): self._deliver(p)
-    def rehearse(self, forward:Callable, batch:Any, n:int, tokens:int|None=None, mask:Tensor|None=None)->dict[str,list]:     # name → [(role, Use), …]
-        "Two samples, as for `forward`: drops the parameters that are not made of their uses, and returns the uses of the others; `ValueError` where samples mix."
+            if not self.leaves:
+                raise ValueError("no watched layer was called on the way to the outputs.")
+            # a checkpointed part runs its layers again
+            self.on = True
+            try:
+                torch.autograd.grad(objective, self.leaves, allow_unused=True)
+            finally:
+                self.on = False
+        for p in list(self.calls):
+            self._deliver(p)
+
+    def rehearse(
+        self,
+        forward: Callable,
+        batch: Any,
+        n: int,
+        tokens: int | None = None,
+        mask: Tensor | None = None,
+        # name → [(role, Use), …]
+    ) -> dict[str, list]:
+        """Two samples, as for `forward`: drops the parameters that are not made of their uses, and
+        returns the uses of the others; `ValueError` where samples mix."""
         self.rehearsing = True
-        for p in self.chosen.values(): p.requires_grad = self.backward
+        for p in self.chosen.values():
+            p.requires_grad = self.backward
         try:
             out = self.forward(forward, batch, n, tokens, mask)
-            if self.backward: self._compare(out)
-        finally: self.rehearsing = False; self.model.requires_grad_(False)
+            if self.backward:
+                self._compare(out)
+        finally:
+            self.rehearsing = False
+            self.model.requires_grad_(False)
         for p in list(self.chosen):
-            if p not in self.calls: self.drop(p, "its layer is not called as a module")
+            if p not in self.calls:
+                self.drop(p, "its layer is not called as a module")
         calls, self.calls, self.leaves = self.calls, {}, []
         return calls
+
     def _compare(self, out):
-        if not out.isfinite().all(): raise ValueError("the outputs of the first samples are not finite.\nLook at the inputs, and run the model in float32 or bfloat16.")
-        z = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out); z[1:] = 0
+        if not out.isfinite().all():
+            raise ValueError(
+                "the outputs of the first samples are not finite.\n"
+                "Look at the inputs, and run the model in float32 or bfloat16."
+            )
+        z = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
+        z[1:] = 0
         left = list(self.chosen) if out.requires_grad else []
         while left:
-            group, room = [], 1 << 28        # numbers in gradients at a time
-            while left and (not group or room >= self.chosen[left[0]].numel()): room -= self.chosen[left[0]].numel(); group.append(left.pop(0))
-            grads = torch.autograd.grad(out, [self.chosen[p] for p in group], z, retain_graph=True, allow_unused=True)
+            # numbers in gradients at a time
+            group, room = [], 1 << 28
+            while left and (not group or room >= self.chosen[left[0]].numel()):
+                room -= self.chosen[left[0]].numel()
+                group.append(left.pop(0))
+            grads = torch.autograd.grad(
+                out, [self.chosen[p] for p in group], z, retain_graph=True, allow_unused=True
+            )
             with torch.no_grad(), torch.autocast(out.device.type, enabled=False):
-                for p, g in zip(group, grads): self._explain(p, g, [u for u in self.calls.get(p, ()) if u[1].d is not None])
+                for p, g in zip(group, grads):
+                    self._explain(p, g, [u for u in self.calls.get(p, ()) if u[1].d is not None])
+
     def _explain(self, p, g, uses):
-        if g is None: return self.drop(p, "no gradient reaches it") if p in self.calls else None
-        if not uses: return self.drop(p, "it is used without a call of its layer")
+        if g is None:
+            return self.drop(p, "no gradient reaches it") if p in self.calls else None
+        if not uses:
+            return self.drop(p, "it is used without a call of its layer")
         for _, u in uses:
-            if u.by_sample(u.d)[1:].any(): raise ValueError(f"layer {u.name!r} mixes samples: what comes back to one of them depends on the outputs of another.\nPut the samples first in its input, or leave its parameters out (parameters=).")
-        dtype, eps = torch.promote_types(torch.float32, g.dtype), max(torch.finfo(t.dtype).eps for t in (g, *(u.d for _, u in uses)))
+            if u.by_sample(u.d)[1:].any():
+                raise ValueError(
+                    f"layer {u.name!r} mixes samples: what comes back to one of them depends on "
+                    "the outputs of another.\n"
+                    "Put the samples first in its input, or leave its parameters out "
+                    "(parameters=)."
+                )
+        dtype, eps = (
+            torch.promote_types(torch.float32, g.dtype),
+            max(torch.finfo(t.dtype).eps for t in (g, *(u.d for _, u in uses))),
+        )
         ours = reduce(torch.add, (u.gradient(role, dtype, 0, 1)[0] for role, u in uses))
-        noise = 10*eps*sum(float(u.d.norm())*(1 + float(u.x.float().norm())) for _, u in uses)      # of a gradient that vanishes, as that of an attention's key bias does
-        if (ours - g).norm() > eps**.5*(ours.norm() + g.norm()) + noise: self.drop(p, "its gradient is not that of its layer's calls: it is used elsewhere too")
+        # of a gradient that vanishes, as that of an attention's key bias does
+        noise = 10*eps*sum(float(u.d.norm())*(1 + float(u.x.float().norm())) for _, u in uses)
+        if (ours - g).norm() > eps**0.5*(ours.norm() + g.norm()) + noise:
+            self.drop(p, "its gradient is not that of its layer's calls: it is used elsewhere too")

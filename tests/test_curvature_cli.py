@@ -1,4 +1,6 @@
-"""From a folder and a file of examples to statistics, and from those to a merge, as users run it."""
+"""From a folder and a file of examples to statistics, and from those to a merge, as users run
+it."""
+
 import json
 import os
 import subprocess
@@ -21,37 +23,75 @@ from frechet_merge.huggingface import collect
 def work(tmp_path_factory):
     "Tiny models and a file of examples."
     tmp = tmp_path_factory.mktemp("work")
-    for kind in ("bert", "gpt2", "llama", "bert-encoder"): make(kind, tmp/kind)
-    write(tmp/"a.jsonl"); write(tmp/"unlabelled.jsonl", [{"text": r["sentence"]} for r in ROWS])
-    g = torch.Generator().manual_seed(0); save(tmp/"head", {"x.weight": torch.randn(4, 16, generator=g), "x.bias": torch.randn(4, generator=g)})
+    for kind in ("bert", "gpt2", "llama", "bert-encoder"):
+        make(kind, tmp/kind)
+    write(tmp/"a.jsonl")
+    write(tmp/"unlabelled.jsonl", [{"text": r["sentence"]} for r in ROWS])
+    g = torch.Generator().manual_seed(0)
+    save(
+        tmp/"head",
+        {"x.weight": torch.randn(4, 16, generator=g), "x.bias": torch.randn(4, generator=g)},
+    )
     return tmp
 
 
 def run(*args):
     "The command in this process, since starting one takes longer than these models."
     from frechet_merge.cli import app
+
     app([str(a) for a in args], standalone_mode=False)
 
 
-def matrices(folder): return {n for n, x in load(folder).lazy.items() if len(x.shape) == 2}
+def matrices(folder):
+    return {n for n, x in load(folder).lazy.items() if len(x.shape) == 2}
 
 
-@pytest.mark.parametrize("kind, args", [("bert", []), ("bert", ["--estimator", "true"]), ("bert", ["--estimator", "empirical"]), ("bert", ["--form", "diagonal"]), ("bert", ["--form", "inputs"]), ("gpt2", []),
-                                        ("gpt2", ["--estimator", "empirical"]), ("llama", ["--form", "diagonal", "--estimator", "true"]), ("bert-encoder", []), ("bert-encoder", ["--head", "head/model.safetensors:x", "--estimator", "true"])],
-                         ids=lambda x: x if isinstance(x, str) else "-".join(x[1::2]).replace("/", "."))
+@pytest.mark.parametrize(
+    "kind, args",
+    [
+        ("bert", []),
+        ("bert", ["--estimator", "true"]),
+        ("bert", ["--estimator", "empirical"]),
+        ("bert", ["--form", "diagonal"]),
+        ("bert", ["--form", "inputs"]),
+        ("gpt2", []),
+        ("gpt2", ["--estimator", "empirical"]),
+        ("llama", ["--form", "diagonal", "--estimator", "true"]),
+        ("bert-encoder", []),
+        ("bert-encoder", ["--head", "head/model.safetensors:x", "--estimator", "true"]),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "-".join(x[1::2]).replace("/", "."),
+)
 @pytest.mark.filterwarnings("ignore:no metric for")
 def test_statistics_of_every_kind(work, tmp_path, monkeypatch, capsys, kind, args):
-    monkeypatch.chdir(work); capsys.readouterr()
+    monkeypatch.chdir(work)
+    capsys.readouterr()
     run("curvature", kind, "a.jsonl", "-o", tmp_path/"s.safetensors", *args)
     out, err = capsys.readouterr()
     first, second = out.strip().splitlines()
-    assert "40 samples" in first and "tokens" in first and "MB" in first and second.startswith("Relative standard error: ") and "% in the worst (" in second and "160 samples" in second
+    assert (
+        "40 samples" in first
+        and "tokens" in first
+        and "MB" in first
+        and second.startswith("Relative standard error: ")
+        and "% in the worst (" in second
+        and "160 samples" in second
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["s.safetensors"]
-    held, about = load(tmp_path/"s.safetensors"), Statistics.load(tmp_path/"s.safetensors").about
-    assert about["samples"] == 40 and about["model"] == kind and set(about["error"]) <= set(load(work/kind))
+    held, about = (
+        load(tmp_path/"s.safetensors"),
+        Statistics.load(tmp_path/"s.safetensors").about,
+    )
+    assert (
+        about["samples"] == 40
+        and about["model"] == kind
+        and set(about["error"]) <= set(load(work/kind))
+    )
     stems = {n.removesuffix(".left").removesuffix(".right") for n in held}
-    if "diagonal" in args: assert stems == set(load(work/kind))
-    else: assert stems <= matrices(work/kind) and len(stems) >= len(matrices(work/kind)) - 2
+    if "diagonal" in args:
+        assert stems == set(load(work/kind))
+    else:
+        assert stems <= matrices(work/kind) and len(stems) >= len(matrices(work/kind)) - 2
     assert all(held[n].isfinite().all() for n in held.lazy) and err == ""
 
 
@@ -62,39 +102,91 @@ def test_what_comes_out_is_what_the_collector_says(work, tmp_path):
     from frechet_merge.curvature import curvature
     from frechet_merge.examples import batches, examples
     from frechet_merge.huggingface import open_model
+
     m = open_model(work/"bert")
-    direct = curvature(AutoModelForSequenceClassification.from_pretrained(work/"bert").eval(), batches("classifier", m.tokenizer, examples(work/"a.jsonl")), forward=lambda model, b: model(input_ids=b["input_ids"], attention_mask=b["attention_mask"], token_type_ids=b.get("token_type_ids")).logits)
+    direct = curvature(
+        AutoModelForSequenceClassification.from_pretrained(work/"bert").eval(),
+        batches("classifier", m.tokenizer, examples(work/"a.jsonl")),
+        forward=lambda model, b: (
+            model(
+                input_ids=b["input_ids"],
+                attention_mask=b["attention_mask"],
+                token_type_ids=b.get("token_type_ids"),
+            ).logits
+        ),
+    )
     ours = collect(work/"bert", work/"a.jsonl", tmp_path/"s.safetensors")
     assert ours.keys() == direct.keys()
-    for n in ours: torch.testing.assert_close(ours[n], direct[n])
+    for n in ours:
+        torch.testing.assert_close(ours[n], direct[n])
     assert Statistics.load(tmp_path/"s.safetensors").about == ours.about
 
 
 @pytest.mark.filterwarnings("ignore:no metric for")
 def test_names_follow_the_file(work, tmp_path):
     "GPT-2's published file has no prefix; an encoder inside a classifier has one."
-    collect(make("gpt2-without-prefix", tmp_path/"g"), work/"a.jsonl", tmp_path/"g.safetensors")
-    assert "h.0.attn.c_attn.weight.left" in load(tmp_path/"g.safetensors") and load(tmp_path/"g.safetensors")["h.0.attn.c_attn.weight.left"].shape == (16, 16)
-    collect(work/"bert", work/"a.jsonl", tmp_path/"b.safetensors", head=f"{work}/head/model.safetensors:x")
-    assert "bert.encoder.layer.0.attention.self.query.weight.left" in load(tmp_path/"b.safetensors")
+    collect(
+        make("gpt2-without-prefix", tmp_path/"g"), work/"a.jsonl", tmp_path/"g.safetensors"
+    )
+    assert "h.0.attn.c_attn.weight.left" in load(tmp_path/"g.safetensors") and load(
+        tmp_path/"g.safetensors"
+    )["h.0.attn.c_attn.weight.left"].shape == (16, 16)
+    collect(
+        work/"bert",
+        work/"a.jsonl",
+        tmp_path/"b.safetensors",
+        head=f"{work}/head/model.safetensors:x",
+    )
+    assert "bert.encoder.layer.0.attention.self.query.weight.left" in load(
+        tmp_path/"b.safetensors"
+    )
 
 
-@pytest.mark.parametrize("args, says, code", [
-    (["bert", "absent.jsonl"], "there is no such file", 1), (["absent/model", "a.jsonl"], "not a folder here", 1), (["bert", "a.jsonl", "--text", "txt"], "no column 'txt'", 1), (["bert", "a.jsonl", "--form", "kroneker"], "no form is called", 2),
-    (["bert", "a.jsonl", "--estimator", "fisher"], "no estimator is called", 2), (["bert", "unlabelled.jsonl", "--estimator", "empirical"], "needs labels", 1), (["bert-encoder", "a.jsonl", "--estimator", "true"], "--head FILE:NAME", 1),
-    (["bert", "a.jsonl", "--only", "nothing*"], "no parameter is called 'nothing\\*'", 1), (["bert", "a.jsonl", "--form", "projected"], "frechet-merge basis", 2), (["bert", "a.jsonl", "--basis", "x"], "form = projected only", 2), (["bert", "a.jsonl", "--split", "test"], "cannot be read|Unknown split", 1),
-    (["bert", "a.jsonl", "--head", "head/model.safetensors:y"], "holds no head", 1), (["bert", "a.jsonl", "--device", "abacus"], "no device 'abacus'", 2), (["bert", "a.jsonl", "--dtype", "fp8"], "fp8", 2),
-    (["gpt2", "a.jsonl", "--max-length", "1"], "cut at 1 tokens, and 2 are the least(?s:.*)--max-length", 2)], ids=lambda x: None if not isinstance(x, str) else "".join(c for c in x if c.isalnum()))
+@pytest.mark.parametrize(
+    "args, says, code",
+    [
+        (["bert", "absent.jsonl"], "there is no such file", 1),
+        (["absent/model", "a.jsonl"], "not a folder here", 1),
+        (["bert", "a.jsonl", "--text", "txt"], "no column 'txt'", 1),
+        (["bert", "a.jsonl", "--form", "kroneker"], "no form is called", 2),
+        (["bert", "a.jsonl", "--estimator", "fisher"], "no estimator is called", 2),
+        (["bert", "unlabelled.jsonl", "--estimator", "empirical"], "needs labels", 1),
+        (["bert-encoder", "a.jsonl", "--estimator", "true"], "--head FILE:NAME", 1),
+        (["bert", "a.jsonl", "--only", "nothing*"], "no parameter is called 'nothing\\*'", 1),
+        (["bert", "a.jsonl", "--form", "projected"], "frechet-merge basis", 2),
+        (["bert", "a.jsonl", "--basis", "x"], "form = projected only", 2),
+        (["bert", "a.jsonl", "--split", "test"], "cannot be read|Unknown split", 1),
+        (["bert", "a.jsonl", "--head", "head/model.safetensors:y"], "holds no head", 1),
+        (["bert", "a.jsonl", "--device", "abacus"], "no device 'abacus'", 2),
+        (["bert", "a.jsonl", "--dtype", "fp8"], "fp8", 2),
+        (
+            ["gpt2", "a.jsonl", "--max-length", "1"],
+            "cut at 1 tokens, and 2 are the least(?s:.*)--max-length",
+            2,
+        ),
+    ],
+    ids=lambda x: None if not isinstance(x, str) else "".join(c for c in x if c.isalnum()),
+)
 def test_mistakes_are_named_in_three_lines(work, tmp_path, monkeypatch, args, says, code):
     "A MergeError is exit code 1, any other ValueError is 2."
     monkeypatch.chdir(work)
-    with pytest.raises(ValueError, match=says) as e, warnings.catch_warnings(): warnings.simplefilter("ignore"); run("curvature", *args, "-o", tmp_path/"s.safetensors")
+    with pytest.raises(ValueError, match=says) as e, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run("curvature", *args, "-o", tmp_path/"s.safetensors")
     assert isinstance(e.value, MergeError) == (code == 1) and len(str(e.value).splitlines()) <= 3
     assert not list(tmp_path.iterdir())
 
 
 def test_exit_codes(work, tmp_path):
-    for args, code, says in ((["unlabelled.jsonl", "--estimator", "empirical"], 1, "error: unlabelled.jsonl: the empirical Fisher needs labels"), (["a.jsonl", "--form", "kroneker"], 2, "error: no form is called"), (["a.jsonl"], 0, "")):
+    for args, code, says in (
+        (
+            ["unlabelled.jsonl", "--estimator", "empirical"],
+            1,
+            "error: unlabelled.jsonl: the empirical Fisher needs labels",
+        ),
+        (["a.jsonl", "--form", "kroneker"], 2, "error: no form is called"),
+        (["a.jsonl"], 0, ""),
+    ):
         rc, out, err = cli("curvature", "bert", *args, "-o", tmp_path/"s.safetensors", cwd=work)
         assert rc == code and err.startswith(says) and len(err.splitlines()) <= 3, err
     assert [p.name for p in tmp_path.iterdir()] == ["s.safetensors"] and "40 samples" in out
@@ -102,22 +194,43 @@ def test_exit_codes(work, tmp_path):
 
 def test_what_exists_is_kept(work, tmp_path):
     (tmp_path/"s.safetensors").write_text("mine")
-    with pytest.raises(MergeError, match="exists already"): collect(work/"bert", work/"a.jsonl", tmp_path/"s.safetensors")
+    with pytest.raises(MergeError, match="exists already"):
+        collect(work/"bert", work/"a.jsonl", tmp_path/"s.safetensors")
     assert (tmp_path/"s.safetensors").read_text() == "mine"
-    with pytest.raises(MergeError, match="its folder does not exist"): collect(work/"bert", work/"a.jsonl", tmp_path/"no"/"s.safetensors")
+    with pytest.raises(MergeError, match="its folder does not exist"):
+        collect(work/"bert", work/"a.jsonl", tmp_path/"no"/"s.safetensors")
 
 
 def test_labels_are_read_only_if_they_are_needed(work, tmp_path):
-    data = write(tmp_path/"odd.jsonl", [{"text": r["sentence"], "label": y} for r, y in zip(ROWS, ["odd", "even"]*20)])
+    data = write(
+        tmp_path/"odd.jsonl",
+        [{"text": r["sentence"], "label": y} for r, y in zip(ROWS, ["odd", "even"]*20)],
+    )
     collect(work/"bert", data, tmp_path/"s.safetensors")
-    with pytest.raises(MergeError, match="the label 'odd' is neither a whole number nor a class"): collect(work/"bert", data, tmp_path/"t.safetensors", estimator="empirical")
-    with pytest.raises(MergeError, match="a label is 39, and .*bert has 3 classes"): collect(work/"bert", write(tmp_path/"n.jsonl"), tmp_path/"t.safetensors", estimator="empirical", label="n")
-    with pytest.raises(MergeError, match="not labelled"): collect(work/"bert", write(tmp_path/"m.jsonl", [{"text": "cat", "label": -1}]), tmp_path/"t.safetensors", estimator="empirical")
+    with pytest.raises(MergeError, match="the label 'odd' is neither a whole number nor a class"):
+        collect(work/"bert", data, tmp_path/"t.safetensors", estimator="empirical")
+    with pytest.raises(MergeError, match="a label is 39, and .*bert has 3 classes"):
+        collect(
+            work/"bert",
+            write(tmp_path/"n.jsonl"),
+            tmp_path/"t.safetensors",
+            estimator="empirical",
+            label="n",
+        )
+    with pytest.raises(MergeError, match="not labelled"):
+        collect(
+            work/"bert",
+            write(tmp_path/"m.jsonl", [{"text": "cat", "label": -1}]),
+            tmp_path/"t.safetensors",
+            estimator="empirical",
+        )
 
 
 def test_only_some_parameters(work, tmp_path):
     collect(work/"bert", work/"a.jsonl", tmp_path/"s.safetensors", only="*query.weight")
-    assert {n.rpartition(".")[0] for n in load(tmp_path/"s.safetensors")} == {n for n in matrices(work/"bert") if n.endswith("query.weight")}
+    assert {n.rpartition(".")[0] for n in load(tmp_path/"s.safetensors")} == {
+        n for n in matrices(work/"bert") if n.endswith("query.weight")
+    }
 
 
 KILLED = """
@@ -132,101 +245,237 @@ c.State.save = then_die; main()
 
 
 def test_a_killed_run_goes_on(work, tmp_path):
-    rows = [{"text": " ".join(ROWS[(7*i + j) % 40]["sentence"] for j in range(6))} for i in range(80)]
-    data = write(tmp_path/"long.jsonl", rows); args = ["curvature", str(work/"bert"), str(data), "-q", "-o", "s.safetensors"]
-    r = subprocess.run([sys.executable, "-c", KILLED, *args], cwd=tmp_path, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert r.returncode == 143 and sorted(x.name for x in tmp_path.iterdir()) == ["long.jsonl", "s.safetensors.state"], r.stderr
+    rows = [
+        {"text": " ".join(ROWS[(7*i + j) % 40]["sentence"] for j in range(6))} for i in range(80)
+    ]
+    data = write(tmp_path/"long.jsonl", rows)
+    args = ["curvature", str(work/"bert"), str(data), "-q", "-o", "s.safetensors"]
+    r = subprocess.run(
+        [sys.executable, "-c", KILLED, *args],
+        cwd=tmp_path,
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert r.returncode == 143 and sorted(x.name for x in tmp_path.iterdir()) == [
+        "long.jsonl",
+        "s.safetensors.state",
+    ], r.stderr
     assert torch.load(tmp_path/"s.safetensors.state", weights_only=True)["done"][0] == 24
-    whole, again = (collect(work/"bert", data, tmp_path/f"{n}.safetensors", resume=n == "s") for n in ("whole", "s"))
-    assert sorted(x.name for x in tmp_path.iterdir()) == ["long.jsonl", "s.safetensors", "whole.safetensors"] and again.about["samples"] == 80
-    for n in whole: torch.testing.assert_close(again[n], whole[n], rtol=1e-4, atol=1e-7)
-    assert collect(work/"bert", data, tmp_path/"s.safetensors", resume=True).about["samples"] == 80      # a loop that was killed passes over what is finished
-    for how, says in (({"form": "diagonal"}, "form 'kronecker'"), ({"seed": 1}, "seed 0"), ({"estimator": "true"}, "estimator 'pullback'"), ({"max_samples": 32, "only": "*query*", "max_length": 4}, "max_samples 256, max_length 512, only None")):
-        with pytest.raises(ValueError, match=f"is finished, and of another run: {says}"): collect(work/"bert", data, tmp_path/"s.safetensors", resume=True, **how)
-    first, again = (collect(work/"bert", data, tmp_path/"i.safetensors", form="inputs", resume=True) for _ in range(2))
+    whole, again = (
+        collect(work/"bert", data, tmp_path/f"{n}.safetensors", resume=n == "s")
+        for n in ("whole", "s")
+    )
+    assert (
+        sorted(x.name for x in tmp_path.iterdir())
+        == ["long.jsonl", "s.safetensors", "whole.safetensors"]
+        and again.about["samples"] == 80
+    )
+    for n in whole:
+        torch.testing.assert_close(again[n], whole[n], rtol=1e-4, atol=1e-7)
+    # a loop that was killed passes over what is finished
+    assert (
+        collect(work/"bert", data, tmp_path/"s.safetensors", resume=True).about["samples"] == 80
+    )
+    for how, says in (
+        ({"form": "diagonal"}, "form 'kronecker'"),
+        ({"seed": 1}, "seed 0"),
+        ({"estimator": "true"}, "estimator 'pullback'"),
+        (
+            {"max_samples": 32, "only": "*query*", "max_length": 4},
+            "max_samples 256, max_length 512, only None",
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"is finished, and of another run: {says}"):
+            collect(work/"bert", data, tmp_path/"s.safetensors", resume=True, **how)
+    first, again = (
+        collect(work/"bert", data, tmp_path/"i.safetensors", form="inputs", resume=True)
+        for _ in range(2)
+    )
     assert first.about == again.about
 
 
 @pytest.mark.filterwarnings("ignore:no metric for")
 def test_pairs_that_are_not_there_and_labels_between_classes(work, tmp_path):
-    rows = [{"sentence1": "cat dog", "sentence2": None if i % 2 else "dog", "label": i % 2 + .5} for i in range(8)]
+    rows = [
+        {"sentence1": "cat dog", "sentence2": None if i % 2 else "dog", "label": i % 2 + 0.5}
+        for i in range(8)
+    ]
     from frechet_merge.examples import examples
+
     data = write(tmp_path/"pairs.jsonl", rows)
-    with pytest.warns(UserWarning, match="4 of 8 examples have no text or no pair"): found = examples(data)
+    with pytest.warns(UserWarning, match="4 of 8 examples have no text or no pair"):
+        found = examples(data)
     assert [r["pair"] for r in found] == ["dog"]*4
-    with pytest.raises(MergeError, match="label 0.5 is neither a whole number"), pytest.warns(UserWarning): collect(work/"bert", data, tmp_path/"s.safetensors", estimator="empirical")
+    with (
+        pytest.raises(MergeError, match="label 0.5 is neither a whole number"),
+        pytest.warns(UserWarning),
+    ):
+        collect(work/"bert", data, tmp_path/"s.safetensors", estimator="empirical")
 
 
-@pytest.mark.parametrize("args, says", [(dict(form="kroneker"), "no form is called 'kroneker'"), (dict(estimator="fisher"), "no estimator is called 'fisher'")])
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        (dict(form="kroneker"), "no form is called 'kroneker'"),
+        (dict(estimator="fisher"), "no estimator is called 'fisher'"),
+    ],
+)
 def test_a_mistyped_name_is_said_before_anything_is_opened(tmp_path, args, says):
-    with pytest.raises(ValueError, match=says): collect(tmp_path/"absent", tmp_path/"absent.jsonl", tmp_path/"s.safetensors", **args)
+    with pytest.raises(ValueError, match=says):
+        collect(tmp_path/"absent", tmp_path/"absent.jsonl", tmp_path/"s.safetensors", **args)
 
 
 def test_a_tied_embedding_is_said_to_have_no_factors(work, tmp_path):
-    with pytest.warns(UserWarning, match=r"no metric for transformer\.wte\.weight: it is shared by layers of different kinds \(embedding, linear\)"): collect(work/"gpt2", work/"a.jsonl", tmp_path/"s.safetensors")
-    with warnings.catch_warnings(): warnings.simplefilter("error"); assert "transformer.wte.weight" in collect(work/"gpt2", work/"a.jsonl", tmp_path/"d.safetensors", form="diagonal")
+    with pytest.warns(
+        UserWarning,
+        match=r"no metric for transformer\.wte\.weight: it is shared by layers of different kinds \(embedding, linear\)",
+    ):
+        collect(work/"gpt2", work/"a.jsonl", tmp_path/"s.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "transformer.wte.weight" in collect(
+            work/"gpt2", work/"a.jsonl", tmp_path/"d.safetensors", form="diagonal"
+        )
 
 
 def test_the_state_of_another_run_is_refused(work, tmp_path):
     torch.save({"run": "another"}, tmp_path/"s.safetensors.state")
-    with pytest.raises(ValueError, match="another run"): collect(work/"bert", work/"a.jsonl", tmp_path/"s.safetensors", resume=True)
+    with pytest.raises(ValueError, match="another run"):
+        collect(work/"bert", work/"a.jsonl", tmp_path/"s.safetensors", resume=True)
     collect(work/"bert", work/"a.jsonl", tmp_path/"s.safetensors")
     assert [x.name for x in tmp_path.iterdir()] == ["s.safetensors"]
 
 
 @pytest.mark.filterwarnings("ignore:no metric for")
-@pytest.mark.parametrize("kind, form", [("bert", "kronecker"), ("gpt2", "kronecker"), ("llama", "inputs"), ("bert", "diagonal")])
+@pytest.mark.parametrize(
+    "kind, form",
+    [("bert", "kronecker"), ("gpt2", "kronecker"), ("llama", "inputs"), ("bert", "diagonal")],
+)
 def test_statistics_merge(work, tmp_path, kind, form):
     "Two models, each best on its own side: the mean is a Fréchet mean in their metrics, and loads."
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     from frechet_merge.geometries.fisher import Curved
+
     a, b = work/kind, make(kind, tmp_path/"b", seed=1)
-    for i, m in enumerate((a, b)): collect(m, work/"a.jsonl", tmp_path/f"{i}.safetensors", form=form)
-    merged = merge([a, b], Curved(damping=.1), metrics=[tmp_path/"0.safetensors", tmp_path/"1.safetensors"], out=tmp_path/"merged")
+    for i, m in enumerate((a, b)):
+        collect(m, work/"a.jsonl", tmp_path/f"{i}.safetensors", form=form)
+    merged = merge(
+        [a, b],
+        Curved(damping=0.1),
+        metrics=[tmp_path/"0.safetensors", tmp_path/"1.safetensors"],
+        out=tmp_path/"merged",
+    )
     flat = merge([a, b])
-    name = next(n for n in merged.tensors if n.endswith(("query.weight", "q_proj.weight", "c_attn.weight")))
-    assert not torch.allclose(merged.tensors[name], flat.tensors[name]) and all(merged.tensors[n].isfinite().all() for n in merged.tensors)
-    auto = AutoModelForSequenceClassification if "Sequence" in AutoConfig.from_pretrained(a).architectures[0] else AutoModelForCausalLM
+    name = next(
+        n for n in merged.tensors if n.endswith(("query.weight", "q_proj.weight", "c_attn.weight"))
+    )
+    assert not torch.allclose(merged.tensors[name], flat.tensors[name]) and all(
+        merged.tensors[n].isfinite().all() for n in merged.tensors
+    )
+    auto = (
+        AutoModelForSequenceClassification
+        if "Sequence" in AutoConfig.from_pretrained(a).architectures[0]
+        else AutoModelForCausalLM
+    )
     auto.from_pretrained(tmp_path/"merged")
-    same = merge([a, a], Curved(damping=.1), metrics=[tmp_path/"0.safetensors"]*2)
-    for n in same.tensors: torch.testing.assert_close(same.tensors[n], load(a)[n], rtol=1e-4, atol=1e-5)
+    same = merge([a, a], Curved(damping=0.1), metrics=[tmp_path/"0.safetensors"]*2)
+    for n in same.tensors:
+        torch.testing.assert_close(same.tensors[n], load(a)[n], rtol=1e-4, atol=1e-5)
 
 
 def test_the_packaged_experts(tmp_path):
     task = "movie"
     from frechet_merge.demo import tasks
+
     write(tmp_path/"movie.jsonl", [{"text": t, "label": y} for t, y in tasks()[task]["test"][:8]])
-    with pytest.warns(UserWarning, match="no metric for pooler.dense.weight: no gradient reach"): collect(f"{base_folder()}+{DATA/task}", tmp_path/"movie.jsonl", tmp_path/"s.safetensors", head=f"{DATA/'heads.safetensors'}:{task}")
+    with pytest.warns(UserWarning, match="no metric for pooler.dense.weight: no gradient reach"):
+        collect(
+            f"{base_folder()}+{DATA / task}",
+            tmp_path/"movie.jsonl",
+            tmp_path/"s.safetensors",
+            head=f"{DATA / 'heads.safetensors'}:{task}",
+        )
     s, base = load(tmp_path/"s.safetensors"), load(base_folder())
     for n in base.lazy:
-        if n.endswith("dense.weight") and "pooler" not in n: assert s[f"{n}.left"].shape == (base[n].shape[0],)*2 and s[f"{n}.right"].shape == (base[n].shape[1],)*2
+        if n.endswith("dense.weight") and "pooler" not in n:
+            assert (
+                s[f"{n}.left"].shape == (base[n].shape[0],)*2
+                and s[f"{n}.right"].shape == (base[n].shape[1],)*2
+            )
     json.dumps(Statistics.load(tmp_path/"s.safetensors").about)
 
 
 def test_projected_statistics(tmp_path, monkeypatch, capsys, work):
     "A basis of two models, statistics in it, and their merge."
     from frechet_merge.geometries.subspace import EpiMer
+
     base, _ = work/"bert", [make("bert", tmp_path/n, seed=i) for i, n in ((1, "a"), (2, "b"))]
     monkeypatch.chdir(tmp_path)
-    run("basis", "a", "b", "--base", base, "-k", 3, "--only", "*encoder*", "-o", "basis.safetensors")
+    run(
+        "basis", "a", "b", "--base", base, "-k", 3, "--only", "*encoder*", "-o", "basis.safetensors"
+    )
     assert "12 matrices, at most 6 directions each" in capsys.readouterr().out
-    with pytest.raises(MergeError, match="exists already"): run("basis", "a", "b", "--base", base, "-o", "basis.safetensors")
-    with pytest.raises(MergeError, match="differ from it in no matrix"): run("basis", base, base, "--base", base, "-o", "none.safetensors")
-    for n in "ab": run("curvature", n, work/"a.jsonl", "--form", "projected", "--basis", "basis.safetensors", "-o", f"{n}.safetensors")
+    with pytest.raises(MergeError, match="exists already"):
+        run("basis", "a", "b", "--base", base, "-o", "basis.safetensors")
+    with pytest.raises(MergeError, match="differ from it in no matrix"):
+        run("basis", base, base, "--base", base, "-o", "none.safetensors")
+    for n in "ab":
+        run(
+            "curvature",
+            n,
+            work/"a.jsonl",
+            "--form",
+            "projected",
+            "--basis",
+            "basis.safetensors",
+            "-o",
+            f"{n}.safetensors",
+        )
     held = load("a.safetensors")
-    assert len(held.lazy) == 24 and all(held[n].shape == {"projected": (6, 6), "sigma": (6,)}[n.rpartition(".")[2]] for n in held)
-    with pytest.warns(UserWarning, match="no metric for"): merged = merge(["a", "b"], EpiMer(k=3), base=base, metrics=["a.safetensors", "b.safetensors"])
+    assert len(held.lazy) == 24 and all(
+        held[n].shape == {"projected": (6, 6), "sigma": (6,)}[n.rpartition(".")[2]] for n in held
+    )
+    with pytest.warns(UserWarning, match="no metric for"):
+        merged = merge(
+            ["a", "b"], EpiMer(k=3), base=base, metrics=["a.safetensors", "b.safetensors"]
+        )
     assert all(merged.tensors[n].isfinite().all() for n in merged.tensors)
-    with pytest.raises(MergeError, match="tensor '.*order"), pytest.warns(UserWarning, match="no metric for"): merge(["b", "a"], EpiMer(k=3), base=base, metrics=["b.safetensors", "a.safetensors"])
+    with (
+        pytest.raises(MergeError, match="tensor '.*order"),
+        pytest.warns(UserWarning, match="no metric for"),
+    ):
+        merge(["b", "a"], EpiMer(k=3), base=base, metrics=["b.safetensors", "a.safetensors"])
     for args in (("merge", "--geometry", "pullback", "-o", "no"), ("inspect",)):
-        with pytest.raises(MergeError, match="a.safetensors: the metric of tensor '.*' is projected"): run(args[0], "a", "b", "--base", base, "--metrics", "a.safetensors, b.safetensors", *args[1:])
-    with pytest.raises(MergeError, match="a basis for none"): collect(work/"gpt2", work/"a.jsonl", tmp_path/"t.safetensors", form="projected", basis="basis.safetensors")
+        with pytest.raises(
+            MergeError, match="a.safetensors: the metric of tensor '.*' is projected"
+        ):
+            run(
+                args[0],
+                "a",
+                "b",
+                "--base",
+                base,
+                "--metrics",
+                "a.safetensors, b.safetensors",
+                *args[1:],
+            )
+    with pytest.raises(MergeError, match="a basis for none"):
+        collect(
+            work/"gpt2",
+            work/"a.jsonl",
+            tmp_path/"t.safetensors",
+            form="projected",
+            basis="basis.safetensors",
+        )
 
 
 @pytest.mark.filterwarnings("ignore:no metric for")
 def test_home_is_where_statistics_are(work, tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path)); monkeypatch.chdir(work)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(work)
     made = collect("bert", "a.jsonl", "~/s.safetensors")
-    assert (tmp_path/"s.safetensors").exists() and Statistics.load("~/s.safetensors").about == made.about
+    assert (tmp_path/"s.safetensors").exists() and Statistics.load(
+        "~/s.safetensors"
+    ).about == made.about
     assert collect("bert", "a.jsonl", "~/s.safetensors", resume=True).about == made.about

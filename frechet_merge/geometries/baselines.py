@@ -19,73 +19,135 @@ from ..metrics import numbers
 
 # %% ../../nbs/geometries/12e_baselines.ipynb #4f67485b
 def ties(
-    X:list[Tensor],      # T matrices (…, p, q)
-    n:Tensor,            # (…,) entries that each may keep
-    Gs:list[float],      # what a model's entry counts in the vote
-)->list[Tensor]:         # T masks of zeros and ones
-    "Trim to the n largest entries, elect the sign of their sum, keep who agrees (TIES; Yadav et al. 2023)."
-    kept = [x*(x.abs().flatten(-2).argsort(-1, descending=True).argsort(-1) < n[..., None]).view_as(x) for x in X]
+    X: list[Tensor],  # T matrices (…, p, q)
+    n: Tensor,  # (…,) entries that each may keep
+    Gs: list[float],  # what a model's entry counts in the vote
+) -> list[Tensor]:  # T masks of zeros and ones
+    """Trim to the n largest entries, elect the sign of their sum, keep who agrees (TIES; Yadav et
+    al. 2023)."""
+    kept = [
+        x*(x.abs().flatten(-2).argsort(-1, descending=True).argsort(-1) < n[..., None]).view_as(x)
+        for x in X
+    ]
     vote = sum((g*x for g, x in zip(Gs, kept)), X[0].new_zeros(())).sign()
     return [(x.sign()*vote > 0).to(x) for x in kept]
 
 # %% ../../nbs/geometries/12e_baselines.ipynb #0a8da15e
-RANK = 1e-6    # of the largest singular value, below which one is the rounding of factors that were written in float32
+# of the largest singular value, below which one is the rounding of factors that were written in
+# float32
+RANK = 1e-6
+
 
 @dataclass(frozen=True)
 class KnOTS(Geometry):
-    "TIES on the core matrices, in the joint singular bases of both sides. A baseline: masks, not a distance."
-    density: float = 0.2             # share of the entries that each update keeps
+    """TIES on the core matrices, in the joint singular bases of both sides. A baseline: masks, not
+    a distance."""
+
+    density: float = 0.2  # share of the entries that each update keeps
     batched = True
     radius = math.inf
-    laws_waived = (3, 4, 6, 9)       # trimmed is not the input; a model that is listed twice has two votes
+    # trimmed is not the input; a model that is listed twice has two votes
+    laws_waived = (3, 4, 6, 9)
+
     def __post_init__(self):
-        if not 0 < self.density <= 1: raise ValueError(f"KnOTS(density={self.density}): the share of entries to keep must be in (0, 1].")
+        if not 0 < self.density <= 1:
+            raise ValueError(
+                f"KnOTS(density={self.density}): the share of entries to keep must be in (0, 1]."
+            )
+
     def chart(self, thetas, Gs=None):
-        "X_t = Uᵀ·C_t·V with masks as metrics, times the number that a model brings; back, U·m·Vᵀ. `ValueError` for vectors."
-        if thetas[0].dim() < 2: raise ValueError(f"KnOTS needs matrices, not a tensor of shape {list(thetas[0].shape)}: merge it with Euclidean().")
+        """X_t = Uᵀ·C_t·V with masks as metrics, times the number that a model brings; back, U·m·Vᵀ.
+        `ValueError` for vectors."""
+        if thetas[0].dim() < 2:
+            raise ValueError(
+                f"KnOTS needs matrices, not a tensor of shape {list(thetas[0].shape)}: merge "
+                "it with Euclidean()."
+            )
         C, Gs = [t.double() for t in thetas], numbers(Gs, len(thetas))
-        U, S, _ = torch.linalg.svd(torch.cat(C, -1), full_matrices=False); _, R, Vt = torch.linalg.svd(torch.cat(C, -2), full_matrices=False)
+        U, S, _ = torch.linalg.svd(torch.cat(C, -1), full_matrices=False)
+        _, R, Vt = torch.linalg.svd(torch.cat(C, -2), full_matrices=False)
         u, v = S > RANK*S[..., :1], R > RANK*R[..., :1]
         U, V = U*u[..., None, :], Vt.mT*v[..., None, :]
         X = [U.mT @ c @ V for c in C]
         masks = ties(X, (self.density*(u.sum(-1)*v.sum(-1)).double()).long().clamp(min=1), Gs)
-        return [Point(x*M, g*M) for x, M, g in zip(X, masks, Gs)], lambda m: (U @ m @ V.mT).to(thetas[0].dtype)
-    def log(self, m, x): "The difference x − m."; return x - m
-    def exp(self, m, v): "The sum m + v."; return m + v
+        return [Point(x*M, g*M) for x, M, g in zip(X, masks, Gs)], lambda m: (U @ m @ V.mT).to(
+            thetas[0].dtype
+        )
+
+    def log(self, m, x):
+        "The difference x − m."
+        return x - m
+
+    def exp(self, m, v):
+        "The sum m + v."
+        return m + v
 
 # %% ../../nbs/geometries/12e_baselines.ipynb #97925a49
-NARROW = 1e-6    # a singular value of U = [U₁ … U_T], whose columns are of length 1, below which directions coincide
+# a singular value of U = [U₁ … U_T], whose columns are of length 1, below which directions coincide
+NARROW = 1e-6
+
 
 def polar(
-    U:Tensor,                 # (…, R, K), columns of length 1
-)->tuple[Tensor,Tensor]:      # U_⊥ (…, R, K), its rank (…,): K unless directions coincide
-    "The nearest matrix with orthonormal columns, P·Qᵀ from U = P·D·Qᵀ; directions without D are left out."
+    U: Tensor,  # (…, R, K), columns of length 1
+) -> tuple[Tensor, Tensor]:  # U_⊥ (…, R, K), its rank (…,): K unless directions coincide
+    """The nearest matrix with orthonormal columns, P·Qᵀ from U = P·D·Qᵀ; directions without D are
+    left out."""
     P, D, Qt = torch.linalg.svd(U, full_matrices=False)
     return (P*(D > NARROW)[..., None, :]) @ Qt, (D > NARROW).sum(-1)
 
+# %% ../../nbs/geometries/12e_baselines.ipynb #857ec496
 @dataclass(frozen=True)
 class TSVM(Geometry):
-    "Task singular vectors, turned until they are orthonormal, and added (TSV-M). A baseline: a sum, not a mean."
-    k: int | None = None             # triplets of each update; default its rank, or min(m, n)//T where these do not fit
+    """Task singular vectors, turned until they are orthonormal, and added (TSV-M). A baseline: a
+    sum, not a mean."""
+
+    # triplets of each update; default its rank, or min(m, n)//T where these do not fit
+    k: int | None = None
     factors = batched = True
     radius = math.inf
-    laws_waived = property(lambda self: (3, 4, 6) if self.k is None else (3, 4, 6, 9))     # 3 holds for copies of low rank only; 9 unless triplets are cut
+    # 3 holds for copies of low rank only; 9 unless triplets are cut
+    laws_waived = property(lambda self: (3, 4, 6) if self.k is None else (3, 4, 6, 9))
+
     def __post_init__(self):
-        if self.k is not None and (not isinstance(self.k, int) or self.k < 1): raise ValueError(f"TSVM(k={self.k!r}): keep at least one singular triplet of each update.")
+        if self.k is not None and (not isinstance(self.k, int) or self.k < 1):
+            raise ValueError(
+                f"TSVM(k={self.k!r}): keep at least one singular triplet of each update."
+            )
+
     def chart(self, thetas, Gs=None):
-        "Singular values (Σk,) of each on its own directions, zeros on the others'; back, T·U_⊥·diag(m)·V_⊥ᵀ. Warns if directions coincide."
+        """Singular values (Σk,) of each on its own directions, zeros on the others'; back,
+        T·U_⊥·diag(m)·V_⊥ᵀ. Warns if directions coincide."""
         T, room, Gs = len(thetas), min(thetas[0].shape), numbers(Gs, len(thetas))
         ks = [min(f.rank, room, self.k or room) for f in thetas]
-        if sum(ks) > room: ks = [min(k, max(1, room//T)) for k in ks]
+        if sum(ks) > room:
+            ks = [min(k, max(1, room//T)) for k in ks]
         Us, Ss, Vs = zip(*([x[..., :k] for x in svd(f)] for f, k in zip(thetas, ks)))
         live = [S > RANK*S[..., :1] for S in Ss]
         Us, Vs = ([X*a[..., None, :] for X, a in zip(Xs, live)] for Xs in (Us, Vs))
         (U, u), (V, v) = polar(torch.cat(Us, -1)), polar(torch.cat(Vs, -1))
         short = torch.minimum(u, v) < torch.cat(live, -1).sum(-1).clamp(max=room)
         if short.any():
-            near, s, t = max((float(torch.linalg.matrix_norm(X[s].mT @ X[t], 2).max()), s, t) for X in (Us, Vs) for s in range(T) for t in range(s + 1, T))
-            warn(f"TSVM: updates {s} and {t} have a direction in common (cosine {near:.7f}): there is no unique way to turn them apart, and they share it. Merge copies of one adapter first.", stacklevel=2)
+            near, s, t = max(
+                (float(torch.linalg.matrix_norm(X[s].mT @ X[t], 2).max()), s, t)
+                for X in (Us, Vs)
+                for s in range(T)
+                for t in range(s + 1, T)
+            )
+            warn(
+                f"TSVM: updates {s} and {t} have a direction in common (cosine {near:.7f}): "
+                "there is no unique way to turn them apart, and they share it. Merge copies "
+                "of one adapter first.",
+                stacklevel=2,
+            )
         own = [torch.cat([S*(s == t) for s, S in enumerate(Ss)], -1) for t in range(T)]
-        return [Point(x, g) for x, g in zip(own, Gs)], lambda m: ((U*(T*m)[..., None, :]) @ V.mT).to(thetas[0].dtype)
-    def log(self, m, x): "The difference x − m."; return x - m
-    def exp(self, m, v): "The sum m + v."; return m + v
+        return [Point(x, g) for x, g in zip(own, Gs)], lambda m: (
+            (U*(T*m)[..., None, :]) @ V.mT
+        ).to(thetas[0].dtype)
+
+    def log(self, m, x):
+        "The difference x − m."
+        return x - m
+
+    def exp(self, m, v):
+        "The sum m + v."
+        return m + v

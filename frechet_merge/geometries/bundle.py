@@ -28,193 +28,383 @@ from geomstats.numerics.geodesic import ExpODESolver, LogSolver
 from geomstats.numerics.ivp import ScipySolveIVP
 
 # %% ../../nbs/geometries/12b_bundle.ipynb #483fecbd
-def T(X:np.ndarray)->np.ndarray: "Transposes, (…, b, a) of (…, a, b): geomstats' own take five times as long."; return X.swapaxes(-1, -2)
-def over(X:np.ndarray, A:np.ndarray)->np.ndarray: "X·A⁻¹, (…, m, r), of X (…, m, r) and A (…, r, r)."; return T(np.linalg.solve(T(A), T(X)))
+def T(X: np.ndarray) -> np.ndarray:
+    "Transposes, (…, b, a) of (…, a, b): geomstats' own take five times as long."
+    return X.swapaxes(-1, -2)
 
+# %% ../../nbs/geometries/12b_bundle.ipynb #14c85f82
+def over(X: np.ndarray, A: np.ndarray) -> np.ndarray:
+    "X·A⁻¹, (…, m, r), of X (…, m, r) and A (…, r, r)."
+    return T(np.linalg.solve(T(A), T(X)))
+
+# %% ../../nbs/geometries/12b_bundle.ipynb #273b6cbd
 class FactorPairs(VectorSpaceOpenSet):
     "Total space: pairs (G, H) of full column rank, G (m, r) above H (n, r) in one array (m+n, r)."
-    def __init__(self, m:int, n:int, r:int, equip=True):
-        self.m, self.n, self.r = m, n, r
-        super().__init__(dim=(m + n)*r, embedding_space=Matrices(m + n, r, equip=False), equip=equip)
-    default_metric = staticmethod(lambda: InvariantMetric)    # of `equip_with_metric()`
-    @staticmethod
-    def join(G:np.ndarray, H:np.ndarray)->np.ndarray: "G (…, m, r) above H (…, n, r)."; return np.concatenate([G, H], -2)
-    def split(self, x:np.ndarray)->tuple[np.ndarray,np.ndarray]: "G and H of x (…, m+n, r)."; return x[..., :self.m, :], x[..., self.m:, :]
-    def belongs(self, point, atol=gs.atol):
-        if point.shape[-2:] != self.shape: return np.zeros(point.shape[:-2], bool)
-        return np.logical_and(*(np.linalg.matrix_rank(X) == self.r for X in self.split(point)))
-    def random_point(self, n_samples=1, bound=1.0): "Gaussian entries times `bound`."; return bound*gs.random.normal(size=(*([n_samples] if n_samples > 1 else []), *self.shape))
 
+    def __init__(self, m: int, n: int, r: int, equip=True):
+        self.m, self.n, self.r = m, n, r
+        super().__init__(
+            dim=(m + n)*r, embedding_space=Matrices(m + n, r, equip=False), equip=equip
+        )
+
+    default_metric = staticmethod(lambda: InvariantMetric)  # of `equip_with_metric()`
+
+    @staticmethod
+    def join(G: np.ndarray, H: np.ndarray) -> np.ndarray:
+        "G (…, m, r) above H (…, n, r)."
+        return np.concatenate([G, H], -2)
+
+    def split(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        "G and H of x (…, m+n, r)."
+        return x[..., : self.m, :], x[..., self.m :, :]
+
+    def belongs(self, point, atol=gs.atol):
+        if point.shape[-2:] != self.shape:
+            return np.zeros(point.shape[:-2], bool)
+        return np.logical_and(*(np.linalg.matrix_rank(X) == self.r for X in self.split(point)))
+
+    def random_point(self, n_samples=1, bound=1.0):
+        "Gaussian entries times `bound`."
+        return bound*gs.random.normal(size=(*([n_samples] if n_samples > 1 else []), *self.shape))
+
+# %% ../../nbs/geometries/12b_bundle.ipynb #df4cbfc7
 class GLAction(GroupAction):
     "ψ_A(G, H) = (G·A⁻¹, H·Aᵀ), A in GL(r): another pair of the same product."
-    def __init__(self, space:FactorPairs): self.space, self.group_elem_shape = space, (space.r, space.r)
+
+    def __init__(self, space: FactorPairs):
+        self.space, self.group_elem_shape = space, (space.r, space.r)
+
     def __call__(self, group_elem, point):
         G, H = self.space.split(point)
         return self.space.join(over(G, group_elem), H @ T(group_elem))
 
 # %% ../../nbs/geometries/12b_bundle.ipynb #82c23755
-RTOL = 1e-12    # of the integrator, relative to each number; its absolute tolerance is a tenth of that relative to the largest
-CALLS = 1000    # of the geodesic equation, after which a geodesic is taken to have no end; an ordinary one needs 40 to 200
+# of the integrator, relative to each number; its absolute tolerance is a tenth of that relative to
+# the largest
+RTOL = 1e-12
+# of the geodesic equation, after which a geodesic is taken to have no end; an ordinary one needs 40
+# to 200
+CALLS = 1000
+
 
 class Integrator(ScipySolveIVP):
-    "scipy's DOP853 with a tolerance that scales with the state; NaN where a geodesic leaves the space."
-    def __init__(self, point_ndim=2): super().__init__("DOP853", point_ndim=point_ndim, rtol=RTOL)
+    """scipy's DOP853 with a tolerance that scales with the state; NaN where a geodesic leaves the
+    space."""
+
+    def __init__(self, point_ndim=2):
+        super().__init__("DOP853", point_ndim=point_ndim, rtol=RTOL)
+
     def _integrate_single(self, force, initial_state, end_time=1.0, t_eval=None):
         self.options["atol"], calls = RTOL/10*np.abs(initial_state).max(), iter(range(CALLS))
-        def counted(state, t): next(calls); return force(state, t)
-        try: result = super()._integrate_single(counted, initial_state, end_time, t_eval)
-        except (StopIteration, np.linalg.LinAlgError): result = None
+
+        def counted(state, t):
+            next(calls)
+            return force(state, t)
+
+        try:
+            result = super()._integrate_single(counted, initial_state, end_time, t_eval)
+        except (StopIteration, np.linalg.LinAlgError):
+            result = None
         if result is None or not result.success:
-            result = super()._integrate_single(lambda state, t: 0*state, initial_state, end_time, t_eval)
+            result = super()._integrate_single(
+                lambda state, t: 0*state, initial_state, end_time, t_eval
+            )
             result.y[...] = np.nan
         return result
 
-def each(one:Callable, *points:np.ndarray)->np.ndarray:
+# %% ../../nbs/geometries/12b_bundle.ipynb #1b5b82af
+def each(one: Callable, *points: np.ndarray) -> np.ndarray:
     "`one`, a function of matrices, of each of a batch of tuples of them, (…, a, b)."
     shape = np.broadcast_shapes(*(p.shape[:-2] for p in points))
-    rows = zip(*(np.broadcast_to(p, shape + p.shape[-2:]).reshape(-1, *p.shape[-2:]) for p in points))
+    rows = zip(
+        *(np.broadcast_to(p, shape + p.shape[-2:]).reshape(-1, *p.shape[-2:]) for p in points)
+    )
     out = np.stack([one(*row) for row in rows])
     return out.reshape(shape + out.shape[1:])
 
-def shoot(gap, v, size:float, tol=1e-11, maxiter=20, halvings=6):    # v (a, b); size: unit of v; halvings of v and of each step, at most
-    "The tangent at which `gap`, from a batch of tangents to as many vectors, vanishes: damped Newton from v until steps are below tol·size, or NaN."
+# %% ../../nbs/geometries/12b_bundle.ipynb #9576b329
+def shoot(
+    gap: Callable,  # from a batch of tangents to as many vectors
+    v: np.ndarray,  # (a, b), where the search begins
+    size: float,  # the unit of v
+    tol: float = 1e-11,  # on steps, in that unit
+    maxiter: int = 20,
+    halvings: int = 6,  # of v and of each step, at most
+) -> np.ndarray:
+    """The tangent at which `gap`, from a batch of tangents to as many vectors, vanishes: damped
+    Newton from v until steps are below tol·size, or NaN."""
     h, lost = 1e-7*size, np.full(v.shape, np.nan)
     E = h*np.vstack([np.zeros(v.size), np.eye(v.size)])
+
     def at(u, fresh):
         F = gap((u + (E if fresh else E[:1])).reshape(-1, *v.shape))
         return F[0], (F[1:] - F[0]).T/h if fresh and np.isfinite(F).all() else None
-    u = v.ravel(); F, J = at(u, True)
+
+    u = v.ravel()
+    F, J = at(u, True)
     for k in range(1, halvings):
-        if J is None: u = v.ravel()/2**k; F, J = at(u, True)
+        if J is None:
+            u = v.ravel()/2**k
+            F, J = at(u, True)
     for _ in range(maxiter):
-        if J is None: break
-        du = np.linalg.lstsq(J, F)[0]; step = np.abs(du).max()
-        if not np.linalg.norm(J @ du - F) <= .5*np.linalg.norm(F): break      # no direction leads there
-        if step <= tol*size: return (u - du).reshape(v.shape)
-        long = step > 1e-3*size                                       # short steps reuse the Jacobian
+        if J is None:
+            break
+        du = np.linalg.lstsq(J, F)[0]
+        step = np.abs(du).max()
+        # no direction leads there
+        if not np.linalg.norm(J @ du - F) <= 0.5*np.linalg.norm(F):
+            break
+        if step <= tol*size:
+            return (u - du).reshape(v.shape)
+        # short steps reuse the Jacobian
+        long = step > 1e-3*size
         for k in range(halvings):
-            du *= size/max(step, size) if k == 0 else .5
+            du *= size/max(step, size) if k == 0 else 0.5
             to, J1 = at(u - du, long)
-            if np.isfinite(to).all() and np.linalg.norm(to) < np.linalg.norm(F) and (J1 is not None or not long): break
-        else: return lost
+            if (
+                np.isfinite(to).all()
+                and np.linalg.norm(to) < np.linalg.norm(F)
+                and (J1 is not None or not long)
+            ):
+                break
+        else:
+            return lost
         u, F, J = u - du, to, J1 if long else J
     return lost
 
+# %% ../../nbs/geometries/12b_bundle.ipynb #5e4eeefc
 class Shooting(LogSolver):
     "Logarithm of the total space: the velocity of the geodesic from one pair to another."
+
     def __init__(self, space):
-        super().__init__(); self._space = space
-        self.flow = ExpODESolver(space, Integrator(point_ndim=3))     # a batch of geodesics is one equation
-    def log(self, point:np.ndarray, base_point:np.ndarray)->np.ndarray:
+        super().__init__()
+        self._space = space
+        # a batch of geodesics is one equation
+        self.flow = ExpODESolver(space, Integrator(point_ndim=3))
+
+    def log(self, point: np.ndarray, base_point: np.ndarray) -> np.ndarray:
         "(…, m+n, r) at `base_point`; NaN where shooting finds none."
-        def one(y, x): return shoot(lambda v: (self.flow.exp(v, x) - y).reshape(len(v), -1), y - x, np.abs(x).max())
+
+        def one(y, x):
+            return shoot(
+                lambda v: (self.flow.exp(v, x) - y).reshape(len(v), -1), y - x, np.abs(x).max()
+            )
+
         return each(one, point, base_point)
 
 # %% ../../nbs/geometries/12b_bundle.ipynb #af8deea7
 class InvariantMetric(RiemannianMetric):
-    "tr(P·ξ_Gᵀζ_G) + tr(Q·ξ_Hᵀζ_H): `mix` with P = HᵀH, Q = GᵀG; `inv` with P = (GᵀG)⁻¹, Q = (HᵀH)⁻¹ (arXiv 2505.05409, eq. 9, 10)."
-    def __init__(self, space:FactorPairs, kind:str="mix"):
-        if kind not in ("mix", "inv"): raise ValueError(f"there is no invariant metric {kind!r}: take 'mix' or 'inv'.")
-        super().__init__(space); self.kind = kind
+    """tr(P·ξ_Gᵀζ_G) + tr(Q·ξ_Hᵀζ_H): `mix` with P = HᵀH, Q = GᵀG; `inv` with P = (GᵀG)⁻¹, Q =
+    (HᵀH)⁻¹ (arXiv 2505.05409, eq. 9, 10)."""
+
+    def __init__(self, space: FactorPairs, kind: str = "mix"):
+        if kind not in ("mix", "inv"):
+            raise ValueError(f"there is no invariant metric {kind!r}: take 'mix' or 'inv'.")
+        super().__init__(space)
+        self.kind = kind
         self.exp_solver, self.log_solver = ExpODESolver(space, Integrator()), Shooting(space)
-    def grams(self, x:np.ndarray)->tuple[np.ndarray,np.ndarray]: "GᵀG and HᵀH, (…, r, r)."; return tuple(T(X) @ X for X in self._space.split(x))
-    def weights(self, x:np.ndarray)->tuple[np.ndarray,np.ndarray]: "P and Q, (…, r, r)."; SG, SH = self.grams(x); return (SH, SG) if self.kind == "mix" else (np.linalg.inv(SG), np.linalg.inv(SH))
+
+    def grams(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        "GᵀG and HᵀH, (…, r, r)."
+        return tuple(T(X) @ X for X in self._space.split(x))
+
+    def weights(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        "P and Q, (…, r, r)."
+        SG, SH = self.grams(x)
+        return (SH, SG) if self.kind == "mix" else (np.linalg.inv(SG), np.linalg.inv(SH))
+
     def inner_product(self, tangent_vec_a, tangent_vec_b, base_point):
-        (P, Q), (aG, aH), (bG, bH) = self.weights(base_point), *map(self._space.split, (tangent_vec_a, tangent_vec_b))
+        (P, Q), (aG, aH), (bG, bH) = (
+            self.weights(base_point),
+            *map(self._space.split, (tangent_vec_a, tangent_vec_b)),
+        )
         return ((aG @ P)*bG).sum((-1, -2)) + ((aH @ Q)*bH).sum((-1, -2))
+
     def geodesic_equation(self, state):
-        split, x, v = self._space.split, state[..., 0, :, :], state[..., 1, :, :]; out = np.stack([v, v], -3)
-        (G, H), (X, Y), (a, b), (SG, SH) = split(x), split(v), split(out[..., 1, :, :]), self.grams(x)
-        KG, KH = T(G) @ X, T(H) @ Y; KG, KH, LG, LH = KG + T(KG), KH + T(KH), T(X) @ X, T(Y) @ Y
-        if self.kind == "mix": a[...], b[...] = over(G @ LH - X @ KH, SH), over(H @ LG - Y @ KG, SG)
-        else: a[...], b[...] = X @ np.linalg.solve(SG, KG) - G @ np.linalg.solve(SG, LG), Y @ np.linalg.solve(SH, KH) - H @ np.linalg.solve(SH, LH)
+        split, x, v = self._space.split, state[..., 0, :, :], state[..., 1, :, :]
+        out = np.stack([v, v], -3)
+        (G, H), (X, Y), (a, b), (SG, SH) = (
+            split(x),
+            split(v),
+            split(out[..., 1, :, :]),
+            self.grams(x),
+        )
+        KG, KH = T(G) @ X, T(H) @ Y
+        KG, KH, LG, LH = KG + T(KG), KH + T(KH), T(X) @ X, T(Y) @ Y
+        if self.kind == "mix":
+            a[...], b[...] = over(G @ LH - X @ KH, SH), over(H @ LG - Y @ KG, SG)
+        else:
+            a[...], b[...] = (
+                X @ np.linalg.solve(SG, KG) - G @ np.linalg.solve(SG, LG),
+                Y @ np.linalg.solve(SH, KH) - H @ np.linalg.solve(SH, LH),
+            )
         return out
 
 # %% ../../nbs/geometries/12b_bundle.ipynb #d9c92139
 class FixedRankMatrices(Manifold):
     "Base: the (m, n) matrices of rank r, of dimension r(m+n-r)."
-    def __init__(self, m:int, n:int, r:int, equip=True):
+
+    def __init__(self, m: int, n: int, r: int, equip=True):
         self.m, self.n, self.rank = m, n, r
         super().__init__(dim=r*(m + n - r), shape=(m, n), intrinsic=False, equip=equip)
-    default_metric = staticmethod(lambda: AdapterMetric)    # of `equip_with_metric()`
-    def svd(self, W:np.ndarray)->tuple[np.ndarray,np.ndarray,np.ndarray]:
+
+    default_metric = staticmethod(lambda: AdapterMetric)  # of `equip_with_metric()`
+
+    def svd(self, W: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         "The leading r triplets: U (…, m, r), σ (…, 1, r), V (…, n, r)."
         U, S, Vt = np.linalg.svd(W, full_matrices=False)
-        return U[..., :self.rank], S[..., None, :self.rank], T(Vt[..., :self.rank, :])
+        return U[..., : self.rank], S[..., None, : self.rank], T(Vt[..., : self.rank, :])
+
     def belongs(self, point, atol=gs.atol):
-        if point.shape[-2:] != self.shape: return np.zeros(point.shape[:-2], bool)
+        if point.shape[-2:] != self.shape:
+            return np.zeros(point.shape[:-2], bool)
         S = np.linalg.svd(point, compute_uv=False)
-        return (S[..., self.rank - 1] > atol) & (S[..., self.rank:] <= atol).all(-1)
+        return (S[..., self.rank - 1] > atol) & (S[..., self.rank :] <= atol).all(-1)
+
     def to_tangent(self, vector, base_point):
-        U, _, V = self.svd(base_point); out = vector - U @ (T(U) @ vector)
+        U, _, V = self.svd(base_point)
+        out = vector - U @ (T(U) @ vector)
         return vector - out + (out @ V) @ T(V)
+
     def is_tangent(self, vector, base_point, atol=gs.atol):
         return np.isclose(vector, self.to_tangent(vector, base_point), atol=atol).all((-1, -2))
+
     def random_point(self, n_samples=1, bound=1.0):
         x = FactorPairs(self.m, self.n, self.rank, equip=False).random_point(n_samples, bound)
-        return x[..., :self.m, :] @ T(x[..., self.m:, :])
+        return x[..., : self.m, :] @ T(x[..., self.m :, :])
 
+# %% ../../nbs/geometries/12b_bundle.ipynb #db785290
 class LoRABundle(FiberBundle):
     "The bundle π(G, H) = G·Hᵀ of pairs over matrices of rank r."
-    def __init__(self, total_space): super().__init__(total_space, aligner=HorizontalAligner(total_space))
-    def riemannian_submersion(self, point): "G·Hᵀ, (…, m, n)."; G, H = self._total_space.split(point); return G @ T(H)
-    def tangent_riemannian_submersion(self, tangent_vec, base_point): "ξ_G·Hᵀ + G·ξ_Hᵀ, (…, m, n)."; (G, H), (X, Y) = map(self._total_space.split, (base_point, tangent_vec)); return X @ T(H) + G @ T(Y)
+
+    def __init__(self, total_space):
+        super().__init__(total_space, aligner=HorizontalAligner(total_space))
+
+    def riemannian_submersion(self, point):
+        "G·Hᵀ, (…, m, n)."
+        G, H = self._total_space.split(point)
+        return G @ T(H)
+
+    def tangent_riemannian_submersion(self, tangent_vec, base_point):
+        "ξ_G·Hᵀ + G·ξ_Hᵀ, (…, m, n)."
+        (G, H), (X, Y) = map(self._total_space.split, (base_point, tangent_vec))
+        return X @ T(H) + G @ T(Y)
+
     def lift(self, point):
         "The balanced pair (…, m+n, r) over (…, m, n)."
-        U, S, V = FixedRankMatrices(self._total_space.m, self._total_space.n, self._total_space.r, equip=False).svd(point)
+        U, S, V = FixedRankMatrices(
+            self._total_space.m, self._total_space.n, self._total_space.r, equip=False
+        ).svd(point)
         return self._total_space.join(U*np.sqrt(S), V*np.sqrt(S))
-    def momentum(self, tangent_vec:np.ndarray, base_point:np.ndarray)->np.ndarray:
-        "J = Gᵀξ_G·P - Q·ξ_HᵀH, (r, r): constant along geodesics (Noether), zero for horizontal tangents."
-        (G, H), (X, Y), (P, Q) = *map(self._total_space.split, (base_point, tangent_vec)), self._total_space.metric.weights(base_point)
+
+    def momentum(self, tangent_vec: np.ndarray, base_point: np.ndarray) -> np.ndarray:
+        """J = Gᵀξ_G·P - Q·ξ_HᵀH, (r, r): constant along geodesics (Noether), zero for horizontal
+        tangents."""
+        (G, H), (X, Y), (P, Q) = (
+            *map(self._total_space.split, (base_point, tangent_vec)),
+            self._total_space.metric.weights(base_point),
+        )
         return T(G) @ X @ P - Q @ T(Y) @ H
+
     def vertical_projection(self, tangent_vec, base_point):
-        (G, H), (SG, SH), J = self._total_space.split(base_point), self._total_space.metric.grams(base_point), self.momentum(tangent_vec, base_point)
-        if self._total_space.metric.kind == "mix": L = over(np.linalg.solve(SG, J), SH)/2
-        else: L = np.vectorize(solve_sylvester, signature="(r,r),(r,r),(r,r)->(r,r)")(SH @ SG, SH @ SG, SH @ J @ SG)
+        (G, H), (SG, SH), J = (
+            self._total_space.split(base_point),
+            self._total_space.metric.grams(base_point),
+            self.momentum(tangent_vec, base_point),
+        )
+        if self._total_space.metric.kind == "mix":
+            L = over(np.linalg.solve(SG, J), SH)/2
+        else:
+            L = np.vectorize(solve_sylvester, signature="(r,r),(r,r),(r,r)->(r,r)")(
+                SH @ SG, SH @ SG, SH @ J @ SG
+            )
         return self._total_space.join(G @ L, -H @ T(L))
+
     def horizontal_lift(self, tangent_vec, base_point=None, fiber_point=None):
-        if fiber_point is None: fiber_point = self.lift(base_point)
-        (G, H), (SG, SH) = self._total_space.split(fiber_point), self._total_space.metric.grams(fiber_point)
+        if fiber_point is None:
+            fiber_point = self.lift(base_point)
+        (G, H), (SG, SH) = (
+            self._total_space.split(fiber_point),
+            self._total_space.metric.grams(fiber_point),
+        )
         X, Y = over(tangent_vec @ H, SH), over(T(tangent_vec) @ G, SG)
-        return self.horizontal_projection(self._total_space.join(X, Y - H @ np.linalg.solve(SH, T(H) @ Y)), fiber_point)
+        return self.horizontal_projection(
+            self._total_space.join(X, Y - H @ np.linalg.solve(SH, T(H) @ Y)), fiber_point
+        )
 
 # %% ../../nbs/geometries/12b_bundle.ipynb #bba6adc7
 class HorizontalAligner(AlignerAlgorithm):
     "Alignment by the horizontal geodesic from the base point to the fibre of the other."
-    def velocity(self, point:np.ndarray, base_point:np.ndarray)->np.ndarray:
+
+    def velocity(self, point: np.ndarray, base_point: np.ndarray) -> np.ndarray:
         "Of that geodesic, at `base_point` in the total space."
-        space, bundle, flow = self._total_space, self._total_space.fiber_bundle, self._total_space.metric.log_solver.flow
+        space, bundle, flow = (
+            self._total_space,
+            self._total_space.fiber_bundle,
+            self._total_space.metric.log_solver.flow,
+        )
+
         def one(y, x):
             (G, H), (Gy, Hy), r = space.split(x), space.split(y), space.r
-            B = (np.linalg.pinv(Gy) @ G + np.linalg.pinv(np.linalg.pinv(Hy) @ H).T)/2            # a first guess: fit either factor, and average
-            (QG, RG), (QH, RH) = np.linalg.qr(Gy, mode="complete"), np.linalg.qr(Hy, mode="complete")
+            # a first guess: fit either factor, and average
+            B = (np.linalg.pinv(Gy) @ G + np.linalg.pinv(np.linalg.pinv(Hy) @ H).T)/2
+            (QG, RG), (QH, RH) = (
+                np.linalg.qr(Gy, mode="complete"),
+                np.linalg.qr(Hy, mode="complete"),
+            )
             C = RG[:r] @ RH[:r].T
+
             def gap(v):
-                g, h = space.split(flow.exp(v, x)); g, h = QG.T @ g, QH.T @ h
+                g, h = space.split(flow.exp(v, x))
+                g, h = QG.T @ g, QH.T @ h
                 parts = g[:, r:], h[:, r:], g[:, :r] @ T(h[:, :r]) - C, bundle.momentum(v, x)
                 return np.concatenate([p.reshape(len(v), -1) for p in parts], 1)
-            return shoot(gap, bundle.horizontal_projection(space.join(Gy @ B, Hy @ np.linalg.pinv(B).T) - x, x), np.abs(x).max())
+
+            return shoot(
+                gap,
+                bundle.horizontal_projection(space.join(Gy @ B, Hy @ np.linalg.pinv(B).T) - x, x),
+                np.abs(x).max(),
+            )
+
         return each(one, point, base_point)
+
     def align(self, point, base_point):
         "The point of the fibre of `point` that the geodesic reaches; NaN where there is none."
         end = self._total_space.metric.exp(self.velocity(point, base_point), base_point)
         G, Gy = self._total_space.split(end)[0], self._total_space.split(point)[0]
-        return self._total_space.group_action(np.linalg.solve(T(Gy) @ G, T(Gy) @ Gy), point)      # G = Gy·A⁻¹
-    def log(self, point:np.ndarray, base_point:np.ndarray)->np.ndarray:
+        # G = Gy·A⁻¹
+        return self._total_space.group_action(np.linalg.solve(T(Gy) @ G, T(Gy) @ Gy), point)
+
+    def log(self, point: np.ndarray, base_point: np.ndarray) -> np.ndarray:
         "Of the base; geomstats' `QuotientMetric` asks an aligner that also has `geodesic_bvp`."
-        bundle = self._total_space.fiber_bundle; x = bundle.lift(base_point)
+        bundle = self._total_space.fiber_bundle
+        x = bundle.lift(base_point)
         return bundle.tangent_riemannian_submersion(self.velocity(bundle.lift(point), x), x)
-    def geodesic_bvp(self, point:np.ndarray, base_point:np.ndarray)->Callable:
+
+    def geodesic_bvp(self, point: np.ndarray, base_point: np.ndarray) -> Callable:
         "t → the point at t of the geodesic downstairs, from 0 at `base_point` to 1 at `point`."
-        bundle = self._total_space.fiber_bundle; x = bundle.lift(base_point)
-        path = self._total_space.metric.geodesic(x, initial_tangent_vec=self.velocity(bundle.lift(point), x))
+        bundle = self._total_space.fiber_bundle
+        x = bundle.lift(base_point)
+        path = self._total_space.metric.geodesic(
+            x, initial_tangent_vec=self.velocity(bundle.lift(point), x)
+        )
         return lambda t: bundle.riemannian_submersion(path(t))
 
+# %% ../../nbs/geometries/12b_bundle.ipynb #365165df
 class AdapterMetric(QuotientMetric):
-    "Distance between adapters: geomstats' quotient of `InvariantMetric` by GL(r), on `FixedRankMatrices`."
-    def __init__(self, space:FixedRankMatrices, total_space=None, kind:str="mix"):
-        if total_space is None: total_space = FactorPairs(space.m, space.n, space.rank, equip=False).equip_with_metric(InvariantMetric, kind=kind)
-        if not hasattr(total_space, "fiber_bundle"): total_space.equip_with_group_action(GLAction(total_space)).equip_with_quotient()
+    """Distance between adapters: geomstats' quotient of `InvariantMetric` by GL(r), on
+    `FixedRankMatrices`."""
+
+    def __init__(self, space: FixedRankMatrices, total_space=None, kind: str = "mix"):
+        if total_space is None:
+            total_space = FactorPairs(space.m, space.n, space.rank, equip=False).equip_with_metric(
+                InvariantMetric, kind=kind
+            )
+        if not hasattr(total_space, "fiber_bundle"):
+            total_space.equip_with_group_action(GLAction(total_space)).equip_with_quotient()
         super().__init__(space=space, total_space=total_space)
 
-register_quotient(Space=FactorPairs, Metric=InvariantMetric, GroupAction=GLAction, FiberBundle=LoRABundle)
+# %% ../../nbs/geometries/12b_bundle.ipynb #64ef57d3
+register_quotient(
+    Space=FactorPairs, Metric=InvariantMetric, GroupAction=GLAction, FiberBundle=LoRABundle
+)

@@ -18,52 +18,123 @@ from ..metrics import Kronecker, as_metric, damped, mean_factor, normalised
 # %% ../../nbs/geometries/10_fisher.ipynb #991c6d7d
 @dataclass(frozen=True)
 class Curved(Geometry):
-    "Flat space in which each model brings its curvature: Fisher merging, RegMean, KFAC, the pullback mean; without metrics, the mean."
-    normalise: bool = False         # divide each metric by its mean eigenvalue (`metrics.normalised`)
-    damping: float = 0.0            # times the mean eigenvalue of the metrics' average (`metrics.damped`)
-    anchor: float | None = None     # c: a further point at c·Σ, c times the sum of the models' differences from their base
-    nu: float = 1.0                 # the flat metric of the anchor, where each of the models counts as a whole
-    share: str | None = None        # "right" or "left": all models get the mean of their factors on that side, and the sum a closed form
+    """Flat space in which each model brings its curvature: Fisher merging, RegMean, KFAC, the
+    pullback mean; without metrics, the mean."""
+
+    normalise: bool = False  # divide each metric by its mean eigenvalue (`metrics.normalised`)
+    damping: float = 0.0  # times the mean eigenvalue of the metrics' average (`metrics.damped`)
+    # c: a further point at c·Σ, c times the sum of the models' differences from their base
+    anchor: float | None = None
+    nu: float = 1.0  # the flat metric of the anchor, where each of the models counts as a whole
+    # "right" or "left": all models get the mean of their factors on that side, and the sum a closed
+    # form
+    share: str | None = None
     curved = True
     radius = math.inf
-    separable = property(lambda self: not self.normalise and not self.damping)    # units are those of whole tensors
-    differences = property(lambda self: self.anchor is not None)                 # a sum is one of differences
-    needs_metrics = property(lambda self: self.anchor is not None or self.normalise or self.damping > 0 or self.share is not None)      # without all of them it is the mean
-    laws_waived = property(lambda self: (3, 4, 9) if self.anchor is not None else (4,) if self.share or self.damping and not self.normalise else ())
+    # units are those of whole tensors
+    separable = property(lambda self: not self.normalise and not self.damping)
+    differences = property(lambda self: self.anchor is not None)  # a sum is one of differences
+    # without all of them it is the mean
+    needs_metrics = property(
+        lambda self: (
+            self.anchor is not None or self.normalise or self.damping > 0 or self.share is not None
+        )
+    )
+    laws_waived = property(
+        lambda self: (
+            (3, 4, 9)
+            if self.anchor is not None
+            else (4,)
+            if self.share or self.damping and not self.normalise
+            else ()
+        )
+    )
+
     def __post_init__(self):
-        if self.share not in (None, "left", "right"): raise ValueError(f"Curved(share={self.share!r}): use 'right' (the inputs of nn.Linear) or 'left'.")
+        if self.share not in (None, "left", "right"):
+            raise ValueError(
+                f"Curved(share={self.share!r}): use 'right' (the inputs of nn.Linear) or 'left'."
+            )
         for k in ("damping", "nu", "anchor"):
-            if not isinstance(x := getattr(self, k), (int, float)) and not (k == "anchor" and x is None): raise ValueError(f"Curved({k}={x!r}): a number.")
-        if not 0 <= self.damping < math.inf: raise ValueError(f"Curved(damping={self.damping}): a share of the metrics, finite and >= 0.")
-        if not 0 < self.nu < math.inf: raise ValueError(f"Curved(nu={self.nu}): the anchor's metric must be finite and > 0; leave the anchor out for none.")
-        if self.anchor is not None and not math.isfinite(self.anchor): raise ValueError(f"Curved(anchor={self.anchor}): the multiple of the sum must be finite.")
+            if not isinstance(x := getattr(self, k), (int, float)) and not (
+                k == "anchor" and x is None
+            ):
+                raise ValueError(f"Curved({k}={x!r}): a number.")
+        if not 0 <= self.damping < math.inf:
+            raise ValueError(
+                f"Curved(damping={self.damping}): a share of the metrics, finite and >= 0."
+            )
+        if not 0 < self.nu < math.inf:
+            raise ValueError(
+                f"Curved(nu={self.nu}): the anchor's metric must be finite and > 0; leave the "
+                "anchor out for none."
+            )
+        if self.anchor is not None and not math.isfinite(self.anchor):
+            raise ValueError(
+                f"Curved(anchor={self.anchor}): the multiple of the sum must be finite."
+            )
+
     def chart(self, thetas, Gs=None):
-        "The models, each with its metric in the units asked for; with an anchor, T further points c·T·Δ_t with the metric ν/T."
+        """The models, each with its metric in the units asked for; with an anchor, T further points
+        c·T·Δ_t with the metric ν/T."""
         thetas, T = list(thetas), len(thetas)
-        if Gs is None: return [Point(t) for t in thetas], lambda m: m
+        if Gs is None:
+            return [Point(t) for t in thetas], lambda m: m
         Gs = normalised(Gs) if self.normalise else [as_metric(G) for G in Gs]
         Gs = damped(Gs if self.share is None else shared(Gs, self.share), self.damping)
-        far = [] if self.anchor is None else [Point(self.anchor*T*t, self.nu/T) for t in thetas]
+        far = (
+            [] if self.anchor is None else [Point(self.anchor*T*t, self.nu/T) for t in thetas]
+        )
         return [*(Point(t, G) for t, G in zip(thetas, Gs)), *far], lambda m: m
-    def log(self, m, x): "The difference x − m."; return x - m
-    def exp(self, m, v): "The sum m + v."; return m + v
-    def start(self, points, ws)->Tensor: "The plain mean, which stays where no metric says anything."; return sum((w*p.x for w, p in zip(ws, points)), points[0].x.new_zeros(()))
 
+    def log(self, m, x):
+        "The difference x − m."
+        return x - m
+
+    def exp(self, m, v):
+        "The sum m + v."
+        return m + v
+
+    def start(self, points, ws) -> Tensor:
+        "The plain mean, which stays where no metric says anything."
+        return sum((w*p.x for w, p in zip(ws, points)), points[0].x.new_zeros(()))
+
+# %% ../../nbs/geometries/10_fisher.ipynb #f12007a8
 def shared(
-    Gs:Sequence,    # T metrics of a layer's weight (o, i): any; only pairs B (o, o), A (i, i), or their diagonals, are changed
-    side:str,       # "right": A, of the inputs of nn.Linear; "left": B, of its outputs
-)->list:            # T metrics; those on `side` are one and the same, in units of their mean eigenvalue, which go to the other side
-    "Kronecker metrics with the mean of their factors on one side, each of mean eigenvalue one there (a metric of zero is one still, and has no part in that mean); other metrics as they are."
-    if not all(isinstance(G, Kronecker) and len(G.pairs) == 1 and not G.flat and G.pairs[0][0] is not None and G.pairs[0][1] is not None for G in Gs): return list(Gs)
+    # T metrics of a layer's weight (o, i): any; only pairs B (o, o), A (i, i), or their diagonals,
+    # are changed
+    Gs: Sequence,
+    side: str,  # "right": A, of the inputs of nn.Linear; "left": B, of its outputs
+    # T metrics; those on `side` are one and the same, in units of their mean eigenvalue, which go
+    # to the other side
+) -> list:
+    """Kronecker metrics with the mean of their factors on one side, each of mean eigenvalue one
+    there (a metric of zero is one still, and has no part in that mean); other metrics as they
+    are."""
+    if not all(
+        isinstance(G, Kronecker)
+        and len(G.pairs) == 1
+        and not G.flat
+        and G.pairs[0][0] is not None
+        and G.pairs[0][1] is not None
+        for G in Gs
+    ):
+        return list(Gs)
     L, R = zip(*(G.pairs[0] for G in Gs))
     own, common = (L, R) if side == "right" else (R, L)
     mean, units = mean_factor(common)
-    return [Kronecker((u*M, mean) if side == "right" else (mean, u*M)) for u, M in zip(units, own)]
+    return [
+        Kronecker((u*M, mean) if side == "right" else (mean, u*M)) for u, M in zip(units, own)
+    ]
 
+# %% ../../nbs/geometries/10_fisher.ipynb #7f468753
 def pullback(
-    anchor:float=4.0,           # c: the anchor is at c times the sum of the models' differences; 4 was chosen on eight text tasks, and is too far for large updates: `frechet_merge.tune` finds it
-    nu:float=1.0,               # > 0, the anchor's flat metric, in units of the models' mean eigenvalue
-    share:str|None="right",     # the side on which models share a factor, as in `Curved`; None: none, and no closed form
-)->Curved:
+    # c: the anchor is at c times the sum of the models' differences; 4 was chosen on eight text
+    # tasks, and is too far for large updates: `frechet_merge.tune` finds it
+    anchor: float = 4.0,
+    nu: float = 1.0,  # > 0, the anchor's flat metric, in units of the models' mean eigenvalue
+    # the side on which models share a factor, as in `Curved`; None: none, and no closed form
+    share: str | None = "right",
+) -> Curved:
     "The sum-anchored mean with metrics of mean eigenvalue one, and one input covariance for all."
     return Curved(normalise=True, anchor=anchor, nu=nu, share=share)

@@ -18,50 +18,107 @@ from .wasserstein import Wasserstein
 from ..geometry import Euclidean, Geometry
 
 # %% ../../nbs/geometries/12_lora.ipynb #9fae4820
-METRICS: dict[str,Callable[[],Geometry]] = {"flat": Euclidean, "mix": lambda: Quotient("mix"), "inv": lambda: Quotient("inv"), "wasserstein": Wasserstein}    # name → geometry of the core matrices
+# name → geometry of the core matrices
+METRICS: dict[str, Callable[[], Geometry]] = {
+    "flat": Euclidean,
+    "mix": lambda: Quotient("mix"),
+    "inv": lambda: Quotient("inv"),
+    "wasserstein": Wasserstein,
+}
+
 
 @dataclass(frozen=True)
 class LoRA(Geometry):
     "Adapters modulo GL(r), merged in the small space that they span."
-    rank: int | None = None            # of the result; default: what loses nothing, min(Σr, m, n), or the common rank for curved metrics
-    metric: str | Geometry = "flat"    # "flat"; "mix", "inv": intrinsic, for equal ranks; "wasserstein"; or a geometry of the core matrices
-    pinned: float | None = None        # experimental: μ of `Pinned`, in place of a metric
+
+    # of the result; default: what loses nothing, min(Σr, m, n), or the common rank for curved
+    # metrics
+    rank: int | None = None
+    # "flat"; "mix", "inv": intrinsic, for equal ranks; "wasserstein"; or a geometry of the core
+    # matrices
+    metric: str | Geometry = "flat"
+    pinned: float | None = None  # experimental: μ of `Pinned`, in place of a metric
     factors = True
+
     def __post_init__(self):
-        if self.rank is not None and (not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1): raise ValueError(f"rank = {self.rank!r}: a merged adapter has a rank of at least 1.")
-        if self.pinned is not None and self.metric != "flat": raise ValueError("pinned= is a metric of its own: leave metric= out.")
-        _ = self.inner      # which says what is wrong with its arguments
+        if self.rank is not None and (
+            not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1
+        ):
+            raise ValueError(f"rank = {self.rank!r}: a merged adapter has a rank of at least 1.")
+        if self.pinned is not None and self.metric != "flat":
+            raise ValueError("pinned= is a metric of its own: leave metric= out.")
+        # which says what is wrong with its arguments
+        _ = self.inner
+
     @property
-    def inner(self)->Geometry:
+    def inner(self) -> Geometry:
         "The geometry of the core matrices. `ValueError` for a name that is none of `METRICS`."
-        if self.pinned is not None: return Pinned(self.pinned)
-        if isinstance(self.metric, Geometry): return self.metric
-        if self.metric not in METRICS: raise ValueError(f"no metric of adapters is called {self.metric!r}: use {', '.join(METRICS)}, or a Geometry.")
+        if self.pinned is not None:
+            return Pinned(self.pinned)
+        if isinstance(self.metric, Geometry):
+            return self.metric
+        if self.metric not in METRICS:
+            raise ValueError(
+                f"no metric of adapters is called {self.metric!r}: use {', '.join(METRICS)}, "
+                "or a Geometry."
+            )
         return METRICS[self.metric]()
-    batched = property(lambda self: self.inner.batched)            # these four are the inner geometry's
+
+    batched = property(lambda self: self.inner.batched)  # these four are the inner geometry's
     keeps_rank = property(lambda self: self.inner.keeps_rank)
     radius = property(lambda self: self.inner.radius)
     laws_waived = property(lambda self: self.inner.laws_waived)
-    def out_rank(self,
-        ranks:list[int],      # of the T updates
-        shape:tuple,          # (m, n) of the layer
-    )->int:                   # ≤ Σ ranks, m, n and `rank`; the largest of the ranks for a metric that keeps them
+
+    def out_rank(
+        self,
+        ranks: list[int],  # of the T updates
+        shape: tuple,  # (m, n) of the layer
+    ) -> int:  # ≤ Σ ranks, m, n and `rank`; the largest of the ranks for a metric that keeps them
         "Rank of the result for updates of these ranks and this shape."
         top = max(ranks) if self.keeps_rank else sum(ranks)
         return min(top, *shape, self.rank or top)
+
     def chart(self, thetas, Gs=None):
-        "Cores (R_G, R_H) of `Factors` as points of the inner geometry; back, the balanced pair of rank `out_rank`. `ValueError` if shapes differ."
-        if any(f.shape != thetas[0].shape for f in thetas): raise ValueError(f"updates of shapes {[f.shape for f in thetas]} cannot be merged: the adapters are of different bases.")
-        (QG, QH, pairs), dtype, k = core(list(thetas)), thetas[0].dtype, self.out_rank([f.rank for f in thetas], thetas[0].shape)
-        points, back = self.inner.chart(pairs if self.inner.factors else [c.delta() for c in pairs], Gs)
+        """Cores (R_G, R_H) of `Factors` as points of the inner geometry; back, the balanced pair of
+        rank `out_rank`. `ValueError` if shapes differ."""
+        if any(f.shape != thetas[0].shape for f in thetas):
+            raise ValueError(
+                f"updates of shapes {[f.shape for f in thetas]} cannot be merged: the adapters "
+                "are of different bases."
+            )
+        (QG, QH, pairs), dtype, k = (
+            core(list(thetas)),
+            thetas[0].dtype,
+            self.out_rank([f.rank for f in thetas], thetas[0].shape),
+        )
+        points, back = self.inner.chart(
+            pairs if self.inner.factors else [c.delta() for c in pairs], Gs
+        )
+
         def lift(m):
             x = back(m)
-            if isinstance(x, Factors): U, S, V = svd(x)
-            else: U, S, Vt = torch.linalg.svd(x, full_matrices=False); V = Vt.mT
+            if isinstance(x, Factors):
+                U, S, V = svd(x)
+            else:
+                U, S, Vt = torch.linalg.svd(x, full_matrices=False)
+                V = Vt.mT
             f = balanced(QG @ U[..., :k], S[..., :k], QH @ V[..., :k])
             return Factors(f.B.to(dtype), f.A.to(dtype))
+
         return points, lift
-    def log(self, m, x): "Of the inner geometry."; return self.inner.log(m, x)
-    def exp(self, m, v): "Of the inner geometry."; return self.inner.exp(m, v)
-    def start(self, points, ws): "Of the inner geometry."; return self.inner.start(points, ws)
-    def size(self, m): "Of the inner geometry."; return self.inner.size(m)
+
+    def log(self, m, x):
+        "Of the inner geometry."
+        return self.inner.log(m, x)
+
+    def exp(self, m, v):
+        "Of the inner geometry."
+        return self.inner.exp(m, v)
+
+    def start(self, points, ws):
+        "Of the inner geometry."
+        return self.inner.start(points, ws)
+
+    def size(self, m):
+        "Of the inner geometry."
+        return self.inner.size(m)

@@ -16,31 +16,57 @@ from ..geometry import Geometry, Point
 from ..metrics import Diagonal, Operator, numbers
 
 # %% ../../nbs/geometries/12c_pinned.ipynb #1e31780d
-RANK = 1e-6    # of the largest singular value, below which one is the rounding of factors that were written in float32
+# of the largest singular value, below which one is the rounding of factors that were written in
+# float32
+RANK = 1e-6
+
 
 def tangent_metric(
-    f:Factors,     # ΔW of shape (…, m, n) and any rank; singular values below `RANK` are left out
-)->Operator:       # eigenvalues 1/2 inside both spaces of ΔW, 1 inside one, 0 outside
-    "The quotient's mix metric at ΔW = U·diag(σ)·Vᵀ, extended by zero: X ↦ P_U·X + X·P_V − 3/2·P_U·X·P_V on (…, m, n)."
+    f: Factors,  # ΔW of shape (…, m, n) and any rank; singular values below `RANK` are left out
+) -> Operator:  # eigenvalues 1/2 inside both spaces of ΔW, 1 inside one, 0 outside
+    """The quotient's mix metric at ΔW = U·diag(σ)·Vᵀ, extended by zero: X ↦ P_U·X + X·P_V −
+    3/2·P_U·X·P_V on (…, m, n)."""
     U, S, V = svd(f)
     keep = (S > RANK*S[..., :1])[..., None, :]
     U, V = U*keep, V*keep
-    def mv(X:Tensor)->Tensor:
+
+    def mv(X: Tensor) -> Tensor:
         XV = X @ V
         return U @ (U.mT @ X) + (XV - 1.5*(U @ (U.mT @ XV))) @ V.mT
+
     return Operator(mv, lead=U.dim() - 2)
 
 # %% ../../nbs/geometries/12c_pinned.ipynb #5f0e5558
 @dataclass(frozen=True)
 class Pinned(Geometry):
-    "EXPERIMENTAL: low-rank updates in the flat space of their core, each with the quotient's metric at its own end, damped by mu."
-    mu: float = 0.05    # > 0, in units of the metric, whose eigenvalues are 0, 1/2 and 1: towards 0 a sum of what is orthogonal, towards inf the plain mean
+    """EXPERIMENTAL: low-rank updates in the flat space of their core, each with the quotient's
+    metric at its own end, damped by mu."""
+
+    # > 0, in units of the metric, whose eigenvalues are 0, 1/2 and 1: towards 0 a sum of what is
+    # orthogonal, towards inf the plain mean
+    mu: float = 0.05
     factors = batched = True
     radius = math.inf
+
     def __post_init__(self):
-        if not self.mu > 0: raise ValueError(f"Pinned(mu={self.mu}): the damping must be > 0. Without it the mean is not unique where no adapter has an opinion, and not a continuous function of adapters that nearly agree.")
+        if not self.mu > 0:
+            raise ValueError(
+                f"Pinned(mu={self.mu}): the damping must be > 0. Without it the mean is not "
+                "unique where no adapter has an opinion, and not a continuous function of "
+                "adapters that nearly agree."
+            )
+
     def chart(self, thetas, Gs=None):
         "ΔW of each, in float64, with its damped `tangent_metric`, times the number that it brings."
-        return [Point(f.double().delta(), g*(tangent_metric(f) + Diagonal(self.mu))) for f, g in zip(thetas, numbers(Gs, len(thetas)))], lambda m: m.to(thetas[0].dtype)
-    def log(self, m, x): "The difference x − m."; return x - m
-    def exp(self, m, v): "The sum m + v."; return m + v
+        return [
+            Point(f.double().delta(), g*(tangent_metric(f) + Diagonal(self.mu)))
+            for f, g in zip(thetas, numbers(Gs, len(thetas)))
+        ], lambda m: m.to(thetas[0].dtype)
+
+    def log(self, m, x):
+        "The difference x − m."
+        return x - m
+
+    def exp(self, m, v):
+        "The sum m + v."
+        return m + v

@@ -21,174 +21,332 @@ from ..geometry import Geometry, Point
 
 # %% ../../nbs/geometries/12a_quotient.ipynb #14e500f2
 def pair(
-    f:Factors,          # ΔW of shape (…, m, n)
-    R:int,              # rows of either factor, at least max(m, n)
-    r:int|None=None,    # the rank wanted; default that of f
-)->Tensor:              # (…, 2, R, r), float64; NaN where f is not finite
-    "Balanced pair (UΣ^½, VΣ^½) of an update, or of the best approximation of rank r to it; rows of zeros up to R."
+    f: Factors,  # ΔW of shape (…, m, n)
+    R: int,  # rows of either factor, at least max(m, n)
+    r: int | None = None,  # the rank wanted; default that of f
+) -> Tensor:  # (…, 2, R, r), float64; NaN where f is not finite
+    """Balanced pair (UΣ^½, VΣ^½) of an update, or of the best approximation of rank r to it; rows
+    of zeros up to R."""
     f = f.double()
     bad = ~(f.B.isfinite().all(-1).all(-1) & f.A.isfinite().all(-1).all(-1))
     U, S, V = svd(Factors(f.B.nan_to_num(0, 0, 0), f.A.nan_to_num(0, 0, 0)))
     b = balanced(U[..., :r], S[..., :r], V[..., :r])
-    x = torch.stack([torch.nn.functional.pad(z, (0, 0, 0, R - z.shape[-2])) for z in (b.B, b.A.mT)], -3)
+    x = torch.stack(
+        [torch.nn.functional.pad(z, (0, 0, 0, R - z.shape[-2])) for z in (b.B, b.A.mT)], -3
+    )
     return x.masked_fill(bad[..., None, None, None], math.nan)
 
 # %% ../../nbs/geometries/12a_quotient.ipynb #718c7681
 def frame(
-    metric:str,    # "mix" or "inv"
-    x:Tensor,      # (…, 2, R, r) balanced
-)->tuple[Tensor,Tensor,Tensor,Tensor]:    # U (…, 2, R, r), w (…, 1, 1, r), p (…, 1, 1, r), q (…, 1, r, r)
+    metric: str,  # "mix" or "inv"
+    x: Tensor,  # (…, 2, R, r) balanced
+    # U (…, 2, R, r), w (…, 1, 1, r), p (…, 1, 1, r), q (…, 1, r, r)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     "At a balanced pair: U and V, the weights of tangents v = ξ·w, and those of the lift."
-    s = x.square().sum(-2).mean(-2)[..., None, None, :]; root = s.sqrt()
-    return (x/root, root, torch.ones_like(s), torch.full_like(s, .5)) if metric == "mix" else (x/root, 1/root, 1/s, s/(s**2 + s.mT**2))
+    s = x.square().sum(-2).mean(-2)[..., None, None, :]
+    root = s.sqrt()
+    return (
+        (x/root, root, torch.ones_like(s), torch.full_like(s, 0.5))
+        if metric == "mix"
+        else (x/root, 1/root, 1/s, s/(s**2 + s.mT**2))
+    )
 
-def lift(U:Tensor, p:Tensor, q:Tensor, Z:Tensor)->Tensor: "The horizontal tangent v over D, (…, 2, R, r), from a `frame` and Z = (DV, DᵀU)."; N = U.mT @ Z; return p*(Z - U @ N) + U @ (q*N)
-def seen(U:Tensor, x:Tensor)->Tensor: "(WV, WᵀU) of W = GHᵀ, both (…, 2, R, r), from a pair x of any gauge."; return x @ (x.mT @ U).flip(-3)
-def norm(v:Tensor)->Tensor: "Length (…,) of tangents v (…, 2, R, r), or of one node of several."; return torch.linalg.vector_norm(v, dim=(-3, -2, -1))
+# %% ../../nbs/geometries/12a_quotient.ipynb #d676aba0
+def lift(U: Tensor, p: Tensor, q: Tensor, Z: Tensor) -> Tensor:
+    "The horizontal tangent v over D, (…, 2, R, r), from a `frame` and Z = (DV, DᵀU)."
+    N = U.mT @ Z
+    return p*(Z - U @ N) + U @ (q*N)
+
+# %% ../../nbs/geometries/12a_quotient.ipynb #d9257c65
+def seen(U: Tensor, x: Tensor) -> Tensor:
+    "(WV, WᵀU) of W = GHᵀ, both (…, 2, R, r), from a pair x of any gauge."
+    return x @ (x.mT @ U).flip(-3)
+
+# %% ../../nbs/geometries/12a_quotient.ipynb #94448e5a
+def norm(v: Tensor) -> Tensor:
+    "Length (…,) of tangents v (…, 2, R, r), or of one node of several."
+    return torch.linalg.vector_norm(v, dim=(-3, -2, -1))
 
 # %% ../../nbs/geometries/12a_quotient.ipynb #a2ce8fb7
-def gamma(metric:str, x:Tensor, v:Tensor)->Tensor:    # pairs of any gauge, changes of their factors, and the result: (…, 2, R, r) each
-    "Γ_x(v, v): geodesics solve ẍ = -Γ_x(ẋ, ẋ) (arXiv 2505.05409, eq. 11, 12). Inf or NaN, and no error, where x has lost rank."
-    r = x.shape[-1]; Z = torch.cat([x, v], -1); Q = Z.mT @ Z
+def gamma(
+    metric: str,
+    x: Tensor,
+    v: Tensor,
+    # pairs of any gauge, changes of their factors, and the result: (…, 2, R, r) each
+) -> Tensor:
+    """Γ_x(v, v): geodesics solve ẍ = -Γ_x(ẋ, ẋ) (arXiv 2505.05409, eq. 11, 12). Inf or NaN, and no
+    error, where x has lost rank."""
+    r = x.shape[-1]
+    Z = torch.cat([x, v], -1)
+    Q = Z.mT @ Z
     S, K, L = Q[..., :r, :r], Q[..., r:, :r], Q[..., r:, r:]
     C = torch.linalg.solve_ex(S, torch.cat([-L, K + K.mT], -1))[0]
-    return Z @ torch.cat(C.flip(-3).mT.split(r, -2) if metric == "mix" else C.neg().split(r, -1), -2)
+    return Z @ torch.cat(
+        C.flip(-3).mT.split(r, -2) if metric == "mix" else C.neg().split(r, -1), -2
+    )
 
-def speed2(metric:str, x:Tensor, v:Tensor)->Tensor:    # (…, 2, R, r) twice → (…); in units of ΔW² for mix, none for inv
+# %% ../../nbs/geometries/12a_quotient.ipynb #58e532fd
+def speed2(
+    metric: str,
+    x: Tensor,
+    v: Tensor,
+    # (…, 2, R, r) twice → (…); in units of ΔW² for mix, none for inv
+) -> Tensor:
     "⟨v, v⟩ at any pair x, balanced or not (arXiv 2505.05409, eq. 9, 10)."
     S, L = x.mT @ x, v.mT @ v
-    return (S.flip(-3)*L).sum((-3, -2, -1)) if metric == "mix" else torch.linalg.solve_ex(S, L)[0].diagonal(dim1=-2, dim2=-1).sum((-2, -1))
+    return (
+        (S.flip(-3)*L).sum((-3, -2, -1))
+        if metric == "mix"
+        else torch.linalg.solve_ex(S, L)[0].diagonal(dim1=-2, dim2=-1).sum((-2, -1))
+    )
 
 # %% ../../nbs/geometries/12a_quotient.ipynb #f7bb0f62
-NODES = 12         # K, stages of Gauss's method
-WINDOW = 5         # iterates that Anderson's method combines
-PACE = 0.8         # an iteration whose k-th correction is above 10·PACE^k of the velocity is lost: it leads nowhere, or off the manifold
-TOL = 1e-14        # on the last correction, relative to the velocity
-RESOLVED = 1e-8    # relative change of the squared speed along a path, above which K stages were too few for it
-TAIL = 3e-4        # the velocity's last Legendre coefficient, relative to it, above which they were too few, too
-EPS = 2.0**-52     # of float64
+NODES = 12  # K, stages of Gauss's method
+WINDOW = 5  # iterates that Anderson's method combines
+# an iteration whose k-th correction is above 10·PACE^k of the velocity is lost: it leads nowhere,
+# or off the manifold
+PACE = 0.8
+TOL = 1e-14  # on the last correction, relative to the velocity
+# relative change of the squared speed along a path, above which K stages were too few for it
+RESOLVED = 1e-8
+# the velocity's last Legendre coefficient, relative to it, above which they were too few, too
+TAIL = 3e-4
+EPS = 2.0**-52  # of float64
+
 
 @cache
 def gauss(
-    K:int,                    # stages
-)->tuple[Tensor,Tensor,Tensor]:      # t (K + 2,): 0, the nodes, 1; A (K + 2, K): integrals from 0 to t of the Lagrange polynomials; what reads the last Legendre coefficient at the nodes, (K,); float64
+    K: int,  # stages
+    # t (K + 2,): 0, the nodes, 1; A (K + 2, K): integrals from 0 to t of the Lagrange polynomials;
+    # what reads the last Legendre coefficient at the nodes, (K,); float64
+) -> tuple[Tensor, Tensor, Tensor]:
     "Gauss–Legendre collocation on [0, 1] (Hairer, Lubich & Wanner 2006, II.1)."
-    z, b = np.polynomial.legendre.leggauss(K); c = (z + 1)/2; t = np.concatenate([[0], c, [1]])
+    z, b = np.polynomial.legendre.leggauss(K)
+    c = (z + 1)/2
+    t = np.concatenate([[0], c, [1]])
     basis = [np.polynomial.legendre.Legendre.basis(j, [0, 1]) for j in range(K)]
     P, I = np.stack([b(c) for b in basis], 1), np.stack([b.integ(lbnd=0)(t) for b in basis], 1)
-    return torch.as_tensor(t), torch.as_tensor(np.linalg.solve(np.asarray(P.T, float), np.asarray(I.T, float)).T.copy()), torch.as_tensor((K - .5)*b*P[:, -1])
+    return (
+        torch.as_tensor(t),
+        torch.as_tensor(np.linalg.solve(np.asarray(P.T, float), np.asarray(I.T, float)).T.copy()),
+        torch.as_tensor((K - 0.5)*b*P[:, -1]),
+    )
 
-def along(A:Tensor, V:Tensor)->Tensor: "Sums over nodes: A (L, K) times V (N, K, …) is (N, L, …)."; return (A @ V.flatten(2)).view(len(V), -1, *V.shape[2:])
+# %% ../../nbs/geometries/12a_quotient.ipynb #0f6e45da
+def along(A: Tensor, V: Tensor) -> Tensor:
+    "Sums over nodes: A (L, K) times V (N, K, …) is (N, L, …)."
+    return (A @ V.flatten(2)).view(len(V), -1, *V.shape[2:])
 
+# %% ../../nbs/geometries/12a_quotient.ipynb #b8ab2017
 def geodesic(
-    metric:str,        # "mix" or "inv"
-    x:Tensor,          # (N, 2, R, r) where they start
-    w:Tensor,          # (N, 1, 1, r) weights in which velocities have their length
-    V:Tensor,          # (N, K + 1, 2, R, r) a first guess of the velocities at 0 and the nodes
-    pull:Callable|None=None,    # (ends, indices of their problems) → correction of the first velocities; default: these are given
-    floor:Tensor|float=0.0,    # (N,) the length below which a velocity is rounding
-)->tuple[Tensor,Tensor]:    # velocities at 0 and ends, (N, 2, R, r); NaN where the iteration is lost
-    "N geodesics by Gauss's method, with an end condition if there is a `pull`; each is dropped when it is done or lost."
-    (_, A, end), i, k = (z.to(x) for z in gauss(V.shape[1] - 1)), torch.arange(len(x), device=x.device), 0
+    metric: str,  # "mix" or "inv"
+    x: Tensor,  # (N, 2, R, r) where they start
+    w: Tensor,  # (N, 1, 1, r) weights in which velocities have their length
+    V: Tensor,  # (N, K + 1, 2, R, r) a first guess of the velocities at 0 and the nodes
+    # (ends, indices of their problems) → correction of the first velocities; default: these are
+    # given
+    pull: Callable | None = None,
+    floor: Tensor | float = 0.0,  # (N,) the length below which a velocity is rounding
+) -> tuple[
+    Tensor, Tensor
+]:  # velocities at 0 and ends, (N, 2, R, r); NaN where the iteration is lost
+    """N geodesics by Gauss's method, with an end condition if there is a `pull`; each is dropped
+    when it is done or lost."""
+    (_, A, end), i, k = (
+        (z.to(x) for z in gauss(V.shape[1] - 1)),
+        torch.arange(len(x), device=x.device),
+        0,
+    )
     first, last = torch.full((2, *x.shape), math.nan, dtype=x.dtype, device=x.device)
-    E, D = x.new_zeros(2, len(x), WINDOW, V[:1].numel()); floor, old = x.new_zeros(len(x)) + floor, None
+    E, D = x.new_zeros(2, len(x), WINDOW, V[:1].numel())
+    floor, old = x.new_zeros(len(x)) + floor, None
     while len(i):
         to = V[:, :1] - along(A, gamma(metric, x[i, None] + along(A[1:-1], V[:, 1:]), V[:, 1:]))
         y = x[i] + along(A[-1:], to[:, 1:-1])[:, 0]
         F = to[:, :-1] - V
-        if pull: F = F + pull(y, i)[:, None]
-        f = F*w[i, None]; off, size, f = norm(f).amax(1), norm(V[:, 0]*w[i]), f.flatten(1)
+        if pull:
+            F = F + pull(y, i)[:, None]
+        f = F*w[i, None]
+        off, size, f = norm(f).amax(1), norm(V[:, 0]*w[i]), f.flatten(1)
         done = off <= TOL*size + floor[i]
         if done.any():
             tail = norm(((V + F)[:, 1:]*w[i, None]).mul(end[:, None, None, None]).sum(1))/size
-            good = done & ~((speed2(metric, y, to[:, -1])/size**2 - 1).abs() > RESOLVED) & ~(tail > TAIL)
+            good = (
+                done
+                & ~((speed2(metric, y, to[:, -1])/size**2 - 1).abs() > RESOLVED)
+                & ~(tail > TAIL)
+            )
             first[i[good]], last[i[good]] = (V + F)[good, 0], y[good]
         V = V + F
-        if old: D[:, k % WINDOW], E[:, k % WINDOW] = f - old[0], (V - old[1]).flatten(1)
+        if old:
+            D[:, k % WINDOW], E[:, k % WINDOW] = f - old[0], (V - old[1]).flatten(1)
         go, old = ~done & (off < 10*size*PACE**k), (f, V)
-        if not go.all(): i, V, f, D, E, old = i[go], V[go], f[go], D[go], E[go], (f[go], V[go])
+        if not go.all():
+            i, V, f, D, E, old = i[go], V[go], f[go], D[go], E[go], (f[go], V[go])
         if k:
-            Q = D @ D.mT; unit = Q.diagonal(dim1=1, dim2=2).sqrt()[..., None]; unit = torch.where(unit > 0, unit, 1)
-            c = torch.linalg.solve_ex(Q/unit/unit.mT + EPS*torch.eye(WINDOW).to(x), D @ f[..., None]/unit)[0]/unit
+            Q = D @ D.mT
+            unit = Q.diagonal(dim1=1, dim2=2).sqrt()[..., None]
+            unit = torch.where(unit > 0, unit, 1)
+            c = (
+                torch.linalg.solve_ex(
+                    Q/unit/unit.mT + EPS*torch.eye(WINDOW).to(x), D @ f[..., None]/unit
+                )[0]
+                / unit
+            )
             V = V - (c.mT @ E).view_as(V)
         k += 1
     return first, last
 
 # %% ../../nbs/geometries/12a_quotient.ipynb #53a2d9a9
-ANGLE = 1e-3       # rad from the negative axis, within which an eigenvalue has no square root worth following
-RANK = 1e-12       # σ_r/σ_1, at and below which an update has not the rank that it is written with
+# rad from the negative axis, within which an eigenvalue has no square root worth following
+ANGLE = 1e-3
+RANK = 1e-12  # σ_r/σ_1, at and below which an update has not the rank that it is written with
+
 
 def sqrtm(
-    A:Tensor,          # (N, r, r), no eigenvalue on the negative axis: there the iteration does not converge, and nothing says so
-    rounds:int=40,     # at most; about ten are needed
-)->Tensor:             # (N, r, r)
-    "Principal square roots by Denman and Beavers' (1976) iteration, scaled by determinants (Higham 2008, §6.3 and 6.5)."
+    # (N, r, r), no eigenvalue on the negative axis: there the iteration does not converge, and
+    # nothing says so
+    A: Tensor,
+    rounds: int = 40,  # at most; about ten are needed
+) -> Tensor:  # (N, r, r)
+    """Principal square roots by Denman and Beavers' (1976) iteration, scaled by determinants
+    (Higham 2008, §6.3 and 6.5)."""
     Y, Z, r = A, torch.eye(A.shape[-1]).to(A).expand_as(A), A.shape[-1]
     for _ in range(rounds):
-        s, X = torch.exp((torch.linalg.slogdet(Y)[1] + torch.linalg.slogdet(Z)[1])/(-2*r))[..., None, None], Y
-        Y, Z = (s*Y + torch.linalg.inv_ex(Z)[0]/s)/2, (s*Z + torch.linalg.inv_ex(Y)[0]/s)/2
-        if (torch.linalg.matrix_norm(Y - X) <= 1e-8*torch.linalg.matrix_norm(Y)).all(): break      # quadratic: what is left is below rounding
+        s, X = (
+            torch.exp((torch.linalg.slogdet(Y)[1] + torch.linalg.slogdet(Z)[1])/(-2*r))[
+                ..., None, None
+            ],
+            Y,
+        )
+        Y, Z = (
+            (s*Y + torch.linalg.inv_ex(Z)[0]/s)/2,
+            (s*Z + torch.linalg.inv_ex(Y)[0]/s)/2,
+        )
+        # quadratic: what is left is below rounding
+        if (torch.linalg.matrix_norm(Y - X) <= 1e-8*torch.linalg.matrix_norm(Y)).all():
+            break
     return Y
 
+# %% ../../nbs/geometries/12a_quotient.ipynb #b9fe9f36
 def align(
-    metric:str,  # "mix" or "inv"
-    m:Tensor,    # (N, 2, R, r) balanced
-    x:Tensor,    # (N, 2, R, r) any pairs of their orbits
-)->tuple[Tensor,Tensor]:    # the pair of x's orbit; (N,) whether there is one
+    metric: str,  # "mix" or "inv"
+    m: Tensor,  # (N, 2, R, r) balanced
+    x: Tensor,  # (N, 2, R, r) any pairs of their orbits
+) -> tuple[Tensor, Tensor]:  # the pair of x's orbit; (N,) whether there is one
     "The pair y of the orbit of x for which y - m is horizontal at m."
-    s = m.square().sum(-2).mean(-2); row, col, k = s[..., :, None], s[..., None, :], 1 if metric == "mix" else -3
+    s = m.square().sum(-2).mean(-2)
+    row, col, k = s[..., :, None], s[..., None, :], 1 if metric == "mix" else -3
     c = (m/s.sqrt()[..., None, None, :]).mT @ x
     A = c[:, 0] @ c[:, 1].mT*col**-k
     lam = torch.linalg.eigvals(A.nan_to_num(0, 0, 0))
     fine = ((lam.angle().abs() < math.pi - ANGLE) & (lam != 0)).all(-1)
     M = sqrtm(torch.where(fine[:, None, None], A, torch.eye(A.shape[-1]).to(A)))
-    X, Y = M*col**(k/2), (row**-.5*M*col if metric == "mix" else row**1.5*M*col**-3).mT
+    X, Y = (
+        M*col**(k/2),
+        (row**-0.5*M*col if metric == "mix" else row**1.5*M*col**-3).mT,
+    )
     return x @ torch.linalg.solve_ex(c, torch.stack([X, Y], -3))[0], fine
 
-def moved(U:Tensor, x:Tensor, xi:Tensor)->Tensor: "What a change ξ of the factors x does to `seen`; all (…, 2, R, r)."; return xi @ (x.mT @ U).flip(-3) + x @ (xi.mT @ U).flip(-3)
+# %% ../../nbs/geometries/12a_quotient.ipynb #38e2c9dc
+def moved(U: Tensor, x: Tensor, xi: Tensor) -> Tensor:
+    "What a change ξ of the factors x does to `seen`; all (…, 2, R, r)."
+    return xi @ (x.mT @ U).flip(-3) + x @ (xi.mT @ U).flip(-3)
 
 # %% ../../nbs/geometries/12a_quotient.ipynb #a99731cb
 @dataclass(frozen=True)
 class Quotient(Geometry):
-    "Updates of one rank modulo GL(r), with shortest paths among them: points are balanced pairs (…, 2, R, r), tangents ξ·w are horizontal."
-    metric: str = "mix"    # "mix": in the units of ΔW; "inv": relative change, free of units
+    """Updates of one rank modulo GL(r), with shortest paths among them: points are balanced pairs
+    (…, 2, R, r), tangents ξ·w are horizontal."""
+
+    metric: str = "mix"  # "mix": in the units of ΔW; "inv": relative change, free of units
     factors = batched = keeps_rank = True
     radius = None
+
     def __post_init__(self):
-        if self.metric not in ("mix", "inv"): raise ValueError(f"metric = {self.metric!r}: the metrics of the quotient are 'mix' and 'inv'.")
+        if self.metric not in ("mix", "inv"):
+            raise ValueError(
+                f"metric = {self.metric!r}: the metrics of the quotient are 'mix' and 'inv'."
+            )
+
     def chart(self, thetas, Gs=None):
         "Balanced pairs (…, 2, max(m, n), r) of `Factors`. `ValueError` unless all have one rank."
-        if len({f.rank for f in thetas}) > 1: raise ValueError(f"updates of ranks {[f.rank for f in thetas]}: same-rank mean needs equal ranks; use metric='flat'.")
+        if len({f.rank for f in thetas}) > 1:
+            raise ValueError(
+                f"updates of ranks {[f.rank for f in thetas]}: same-rank mean needs equal "
+                "ranks; use metric='flat'."
+            )
         (m, n), dtype = thetas[0].shape, thetas[0].dtype
-        def up(x): return Factors(x[..., 0, :m, :].to(dtype), x[..., 1, :n, :].mT.to(dtype))
+
+        def up(x):
+            return Factors(x[..., 0, :m, :].to(dtype), x[..., 1, :n, :].mT.to(dtype))
+
         return [Point(pair(f, max(m, n)), G) for f, G in zip(thetas, Gs or [1.0]*len(thetas))], up
+
     def start(self, points, ws):
         "The truncated mean: the best approximation of rank r to Σ w·ΔW."
-        G, H = torch.cat([w*p.x[..., 0, :, :] for w, p in zip(ws, points)], -1), torch.cat([p.x[..., 1, :, :] for p in points], -1)
+        G, H = (
+            torch.cat([w*p.x[..., 0, :, :] for w, p in zip(ws, points)], -1),
+            torch.cat([p.x[..., 1, :, :] for p in points], -1),
+        )
         return pair(Factors(G, H.mT), *points[0].x.shape[-2:])
+
     def size(self, m):
         "U·σ₁ for mix, U·σ₁/σ_r for inv: rounding of ΔW changes tangents by so much times eps."
         U, _, p, _ = frame(self.metric, m)
         return U*p.amax(-1, True)*m.square().sum(-2, True).amax((-3, -1), True)
+
     def log(self, m, x):
-        "v (…, 2, R, r), horizontal, as long as the geodesic to x that continues the aligned start; NaN where none is found."
-        g, shape = self.metric, m.shape; m, x = (z.reshape(-1, *shape[-3:]) for z in (m, x))
-        s, t = (z.square().sum(-2) for z in (m, x)); v = torch.full_like(m, math.nan)
-        i = ((s > RANK*s.amax(-1, True)) & (t > RANK*t.amax(-1, True)) & (s + t).isfinite()).all(-1).all(-1).nonzero()[:, 0]
-        Q = torch.linalg.qr(torch.cat([m[i], x[i]], -1))[0]                     # paths from m to x stay in the columns of both
+        """v (…, 2, R, r), horizontal, as long as the geodesic to x that continues the aligned
+        start; NaN where none is found."""
+        g, shape = self.metric, m.shape
+        m, x = (z.reshape(-1, *shape[-3:]) for z in (m, x))
+        s, t = (z.square().sum(-2) for z in (m, x))
+        v = torch.full_like(m, math.nan)
+        i = (
+            ((s > RANK*s.amax(-1, True)) & (t > RANK*t.amax(-1, True)) & (s + t).isfinite())
+            .all(-1)
+            .all(-1)
+            .nonzero()[:, 0]
+        )
+        # paths from m to x stay in the columns of both
+        Q = torch.linalg.qr(torch.cat([m[i], x[i]], -1))[0]
         m, x = Q.mT @ m[i], Q.mT @ x[i]
         y, fine = align(g, m, x)
         i, Q, m, x, d = (z[fine] for z in (i, Q, m, x, y - m))
-        U, w, p, q = frame(g, m); a, goal, floor = gamma(g, m, d), seen(U, x), 16*EPS*s[i].amax((-2, -1))*p.amax((-3, -2, -1))
-        V = (lift(U, p, q, moved(U, m, d + a/2))/w)[:, None] - gauss(NODES)[0][:-1].to(m)[:, None, None, None]*a[:, None]
-        u = w*geodesic(g, m, w, V, lambda y, j: lift(U[j], p[j], q[j], goal[j] - seen(U[j], y))/w[j], floor)[0]
+        U, w, p, q = frame(g, m)
+        a, goal, floor = (
+            gamma(g, m, d),
+            seen(U, x),
+            16*EPS*s[i].amax((-2, -1))*p.amax((-3, -2, -1)),
+        )
+        V = (lift(U, p, q, moved(U, m, d + a/2))/w)[:, None] - gauss(NODES)[0][:-1].to(m)[
+            :, None, None, None
+        ]*a[:, None]
+        u = (
+            w
+            * geodesic(
+                g,
+                m,
+                w,
+                V,
+                lambda y, j: lift(U[j], p[j], q[j], goal[j] - seen(U[j], y))/w[j],
+                floor,
+            )[0]
+        )
         v[i] = Q @ torch.where((norm(u) <= floor)[:, None, None, None], 0, u)
         return v.view(shape)
+
     def exp(self, m, v):
-        "The end of the geodesic with the first velocity v, rebalanced; NaN where it leaves the space."
-        shape = m.shape; m, v = (z.reshape(-1, *shape[-3:]) for z in (m, v)); y = m.clone()
-        i = (v != 0).flatten(1).any(1).nonzero()[:, 0]                         # who does not move keeps its pair, and its last bit
-        Q = torch.linalg.qr(torch.cat([m[i], v[i]], -1))[0]; m, v = Q.mT @ m[i], Q.mT @ v[i]
+        """The end of the geodesic with the first velocity v, rebalanced; NaN where it leaves the
+        space."""
+        shape = m.shape
+        m, v = (z.reshape(-1, *shape[-3:]) for z in (m, v))
+        y = m.clone()
+        # who does not move keeps its pair, and its last bit
+        i = (v != 0).flatten(1).any(1).nonzero()[:, 0]
+        Q = torch.linalg.qr(torch.cat([m[i], v[i]], -1))[0]
+        m, v = Q.mT @ m[i], Q.mT @ v[i]
         w = frame(self.metric, m)[1]
         end = geodesic(self.metric, m, w, (v/w)[:, None].expand(-1, NODES + 1, -1, -1, -1))[1]
         y[i] = Q @ pair(Factors(end[:, 0], end[:, 1].mT), end.shape[-2])

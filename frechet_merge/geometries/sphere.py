@@ -17,49 +17,81 @@ from ..metrics import Diagonal, as_metric
 from ..span import Span
 
 # %% ../../nbs/geometries/11_sphere.ipynb #b847c4fc
-CUT = 1e-3    # rad from the opposite point, within which the direction of a shortest path is rounding
+CUT = 1e-3  # rad from the opposite point, within which the direction of a shortest path is rounding
+
 
 @dataclass(frozen=True)
 class Sphere(Geometry):
-    "Norm and direction of a tensor, with great-circle distance between directions. Use `Span(Sphere())` on anything large."
-    radius = math.pi/2    # rad: convexity radius of the unit sphere
+    """Norm and direction of a tensor, with great-circle distance between directions. Use
+    `Span(Sphere())` on anything large."""
+
+    radius = math.pi/2  # rad: convexity radius of the unit sphere
+
     def chart(self, thetas, Gs=None):
-        "Points (1 + D,): the norm, in units of the largest, and the unit vector. `ValueError` for metrics that are not numbers."
+        """Points (1 + D,): the norm, in units of the largest, and the unit vector. `ValueError` for
+        metrics that are not numbers."""
         x = [t.flatten().float() if t.dtype.itemsize < 4 else t.flatten() for t in thetas]
-        top = torch.stack([t.abs().max() if len(t) else t.sum() for t in x]).max(); top = top if top > 0 else torch.ones_like(top)
-        x = [t/top for t in x]      # whose squares neither vanish nor overflow
+        top = torch.stack([t.abs().max() if len(t) else t.sum() for t in x]).max()
+        top = top if top > 0 else torch.ones_like(top)
+        # whose squares neither vanish nor overflow
+        x = [t/top for t in x]
         n = torch.stack([torch.linalg.vector_norm(t) for t in x])
         unit = n.max() if n.max() > 0 else torch.ones_like(n.max())
         some = x[int(n.argmax())]/unit
         Gs = [as_metric(G) for G in (Gs or [1.0]*len(x))]
         ds = [G.d for G in Gs if isinstance(G, Diagonal) and not isinstance(G.d, Tensor)]
-        if len(ds) < len(x): raise ValueError("a sphere takes one number per model as its metric, not one per parameter: use Euclidean() with these metrics.")
+        if len(ds) < len(x):
+            raise ValueError(
+                "a sphere takes one number per model as its metric, not one per parameter: "
+                "use Euclidean() with these metrics."
+            )
         points = []
         for t, k, G, d in zip(x, n/unit, Gs, ds):
-            if k > ZERO: points.append(Point(torch.cat([k[None], t/(k*unit)]), G))
-            else: points.append(Point(torch.cat([k[None], some]), Diagonal(d*torch.eye(1, len(t) + 1).to(t)[0])))
-        return points, lambda m: (unit*m[0]*m[1:]*top).view(thetas[0].shape).to(thetas[0].dtype)
+            if k > ZERO:
+                points.append(Point(torch.cat([k[None], t/(k*unit)]), G))
+            else:
+                points.append(
+                    Point(
+                        torch.cat([k[None], some]), Diagonal(d*torch.eye(1, len(t) + 1).to(t)[0])
+                    )
+                )
+        return (
+            points,
+            lambda m: (unit*m[0]*m[1:]*top).view(thetas[0].shape).to(thetas[0].dtype),
+        )
+
     def log(self, m, x):
-        "Rise of the norm, and the tangent of the great circle, as long as the angle in rad; NaN within `CUT` of the opposite point."
+        """Rise of the norm, and the tangent of the great circle, as long as the angle in rad; NaN
+        within `CUT` of the opposite point."""
         rise = float(x[0] - m[0])
         c = float(torch.dot(m[1:], x[1:]))
-        v = torch.sub(x, m, alpha=c); v[0] = 0
-        s = float(torch.linalg.vector_norm(v)); phi = math.atan2(s, c)
-        if phi > math.pi - CUT: return torch.full_like(m, math.nan)
-        if s > 0: v *= phi/s
+        v = torch.sub(x, m, alpha=c)
+        v[0] = 0
+        s = float(torch.linalg.vector_norm(v))
+        phi = math.atan2(s, c)
+        if phi > math.pi - CUT:
+            return torch.full_like(m, math.nan)
+        if s > 0:
+            v *= phi/s
         v[0] = rise
         return v
+
     def exp(self, m, v):
         "The norm raised by v[0], the direction moved along the great circle of v[1:]."
         t = float(torch.linalg.vector_norm(v[1:]))
-        y = m*math.cos(t) + v*(math.sin(t)/t if t > 0 else 1.0); y[0] = 0
+        y = m*math.cos(t) + v*(math.sin(t)/t if t > 0 else 1.0)
+        y[0] = 0
         r = float(torch.linalg.vector_norm(y))
-        if r > 0: y /= r
+        if r > 0:
+            y /= r
         y[0] = m[0] + v[0]
         return y
 
+# %% ../../nbs/geometries/11_sphere.ipynb #3a99eaba
 ZERO = 1e-12  # norm relative to the largest, below which a tensor has no direction
 
-def karcher()->Span:
-    "`Span(Sphere())`: the Karcher mean of the directions and the mean norm of each tensor, in two passes over the files."
+
+def karcher() -> Span:
+    """`Span(Sphere())`: the Karcher mean of the directions and the mean norm of each tensor, in two
+    passes over the files."""
     return Span(Sphere())

@@ -21,166 +21,324 @@ from ..mean import normalise, pull
 from ..metrics import Dense, Diagonal, Kronecker, as_metric, clipped, damped, normalised
 
 # %% ../../nbs/geometries/13_subspace.ipynb #44dffb6a
-EXACT = 1e-4               # σ_k/σ_1 above which the squares in a Gram matrix leave eight digits
-SQUARES = 1e-100, 1e100    # entries whose squares a float64 holds
+EXACT = 1e-4  # σ_k/σ_1 above which the squares in a Gram matrix leave eight digits
+SQUARES = 1e-100, 1e100  # entries whose squares a float64 holds
 
-def _top_eigh(K:Tensor, k:int)->tuple[Tensor,Tensor]:
-    "The k largest eigenvalues, descending, and their vectors; only the lower triangle of K is read."
-    if K.is_cuda or 4*k > len(K): lam, Q = torch.linalg.eigh(K)
+
+def _top_eigh(K: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest eigenvalues, descending, and their vectors; only the lower triangle of K is
+    read."""
+    if K.is_cuda or 4*k > len(K):
+        lam, Q = torch.linalg.eigh(K)
     else:
         from scipy.linalg import eigh
         from threadpoolctl import threadpool_limits
-        with threadpool_limits(torch.get_num_threads(), "blas"):     # scipy brings a BLAS of its own, which does not know how many merges run beside it
-            lam, Q = map(torch.from_numpy, eigh(K.numpy(), subset_by_index=(len(K) - k, len(K) - 1), check_finite=False))
+
+        # scipy brings a BLAS of its own, which does not know how many merges run beside it
+        with threadpool_limits(torch.get_num_threads(), "blas"):
+            lam, Q = map(
+                torch.from_numpy,
+                eigh(K.numpy(), subset_by_index=(len(K) - k, len(K) - 1), check_finite=False),
+            )
     return lam.flip(0)[:k], Q.flip(1)[:, :k]
 
-def _gram(X:Tensor)->Tensor:
+# %% ../../nbs/geometries/13_subspace.ipynb #b2a67e5c
+def _gram(X: Tensor) -> Tensor:
     "The lower triangle of X·Xᵀ (and a little more), in strips."
     K, strip = X.new_empty(len(X), len(X)), max(64, len(X)//6)
-    for i in range(0, len(X), strip): torch.matmul(X[i:], X[i:i + strip].mT, out=K[i:, i:i + strip])
+    for i in range(0, len(X), strip):
+        torch.matmul(X[i:], X[i : i + strip].mT, out=K[i:, i : i + strip])
     return K
 
+# %% ../../nbs/geometries/13_subspace.ipynb #e014840d
 def top_svd(
-    X:Tensor,       # (m, n), of any floating dtype
-    k:int,          # triplets wanted; at most min(m, n) are found
-)->tuple[Tensor,Tensor,Tensor]:    # U (m, k), σ (k,) descending, V (n, k); float64
-    "The k largest singular triplets, of the Gram matrix of the smaller side where that is exact enough, of X itself otherwise. `ValueError` if an entry is not finite."
-    if X.shape[0] > X.shape[1]: V, S, U = top_svd(X.mT, k); return U, S, V
+    X: Tensor,  # (m, n), of any floating dtype
+    k: int,  # triplets wanted; at most min(m, n) are found
+) -> tuple[Tensor, Tensor, Tensor]:  # U (m, k), σ (k,) descending, V (n, k); float64
+    """The k largest singular triplets, of the Gram matrix of the smaller side where that is exact
+    enough, of X itself otherwise. `ValueError` if an entry is not finite."""
+    if X.shape[0] > X.shape[1]:
+        V, S, U = top_svd(X.mT, k)
+        return U, S, V
     X, k, top = X.double(), min(k, *X.shape), max(map(abs, map(float, X.aminmax())))
-    if not top < float("inf"): raise ValueError(f"a matrix of {list(X.shape)} has entries that are not finite.")
-    if not top: return torch.eye(len(X), k).to(X), X.new_zeros(k), torch.eye(X.shape[1], k).to(X)
-    if not SQUARES[0] < top < SQUARES[1]: U, S, V = top_svd(X/top, k); return U, top*S, V
+    if not top < float("inf"):
+        raise ValueError(f"a matrix of {list(X.shape)} has entries that are not finite.")
+    if not top:
+        return torch.eye(len(X), k).to(X), X.new_zeros(k), torch.eye(X.shape[1], k).to(X)
+    if not SQUARES[0] < top < SQUARES[1]:
+        U, S, V = top_svd(X/top, k)
+        return U, top*S, V
     lam, U = _top_eigh(_gram(X), k)
-    if lam[-1] > EXACT**2*lam[0]: S = (Vt := U.mT @ X).norm(dim=1); return U, S, Vt.mT/S
+    if lam[-1] > EXACT**2*lam[0]:
+        S = (Vt := U.mT @ X).norm(dim=1)
+        return U, S, Vt.mT/S
     U, S, Vt = torch.linalg.svd(X, full_matrices=False)
     return U[:, :k], S[:k], Vt[:k].mT
 
 # %% ../../nbs/geometries/13_subspace.ipynb #aec4aec8
-SAME = 1e-3        # of the singular values of a basis that is the same one, made again
-LARGE = 1 << 17    # entries, above which whitening by a Gram matrix may cost digits: seven remain
+SAME = 1e-3  # of the singular values of a basis that is the same one, made again
+LARGE = 1 << 17  # entries, above which whitening by a Gram matrix may cost digits: seven remain
+
 
 @dataclass(frozen=True)
 class LabeledBasis:
     "Orthonormal atoms u_i·v_iᵀ, each of which belongs to one model."
-    U: Tensor        # (m, p), float64
-    V: Tensor        # (n, p)
-    sigma: Tensor    # (p,) what its model has on each atom, in the unit of the updates
-    label: Tensor    # (p,) index of that model
-    def project(self, X:Tensor)->Tensor: "The products ⟨a_i, X⟩, (p,), of X (m, n) with the atoms."; return (self.U*(X.double() @ self.V)).sum(0)
-    def lift(self, x:Tensor)->Tensor: "The sum Σ x_i·a_i, (m, n), of coordinates x (p,)."; return (self.U*x) @ self.V.mT
-    def coordinates(self,
-        deltas:Sequence[Tensor],    # the T updates (m, n) that the basis was made of
-        kind:str="labeled",         # or "projected"
-    )->list[Tensor]:                # T of (p,), float64
-        "Where the T models are: on their own atoms only, or wherever they project."
-        return [self.sigma*(self.label == t) for t in range(len(deltas))] if kind == "labeled" else [self.project(x) for x in deltas]
 
-def _turned(U:Tensor)->tuple[Tensor,bool]:
+    U: Tensor  # (m, p), float64
+    V: Tensor  # (n, p)
+    sigma: Tensor  # (p,) what its model has on each atom, in the unit of the updates
+    label: Tensor  # (p,) index of that model
+
+    def project(self, X: Tensor) -> Tensor:
+        "The products ⟨a_i, X⟩, (p,), of X (m, n) with the atoms."
+        return (self.U*(X.double() @ self.V)).sum(0)
+
+    def lift(self, x: Tensor) -> Tensor:
+        "The sum Σ x_i·a_i, (m, n), of coordinates x (p,)."
+        return (self.U*x) @ self.V.mT
+
+    def coordinates(
+        self,
+        deltas: Sequence[Tensor],  # the T updates (m, n) that the basis was made of
+        kind: str = "labeled",  # or "projected"
+    ) -> list[Tensor]:  # T of (p,), float64
+        "Where the T models are: on their own atoms only, or wherever they project."
+        return (
+            [self.sigma*(self.label == t) for t in range(len(deltas))]
+            if kind == "labeled"
+            else [self.project(x) for x in deltas]
+        )
+
+# %% ../../nbs/geometries/13_subspace.ipynb #7640a94c
+def _turned(U: Tensor) -> tuple[Tensor, bool]:
     "The polar factor of U, and whether it is determined."
     lam, Q = torch.linalg.eigh(_gram(U.mT))
-    if lam[0] > (EXACT**2 if U.numel() > LARGE else EXACT**.5): return U @ ((Q/lam.sqrt()) @ Q.mT), True
+    if lam[0] > (EXACT**2 if U.numel() > LARGE else EXACT**0.5):
+        return U @ ((Q/lam.sqrt()) @ Q.mT), True
     X, rank = polar(U)
     return X, bool(rank == U.shape[1])
 
+# %% ../../nbs/geometries/13_subspace.ipynb #3f50ea8e
 def labeled_basis(
-    deltas:list[Tensor],    # T matrices (m, n)
-    k:int|None=None,        # singular triplets of each; default, and at most, min(m, n)//T
-)->LabeledBasis:
-    "The leading singular vectors of all updates, turned until they are orthonormal (TSV-M; Gargiulo et al., arXiv 2412.00081). `ValueError` if there are more models than rows or columns; warns if k is cut or directions coincide."
-    shape, T = list(deltas[0].shape), len(deltas); room = min(shape)//T
-    if not room: raise ValueError(f"{shape} has no room for a direction of each of {T} models: merge it as it is.")
-    if k is not None and k < 1: raise ValueError(f"k = {k!r}: keep at least one singular triplet of each update.")
-    if k is not None and k > room: warn(f"k = {k} triplets of each of {T} models do not fit into {shape} as orthonormal directions; the first {room} are used.", stacklevel=2)
+    deltas: list[Tensor],  # T matrices (m, n)
+    k: int | None = None,  # singular triplets of each; default, and at most, min(m, n)//T
+) -> LabeledBasis:
+    """The leading singular vectors of all updates, turned until they are orthonormal (TSV-M;
+    Gargiulo et al., arXiv 2412.00081). `ValueError` if there are more models than rows or
+    columns; warns if k is cut or directions coincide."""
+    shape, T = list(deltas[0].shape), len(deltas)
+    room = min(shape)//T
+    if not room:
+        raise ValueError(
+            f"{shape} has no room for a direction of each of {T} models: merge it as it is."
+        )
+    if k is not None and k < 1:
+        raise ValueError(f"k = {k!r}: keep at least one singular triplet of each update.")
+    if k is not None and k > room:
+        warn(
+            f"k = {k} triplets of each of {T} models do not fit into {shape} as "
+            f"orthonormal directions; the first {room} are used.",
+            stacklevel=2,
+        )
     Us, Ss, Vs = zip(*(top_svd(x, min(k or room, room)) for x in deltas))
-    live = [S > RANK*S[0] for S in Ss]                  # what is zero but for rounding has no direction
+    # what is zero but for rounding has no direction
+    live = [S > RANK*S[0] for S in Ss]
     (Us, Ss, Vs) = ([X[..., a] for X, a in zip(Xs, live)] for Xs in (Us, Ss, Vs))
     label = torch.cat([torch.full_like(S, t, dtype=torch.long) for t, S in enumerate(Ss)])
-    if not len(label): return LabeledBasis(Us[0], Vs[0], Ss[0], label)
+    if not len(label):
+        return LabeledBasis(Us[0], Vs[0], Ss[0], label)
     (U, sure), (V, certain) = _turned(torch.cat(Us, 1)), _turned(torch.cat(Vs, 1))
     if not (sure and certain):
-        near, s, t = max((float(torch.linalg.matrix_norm(X[s].mT @ X[t], 2)), s, t) for X in (Us, Vs) for s in range(T) for t in range(s + 1, T) if len(Ss[s]) and len(Ss[t]))
-        warn(f"updates {s} and {t} have a direction in common (cosine {near:.7f}): there is no unique way to turn them apart, and they share it. Leave out copies of a model.", stacklevel=2)
+        near, s, t = max(
+            (float(torch.linalg.matrix_norm(X[s].mT @ X[t], 2)), s, t)
+            for X in (Us, Vs)
+            for s in range(T)
+            for t in range(s + 1, T)
+            if len(Ss[s]) and len(Ss[t])
+        )
+        warn(
+            f"updates {s} and {t} have a direction in common (cosine {near:.7f}): there is "
+            "no unique way to turn them apart, and they share it. Leave out copies of a "
+            "model.",
+            stacklevel=2,
+        )
     return LabeledBasis(U, V, torch.cat(Ss), label)
 
 # %% ../../nbs/geometries/13_subspace.ipynb #3db5a5c5
-def _projected(G, b:LabeledBasis, name:str="a metric"):
+def _projected(G, b: LabeledBasis, name: str = "a metric"):
     "SᵀGS, a `Dense` of side p, or the number that G is; a diagonal in its own dtype, for speed."
     G, p = as_metric(G), len(b.sigma)
-    if (sigma := getattr(G, "sigma", None)) is not None and not (len(sigma) == p and torch.allclose(sigma.to(b.sigma), b.sigma, rtol=SAME, atol=SAME*float(b.sigma.max() if p else 0))):
-        raise ValueError(f"{name} is projected on the basis of other models, of another order, or of another k: give the models as they were given for the basis.")
+    if (sigma := getattr(G, "sigma", None)) is not None and not (
+        len(sigma) == p
+        and torch.allclose(
+            sigma.to(b.sigma), b.sigma, rtol=SAME, atol=SAME*float(b.sigma.max() if p else 0)
+        )
+    ):
+        raise ValueError(
+            f"{name} is projected on the basis of other models, of another order, or of "
+            "another k: give the models as they were given for the basis."
+        )
     if isinstance(G, Diagonal):
-        if not isinstance(d := G.d, Tensor): return G     # a multiple of SᵀS, which is 1 if all directions differ
-        return Dense(projected_diagonal(d.expand(len(b.U), len(b.V)), b.U.to(d.dtype), b.V.to(d.dtype)).double(), eps=torch.finfo(d.dtype).eps)
+        # a multiple of SᵀS, which is 1 if all directions differ
+        if not isinstance(d := G.d, Tensor):
+            return G
+        return Dense(
+            projected_diagonal(
+                d.expand(len(b.U), len(b.V)), b.U.to(d.dtype), b.V.to(d.dtype)
+            ).double(),
+            eps=torch.finfo(d.dtype).eps,
+        )
     if isinstance(G, Kronecker):
-        pairs = [[None if M is None else M.double() for M in pair] for pair in (*G.pairs, (None, None))]
-        M = sum((w*projected_kronecker(L, R, b.U, b.V) for w, (L, R) in zip([*[1.0]*len(G.pairs), G.flat], pairs)), b.U.new_zeros(()))
-    elif not isinstance(G, Dense): M = torch.stack([b.project(G @ torch.outer(u, v)) for u, v in zip(b.U.mT, b.V.mT)])
-    elif G.M.shape == (p, p): M = G.M
-    else: raise ValueError(f"a projected metric of {list(G.M.shape)} is not of a basis of {p} directions: collect it in the basis of these models, in this order, with this k.")
-    return Dense(clipped(M, name).double(), eps=max(getattr(G, "eps", 0.0), torch.finfo(M.dtype).eps))      # in its own dtype: a float32 matrix is semi-definite up to float32
+        pairs = [
+            [None if M is None else M.double() for M in pair] for pair in (*G.pairs, (None, None))
+        ]
+        M = sum(
+            (
+                w*projected_kronecker(L, R, b.U, b.V)
+                for w, (L, R) in zip([*[1.0]*len(G.pairs), G.flat], pairs)
+            ),
+            b.U.new_zeros(()),
+        )
+    elif not isinstance(G, Dense):
+        M = torch.stack([b.project(G @ torch.outer(u, v)) for u, v in zip(b.U.mT, b.V.mT)])
+    elif G.M.shape == (p, p):
+        M = G.M
+    else:
+        raise ValueError(
+            f"a projected metric of {list(G.M.shape)} is not of a basis of {p} directions: "
+            "collect it in the basis of these models, in this order, with this k."
+        )
+    # in its own dtype: a float32 matrix is semi-definite up to float32
+    return Dense(
+        clipped(M, name).double(), eps=max(getattr(G, "eps", 0.0), torch.finfo(M.dtype).eps)
+    )
 
 # %% ../../nbs/geometries/13_subspace.ipynb #c5128d11
 @dataclass(frozen=True)
 class EpiMer(Geometry):
-    "The models in their labeled basis, each with its curvature there (EpiMer, arXiv 2605.26693); without metrics TSV-M. A sum, not a mean."
-    k: int | None = None             # singular triplets of each update; default, and at most, min(m, n)//T
-    coordinates: str = "labeled"     # or "projected"
-    alpha: float = 1.0               # times the sum
-    damping: float = 1e-2            # of the projected metrics, times the mean eigenvalue of their average
-    normalise: bool = False          # divide each projected metric by its mean eigenvalue
+    """The models in their labeled basis, each with its curvature there (EpiMer, arXiv 2605.26693);
+    without metrics TSV-M. A sum, not a mean."""
+
+    # singular triplets of each update; default, and at most, min(m, n)//T
+    k: int | None = None
+    coordinates: str = "labeled"  # or "projected"
+    alpha: float = 1.0  # times the sum
+    # of the projected metrics, times the mean eigenvalue of their average
+    damping: float = 1e-2
+    normalise: bool = False  # divide each projected metric by its mean eigenvalue
     differences = True
     radius = math.inf
-    laws_waived = property(lambda self: (3, 4, 6) if self.k is None and self.alpha == 1 else (3, 4, 6, 9))
+    laws_waived = property(
+        lambda self: (3, 4, 6) if self.k is None and self.alpha == 1 else (3, 4, 6, 9)
+    )
+
     def __post_init__(self):
-        if self.coordinates not in ("labeled", "projected"): raise ValueError(f"EpiMer(coordinates={self.coordinates!r}): use 'labeled' or 'projected'.")
+        if self.coordinates not in ("labeled", "projected"):
+            raise ValueError(
+                f"EpiMer(coordinates={self.coordinates!r}): use 'labeled' or 'projected'."
+            )
         for x in (self.alpha, self.damping):
-            if not isinstance(x, (int, float)) or not math.isfinite(x): raise ValueError(f"EpiMer(alpha={self.alpha!r}, damping={self.damping!r}): finite numbers.")
-        if self.k is not None and (not isinstance(self.k, int) or self.k < 1): raise ValueError(f"EpiMer(k={self.k!r}): keep at least one singular triplet of each update.")
+            if not isinstance(x, (int, float)) or not math.isfinite(x):
+                raise ValueError(
+                    f"EpiMer(alpha={self.alpha!r}, damping={self.damping!r}): finite numbers."
+                )
+        if self.k is not None and (not isinstance(self.k, int) or self.k < 1):
+            raise ValueError(
+                f"EpiMer(k={self.k!r}): keep at least one singular triplet of each update."
+            )
+
     def chart(self, thetas, Gs=None):
-        "Coordinates (p,) in the `labeled_basis` with metrics of side p, damped; tensors without such a basis as they are. Back: α·T·Σ x_i·a_i."
-        thetas = list(thetas); like, T = thetas[0], len(thetas); Gs = Gs or [1.0]*T
-        if like.dim() == 2 and min(like.shape) < T: warn(f"a matrix of {list(like.shape)} has no room for a direction of each of {T} models: it is averaged.", stacklevel=2)
-        if like.dim() != 2 or min(like.shape) < T or not any(t.any() for t in thetas): return [Point(t, G) for t, G in zip(thetas, Gs)], lambda m: m
+        """Coordinates (p,) in the `labeled_basis` with metrics of side p, damped; tensors without
+        such a basis as they are. Back: α·T·Σ x_i·a_i."""
+        thetas = list(thetas)
+        like, T = thetas[0], len(thetas)
+        Gs = Gs or [1.0]*T
+        if like.dim() == 2 and min(like.shape) < T:
+            warn(
+                f"a matrix of {list(like.shape)} has no room for a direction of each of {T} "
+                "models: it is averaged.",
+                stacklevel=2,
+            )
+        if like.dim() != 2 or min(like.shape) < T or not any(t.any() for t in thetas):
+            return [Point(t, G) for t, G in zip(thetas, Gs)], lambda m: m
         b = labeled_basis(thetas, self.k)
         Gs = [_projected(G, b, f"the metric of model {t}") for t, G in enumerate(Gs)]
-        if any(isinstance(G, Dense) for G in Gs) and float(((gram := (b.U.mT @ b.U)*(b.V.mT @ b.V)) - torch.eye(len(gram)).to(gram)).abs().max()) > 1e-8:      # numbers beside matrices, where directions coincide
+        # numbers beside matrices, where directions coincide
+        if (
+            any(isinstance(G, Dense) for G in Gs)
+            and float(
+                ((gram := (b.U.mT @ b.U)*(b.V.mT @ b.V)) - torch.eye(len(gram)).to(gram))
+                .abs()
+                .max()
+            )
+            > 1e-8
+        ):
             Gs = [G if isinstance(G, Dense) else Dense(G.d*gram) for G in Gs]
         Gs = damped(normalised(Gs) if self.normalise else Gs, self.damping)
-        return [Point(x, G) for x, G in zip(b.coordinates(thetas, self.coordinates), Gs)], lambda m: b.lift(self.alpha*T*m).to(like.dtype)
-    def log(self, m, x): "The difference x − m."; return x - m
-    def exp(self, m, v): "The sum m + v."; return m + v
-    def start(self, points, ws)->Tensor: "The plain mean: where nobody knows anything, TSV-M."; return sum((w*p.x for p, w in zip(points, ws)), points[0].x.new_zeros(()))
+        return [
+            Point(x, G) for x, G in zip(b.coordinates(thetas, self.coordinates), Gs)
+        ], lambda m: b.lift(self.alpha*T*m).to(like.dtype)
+
+    def log(self, m, x):
+        "The difference x − m."
+        return x - m
+
+    def exp(self, m, v):
+        "The sum m + v."
+        return m + v
+
+    def start(self, points, ws) -> Tensor:
+        "The plain mean: where nobody knows anything, TSV-M."
+        return sum((w*p.x for p, w in zip(points, ws)), points[0].x.new_zeros(()))
 
 # %% ../../nbs/geometries/13_subspace.ipynb #a9c7124a
 @dataclass(frozen=True)
 class Eta:
-    "How much lower than the plain mean the mean with metrics lies, on the models' own quadratic surrogate."
-    eta: float    # F(δ̄) − F(δ_H) = cᵀH̄⁻¹c, in units of F = Σ w⟨δ−δ_t, H_t(δ−δ_t)⟩: twice the loss
-    F: float      # F(δ̄), in the same unit
-    @property
-    def ratio(self)->float: "η/F(δ̄), in [0, 1], without a unit; 0 where all models agree."; return self.eta/self.F if self.F > 0 else 0.0
-    def __add__(self, other): return Eta(self.eta + other.eta, self.F + other.F)
-    def __radd__(self, zero): return self      # of `sum`
+    """How much lower than the plain mean the mean with metrics lies, on the models' own quadratic
+    surrogate."""
 
+    eta: float  # F(δ̄) − F(δ_H) = cᵀH̄⁻¹c, in units of F = Σ w⟨δ−δ_t, H_t(δ−δ_t)⟩: twice the loss
+    F: float  # F(δ̄), in the same unit
+
+    @property
+    def ratio(self) -> float:
+        "η/F(δ̄), in [0, 1], without a unit; 0 where all models agree."
+        return self.eta/self.F if self.F > 0 else 0.0
+
+    def __add__(self, other):
+        return Eta(self.eta + other.eta, self.F + other.F)
+
+    def __radd__(self, zero):
+        # of `sum`
+        return self
+
+# %% ../../nbs/geometries/13_subspace.ipynb #ee555516
 def eta(
-    points:list[Point],        # T models of one tensor, each with any metric
-    ws=None,                   # T weights >= 0; default equal
-    g:Geometry=Euclidean(),    # a flat geometry: its log is the difference
-)->Eta:
-    "η of one tensor (EpiMer, arXiv 2605.26693); those of tensors add up. Raises what `normalise` of weights does."
-    ws = normalise(ws, len(points)); at, A = pull(g, sum((w*p.x for w, p in zip(ws, points)), points[0].x.new_zeros(())), points, ws)
+    points: list[Point],  # T models of one tensor, each with any metric
+    ws=None,  # T weights >= 0; default equal
+    g: Geometry = Euclidean(),  # a flat geometry: its log is the difference
+) -> Eta:
+    """η of one tensor (EpiMer, arXiv 2605.26693); those of tensors add up. Raises what `normalise`
+    of weights does."""
+    ws = normalise(ws, len(points))
+    at, A = pull(
+        g, sum((w*p.x for w, p in zip(ws, points)), points[0].x.new_zeros(())), points, ws
+    )
     return Eta(max(0.0, float((at.b.double()*A.solve(at.b).double()).sum())), float(at.var[0]))
 
 # %% ../../nbs/geometries/13_subspace.ipynb #9dc1b7db
 def error_bound(
-    deltas:list[Tensor],         # T matrices (m, n)
-    Gs:list,                     # their metrics, not damped and not projected
-    b:LabeledBasis,              # of these updates, in this order
-    ws=None,                     # T weights >= 0; default equal
-    coordinates:str="labeled",   # or "projected"
-)->tuple[float,float]:           # V_S, R_S, in units of F
-    "What is lost within the subspace and outside of it: at the mean Σ w (L_t − L_t(θ_t)) ≤ V_S + R_S for quadratic losses (cf. EpiMer, Theorem 2)."
+    deltas: list[Tensor],  # T matrices (m, n)
+    Gs: list,  # their metrics, not damped and not projected
+    b: LabeledBasis,  # of these updates, in this order
+    ws=None,  # T weights >= 0; default equal
+    coordinates: str = "labeled",  # or "projected"
+) -> tuple[float, float]:  # V_S, R_S, in units of F
+    """What is lost within the subspace and outside of it: at the mean Σ w (L_t − L_t(θ_t)) ≤ V_S +
+    R_S for quadratic losses (cf. EpiMer, Theorem 2)."""
     ws, xs = normalise(ws, len(deltas)), b.coordinates(deltas, coordinates)
     inside = eta([Point(x, _projected(G, b)) for x, G in zip(xs, Gs)], ws)
     rest = [d.double() - b.lift(x) for d, x in zip(deltas, xs)]
-    return inside.F - inside.eta, sum(w*float((r*(as_metric(G) @ r)).sum()) for w, r, G in zip(ws, rest, Gs))
+    return inside.F - inside.eta, sum(
+        w*float((r*(as_metric(G) @ r)).sum()) for w, r, G in zip(ws, rest, Gs)
+    )

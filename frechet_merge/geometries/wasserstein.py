@@ -18,51 +18,101 @@ from ..metrics import numbers
 
 # %% ../../nbs/geometries/12d_wasserstein.ipynb #f0cc8b93
 def halves(
-    f:Factors,    # a balanced pair of rank at most k
-    R:int,        # rows of either half, at least max(m, n)
-    k:int,        # columns
-)->Tensor:        # (…, 2, R, k)
+    f: Factors,  # a balanced pair of rank at most k
+    R: int,  # rows of either half, at least max(m, n)
+    k: int,  # columns
+) -> Tensor:  # (…, 2, R, k)
     "U√Σ and V√Σ, padded with zeros."
-    return torch.stack([torch.nn.functional.pad(h, (0, k - h.shape[-1], 0, R - h.shape[-2])) for h in (f.B, f.A.mT)], -3)
+    return torch.stack(
+        [
+            torch.nn.functional.pad(h, (0, k - h.shape[-1], 0, R - h.shape[-2]))
+            for h in (f.B, f.A.mT)
+        ],
+        -3,
+    )
 
+# %% ../../nbs/geometries/12d_wasserstein.ipynb #66aa15d8
 def align(
-    m:Tensor,     # (…, 2, R, k) halves to be near to
-    x:Tensor,     # (…, 2, R, k) halves to turn
-)->Tensor:        # (…, 2, R, k); one of the best where xᵀm is singular
-    "x·Q, Q ∈ O(k) such that it is as close to m as possible: the polar factor of xᵀm (Schönemann 1966)."
+    m: Tensor,  # (…, 2, R, k) halves to be near to
+    x: Tensor,  # (…, 2, R, k) halves to turn
+) -> Tensor:  # (…, 2, R, k); one of the best where xᵀm is singular
+    """x·Q, Q ∈ O(k) such that it is as close to m as possible: the polar factor of xᵀm (Schönemann
+    1966)."""
     U, _, Vt = torch.linalg.svd(x.flatten(-3, -2).mT @ m.flatten(-3, -2))
     return x @ (U @ Vt).unsqueeze(-3)
 
-APART = 1e-10    # cosine of the largest angle between two adapters' columns, below which they are at right angles
-LIVE = 1e-14     # of the largest squared singular value, below which a column is none
-GONE = 1e-6      # of the changes' own largest singular values, below which their sum is the rounding of factors that were written in float32
+# %% ../../nbs/geometries/12d_wasserstein.ipynb #f506d446
+# cosine of the largest angle between two adapters' columns, below which they are at right angles
+APART = 1e-10
+LIVE = 1e-14  # of the largest squared singular value, below which a column is none
+# of the changes' own largest singular values, below which their sum is the rounding of factors that
+# were written in float32
+GONE = 1e-6
+
 
 def apart(
-    m:Tensor,     # (…, 2, R, k)
-    x:Tensor,     # (…, 2, R, k)
-)->Tensor:        # (…,) bool
-    "Whether the smaller of the two has a direction at right angles to all of the larger, or only m is zero: then no rotation is the best."
-    (a, P, p), (b, Q, q) = ((z, E*(live := lam > LIVE*lam[..., -1:])[..., None, :]*lam.where(live, 1).rsqrt()[..., None, :], live.sum(-1)) for z in (m.flatten(-3, -2), x.flatten(-3, -2)) for lam, E in [torch.linalg.eigh(z.mT @ z)])
-    return (torch.linalg.svdvals(P.mT @ (a.mT @ b) @ Q) > APART).sum(-1) < torch.where(p > 0, torch.minimum(p, q), q)
+    m: Tensor,  # (…, 2, R, k)
+    x: Tensor,  # (…, 2, R, k)
+) -> Tensor:  # (…,) bool
+    """Whether the smaller of the two has a direction at right angles to all of the larger, or only
+    m is zero: then no rotation is the best."""
+    (a, P, p), (b, Q, q) = (
+        (
+            z,
+            E
+            * (live := lam > LIVE*lam[..., -1:])[..., None, :]
+            * lam.where(live, 1).rsqrt()[..., None, :],
+            live.sum(-1),
+        )
+        for z in (m.flatten(-3, -2), x.flatten(-3, -2))
+        for lam, E in [torch.linalg.eigh(z.mT @ z)]
+    )
+    return (torch.linalg.svdvals(P.mT @ (a.mT @ b) @ Q) > APART).sum(-1) < torch.where(
+        p > 0, torch.minimum(p, q), q
+    )
 
+# %% ../../nbs/geometries/12d_wasserstein.ipynb #5b91936b
 @dataclass(frozen=True)
 class Wasserstein(Geometry):
-    "Low-rank updates as balanced pairs modulo O(k), k the largest rank: Bures–Wasserstein. The mean is of rank k."
+    """Low-rank updates as balanced pairs modulo O(k), k the largest rank: Bures–Wasserstein. The
+    mean is of rank k."""
+
     factors = batched = keeps_rank = True
     radius = None
+
     def chart(self, thetas, Gs=None):
-        "`halves` (…, 2, max(m, n), k) of the balanced pairs, k the largest rank; back, the pair of the product."
+        """`halves` (…, 2, max(m, n), k) of the balanced pairs, k the largest rank; back, the pair
+        of the product."""
         (m, n), dtype = thetas[0].shape, thetas[0].dtype
         k = min(max(f.rank for f in thetas), m, n)
-        points = [Point(halves(balanced(*svd(f)), max(m, n), k), g) for f, g in zip(thetas, numbers(Gs, len(thetas)))]
+        points = [
+            Point(halves(balanced(*svd(f)), max(m, n), k), g)
+            for f, g in zip(thetas, numbers(Gs, len(thetas)))
+        ]
         return points, lambda z: Factors(z[..., 0, :m, :].to(dtype), z[..., 1, :n, :].mT.to(dtype))
+
     def log(self, m, x):
         "The difference to the nearest of x·Q; NaN where it is not the only one (`apart`)."
         return (align(m, x) - m).masked_fill(apart(m, x)[..., None, None, None], math.nan)
-    def exp(self, m, v): "The sum m + v."; return m + v
+
+    def exp(self, m, v):
+        "The sum m + v."
+        return m + v
+
     def start(self, points, ws):
-        "The balanced pair of the best matrix of rank k to the mean of ΔW: of all models alike; zero where changes cancel (`GONE`)."
-        U, S, Vt = torch.linalg.svd(sum((w*p.x[..., 0, :, :] @ p.x[..., 1, :, :].mT for p, w in zip(points, ws)), points[0].x.new_zeros(())), full_matrices=False)
-        S = S*(S[..., :1] > GONE*sum(w*p.x[..., 0, :, :].square().sum(-2).amax(-1, True) for p, w in zip(points, ws)))
+        """The balanced pair of the best matrix of rank k to the mean of ΔW: of all models alike;
+        zero where changes cancel (`GONE`)."""
+        U, S, Vt = torch.linalg.svd(
+            sum(
+                (w*p.x[..., 0, :, :] @ p.x[..., 1, :, :].mT for p, w in zip(points, ws)),
+                points[0].x.new_zeros(()),
+            ),
+            full_matrices=False,
+        )
+        S = S*(
+            S[..., :1]
+            > GONE
+            * sum(w*p.x[..., 0, :, :].square().sum(-2).amax(-1, True) for p, w in zip(points, ws))
+        )
         R, k = points[0].x.shape[-2:]
         return halves(balanced(U[..., :k], S[..., :k], Vt.mT[..., :k]), R, k)
