@@ -20,27 +20,9 @@ from typing import Annotated, Optional
 import typer
 
 from .checkpoints import MergeError, load
-from frechet_merge.options import (
-    Absent,
-    AnyBase,
-    Base,
-    BatchSize,
-    MaxLength,
-    Metrics,
-    Models,
-    PairColumn,
-    Pickle,
-    Quiet,
-    Split,
-    TextColumn,
-    Tokenizer,
-    Weights,
-    names,
-    numbers,
-    pair_of,
-    picture_path,
-    size,
-)
+from .options import Absent, AnyBase, Base, BatchSize, MaxLength, Metrics, Models
+from .options import PairColumn, Pickle, Quiet, Split, TextColumn, Tokenizer, Weights
+from .options import names, numbers, pair_of, picture_path, size
 
 # %% ../nbs/40_cli.ipynb #01e69ee9
 # the commands

@@ -24,17 +24,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .checkpoints import load
-from frechet_merge.estimators import (
-    ESTIMATORS,
-    causal,
-    default_forward,
-    default_mask,
-    hessian_columns,
-    length,
-    objective,
-    size,
-    take,
-)
+from .estimators import ESTIMATORS, causal, default_forward, default_mask
+from .estimators import hessian_columns, length, objective, size, take
 from .forms import FORMS, Sums, projected_diagonal, projected_kronecker
 from .output import staged_file
 from .shards import read_header

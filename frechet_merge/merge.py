@@ -38,16 +38,8 @@ from .mean import Mean, frechet_mean, normalise
 from .output import free, inputs, write_card, write_companions
 from .span import Stack
 from .statistics import Coupled, statistics
-from frechet_merge.updates import (
-    BATCH,
-    Update,
-    align_updates,
-    batches,
-    bias_key,
-    factor_shapes,
-    merge_updates,
-    peft_config,
-)
+from .updates import BATCH, Update, align_updates, batches, bias_key, factor_shapes
+from .updates import merge_updates, peft_config
 
 # a folder, file, hub id or "base+adapter", or tensors by name (a `Checkpoint` is such)
 Model = str | os.PathLike[str] | Mapping[str, Tensor]
