@@ -19,7 +19,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .checkpoints import MergeError, load
+from .checkpoints import MergeError, load, weight_files
 from .options import Absent, AnyBase, Base, BatchSize, MaxLength, Metrics, Models
 from .options import PairColumn, Pickle, Quiet, Split, TextColumn, Tokenizer, Weights
 from .options import names, numbers, pair_of, picture_path, size
@@ -58,11 +58,10 @@ def _count(n: int) -> str:
 
 # %% ../nbs/40_cli.ipynb #141fd7e9
 def _place(model: str) -> str:
-    return (
-        os.path.realpath(Path(model).parent if model.endswith(".safetensors") else model)
-        if Path(model).exists()
-        else model
-    )
+    "Where a model is: the first of its files, if it is here."
+    path = Path(model).expanduser()
+    files = weight_files(path)[0] if path.is_dir() else []
+    return os.path.realpath(files[0] if files else path) if path.exists() else model
 
 # %% ../nbs/40_cli.ipynb #a9152c4c
 @app.command("merge")

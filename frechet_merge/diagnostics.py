@@ -18,8 +18,11 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from .blocks import align, alike, get, unlike
-from .checkpoints import MergeError, codes, load
+from .blocks import align, get
+from .matching.codes import refuse_codes
+from .matching.function import unlike
+from .matching.views import alike
+from .checkpoints import MergeError, load
 from .notes import Notes
 from .factors import core
 from .jobs import bar
@@ -234,12 +237,7 @@ def inspect(
             "each on it, as BASE+ADAPTER."
         )
     for c in every:
-        if name := codes(c):
-            raise MergeError(
-                f"{c.source}: tensor {name!r} is in 8 bits with a scale beside it: its numbers "
-                "are codes, which cannot be compared.\n"
-                "Save the model in bfloat16 first."
-            )
+        refuse_codes(c)
     # as `merge` does
     found.unlike, every = unlike(every), alike(every, every[-len(models) :])
     total, stacks = torch.zeros(len(every), len(every), dtype=torch.float64), []

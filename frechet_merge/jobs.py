@@ -48,6 +48,7 @@ class Plan:
     tied: dict[str, str]  # further name → name in `layout`
     names: list[str]  # of the blocks that have a mean, in order
     config: dict | None = None  # adapter_config.json, if an adapter is written
+    stem: str = "model"  # what names of files begin with
     allow_nonfinite: bool = False  # NaN and Inf are written where inputs have them
 
     @property
@@ -292,7 +293,7 @@ def carry_out(
                 part,
                 plan.layout,
                 shard_size if plan.config is None else 1 << 62,
-                "model" if plan.config is None else "adapter_model",
+                plan.stem,
                 plan.tied,
             ) as sink:
                 means = run(sink)

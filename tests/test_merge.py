@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file, save_model
 
 from frechet_merge import Euclidean, LoRA, MergeError, load, merge
-from frechet_merge.blocks import unlike
+from frechet_merge.matching.function import unlike
 from frechet_merge.tensors import FileTensor
 from frechet_merge.diagnostics import inspect
 from frechet_merge.geometries.sphere import karcher
@@ -545,7 +545,7 @@ class TestNames:
     def test_a_base_that_is_another_model(self):
         with pytest.raises(
             MergeError,
-            match=r"has no tensor under a name of [\s\S]*Name the model that they were trained from",
+            match=r"(?s)has no tensor '.*Name the model that .* was trained from",
         ):
             merge([self.of()]*2, base={"x": torch.ones(3)}, absent="renormalise")
 
@@ -555,9 +555,9 @@ def test_codes_are_not_averaged():
         "w.weight": torch.randn(4, 4).to(torch.float8_e4m3fn),
         "w.weight_scale_inv": torch.ones(1, 1),
     }
-    with pytest.raises(MergeError, match="'w.weight' is in 8 bits with a scale beside it"):
+    with pytest.raises(MergeError, match="8 bits with a scale beside them.*'w.weight' is in codes"):
         merge([w, w])
-    with pytest.raises(MergeError, match="in 8 bits"):
+    with pytest.raises(MergeError, match="8 bits"):
         inspect([w, w])
 
 
@@ -823,10 +823,10 @@ def test_configs_and_tokenizers_that_make_another_function(tmp_path):
         match="a and .*b are not the same function of their weights: num_attention_heads = 2 and 4",
     ):
         merge([a, b])
-    with pytest.warns(UserWarning, match="2 tokens under other numbers, such as 'cat'"):
+    with pytest.raises(MergeError, match="use token number 0 for 'cat' and for 'dog'"):
         merge([a, c])
-    found = inspect([a, b, c])
-    assert found.mergeable and len(found.unlike) == 2
+    found = inspect([a, b])
+    assert found.mergeable and len(found.unlike) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         merge([a, a])
@@ -862,13 +862,6 @@ def test_spellings_of_one_function_are_one(tmp_path):
         for k in (1, 2)
     )
     assert "num_key_value_heads = 1 and 2" in unlike([x, y])[0]
-    for f, v in ((x, {"cat": 0, "dog": 1}), (y, {"cat": 0, "dog": 1})):
-        (f.folder/"tokenizer.json").write_text(
-            json.dumps(
-                {"model": {"vocab": v}, "added_tokens": [{"content": "<pad>", "id": 2 + (f is y)}]}
-            )
-        )
-    assert "1 tokens under other numbers, such as '<pad>'" in unlike([x, y])[1]
 
 
 def test_a_tied_head_in_a_text_config(tmp_path):

@@ -775,7 +775,7 @@ def test_heads_of_two_adapters_and_half_a_head_are_refused():
 
 
 def test_the_config_of_another_number_of_classes(tmp_path):
-    from frechet_merge.output import write_companions
+    from frechet_merge.companions import write_companions
 
     (tmp_path/"base").mkdir()
     for cfg in (
@@ -786,7 +786,7 @@ def test_the_config_of_another_number_of_classes(tmp_path):
         (tmp_path/"base"/"config.json").write_text(json.dumps(cfg))
         out = tmp_path/str(len(list(tmp_path.iterdir())))
         out.mkdir()
-        write_companions(out, tmp_path/"base", None, 3)
+        write_companions(out, [tmp_path/"base"], None, 3)
         got = json.loads((out/"config.json").read_text())
         assert (
             len(got["id2label"]) == 3
