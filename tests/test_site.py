@@ -17,7 +17,9 @@ from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin, urlparse
 
 import docs
+import offline
 import pytest
+import reference
 from conftest import ROOT
 
 pytestmark = pytest.mark.xdist_group("site")      # which is built once
@@ -69,14 +71,14 @@ def inside(href, name): return not urlparse(href).scheme and not href.startswith
 
 def test_every_notebook_is_a_page_of_the_sidebar(pages):
     def flat(c): return [c] if isinstance(c, str) else [y for x in (c if isinstance(c, list) else c.values()) for y in flat(x)]
-    listed = flat(docs.sidebar(docs.quarto(ROOT)["sidebar"]["contents"]))
+    listed = flat(offline.sidebar(offline.quarto(ROOT)["sidebar"]["contents"]))
     assert len(set(listed)) == len(listed)
     assert {x.replace(".md", ".html") for x in listed} == set(pages) == {page_of(p) for p in docs.notebooks(ROOT)} | {"api.html"}
 
 
 def test_no_link_is_broken(pages, site):
     "Pages, anchors and files of the site; and what points into the repository is there."
-    broken, repository = [], re.compile(re.escape(docs.INI["git_url"]) + rf"/(?:blob|edit|tree|raw)/{docs.INI['branch']}/([^#?]+)")
+    broken, repository = [], re.compile(re.escape(reference.INI["git_url"]) + rf"/(?:blob|edit|tree|raw)/{reference.INI['branch']}/([^#?]+)")
     for name, page in pages.items():
         for href in page.links + page.assets:
             if m := repository.match(href): broken += [] if (ROOT/unquote(m[1])).exists() else [(name, href)]
@@ -102,7 +104,7 @@ def test_formulas_and_directives_are_rendered(pages):
 def test_every_public_name_is_described(pages):
     "On its page: a heading or a row that links can reach, the signature, the docments and the source; and in the index."
     missing = []
-    for m in (docs.Module(p, ROOT) for p in docs.notebooks(ROOT)):
+    for m in (reference.Module(p, ROOT) for p in docs.notebooks(ROOT)):
         page, index = pages[m.page.replace(".ipynb", ".html")], pages["api.html"]
         missing += [(m.name, n) for n in m.anchors if n not in page.ids]
         missing += [(m.name, n, "index") for n in (*m.symbols, *m.constants) if f"{m.page.replace('.ipynb', '.html')}#{n}" not in index.links]
@@ -110,9 +112,9 @@ def test_every_public_name_is_described(pages):
         for n, o in m.symbols.items():
             card = re.split(r"<h[23]", html.split(f'id="{n}"')[1])[0]
             said = unescape(re.sub(r"<[^>]+>", "", card))
-            rows, returns = ([], None) if isinstance(o, type) and issubclass(o, BaseException) else docs.parameters(o)
+            rows, returns = ([], None) if isinstance(o, type) and issubclass(o, BaseException) else reference.parameters(o)
             missing += [(m.name, n, x) for name, kind, default, _ in rows for x in (name, kind, default) if re.sub(r"\s", "", x) not in re.sub(r"\s", "", said)]
-            missing += [] if f"{docs.BLOB}/{m.name.replace('.', '/')}.py#L" in card else [(m.name, n, "source")]
+            missing += [] if f"{reference.BLOB}/{m.name.replace('.', '/')}.py#L" in card else [(m.name, n, "source")]
     assert not missing, missing
     said = unescape(re.sub(r"<[^>]+>", "", pages["03_mean.html"].path.read_text().split('id="frechet_mean"')[1].split("<h3")[0]))
     for x in ("tol=1e-10", "on the residual", "Geometry", "source", "Karcher 1977"): assert x in said, x
@@ -120,7 +122,7 @@ def test_every_public_name_is_described(pages):
 
 def test_exported_code_stays_beside_its_derivation(pages):
     import inspect
-    for m in (docs.Module(p, ROOT) for p in docs.notebooks(ROOT)):
+    for m in (reference.Module(p, ROOT) for p in docs.notebooks(ROOT)):
         text = re.sub(r"\s|&#\w+;|&\w+;", "", re.sub(r"<[^>]+>", "", pages[m.page.replace(".ipynb", ".html")].path.read_text()))
         for n, o in m.symbols.items(): assert re.sub(r"\s", "", f"{'class' if inspect.isclass(o) else 'def'} {n}") in text, (m.name, n)
 
