@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import offline
-from offline import FENCED
+from offline import FENCED, joined
 from reference import INI, ROOT, Module, Sources, code, prose, table
 
 TOKENS = re.compile(
@@ -33,9 +33,28 @@ SHELL = re.compile(r'sh\(r?(?:"""((?:(?!""").)*)"""|"([^"\\]*)")(?:, code=\d+)?\
 PARAGRAPH = re.compile(
     r"^((?![ ]*(?:[-*]|\d+\.) )[^\n]*\S[^\n]*)\n(?=(?:[-*]|\d+\.) )", re.M
 )
+# a pipe table: the row of names, the dash row, the others
+TABLE = re.compile(r"^(\|.*\|\n)(\|(?:[ :]*-+[ :]*\|)+\n)((?:\|.*\|(?:\n|$))+)", re.M)
+BLOCKS = re.compile(r"(^```.*?^```$)", re.S | re.M)
+MARKUP = re.compile(r"\]\([^)]*\)|\\[A-Za-z]+|[`*$\[{}\\]")
+# characters of a column that ask for more of a table's width
+NARROW, WIDE = 4, 45
 SETTINGS = re.compile(
     r"[\w.]*(seed|set_num_threads|filterwarnings|default_dtype|rcParams)"
 )
+BY_FORMAT = """::: {{.content-visible when-format="html"}}
+
+{}
+
+:::
+
+::: {{.content-visible unless-format="html"}}
+
+{}
+
+:::"""
+# columns of the page of every public name, in percent: name, meaning
+INDEX_WIDTHS = (30, 70)
 COPIED = (".svg", ".png", ".gif", ".css", ".scss", ".bib", ".yml")
 
 
@@ -127,6 +146,52 @@ def direct(cell, heading):
         cell.source = f"#| echo: false\n{cell.source}"
 
 
+def without_html(data):
+    """HTML that a cell returned as raw Markdown, and as plain text where a format is not HTML.
+
+    Quarto loads scripts from other sites on every page with an output of HTML.
+    """
+    shown = offline.fence(joined(data.pop("text/html")), "{=html}")
+    said = offline.fence(joined(data.get("text/plain", "")), "")
+    return BY_FORMAT.format(shown, said)
+
+
+def prepare(output):
+    "What a cell returned, as Quarto shows it best."
+    data = output.get("data", {})
+    if "text/html" in data:
+        data["text/markdown"] = without_html(data)
+    elif "text/markdown" in data:
+        data["text/markdown"] = proportioned(joined(data["text/markdown"]))
+
+
+def cells_of(row):
+    return re.split(r"(?<!\\)\|", row.strip())[1:-1]
+
+
+def dashes(table):
+    """A pipe table with a dash row in proportion to its columns' longest cells.
+
+    pandoc takes the widths from it: with as many dashes for each, numbers get as much as sentences.
+    """
+    names, row, others = table.groups()
+    marks = cells_of(row)
+    rows = [cells_of(line) for line in (names + others).strip().split("\n")]
+    if any(len(cells) != len(marks) for cells in rows):
+        return table[0]
+    letters = [max(len(MARKUP.sub("", c).strip()) for c in column) for column in zip(*rows)]
+    widths = [min(max(n, NARROW), WIDE) for n in letters]
+    shares = [max(3, round(100*w/sum(widths))) for w in widths]
+    drawn = (re.sub("-+", "-"*n, mark.strip()) for n, mark in zip(shares, marks))
+    return f"{names}|{'|'.join(drawn)}|\n{others}"
+
+
+def proportioned(text):
+    "Markdown whose tables give each column the width that it needs."
+    parts = enumerate(BLOCKS.split(text))
+    return "".join(p if i % 2 else TABLE.sub(dashes, p) for i, p in parts)
+
+
 # The processed notebooks
 
 def chapter(book, page):
@@ -155,6 +220,8 @@ def chapter(book, page):
                 cell.source = None
             elif cell.cell_type == "code":
                 direct(cell, self.heading)
+                for output in cell.outputs:
+                    prepare(output)
 
         def end(self):
             if text := module.reference():
@@ -217,7 +284,8 @@ class Book:
             to = "" if at[0] == page else os.path.relpath(at[0], Path(page).parent)
             return f"[{found[0]}]({to}#{at[1]})"
 
-        parts = enumerate(FENCED.split(TOKENS.sub(token, text)))
+        text = TOKENS.sub(token, proportioned(text))
+        parts = enumerate(FENCED.split(text))
         return "".join(p if i % 2 else PARAGRAPH.sub(r"\1\n\n", p) for i, p in parts)
 
     def process(self, path, out):
@@ -243,8 +311,12 @@ class Book:
     def index(self):
         "A page of every public name."
         front = [
-            "---", "title: Every public name",
-            "description: What the library exports, by chapter", "repo-actions: false", "---",
+            "---",
+            "title: Every public name",
+            "description: What the library exports, by chapter",
+            "output-file: api.html",
+            "repo-actions: false",
+            "---",
         ]
         out = ["\n".join(front)]
         mods = [m for m in self.modules.values() if m.anchors]
@@ -252,12 +324,12 @@ class Book:
             index_row(m, n) for m in mods for n, o in m.symbols.items()
             if n in self.public and o.__module__ == m.name
         ]
-        head = ["| | |", "|---|---|"]
-        out.append(f"## From `{INI['lib_name']}` {{#public}}\n\n" + table(head, sorted(public)))
+        title = f"## From `{INI['lib_name']}` {{#public}}\n\n"
+        out.append(title + table(sorted(public), INDEX_WIDTHS))
         for m in mods:
             rows = [index_row(m, n) for n in (*m.symbols, *m.constants)]
             title = f"## [{m.title}]({m.page}) {{#{m.name}}}\n\n`{m.name}`\n\n"
-            out.append(title + table(head, rows))
+            out.append(title + table(rows, INDEX_WIDTHS))
         return out
 
 
@@ -280,13 +352,16 @@ def index_row(module, name):
 
 
 def index_notebook(texts):
-    "The page of every public name, as a notebook."
+    """The page of every public name, as a notebook.
+
+    A cell is a list of lines: of one string, Quarto makes a single heading.
+    """
     cells = [
         {
             "cell_type": "raw" if i == 0 else "markdown",
             "id": f"api{i}",
             "metadata": {},
-            "source": text,
+            "source": text.splitlines(keepends=True),
         }
         for i, text in enumerate(texts)
     ]

@@ -16,6 +16,9 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = "Reference"
+# columns of a table, in percent: name, type, default, meaning; name, value, meaning
+PARAMETER_WIDTHS = (15, 15, 10, 60)
+CONSTANT_WIDTHS = (20, 30, 50)
 
 
 def settings():
@@ -38,7 +41,9 @@ def plain(text):
 
 
 def code(text):
-    return f"<code>{plain(text)}</code>" if text else ""
+    "Code in a table, where backticks may hold no bars; pandoc would curl quotes and join dots."
+    kept = re.sub(r"""["'.-]""", lambda m: f"&#{ord(m[0])};", plain(text or ""))
+    return f"<code>{kept}</code>" if text else ""
 
 
 def prose(text):
@@ -47,9 +52,15 @@ def prose(text):
     return "".join(code(p[1:-1]) if i % 2 else plain(p) for i, p in parts)
 
 
-def table(head, rows):
-    "A pipe table: its first row is the dash row, or the names and the dash row."
-    return "\n".join([*head, *("| " + " | ".join(r) + " |" for r in rows)])
+def table(rows, widths, head=None):
+    """A pipe table with columns of relative `widths`, which pandoc reads from the dash row.
+
+    It does so if a line is longer than 72 characters: the dash row is, where they sum to 100.
+    """
+    dashes = "|" + "|".join("-"*width for width in widths) + "|"
+    named = head or [""]*len(widths)
+    lines = [" | ".join(" ".join(cell.split()) for cell in cells) for cells in rows]
+    return "\n".join([f"| {' | '.join(named)} |", dashes, *(f"| {line} |" for line in lines)])
 
 
 # What the source says
@@ -156,6 +167,63 @@ def parameters(obj):
     return arguments(node.args), spelled(node.returns) or None
 
 
+class Constant(NamedTuple):
+    "Its value, if that is short, and the comment beside or above it."
+    value: str = ""
+    comment: str = ""
+
+
+def assigned(node):
+    "Names that a statement gives a value, each with its own where several are given at once."
+    if isinstance(node, ast.AnnAssign):
+        return [(node.target, node.value)]
+    if not isinstance(node, ast.Assign):
+        return []
+    target, value = node.targets[0], node.value
+    if not isinstance(target, ast.Tuple):
+        return [(target, value)]
+    is_paired = isinstance(value, ast.Tuple) and len(value.elts) == len(target.elts)
+    return [*zip(target.elts, value.elts if is_paired else [None]*len(target.elts))]
+
+
+def comment_of(node, lines):
+    "What stands behind a statement or, if nothing does, right above it."
+    trailing = re.search(r"\s# (.*)$", lines[node.end_lineno - 1][node.end_col_offset:])
+    if trailing:
+        return trailing[1]
+    above = []
+    for line in reversed(lines[:node.lineno - 1]):
+        is_of_the_reader = line.startswith("# ") and not line.startswith("# %%")
+        if not is_of_the_reader:
+            break
+        above.insert(0, line[2:].strip())
+    return " ".join(above)
+
+
+def short(value, source):
+    "How a value is spelled, on one line; nothing if it is long."
+    if value is None:
+        return ""
+    spelling = ast.get_source_segment(source, value)
+    if "\n" in spelling:
+        spelling = ast.unparse(value)
+    return spelling if len(spelling) < 80 else ""
+
+
+def constants(source):
+    "What a module assigns at its top; of a comment on several names, each has its part."
+    lines = source.splitlines()
+    found = {}
+    for node in ast.parse(source).body:
+        pairs = assigned(node)
+        comment = comment_of(node, lines) if pairs else ""
+        parts = comment.split("; ")
+        comments = parts if len(parts) == len(pairs) else [comment]*len(pairs)
+        for (target, value), said in zip(pairs, comments):
+            found[getattr(target, "id", "")] = Constant(short(value, source), said)
+    return found
+
+
 # What is shown of it
 
 def signature(name, rows, returns, kind=""):
@@ -180,8 +248,8 @@ def parameter_table(rows, returns, docs):
         shown.append(("*returns*", code(returns), "", said))
     if not any(kind or said for _, kind, _, said in shown):
         return []
-    head = ["| | type | default | |", "|---|---|---|---|"]
-    return ["::: {.parameters}", table(head, shown), ":::"]
+    text = table(shown, PARAMETER_WIDTHS, ("", "type", "default", ""))
+    return ["::: {.parameters}", text, ":::"]
 
 
 def entry(sym, shown, docs, name, level):
@@ -216,8 +284,9 @@ def card(sym, name, level):
 
 
 def described(obj):
-    "The line that says what it is."
-    return inspect.cleandoc(getattr(obj, "fget", obj).__doc__ or "").split("\n")[0]
+    "The first paragraph of its docstring, which says what it is."
+    doc = inspect.cleandoc(getattr(obj, "fget", obj).__doc__ or "")
+    return " ".join(doc.split("\n\n")[0].split())
 
 
 def methods(cls):
@@ -259,29 +328,24 @@ class Module:
         "Functions and classes of its own, and the rest with its value and its comment."
         source = Path(module.__file__).read_text()
         Sources.add(self.name, source)
+        others = constants(source)
         for name in getattr(module, "__all__", []):
             obj = getattr(module, name)
             is_defined = inspect.isfunction(obj) or inspect.isclass(obj)
             if is_defined and obj.__module__ == self.name:
                 self.symbols[name] = obj
             else:
-                assigned = rf"^(?:.*;\s*)?{name}\b[^=\n]*=\s*(.*?)(?:\s+#\s(.*))?$"
-                self.constants[name] = re.search(assigned, source, re.M)
+                self.constants[name] = others.get(name, Constant())
 
     def _constant(self, name):
-        found = self.constants[name]
-        if found is None:
-            return f"<span id='{name}'>{code(name)}</span>", "", ""
-        is_whole = len(found[1]) < 80 and found[1][-1] not in "([{,"
-        value = code(found[1]) if is_whole else ""
-        return f"<span id='{name}'>{code(name)}</span>", value, prose(found[2])
+        value, comment = self.constants[name]
+        return f"<span id='{name}'>{code(name)}</span>", code(value), prose(comment)
 
     def said(self, name):
         "The line that says what a name is."
         if name in self.symbols:
             return described(self.symbols[name])
-        found = self.constants[name]
-        return (found[2] or "") if found else ""
+        return self.constants[name].comment
 
     def reference(self):
         "Every public name, in Markdown."
@@ -293,7 +357,7 @@ class Module:
             if inspect.isclass(obj):
                 out += [card(f, f"{name}.{m}", 4) for m, f in methods(obj)]
         if self.constants:
-            head = ["| | value | |", "|---|---|---|"]
             rows = [self._constant(n) for n in self.constants]
-            out += ["### Constants {#constants}", table(head, rows)]
+            text = table(rows, CONSTANT_WIDTHS, ("", "value", ""))
+            out += ["### Constants {#constants}", "::: {.parameters}", text, ":::"]
         return "\n\n".join(out)
