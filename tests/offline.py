@@ -111,6 +111,10 @@ PICTURES = {
 }
 
 
+# raw HTML, which the output was before it was made Markdown for Quarto
+HTML = re.compile(r"^(```+)\{=html\}\n(.*?)\n\1$", re.S | re.M)
+
+
 def joined(value):
     return "".join(value) if isinstance(value, list) else value
 
@@ -125,10 +129,10 @@ def outputs(cell, caption, save):
             name = save(content, PICTURES[kind])
             alt = html.escape(caption)
             yield f'<p class="picture"><img src="{name}" alt="{alt}" loading="lazy"></p>'
-        elif "text/html" in data:
-            yield f'<div class="output">{data["text/html"]}</div>'
         elif "text/markdown" in data:
-            yield mathml(data["text/markdown"])
+            text = data["text/markdown"]
+            raw = HTML.search(text)
+            yield f'<div class="output">{raw[2]}</div>' if raw else mathml(text)
         elif "text/plain" in data:
             yield fence(data["text/plain"], " { .text .output }")
         elif o["output_type"] == "stream" and o["name"] == "stdout":
@@ -199,7 +203,10 @@ HEAD = """{% extends "base.html" %}
 <meta property="og:title" content="{{ page.title | striptags if page else config.site_name }}">
 <meta property="og:description" content="{{ config.site_description }}">
 <meta property="og:image" content="{{ config.site_url }}images/social.png">
+<meta property="og:image:alt" content="{{ config.extra.image_alt }}">
 <meta name="twitter:card" content="summary_large_image">
+<meta name="twitter:image" content="{{ config.site_url }}images/social.png">
+<meta name="twitter:image:alt" content="{{ config.extra.image_alt }}">
 {% endblock %}
 """
 
@@ -235,6 +242,7 @@ def theme(folder):
 def config(web, out):
     "What mkdocs is told: as strict as it can be, and what _quarto.yml says."
     github = {"icon": "fontawesome/brands/github", "link": web["repo-url"], "name": "Source"}
+    alt = web["open-graph"]["image-alt"]
     return {
         "site_name": web["title"],
         "site_description": web["description"],
@@ -246,7 +254,7 @@ def config(web, out):
         "copyright": web["page-footer"]["left"],
         "nav": sidebar(web["sidebar"]["contents"]),
         "extra_css": ["styles.css"],
-        "extra": {"generator": False, "social": [github]},
+        "extra": {"generator": False, "social": [github], "image_alt": alt},
         "theme": theme(out/"theme"),
         "markdown_extensions": [
             "attr_list",
