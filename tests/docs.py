@@ -1,380 +1,392 @@
-"""The site: `python tests/docs.py OUT` writes OUT/pages, the processed notebooks that Quarto publishes, and OUT/site, the same pages by mkdocs.
+"""The site: `python tests/docs.py OUT` writes OUT/pages, the processed notebooks that Quarto
+publishes, and OUT/site, the same pages by mkdocs.
 
-Quarto is in no package registry, so the tests and offline readers get the second; `--pages` stops after the first.
+Quarto is in no package registry, so the tests and offline readers get the second; `--pages` stops
+after the first.
 """
 import ast
-import configparser
-import html
-import inspect
 import json
 import os
 import re
 import shutil
-import subprocess
 import sys
-import textwrap
-from base64 import b64decode
-from dataclasses import fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
 from urllib.parse import quote
 
-import yaml
+import offline
+from offline import FENCED, joined
+from reference import INI, ROOT, Module, Sources, code, prose, table
 
-ROOT = Path(__file__).parents[1]
-INI = configparser.ConfigParser(); INI.read(ROOT/"settings.ini"); INI = INI["DEFAULT"]
-BLOB = f"{INI['git_url']}/blob/{INI['branch']}"
-FENCED = re.compile(r"(```.*?```|`[^`\n]*`)", re.S)
-TOKENS = re.compile(r"^#{1,6} .*?$|```.*?```|\[[^\]\n]*\]\([^)\n]*\)|\$\$.*?\$\$|\$[^$\n]+\$|`(?P<name>[A-Za-z_][\w.]*)(?P<call>\(\))?`", re.S | re.M)
-REFERENCE = "Reference"
+TOKENS = re.compile(
+    r"^#{1,6} .*?$"
+    r"|```.*?```"
+    r"|\[[^\]\n]*\]\([^)\n]*\)"
+    r"|\$\$.*?\$\$"
+    r"|\$[^$\n]+\$"
+    r"|`(?P<name>[A-Za-z_][\w.]*)(?P<call>\(\))?`",
+    re.S | re.M,
+)
+# the whole cell
+SHELL = re.compile(r'sh\(r?(?:"""((?:(?!""").)*)"""|"([^"\\]*)")(?:, code=\d+)?\)', re.S)
+# a line of a paragraph with a list right below it
+PARAGRAPH = re.compile(
+    r"^((?![ ]*(?:[-*]|\d+\.) )[^\n]*\S[^\n]*)\n(?=(?:[-*]|\d+\.) )", re.M
+)
+# a pipe table: the row of names, the dash row, the others
+TABLE = re.compile(r"^(\|.*\|\n)(\|(?:[ :]*-+[ :]*\|)+\n)((?:\|.*\|(?:\n|$))+)", re.M)
+BLOCKS = re.compile(r"(^```.*?^```$)", re.S | re.M)
+MARKUP = re.compile(r"\]\([^)]*\)|\\[A-Za-z]+|[`*$\[{}\\]")
+# characters of a column that ask for more of a table's width
+NARROW, WIDE = 4, 45
+SETTINGS = re.compile(
+    r"[\w.]*(seed|set_num_threads|filterwarnings|default_dtype|rcParams)"
+)
+BY_FORMAT = """::: {{.content-visible when-format="html"}}
 
+{}
 
-def sidebar(contents):
-    "The sidebar of _quarto.yml as mkdocs' nav."
-    return [c.replace(".ipynb", ".md") if isinstance(c, str) else {c["section"]: sidebar(c["contents"])} for c in contents]
+:::
 
+::: {{.content-visible unless-format="html"}}
 
-def quarto(root): return yaml.safe_load((root/"_quarto.yml").read_text())["website"]
-def notebooks(root): return sorted(p for p in (root/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
-def slug(text): return re.sub(r"\s+", "-", re.sub(r"[^\w\s.-]", "", re.sub(r"\$[^$]*\$", "", text)).strip().lower()).lstrip("0123456789-._") or "section"
-def plain(text): return re.sub(r"[*_\[\]`|\\]", lambda m: f"&#{ord(m[0])};", html.escape(text, quote=False))      # no markup, in pandoc and in mkdocs
-def code(text): return f"<code>{plain(text)}</code>" if text else ""
-def prose(text): return "".join(code(p[1:-1]) if i % 2 else plain(p) for i, p in enumerate(re.split(r"(`[^`]*`)", text or "")))
+{}
 
-
-# What is exported, as nbdev shows it
-
-class Sources:
-    "The definitions of a module: `inspect` would parse the module again for each one."
-    nodes, lines = {}, {}
-    @classmethod
-    def add(cls, name, text):
-        cls.lines[name] = text.splitlines(True)
-        for node in ast.parse(text).body:
-            if not isinstance(node, (ast.FunctionDef, ast.ClassDef)): continue
-            cls.nodes[name, node.name] = node
-            cls.nodes |= {(name, f"{node.name}.{f.name}"): f for f in node.body if isinstance(f, ast.FunctionDef)} if isinstance(node, ast.ClassDef) else {}
-    @classmethod
-    def node(cls, obj): return cls.nodes.get((obj.__module__, obj.__qualname__))
-    @classmethod
-    def source(cls, obj):
-        node = cls.node(obj)
-        return textwrap.dedent("".join(cls.lines[obj.__module__][cls.first(node) - 1:node.end_lineno])) if node else inspect.getsource(obj)
-    @staticmethod
-    def first(node): return min([node.lineno, *(d.lineno for d in node.decorator_list)])
-
-
-def parameters(obj):
-    "Of a function or class: (name, type, default, help) as its source spells them, and the type that it returns."
-    def row(name, anno, default):
-        if isinstance(anno, ast.Subscript) and getattr(anno.value, "id", "") == "Annotated":      # of typer: the type, and what the command line says of it
-            texts = [k.value.value for e in anno.slice.elts[1:] for k in getattr(e, "keywords", []) if k.arg == "help"]
-            return name, ast.unparse(anno.slice.elts[0]), ast.unparse(default) if default else "", "".join(texts)
-        if isinstance(default, ast.Call) and getattr(default.func, "id", "") == "field":
-            default = next((k.value for k in default.keywords if k.arg in ("default", "default_factory")), None)
-        return name, ast.unparse(anno) if anno else "", ast.unparse(default) if default else "", ""
-    node = Sources.node(obj)
-    if node is None: return [], None
-    if isinstance(node, ast.ClassDef):
-        init = next((f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"), None)
-        if init is None:
-            own = [row(a.target.id, a.annotation, a.value) for a in node.body if isinstance(a, ast.AnnAssign) and is_dataclass(obj) and a.target.id in {f.name for f in fields(obj)}]
-            return [p for base in obj.__bases__ for p in parameters(base)[0] if p[0] not in {o[0] for o in own}] + own, None
-        node = init
-    a = node.args; front = a.posonlyargs + a.args
-    rows = [row(p.arg, p.annotation, d) for p, d in zip(front, [None]*(len(front) - len(a.defaults)) + a.defaults)]
-    if a.vararg: rows.append(row("*" + a.vararg.arg, a.vararg.annotation, None))
-    elif a.kwonlyargs: rows.append(("*", "", "", ""))
-    rows += [row(p.arg, p.annotation, d) for p, d in zip(a.kwonlyargs, a.kw_defaults)] + ([row("**" + a.kwarg.arg, a.kwarg.annotation, None)] if a.kwarg else [])
-    return [r for r in rows if r[0] not in ("self", "cls")], ast.unparse(node.returns) if node.returns else None
+:::"""
+# columns of the page of every public name, in percent: name, meaning
+INDEX_WIDTHS = (30, 70)
+COPIED = (".svg", ".png", ".gif", ".css", ".scss", ".bib", ".yml")
 
 
-def signature(name, rows, returns, kind=""):
-    shown = [f"{n}={d}" if d else n for n, _, d, _ in rows]
-    tail = f") -> {returns}" if returns and returns != "None" else ")"
-    line = f"{kind}{name}({', '.join(shown)}{tail}"
-    return line if len(line) <= 96 else f"{kind}{name}(\n" + "".join(f"    {s},\n" for s in shown) + tail
+def notebooks(root):
+    found = (root/"nbs").rglob("*.ipynb")
+    return sorted(p for p in found if ".ipynb_checkpoints" not in p.parts)
 
 
-def card(sym, name, level):
-    "nbdev's `show_doc`, with the docments as a table."
-    from nbdev.showdoc import BasicMarkdownRenderer, show_doc
-
-    class Card(BasicMarkdownRenderer):
-        def _repr_markdown_(self):
-            node, docs = Sources.node(self.sym), self.dm.dm
-            rows, returns = parameters(self.sym)
-            kind = "class " if inspect.isclass(self.sym) else ""
-            line = f"{name} -> {returns}" if isinstance(sym, property) else signature(name, rows, returns, kind)
-            out = [f"{'#'*level} {plain(name)} {{#{name}}}", f"[source]({BLOB}/{self.sym.__module__.replace('.', '/')}.py#L{Sources.first(node)})", f"```python\n{line}\n```"]
-            if self.sym.__doc__: out.append(prose(inspect.cleandoc(self.sym.__doc__)))
-            def details(n, said): return prose((docs.get(n.lstrip("*")) or {}).get("docment") or said)
-            table = [(code(n), code(t), code(d), details(n, said)) for n, t, d, said in rows if n != "*"]
-            if returns and (said := details("return", "")): table.append(("*returns*", code(returns), "", said))
-            if any(t or said for _, t, _, said in table): out += ["::: {.parameters}", "\n".join(["| | type | default | |", "|---|---|---|---|", *("| " + " | ".join(r) + " |" for r in table)]), ":::"]
-            return "\n\n".join(out)
-    return show_doc(sym, renderer=Card, name=name)._repr_markdown_()
+def slug(text):
+    "The anchor that pandoc gives to a heading."
+    words = re.sub(r"\$[^$]*\$", "", text)
+    words = re.sub(r"[^\w\s.-]", "", words).strip().lower()
+    return re.sub(r"\s+", "-", words).lstrip("0123456789-._") or "section"
 
 
-def described(obj):
-    "The line that says what it is."
-    return inspect.cleandoc((getattr(obj, "fget", obj)).__doc__ or "").split("\n")[0]
+# What a cell is
+
+def parsed(source):
+    "The statements of a cell without its magics; None if it is no Python."
+    try:
+        return ast.parse(re.sub(r"^[%!].*$", "", source, flags=re.M))
+    except SyntaxError:
+        return None
 
 
-def methods(cls):
-    "Public methods that say what they do."
-    for n, f in vars(cls).items():
-        f = getattr(f, "__func__", f)
-        if not n.startswith("_") and (inspect.isfunction(f) or isinstance(f, property)) and (f.fget if isinstance(f, property) else f).__doc__: yield n, f
+def only_imports(source):
+    "A cell that readers may skip: imports, perhaps with a seed."
+    tree = parsed(source)
+    imports = (ast.Import, ast.ImportFrom)
+    if tree is None or not tree.body or not isinstance(tree.body[0], imports):
+        return False
+    others = [s for s in tree.body if not isinstance(s, imports)]
+    return all(SETTINGS.match(ast.unparse(s)) for s in others)
 
 
-class Module:
-    "What a notebook exports."
-    def __init__(self, path, root):
-        nb = json.loads(path.read_text())
-        found = [m[1] for c in nb["cells"] if c["cell_type"] == "code" and (m := re.match(r"#\|\s*default_exp\s+(\S+)", "".join(c["source"])))]
-        self.page, self.title = path.relative_to(root/"nbs").as_posix(), next((m[1] for c in nb["cells"] if (m := re.match(r"#\s+(.*)", "".join(c["source"])))), path.stem)
-        self.name = f"{INI['lib_name']}.{found[0]}" if found else None
-        mod = import_module(self.name) if found else None
-        source = Path(mod.__file__).read_text() if found else ""
-        Sources.add(self.name, source)
-        self.constants, self.symbols = {}, {}
-        for n in getattr(mod, "__all__", []):
-            obj = getattr(mod, n)
-            if (inspect.isfunction(obj) or inspect.isclass(obj)) and obj.__module__ == self.name: self.symbols[n] = obj
-            else: self.constants[n] = re.search(rf"^(?:.*;\s*)?{n}\b[^=\n]*=\s*(.*?)(?:\s+#\s(.*))?$", source, re.M)
-        self.anchors = {*self.symbols, *self.constants, *(f"{n}.{m}" for n, o in self.symbols.items() if inspect.isclass(o) for m, _ in methods(o))}
+def literal(node):
+    "The text of a string, with … for what is filled in; None of anything else."
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(v.value if isinstance(v, ast.Constant) else "…" for v in node.values)
+    return None
 
-    def reference(self):
-        "Every public name, in Markdown."
-        if not self.anchors: return None
-        out = [f"## {REFERENCE} {{#reference}}", f"What `{self.name}` exports."]
-        for n, obj in self.symbols.items():
-            out.append(card(obj, n, 3))
-            if inspect.isclass(obj): out += [card(f, f"{n}.{m}", 4) for m, f in methods(obj)]
-        if self.constants:
-            rows = [f"| <span id='{n}'>{code(n)}</span> | {code(m[1]) if m and len(m[1]) < 80 and m[1][-1] not in '([{,' else ''} | {prose(m[2]) if m else ''} |" for n, m in self.constants.items()]
-            out += ["### Constants {#constants}", "\n".join(["| | value | |", "|---|---|---|", *rows])]
-        return "\n\n".join(out)
+
+def titles(call):
+    "What a call gives as a title."
+    is_title = getattr(call.func, "attr", "") in ("set_title", "suptitle", "title")
+    first = call.args[:1] if is_title else []
+    return first + [k.value for k in call.keywords if k.arg in ("title", "suptitle")]
+
+
+def alt(source):
+    "What a picture shows: the titles that its cell gives it."
+    tree = parsed(source)
+    if tree is None:
+        return ""
+    calls = [c for c in ast.walk(tree) if isinstance(c, ast.Call)]
+    calls.sort(key=lambda c: (c.lineno, c.col_offset))
+    found = [literal(title) for call in calls for title in titles(call)]
+    said = [" ".join(t.split()) for t in found if isinstance(t, str)]
+    return "; ".join(dict.fromkeys(said))
+
+
+def has_picture(cell):
+    kinds = {kind for o in cell.outputs for kind in o.get("data", {})}
+    return bool(kinds & {"image/png", "image/gif"})
+
+
+def show_commands(nb):
+    "Commands that a notebook hands to the shell are shown as what one types."
+    from execnb.nbio import mk_cell
+    for i, cell in reversed([*enumerate(nb.cells)]):
+        found = SHELL.fullmatch(cell.source.strip()) if cell.cell_type == "code" else None
+        if found:
+            typed = (found[1] or found[2]).strip()
+            cell.source = f"#| echo: false\n{cell.source}"
+            nb.cells.insert(i, mk_cell(offline.fence(typed, "sh"), "markdown"))
+
+
+def direct(cell, heading):
+    "Say to Quarto how a cell of code is shown."
+    directives = cell.directives_
+    if has_picture(cell) and "fig-alt:" not in directives:
+        said = json.dumps(alt(cell.source) or heading, ensure_ascii=False)
+        cell.source = f"#| fig-alt: {said}\n{cell.source}"
+    if "code-fold:" not in directives and only_imports(cell.source):
+        cell.source = f"#| code-fold: true\n#| code-summary: imports\n{cell.source}"
+    if "hide_input" in directives:
+        cell.source = f"#| echo: false\n{cell.source}"
+
+
+def without_html(data):
+    """HTML that a cell returned as raw Markdown, and as plain text where a format is not HTML.
+
+    Quarto loads scripts from other sites on every page with an output of HTML.
+    """
+    shown = offline.fence(joined(data.pop("text/html")), "{=html}")
+    said = offline.fence(joined(data.get("text/plain", "")), "")
+    return BY_FORMAT.format(shown, said)
+
+
+def prepare(output):
+    "What a cell returned, as Quarto shows it best."
+    data = output.get("data", {})
+    if "text/html" in data:
+        data["text/markdown"] = without_html(data)
+    elif "text/markdown" in data:
+        data["text/markdown"] = proportioned(joined(data["text/markdown"]))
+
+
+def cells_of(row):
+    return re.split(r"(?<!\\)\|", row.strip())[1:-1]
+
+
+def dashes(table):
+    """A pipe table with a dash row in proportion to its columns' longest cells.
+
+    pandoc takes the widths from it: with as many dashes for each, numbers get as much as sentences.
+    """
+    names, row, others = table.groups()
+    marks = cells_of(row)
+    rows = [cells_of(line) for line in (names + others).strip().split("\n")]
+    if any(len(cells) != len(marks) for cells in rows):
+        return table[0]
+    letters = [max(len(MARKUP.sub("", c).strip()) for c in column) for column in zip(*rows)]
+    widths = [min(max(n, NARROW), WIDE) for n in letters]
+    shares = [max(3, round(100*w/sum(widths))) for w in widths]
+    drawn = (re.sub("-+", "-"*n, mark.strip()) for n, mark in zip(shares, marks))
+    return f"{names}|{'|'.join(drawn)}|\n{others}"
+
+
+def proportioned(text):
+    "Markdown whose tables give each column the width that it needs."
+    parts = enumerate(BLOCKS.split(text))
+    return "".join(p if i % 2 else TABLE.sub(dashes, p) for i, p in parts)
 
 
 # The processed notebooks
 
+def chapter(book, page):
+    "The processor of nbdev that makes a page of a notebook."
+    from execnb.nbio import mk_cell
+    from nbdev.process import Processor
+    module = book.modules[page]
+
+    class Chapter(Processor):
+        def begin(self):
+            first = self.nb.cells[0]
+            parts = re.match(r"(#\s[^\n]*\n*)(>[^\n]*\n*)?(.*)", first.source, re.S)
+            title, subtitle, rest = parts.groups()
+            first.source = title + (subtitle or "")
+            added = (f"<small>{links(page)}</small>", rest)
+            self.nb.cells[1:1] = [mk_cell(text, "markdown") for text in added]
+            self.seen = set(module.anchors) | {"reference", "constants"}
+            self.heading = title.strip("# \n")
+
+        def cell(self, cell):
+            if cell.cell_type == "markdown":
+                cell.source = book.prose(cell.source, page, self.seen)
+                found = re.findall(r"^#+ (.*?)(?: \{#.*)?$", cell.source, re.M)
+                self.heading = [self.heading, *found][-1]
+            elif cell.cell_type == "code" and {"hide", "default_exp"} & set(cell.directives_):
+                cell.source = None
+            elif cell.cell_type == "code":
+                direct(cell, self.heading)
+                for output in cell.outputs:
+                    prepare(output)
+
+        def end(self):
+            if text := module.reference():
+                self.nb.cells.append(mk_cell(text, "markdown"))
+
+    return Chapter
+
+
+def links(page):
+    "Where a reader runs a notebook, and where they edit it."
+    path = quote(f"nbs/{page}", safe="")
+    repository = f"{INI['user']}/{INI['repo']}/{INI['branch']}"
+    return " · ".join([
+        f"[Run on Binder](https://mybinder.org/v2/gh/{repository}?labpath={path})",
+        f"[Edit the notebook]({INI['git_url']}/edit/{INI['branch']}/nbs/{page})",
+    ])
+
+
 class Book:
     "The notebooks of `root`, and where each public name is described."
+
     def __init__(self, root):
         import fastcore.docments
         fastcore.docments.getsource = Sources.source
-        self.root, self.modules = root, {m.page: m for m in (Module(p, root) for p in notebooks(root))}
+        self.root = root
+        self.modules = {m.page: m for m in (Module(p, root) for p in notebooks(root))}
         self.public = set(import_module(INI["lib_name"]).__all__)
 
     def where(self, name, call, page):
-        "Page and anchor of a name in prose; a plain word is meant as one on its own page only, or if it is called."
-        if name in self.modules[page].anchors: return page, name
-        found = [m for m in self.modules.values() if name in m.anchors and (name not in self.public or getattr(m.symbols.get(name), "__module__", "") == m.name)]
-        named = name in self.public or call or "_" in name or "." in name or name[:1].isupper() and not name.isupper()
-        return (found[0].page, name) if named and len(found) == 1 else None
+        """Page and anchor of a name in prose.
+
+        A plain word is meant as a name on its own page only, or if it is called.
+        """
+        if name in self.modules[page].anchors:
+            return page, name
+        found = [m for m in self.modules.values() if self._defines(m, name)]
+        is_marked = name in self.public or call or "_" in name or "." in name
+        is_class = name[:1].isupper() and not name.isupper()
+        return (found[0].page, name) if (is_marked or is_class) and len(found) == 1 else None
+
+    def _defines(self, module, name):
+        "Whether it is the one to link to: public names may be exported by several."
+        if name not in self.public:
+            return name in module.anchors
+        origin = getattr(module.symbols.get(name), "__module__", "")
+        return name in module.anchors and origin == module.name
 
     def prose(self, text, page, seen):
         "Headings with ids, lists that pandoc sees, and public names that are links."
         linked = set()
-        def token(m):
-            if m[0].startswith("#"):
-                if "{#" in m[0] or m[0].startswith("# "): return m[0]
-                level, _, title = m[0].partition(" "); anchor = name = slug(title); k = 1
-                while anchor in seen: k += 1; anchor = f"{name}-{k}"
-                seen.add(anchor)
-                return f"{level} {title} {{#{anchor}}}"
-            if not m["name"] or m["name"] in linked or not (at := self.where(m["name"], m["call"], page)): return m[0]
-            linked.add(m["name"])
-            return f"[{m[0]}]({'' if at[0] == page else os.path.relpath(at[0], Path(page).parent)}#{at[1]})"
-        text = TOKENS.sub(token, text)
-        return "".join(p if i % 2 else re.sub(r"^((?![ ]*(?:[-*]|\d+\.) )[^\n]*\S[^\n]*)\n(?=(?:[-*]|\d+\.) )", r"\1\n\n", p, flags=re.M) for i, p in enumerate(FENCED.split(text)))
+
+        def token(found):
+            if found[0].startswith("#"):
+                return with_id(found[0], seen)
+            name = found["name"]
+            at = self.where(name, found["call"], page) if name and name not in linked else None
+            if not at:
+                return found[0]
+            linked.add(name)
+            to = "" if at[0] == page else os.path.relpath(at[0], Path(page).parent)
+            return f"[{found[0]}]({to}#{at[1]})"
+
+        text = TOKENS.sub(token, proportioned(text))
+        parts = enumerate(FENCED.split(text))
+        return "".join(p if i % 2 else PARAGRAPH.sub(r"\1\n\n", p) for i, p in parts)
 
     def process(self, path, out):
-        "nbdev's processors, but exported code stays beside its derivation; its reference is the last section."
-        from execnb.nbio import mk_cell, read_nb, write_nb
+        """nbdev's processors, but exported code stays beside its derivation.
+
+        Its reference is the last section.
+        """
+        from execnb.nbio import read_nb, write_nb
+        from nbdev import processors as by
         from nbdev.frontmatter import FrontmatterProc
-        from nbdev.process import NBProcessor, Processor
-        from nbdev.processors import clean_magics, hide_, hide_line, rm_header_dash, strip_ansi, strip_hidden_metadata
-        page = path.relative_to(self.root/"nbs").as_posix(); module, book = self.modules[page], self
+        from nbdev.process import NBProcessor
+        page = path.relative_to(self.root/"nbs").as_posix()
         nb = read_nb(path)
-        for i, c in reversed([*enumerate(nb.cells)]):      # commands that a notebook hands to the shell are shown as what one types
-            if c.cell_type == "code" and (m := SHELL.fullmatch(c.source.strip())):
-                c.source = f"#| echo: false\n{c.source}"; nb.cells.insert(i, mk_cell(fence((m[1] or m[2]).strip(), "sh"), "markdown"))
-
-        class Chapter(Processor):
-            def begin(self):
-                first = self.nb.cells[0]
-                title, sub, rest = re.match(r"(#\s[^\n]*\n*)(>[^\n]*\n*)?(.*)", first.source, re.S).groups()
-                first.source = title + (sub or "")
-                links = [f"[Run on Binder](https://mybinder.org/v2/gh/{INI['user']}/{INI['repo']}/{INI['branch']}?labpath={quote(f'nbs/{page}', safe='')})",
-                         f"[Edit the notebook]({INI['git_url']}/edit/{INI['branch']}/nbs/{page})"]
-                self.nb.cells[1:1] = [mk_cell(f"<small>{' · '.join(links)}</small>", "markdown"), mk_cell(rest, "markdown")]
-                self.seen, self.heading = set(module.anchors) | {"reference", "constants"}, title.strip("# \n")
-            def cell(self, cell):
-                if cell.cell_type == "markdown":
-                    cell.source = book.prose(cell.source, page, self.seen)
-                    self.heading = ([self.heading] + re.findall(r"^#+ (.*?)(?: \{#.*)?$", cell.source, re.M))[-1]
-                elif cell.cell_type == "code":
-                    if {"hide", "default_exp"} & set(cell.directives_): cell.source = None; return
-                    if any("image/png" in o.get("data", {}) or "image/gif" in o.get("data", {}) for o in cell.outputs) and "fig-alt:" not in cell.directives_:
-                        cell.source = f"#| fig-alt: {json.dumps(alt(cell.source) or self.heading, ensure_ascii=False)}\n{cell.source}"
-                    if "code-fold:" not in cell.directives_ and only_imports(cell.source): cell.source = f"#| code-fold: true\n#| code-summary: imports\n{cell.source}"
-                    if "hide_input" in cell.directives_: cell.source = f"#| echo: false\n{cell.source}"
-            def end(self):
-                if text := module.reference(): self.nb.cells.append(mk_cell(text, "markdown"))
-
-        NBProcessor(nb=nb, procs=[Chapter, FrontmatterProc, strip_ansi, hide_line, rm_header_dash, clean_magics, hide_, strip_hidden_metadata]).process()
+        show_commands(nb)
+        procs = [
+            chapter(self, page), FrontmatterProc, by.strip_ansi, by.hide_line, by.rm_header_dash,
+            by.clean_magics, by.hide_, by.strip_hidden_metadata,
+        ]
+        NBProcessor(nb=nb, procs=procs).process()
         (out/page).parent.mkdir(parents=True, exist_ok=True)
         write_nb(nb, out/page)
 
     def index(self):
         "A page of every public name."
-        out = ["---\ntitle: Every public name\ndescription: What the library exports, by chapter\nrepo-actions: false\n---"]
-        def row(m, n):
-            text = described(m.symbols[n]) if n in m.symbols else (m.constants[n][2] or "") if m.constants[n] else ""
-            return f"| [{code(n)}]({m.page}#{n}) | {prose(text)} |"
-        head = ["| | |", "|---|---|"]
+        front = [
+            "---",
+            "title: Every public name",
+            "description: What the library exports, by chapter",
+            "output-file: api.html",
+            "repo-actions: false",
+            "---",
+        ]
+        out = ["\n".join(front)]
         mods = [m for m in self.modules.values() if m.anchors]
-        out.append(f"## From `{INI['lib_name']}` {{#public}}\n\n" + "\n".join(head + sorted(row(m, n) for m in mods for n in m.symbols if n in self.public and m.symbols[n].__module__ == m.name)))
-        out += [f"## [{m.title}]({m.page}) {{#{m.name}}}\n\n`{m.name}`\n\n" + "\n".join(head + [row(m, n) for n in (*m.symbols, *m.constants)]) for m in mods]
+        public = [
+            index_row(m, n) for m in mods for n, o in m.symbols.items()
+            if n in self.public and o.__module__ == m.name
+        ]
+        title = f"## From `{INI['lib_name']}` {{#public}}\n\n"
+        out.append(title + table(sorted(public), INDEX_WIDTHS))
+        for m in mods:
+            rows = [index_row(m, n) for n in (*m.symbols, *m.constants)]
+            title = f"## [{m.title}]({m.page}) {{#{m.name}}}\n\n`{m.name}`\n\n"
+            out.append(title + table(rows, INDEX_WIDTHS))
         return out
 
 
-def only_imports(source):
-    "A cell that readers may skip: imports, perhaps with a seed."
-    try: body = ast.parse(re.sub(r"^[%!].*$", "", source, flags=re.M)).body
-    except SyntaxError: return False
-    return bool(body) and isinstance(body[0], (ast.Import, ast.ImportFrom)) and all(isinstance(s, (ast.Import, ast.ImportFrom)) or re.match(r"[\w.]*(seed|set_num_threads|filterwarnings|default_dtype|rcParams)", ast.unparse(s)) for s in body)
+def with_id(heading, seen):
+    "A heading with the id that pandoc would give it, so that mkdocs gives it the same."
+    if "{#" in heading or heading.startswith("# "):
+        return heading
+    level, _, title = heading.partition(" ")
+    name = anchor = slug(title)
+    k = 1
+    while anchor in seen:
+        k += 1
+        anchor = f"{name}-{k}"
+    seen.add(anchor)
+    return f"{level} {title} {{#{anchor}}}"
 
 
-def alt(source):
-    "What a picture shows: the titles that its cell gives it."
-    def text(e): return e.value if isinstance(e, ast.Constant) else "".join(v.value if isinstance(v, ast.Constant) else "…" for v in e.values) if isinstance(e, ast.JoinedStr) else None
-    try: calls = [c for c in ast.walk(ast.parse(re.sub(r"^[%!].*$", "", source, flags=re.M))) if isinstance(c, ast.Call)]
-    except SyntaxError: return ""
-    found = [text(e) for c in sorted(calls, key=lambda c: (c.lineno, c.col_offset)) for e in ([c.args[0]] if getattr(c.func, "attr", "") in ("set_title", "suptitle", "title") and c.args else []) + [k.value for k in c.keywords if k.arg in ("title", "suptitle")]]
-    return "; ".join(dict.fromkeys(" ".join(t.split()) for t in found if isinstance(t, str)))
+def index_row(module, name):
+    return f"[{code(name)}]({module.page}#{name})", prose(module.said(name))
 
 
-SHELL = re.compile(r'sh\(r?(?:"""((?:(?!""").)*)"""|"([^"\\]*)")(?:, code=\d+)?\)', re.S)      # the whole cell
+def index_notebook(texts):
+    """The page of every public name, as a notebook.
+
+    A cell is a list of lines: of one string, Quarto makes a single heading.
+    """
+    cells = [
+        {
+            "cell_type": "raw" if i == 0 else "markdown",
+            "id": f"api{i}",
+            "metadata": {},
+            "source": text.splitlines(keepends=True),
+        }
+        for i, text in enumerate(texts)
+    ]
+    kernel = {"display_name": "python3", "language": "python", "name": "python3"}
+    meta = {"kernelspec": kernel}
+    return {"cells": cells, "metadata": meta, "nbformat": 4, "nbformat_minor": 5}
 
 
 def pages(root, out):
     "Processed notebooks and what they need, for Quarto: `quarto render OUT/pages`."
     book = Book(root)
-    for path in notebooks(root): book.process(path, out)
-    cells = [{"cell_type": "raw" if i == 0 else "markdown", "id": f"api{i}", "metadata": {}, "source": s} for i, s in enumerate(book.index())]
-    (out/"api.ipynb").write_text(json.dumps({"cells": cells, "metadata": {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}, "nbformat": 4, "nbformat_minor": 5}))
-    for f in (root/"nbs").rglob("*"):
-        if f.suffix in (".svg", ".png", ".gif", ".css", ".scss", ".bib", ".yml") and ".ipynb_checkpoints" not in f.parts: (out/f.relative_to(root/"nbs")).parent.mkdir(parents=True, exist_ok=True); shutil.copy(f, out/f.relative_to(root/"nbs"))
+    for path in notebooks(root):
+        book.process(path, out)
+    (out/"api.ipynb").write_text(json.dumps(index_notebook(book.index())))
+    for file in (root/"nbs").rglob("*"):
+        if file.suffix in COPIED and ".ipynb_checkpoints" not in file.parts:
+            to = out/file.relative_to(root/"nbs")
+            to.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, to)
     shutil.copy(root/"llms.txt", out)
     return out
-
-
-# The same pages without Quarto
-
-def mathml(text):
-    "LaTeX between dollar signs, outside code, as MathML: formulas need no script and no network."
-    from latex2mathml.converter import convert
-    signs = {"lvert": "|", "rvert": "|", "lVert": "‖", "rVert": "‖", "langle": "⟨", "rangle": "⟩"}
-    def known(tex):      # what latex2mathml would show as it stands
-        return re.sub(r"\\(left|right|[bB]igg?[lr]?)\\([lr](?:vert|Vert|angle))(?![A-Za-z])", lambda m: f"\\{m[1]}{signs[m[2]]}", re.sub(r"\\math(bb|cal) ?([A-Z])", r"\\math\1{\2}", tex)).replace(r"\arg", r"\operatorname{arg}")
-    def shown(tex, display): return re.sub(r">([^<]+)<", lambda m: ">" + re.sub(r"[*_\[\]`|\\]", lambda c: f"&#{ord(c[0])};", m[1]) + "<", convert(known(tex), display=display).replace("<mo>&#x02016;", '<mo stretchy="false">&#x02016;'))
-    def block(m): return f'<span class="formula">{shown(m[1], "block")}</span>'
-    def inline(m): return broken(shown(m[1], "inline")) if len(m[1]) > 25 else shown(m[1], "inline")
-    return "".join(p if i % 2 else re.sub(r"\$([^$\n]+?)\$", inline, re.sub(r"\$\$(.+?)\$\$", block, p, flags=re.S)) for i, p in enumerate(FENCED.split(text)))
-
-
-def broken(math):
-    "An inline formula as several, so that lines can break after its relations and sums: browsers break no MathML."
-    rows = re.fullmatch(r"(<math[^>]*>)<mrow>(.*)</mrow></math>", math, re.S)
-    if not rows: return math
-    parts, start, depth = [], 0, 0
-    for m in re.finditer(r"<(/?)(\w+)[^>]*?(/?)>", rows[2]):
-        depth += 0 if m[3] else -1 if m[1] else 1
-        if not depth and m[2] == "mo" and re.search(r">(?:=|<|>|\+|,|;|&#x(?:0003D|02264|02265|02192|02208|02248|02212|0002B|0002C|0003C|0003E|021A6|02261|0223C);)</mo>$", rows[2][:m.end()]): parts.append(rows[2][start:m.end()]); start = m.end()
-    return "<wbr>".join(f"{rows[1]}<mrow>{p}</mrow></math>" for p in parts + [rows[2][start:]] if p)
-
-
-def fence(text, info):
-    ticks = "`"*max(3, 1 + max(map(len, re.findall(r"`+", text)), default=0))
-    return f"{ticks}{info}\n{text.rstrip()}\n{ticks}"
-
-
-def outputs(cell, caption, save):
-    "The outputs of a cell, in Markdown; what was said to stderr is not shown."
-    for o in cell.get("outputs", []):
-        data = {k: "".join(v) if isinstance(v, list) else v for k, v in o.get("data", {}).items()}
-        kind = next((k for k in ("image/svg+xml", "image/png", "image/jpeg", "image/gif") if k in data), None)
-        if kind:
-            name = save(data[kind] if "svg" in kind else b64decode(data[kind]), {"image/svg+xml": "svg", "image/jpeg": "jpg"}.get(kind, kind[6:]))
-            yield f'<p class="picture"><img src="{name}" alt="{html.escape(caption)}" loading="lazy"></p>'
-        elif "text/html" in data: yield f'<div class="output">{data["text/html"]}</div>'
-        elif "text/markdown" in data: yield mathml(data["text/markdown"])
-        elif "text/plain" in data: yield fence(data["text/plain"], " { .text .output }")
-        elif o["output_type"] == "stream" and o["name"] == "stdout": yield fence("".join(o["text"]), " { .text .output }")
-
-
-def markdown(path, to):
-    "A processed notebook as the Markdown that mkdocs reads, with its pictures in files."
-    out, k = [], 0
-    def save(data, ext):
-        nonlocal k
-        k += 1; to.parent.mkdir(parents=True, exist_ok=True)
-        name = f"{to.stem}-{k}.{ext}"
-        (to.parent/name).write_text(data) if isinstance(data, str) else (to.parent/name).write_bytes(data)
-        return name
-    for c in json.loads(path.read_text())["cells"]:
-        text = "".join(c["source"])
-        if c["cell_type"] == "raw":
-            meta = yaml.safe_load(text.strip().strip("-"))
-            out += [f"# {meta['title']}", f"<p class='lead'>{prose(meta['description'])}</p>" if meta.get("description") else ""]
-        elif c["cell_type"] == "markdown":
-            text = re.sub(r"\]\((?!https?:)([^)#]*)\.ipynb(#[^)]*)?\)", lambda m: f"]({m[1]}.md{m[2] or ''})", text)
-            text = re.sub(r"^::: \{\.(\w+)\}$", r'<div class="\1" markdown="1">', re.sub(r"^:::$", "</div>", text, flags=re.M), flags=re.M)
-            out.append(re.sub(r"^\[source\]\((.*)\)$", r'<a class="source" href="\1">source</a>', mathml(text), flags=re.M))
-        else:
-            says = dict(re.findall(r"^#\|\s*([\w-]+):\s*(.*)$", text, re.M))
-            code = re.sub(r"^#\|.*\n?", "", text, flags=re.M).strip()
-            if code and says.get("echo") != "false": out.append(f'<details class="code" markdown="1"><summary>{html.escape(says.get("code-summary", "code").strip(chr(34)))}</summary>\n\n{fence(code, "python")}\n\n</details>' if says.get("code-fold") == "true" else fence(code, "python"))
-            out += outputs(c, json.loads(says["fig-alt"]) if says.get("fig-alt", "").startswith('"') else says.get("fig-alt", ""), save)
-    to.parent.mkdir(parents=True, exist_ok=True)
-    to.write_text("\n\n".join(out) + "\n")
-
-
-HEAD = """{% extends "base.html" %}
-{% block extrahead %}
-<meta property="og:title" content="{{ page.title | striptags if page else config.site_name }}">
-<meta property="og:description" content="{{ config.site_description }}">
-<meta property="og:image" content="{{ config.site_url }}images/social.png">
-<meta name="twitter:card" content="summary_large_image">
-{% endblock %}
-"""
-
-
-def site(root, processed, out):
-    "The processed notebooks as a site in OUT/site, by mkdocs, strictly."
-    web, src = quarto(root), out/"docs"
-    for path in processed.rglob("*.ipynb"): markdown(path, (src/path.relative_to(processed)).with_suffix(".md"))
-    for d in ("images", "styles.css", "llms.txt"): (shutil.copytree if (processed/d).is_dir() else shutil.copy)(processed/d, src/d)
-    (out/"theme").mkdir(exist_ok=True); (out/"theme"/"main.html").write_text(HEAD)
-    def palette(scheme, icon, to): return {"scheme": scheme, "primary": "custom", "accent": "custom", "media": f"(prefers-color-scheme: {'dark' if scheme == 'slate' else 'light'})", "toggle": {"icon": f"material/{icon}", "name": f"Switch to {to} mode"}}
-    config = {"site_name": web["title"], "site_description": web["description"], "site_url": web["site-url"] + "/", "docs_dir": str(src), "site_dir": str(out/"site"), "strict": True,
-              "use_directory_urls": False, "copyright": web["page-footer"]["left"], "nav": sidebar(web["sidebar"]["contents"]), "extra_css": ["styles.css"], "extra": {"generator": False, "social": [{"icon": "fontawesome/brands/github", "link": web["repo-url"], "name": "Source"}]},
-              "theme": {"name": "material", "custom_dir": str(out/"theme"), "font": False, "favicon": "images/favicon.svg", "logo": "images/favicon.svg",
-                        "palette": [palette("default", "weather-night", "dark"), palette("slate", "weather-sunny", "light")],
-                        "features": ["navigation.footer", "navigation.top", "navigation.sections", "content.code.copy", "search.highlight", "toc.follow"]},
-              "markdown_extensions": ["attr_list", "md_in_html", "tables", {"toc": {"permalink": True, "toc_depth": "2-3"}}, {"pymdownx.highlight": {"use_pygments": True}}, "pymdownx.superfences"],
-              "validation": {"links": {"not_found": "warn", "anchors": "warn"}, "nav": {"omitted_files": "warn", "not_found": "warn"}}, "plugins": ["search"]}
-    (out/"mkdocs.yml").write_text(yaml.safe_dump(config, allow_unicode=True))
-    r = subprocess.run([sys.executable, "-m", "mkdocs", "build", "-q", "-f", str(out/"mkdocs.yml")], cwd=out, capture_output=True, text=True)
-    assert r.returncode == 0, r.stdout + r.stderr
-    return out/"site"
 
 
 if __name__ == "__main__":
     out = Path(sys.argv[1])
     pages(ROOT, out/"pages")
-    if "--pages" not in sys.argv: print(site(ROOT, out/"pages", out))
+    if "--pages" not in sys.argv:
+        print(offline.site(ROOT, out/"pages", out))

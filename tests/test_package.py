@@ -324,11 +324,12 @@ def test_llms_txt_is_the_sidebar():
         if x.startswith("-")
     )
     url = yaml.safe_load((ROOT/"_quarto.yml").read_text())["website"]["site-url"]
-    pages = {
-        f"{url}/{_nbpath2html(p.relative_to(ROOT / 'nbs'))}"
+    # the twins in Markdown that Quarto writes beside the pages
+    twins = {
+        f"{url}/{_nbpath2html(p.relative_to(ROOT / 'nbs'))}.md"
         for p in (ROOT/"nbs").rglob("*.ipynb")
     }
-    assert {f"{url}/api.html"} | pages == set(re.findall(rf"\(({url}/\S+?)\)", text))
+    assert {f"{url}/api.html.md"} | twins == set(re.findall(rf"\(({url}/\S+?)\)", text))
 
 
 def test_issue_forms_ask_for_what_runs():
