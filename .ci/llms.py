@@ -39,8 +39,8 @@ def render():
             h1, what = title(n)
             yield f"- [{h1}]({web['site-url']}/{page(n)}): {what}"
     h1, what = title("index.ipynb")
-    out = [f"# {h1}", f"> {what}: a PyTorch library that merges checkpoints and LoRA adapters from disk to disk, where a geometry is three methods "
-           "(`chart`, `log`, `exp`) and each one is derived in a notebook.",
+    out = [f"# {h1}", f"> {what}: a PyTorch library that merges checkpoints and LoRA adapters from disk to disk, where a geometry is a chart into "
+           "a space, and each one is derived in a notebook.",
            "`from frechet_merge import merge, frechet_mean, load, check_geometry, Geometry, Euclidean, Sphere, Span, LoRA` is the Python interface; "
            "`frechet-merge merge A B -o OUT` the command line. Code comes from the notebooks: edit `nbs/*.ipynb`, not the modules that name one."]
     for s in web["sidebar"]["contents"]:
