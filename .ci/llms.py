@@ -23,7 +23,7 @@ ALSO = {
 MADE = {"api.ipynb": ("Every public name", "what the library exports, by chapter")}
 ABOUT = (
     "a PyTorch library that merges checkpoints and LoRA adapters from disk to disk, where a "
-    "geometry is three methods (`chart`, `log`, `exp`) and each one is derived in a notebook."
+    "geometry is a chart into a space, and each one is derived in a notebook."
 )
 INTERFACE = (
     "`from frechet_merge import merge, frechet_mean, load, check_geometry, Geometry, Euclidean, "

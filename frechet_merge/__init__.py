@@ -4,11 +4,11 @@ __version__ = "0.1.0"
 from .checkpoints import MergeError, load
 from .geometries.lora import LoRA
 from .geometries.sphere import Sphere
-from .geometry import Euclidean, Geometry, Point
+from .geometry import FLAT, Chart, Euclidean, Geometry, Needs, Point, Space
 from .laws import check_geometry
 from .mean import ConvergenceWarning, Mean, frechet_mean
 from .merge import Merged, merge
 from .span import Span
 
-__all__ = ["merge", "frechet_mean", "load", "check_geometry", "Geometry", "Point", "Euclidean", "Sphere", "Span", "LoRA",
-           "Mean", "ConvergenceWarning", "Merged", "MergeError"]
+__all__ = ["merge", "frechet_mean", "load", "check_geometry", "Geometry", "Chart", "Point", "Space", "FLAT", "Needs",
+           "Euclidean", "Sphere", "Span", "LoRA", "Mean", "ConvergenceWarning", "Merged", "MergeError"]

@@ -314,7 +314,7 @@ def _etas(models, metrics, weights, damping, allow_pickle, progress) -> list[dic
             len(models),
             allow_pickle,
             models=[m.source for m in models],
-            projected=False,
+            carries=g.needs.carries,
         ),
         [],
         Notes(),
@@ -326,7 +326,7 @@ def _etas(models, metrics, weights, damping, allow_pickle, progress) -> list[dic
                 for t in Stack(b.lazy, name=b.name)
             ]
             with notes.about(b.name):
-                e = eta(g.chart(x, list(Gs[b.name]))[0], [ws[i] for i in b.who])
+                e = eta(g.chart(x, list(Gs[b.name])).points, [ws[i] for i in b.who])
             rows.append({"name": b.name, "eta": e.eta, "F": e.F})
             tick(b.first.numel)
     notes.tell(stacklevel=4)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .geometry import Geometry, Point
+from .geometry import Chart, Geometry, Point, written
 from .mean import Mean, frechet_mean, pull
 
 # %% ../nbs/05_laws.ipynb #9f7680da
@@ -29,9 +29,9 @@ def mean_of(
 ) -> tuple[Any, Mean]:  # like the thetas; and the report
     """Chart, mean, and back: the merged tensor and what is known about it; `ValueError` as from
     `frechet_mean`."""
-    points, lift = g.chart(thetas, Gs)
-    mean = frechet_mean(g, points, ws, tol, maxiter, warn)
-    return lift(mean.x), mean
+    chart = g.chart(thetas, Gs)
+    mean = frechet_mean(chart.space, chart.points, ws, tol, maxiter, warn)
+    return chart.lift(mean.x), mean
 
 # %% ../nbs/05_laws.ipynb #9926707d
 def _errors(g, thetas, ws, Gs, act, same):
@@ -45,45 +45,46 @@ def _errors(g, thetas, ws, Gs, act, same):
         return mean_of(g, [thetas[i] for i in ix], w, [Gs[i] for i in ix], warn=False)
 
     m, order = mean(range(T), ws)[0], list(reversed(range(T)))
-    points, lift = g.chart(thetas, Gs)
-    yield 1, _off(g, points, ws)
+    chart = g.chart(thetas, Gs)
+    space, points, lift = chart.space, chart.points, chart.lift
+    yield 1, _off(space, points, ws)
     yield 2, gap(m, mean(order, [ws[i] for i in order])[0])
     yield 3, gap(mean([0]*T, ws)[0], thetas[0])
     yield 4, gap(mean(range(T), [2*ws[0], *ws[1:]])[0], mean([0, *range(T)], [ws[0], *ws])[0])
     if act:
         yield 5, gap(m, mean_of(g, [act(t) for t in thetas], ws, Gs, warn=False)[0])
     yield 6, max(gap(lift(p.x), t) for p, t in zip(points, thetas))
-    yield 7, _derivative(g, points, ws)
+    yield 7, _derivative(space, points, ws)
     yield (
         8,
         float((m.dtype, m.device, m.shape) != (thetas[0].dtype, thetas[0].device, thetas[0].shape)),
     )
     yield 9, gap(mean([0], ws[:1])[0], thetas[0])
-    away = g.exp(points[0].x, g.log(points[0].x, points[-1].x)/3)
-    ways = [g.log(away, p.x) for p in points]
+    away = space.exp(points[0].x, space.log(points[0].x, points[-1].x)/3)
+    ways = [space.log(away, p.x) for p in points]
     yield (
         10,
         max(
-            gap(lift(g.exp(away, v)), lift(p.x)) if v.isfinite().all() else math.inf
+            gap(lift(space.exp(away, v)), lift(p.x)) if v.isfinite().all() else math.inf
             for v, p in zip(ways, points)
         ),
     )
 
 # %% ../nbs/05_laws.ipynb #767f1116
-def _off(g, points, ws):
+def _off(space, points, ws):
     "How far the next step from the mean would lead, relative to where it is and to the distances."
-    m = frechet_mean(g, points, ws, warn=False).x
-    at, A = pull(g, m, points, ws)
+    m = frechet_mean(space, points, ws, warn=False).x
+    at, A = pull(space, m, points, ws)
     return float(A.solve(at.b).norm())/(float(m.norm()) + float(at.reach[0]) or 1.0)
 
 # %% ../nbs/05_laws.ipynb #ebf6b7bb
-def _derivative(g, points, ws):
+def _derivative(space, points, ws):
     "The finite difference of the variance along a direction, against what the pull says."
-    m = g.exp(points[0].x, g.log(points[0].x, points[-1].x)/3)
-    u, eps = g.log(m, points[-1].x), torch.finfo(m.dtype).eps
+    m = space.exp(points[0].x, space.log(points[0].x, points[-1].x)/3)
+    u, eps = space.log(m, points[-1].x), torch.finfo(m.dtype).eps
     h = eps**(1/3)
-    at = pull(g, m, points, ws)[0]
-    F = [pull(g, g.exp(m, s*h*u), points, ws)[0].var[0] for s in (1, -1)]
+    at = pull(space, m, points, ws)[0]
+    F = [pull(space, space.exp(m, s*h*u), points, ws)[0].var[0] for s in (1, -1)]
     unit = float(at.size[0])*float(u.norm()) or 1.0
     return float(abs((F[0] - F[1])/(2*h) + 2*float((at.b*u).sum()))/unit)
 
@@ -130,26 +131,16 @@ def check_geometry(
     ws = ws or [0.5, 0.3, 0.2, *[0.1]*len(thetas)][: len(thetas)]
     tol = tol or (1e-9 if thetas[0].dtype == torch.float64 else 1e-4)
     made = g.chart(list(thetas), Gs)
-    if not (
-        isinstance(made, tuple)
-        and len(made) == 2
-        and callable(made[1])
-        and all(isinstance(p, Point) for p in made[0])
-    ):
+    if not (isinstance(made, Chart) and all(isinstance(p, Point) for p in made.points)):
         raise ValueError(
-            f"{type(g).__name__}.chart must return two things, a list of Points and the "
-            f"way back, a function of coordinates; it returned {type(made).__name__}"
-            + (
-                f" of {', '.join(type(x).__name__ for x in made)}."
-                if isinstance(made, tuple)
-                else "."
-            )
+            f"{type(g).__name__}.chart must return Chart(points, lift), a list of Points and the "
+            f"way back, a function of coordinates; it returned a {type(made).__name__}."
         )
-    found = {k: e for k, e in _errors(g, list(thetas), ws, Gs, act, same) if k not in g.laws_waived}
+    found = {k: e for k, e in _errors(g, list(thetas), ws, Gs, act, same) if k not in g.waives}
     for k, e in found.items():
         limit = max(tol, 1e-6 if thetas[0].dtype == torch.float64 else 1e-2) if k == 7 else tol
         assert e <= limit, (
-            f"{type(g).__name__} breaks law {k}, {LAWS[k]}: relative error {e:.1e}, "
+            f"{written(g)} breaks law {k}, {LAWS[k]}: relative error {e:.1e}, "
             f"tolerance {limit:.0e}"
         )
     return found

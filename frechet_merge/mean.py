@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SQUARES', 'HALVINGS', 'ROUNDING', 'ASTRAY', 'COARSE', 'ConvergenceWarning', 'Mean', 'normalise', 'Pull', 'pull',
-           'frechet_mean', 'import_geomstats', 'Manifold']
+           'frechet_mean', 'import_geomstats', 'Manifold', 'Within']
 
 # %% ../nbs/03_mean.ipynb #a00a3109
 import math
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .geometry import Geometry, Point
+from .geometry import Chart, Geometry, Point, Space, space_of
 from .metrics import as_metric
 
 # %% ../nbs/03_mean.ipynb #de95cc43
@@ -43,7 +43,7 @@ class Mean:
     iterations: int  # steps tried after the first
     converged: bool  # residual <= tol, or the step was below the resolution of the dtype
     variance: float  # Σ w d², in the units of the metric: how far the models are from agreeing
-    # every model that counts is within the geometry's `radius` of the mean, so that there is no
+    # every model that counts is within the space's `radius` of the mean, so that there is no
     # other; None: not known
     unique: bool | None = True
     # models to which no single shortest path leads from where the solver started, and so stayed;
@@ -139,10 +139,10 @@ def _total(Gs, ws) -> Any:
     return reduce(add, (w*G for G, w in zip(Gs, ws)))
 
 # %% ../nbs/03_mean.ipynb #c94287cd
-def _pulls(g, m, points, Gs, ws, N=1) -> Pull:
+def _pulls(space, m, points, Gs, ws, N=1) -> Pull:
     at = Pull(None, *np.zeros((5, N)))
     for p, G, w in zip(points, Gs, ws):
-        v = g.log(m, p.x)
+        v = space.log(m, p.x)
         Gv = G @ v
         d2 = _dot(v, Gv, N)
         # no single shortest path to this model: it cannot pull
@@ -166,24 +166,24 @@ def _pulls(g, m, points, Gs, ws, N=1) -> Pull:
 
 # %% ../nbs/03_mean.ipynb #d56175fa
 def pull(
-    g: Geometry,
+    space: Space,
     m: Tensor,  # a point, anywhere
     points: Sequence[Point],
     ws: Sequence[float] | None = None,  # as for `frechet_mean`
 ) -> tuple[Pull, Any]:
     "The pull at a point, and the sum of metrics Σ w G that turns it into a step."
     ws, Gs = _of_points(ws, points), [as_metric(p.G) for p in points]
-    return _pulls(g, m, points, Gs, ws), _total(Gs, ws)
+    return _pulls(space, m, points, Gs, ws), _total(Gs, ws)
 
 # %% ../nbs/03_mean.ipynb #64fa3ddc
 HALVINGS = 30  # of a step, before a point is taken as the best that can be reached
 ROUNDING = 64  # eps of the dtype: a residual that is left to rounding
 
 
-def _solve(g, points, ws, tol, maxiter, N) -> tuple[Tensor, list[Mean]]:
+def _solve(space, points, ws, tol, maxiter, N) -> tuple[Tensor, list[Mean]]:
     ws, Gs, k = _of_points(ws, points), [as_metric(p.G) for p in points], 0
-    A, m = _total(Gs, ws), g.start(points, ws)
-    at, stuck, eps = _pulls(g, m, points, Gs, ws, N), np.zeros(N, bool), torch.finfo(m.dtype).eps
+    A, m = _total(Gs, ws), space.start(points, ws)
+    at, stuck, eps = _pulls(space, m, points, Gs, ws, N), np.zeros(N, bool), torch.finfo(m.dtype).eps
     tol, most, stiff, before = max(tol, ROUNDING*eps), at.size, np.zeros(N), np.full(N, np.inf)
     # else pulls that cancel as a whole may hide a direction in which all are weak
     plain = all(isinstance(getattr(G, "d", None), float) for G in Gs)
@@ -193,7 +193,7 @@ def _solve(g, points, ws, tol, maxiter, N) -> tuple[Tensor, list[Mean]]:
             np.maximum(most, at.size),
             np.maximum(stiff, np.divide(at.size, at.reach, out=np.zeros(N), where=at.reach > 0)),
         )
-        whole = _length(g.size(m), N)
+        whole = _length(space.extent(m), N)
         # pulls that are rounding have no direction, and steps that are do not help
         rounding = (
             (at.size <= ROUNDING*eps*np.maximum(most, stiff*at.reach))
@@ -219,7 +219,7 @@ def _solve(g, points, ws, tol, maxiter, N) -> tuple[Tensor, list[Mean]]:
                 else t[0]
             )
             # who does not move may have no step
-            y = g.exp(
+            y = space.exp(
                 m,
                 step
                 if N == 1 and t[0] == 1
@@ -227,7 +227,7 @@ def _solve(g, points, ws, tol, maxiter, N) -> tuple[Tensor, list[Mean]]:
                 if N > 1
                 else step*part,
             )
-            to, k = _pulls(g, y, points, Gs, ws, N), k + 1
+            to, k = _pulls(space, y, points, Gs, ws, N), k + 1
             # a rise that rounding explains
             nearer = (to.var <= at.var*(1 + eps**0.5)) & (_length(to.b, N) < residual*to.size)
             worse = (t > 0) & ((to.var > at.var*(1 + 8*eps)) & ~nearer | (to.lost > 0))
@@ -245,8 +245,8 @@ def _solve(g, points, ws, tol, maxiter, N) -> tuple[Tensor, list[Mean]]:
             [k]*N,
             (done & ~lost).tolist(),
             np.where(lost, np.nan, at.var).tolist(),
-            (~lost & (at.far < g.radius)).tolist()
-            if g.radius is not None
+            (~lost & (at.far < space.radius)).tolist()
+            if space.radius is not None
             else [False if x else None for x in lost],
             at.lost.astype(int).tolist(),
         )
@@ -255,7 +255,7 @@ def _solve(g, points, ws, tol, maxiter, N) -> tuple[Tensor, list[Mean]]:
 # %% ../nbs/03_mean.ipynb #f745252c
 @overload
 def frechet_mean(
-    g: Geometry,
+    space: Space | Geometry,
     points: Sequence[Point],
     ws: Sequence[float] | None = None,
     tol: float = ...,
@@ -265,7 +265,7 @@ def frechet_mean(
 ) -> Mean: ...
 @overload
 def frechet_mean(
-    g: Geometry,
+    space: Space | Geometry,
     points: Sequence[Point],
     ws: Sequence[float] | None = None,
     tol: float = ...,
@@ -277,7 +277,8 @@ def frechet_mean(
 
 # %% ../nbs/03_mean.ipynb #23274c7c
 def frechet_mean(
-    g: Geometry,  # gives log and exp; with `batch`, one that is `batched`
+    # gives log and exp: that of a chart; a `Geometry` in its place is of version 0.1
+    space: Space | Geometry,
     # all of one shape: one for each model, or several (all the first ones first); 16-bit ones are
     # computed in float32
     points: Sequence[Point],
@@ -291,10 +292,18 @@ def frechet_mean(
     `ValueError` for no points, and for weights or metrics that have no mean."""
     if not points:
         raise ValueError("there are no points to take a mean of: give at least one.")
+    if isinstance(space, Geometry):
+        warnings.warn(
+            "frechet_mean takes the space of a chart, and not the geometry: chart = "
+            "g.chart(thetas); frechet_mean(chart.space, chart.points).",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        space = space_of(space)
     # 16 bits would be met by any point
     dtype, narrow = points[0].x.dtype, points[0].x.dtype.itemsize < 4
     x, found = _solve(
-        g,
+        space,
         [replace(p, x=p.x.detach().float() if narrow else p.x.detach()) for p in points],
         ws,
         tol,
@@ -331,8 +340,8 @@ COARSE = 1e-6
 
 
 @dataclass(frozen=True)
-class Manifold(Geometry):
-    "A geomstats space as a geometry: points are its points, in float64, one at a time on the CPU."
+class Manifold(Space):
+    "A geomstats space: points are its points, in float64, one at a time on the CPU."
 
     # with .to_tangent and a Riemannian .metric: log, exp, inner_product, and dist if logs are to be
     # checked
@@ -340,11 +349,6 @@ class Manifold(Geometry):
     # in units of the distance: within it a mean whose metrics are numbers is unique; geomstats does
     # not say
     radius: float | None = field(default=None, kw_only=True)
-
-    def chart(self, thetas, Gs=None):
-        return [
-            Point(t.double(), G) for t, G in zip(thetas, Gs or [1.0]*len(thetas))
-        ], lambda m: m.to(thetas[0].dtype)
 
     def frame(
         self,
@@ -379,7 +383,7 @@ class Manifold(Geometry):
             [inner(Q.reshape(-1, *m.shape), e, m) for e in E], -1
         )
 
-    def size(self, m):
+    def extent(self, m):
         "The lengths of changes of the coordinates, each by its own size."
         return torch.as_tensor(self.frame(m.numpy())[1]*m.numpy().reshape(-1))
 
@@ -405,3 +409,16 @@ class Manifold(Geometry):
         return torch.as_tensor(
             self.space.metric.exp((v.numpy() @ self.frame(m)[0]).reshape(m.shape), m)
         )
+
+# %% ../nbs/03_mean.ipynb #e610ce84
+@dataclass(frozen=True)
+class Within(Geometry):
+    "Tensors that are points of a space as they are, in float64."
+
+    space: Space  # `Manifold(...)`, or another
+
+    def chart(self, thetas, Gs=None):
+        "The models as they are."
+        Gs = Gs or [1.0]*len(thetas)
+        points = [Point(t.double(), G) for t, G in zip(thetas, Gs)]
+        return Chart(points, lambda m: m.to(thetas[0].dtype), self.space)

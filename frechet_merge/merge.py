@@ -33,8 +33,7 @@ from .checkpoints import HEAD, Checkpoint, MergeError, load
 from .notes import warn
 from .tensors import MemoryTensor, as_device, spans
 from .geometries.lora import LoRA
-from .geometries.subspace import EpiMer
-from .geometry import Euclidean, Geometry
+from .geometry import Euclidean, Geometry, check_needs
 from .jobs import Job, Merged, Plan, as_dtype, carry_out, doubtful, report
 from .mean import Mean, frechet_mean, normalise
 from .companions import write_companions
@@ -79,11 +78,12 @@ def merge_block(
         write(i, stack.marked(x, i, j) if stack.allow_nonfinite else x)
 
     def mean_of(thetas, Gs):
-        points, lift = g.chart(thetas, Gs)
-        mean = frechet_mean(g, points, ws, warn=False)
-        return lift(cast(Tensor, mean.x)), replace(mean, x=None)
+        chart = g.chart(thetas, Gs)
+        mean = frechet_mean(chart.space, chart.points, ws, warn=False)
+        return chart.lift(cast(Tensor, mean.x)), replace(mean, x=None)
 
-    if (g.separable or g.curved and metrics is None) and not isinstance(metrics, Coupled):
+    whole = metrics is not None and g.needs.whole
+    if g.needs.pieces and not whole and not isinstance(metrics, Coupled):
         means = []
         for i, j in stack.spans():
             X = stack.rows(i, j)
@@ -195,9 +195,9 @@ def spelled(g: Geometry) -> str:  # as `geometry_named` reads it; its repr if it
             if type(plain) is not type(g):
                 continue
             args = [
-                f"{k}={getattr(g, k)}"
+                f"{k}={vars(g)[k]}"
                 for k in signature(make).parameters
-                if getattr(g, k, None) != getattr(plain, k, None)
+                if vars(g)[k] != vars(plain)[k]
             ]
             if geometry_named(text := name + ":"*bool(args) + ",".join(args)) == g:
                 found.append(text)
@@ -224,14 +224,6 @@ def _of_those(name: str, ws: list[float], who: list[int]) -> list[float]:
             "Give one of them a weight."
         )
     return w
-
-# %% ../nbs/21_merge.ipynb #ef350d17
-def _needs(g: Geometry, remedy: str):
-    return ValueError(
-        f"{spelled(g)} is made of the models' metrics, and there are none: it would be "
-        "the plain mean.\n"
-        f"{remedy}"
-    )
 
 # %% ../nbs/21_merge.ipynb #31e6f387
 # running means and variances of normalisation layers
@@ -269,23 +261,6 @@ def plan_models(
         raise ValueError(
             f"absent = {absent!r}: use 'renormalise'; 'zero' is for the layers of adapters."
         )
-    if g.factors:
-        raise ValueError(
-            f"{g!r} merges adapters, and these are full models.\n"
-            "Name the adapters alone, or use another geometry (TSV-M of full models is "
-            "epimer without metrics)."
-        )
-    if g.differences and base is None:
-        raise ValueError(
-            f"{g!r} adds up what the models changed.\n"
-            "Name the model from which they did: base=, --base."
-        )
-    if g.needs_metrics and metrics is None:
-        raise _needs(
-            g,
-            "Collect them with `frechet-merge curvature`, one file per model, and name "
-            "them: metrics=, --metrics.",
-        )
     refuse_other_meanings(models, base)
     for said in unlike([*([] if base is None else [base]), *models]):
         warn(said, stacklevel=4)
@@ -306,13 +281,11 @@ def plan_models(
         allow_pickle,
         device,
         [m.source for m in models],
-        isinstance(g, EpiMer),
+        g.needs.carries,
     )
     if (
         len(models) > 1
-        and (isinstance(g, Euclidean) or g.curved)
-        and getattr(g, "share", None) is None
-        and not getattr(g, "damping", 0)
+        and g.needs.raw
         and any(
             isinstance(G, Coupled) and {"left", "right"} <= set(G.parts[0]) for G in Gs.values()
         )
@@ -401,13 +374,7 @@ def plan_adapters(
     arguments do not."""
     if absent not in (None, "renormalise", "zero"):
         raise ValueError(f"absent = {absent!r}: use 'renormalise' or 'zero'.")
-    g = g if isinstance(g, LoRA) else LoRA(metric=g)
-    if g.inner.needs_metrics:
-        raise _needs(
-            g.inner,
-            "Metrics are for full models: name each adapter as BASE+ADAPTER, collect "
-            "metrics with `frechet-merge curvature`, and give --base.",
-        )
+    g = LoRA.of(g)
     updates, whole = align_updates(models, absent, any_base)
     ws, scales = _weights(
         [*(u.name for u in updates), *(b.name for b in whole)], weights, scale, len(models)
@@ -468,7 +435,7 @@ def plan_adapters(
     jobs = [
         job(b)
         for b in batches(
-            updates, lambda n: (tuple(ws[n]), scales[n], ranks[n]), BATCH if g.batched else 1
+            updates, lambda n: (tuple(ws[n]), scales[n], ranks[n]), BATCH if g.needs.stacks else 1
         )
     ]
     rest = plan_models(
@@ -602,6 +569,7 @@ def merge(
     as_device(device)
     if out is not None:
         out = free(out)
+    typed = geometry if isinstance(geometry, str) else None
 
     if adapters:
         if base is not None:
@@ -614,6 +582,7 @@ def merge(
                 "metrics are for the tensors of full models: put the adapters on their base, "
                 "as BASE+ADAPTER."
             )
+        check_needs(g, adapters=True, name=typed)
         plan = plan_adapters(
             models,
             g,
@@ -632,6 +601,7 @@ def merge(
                 for k, (s, d) in plan.layout.items()
             }
     else:
+        check_needs(g, base=base is not None, metrics=metrics is not None, name=typed)
         plan = plan_models(
             models,
             g,
@@ -681,7 +651,7 @@ def merge(
     )
     start = (
         "their mean, cut to its rank, as lora:rank=… gives it"
-        if adapters and (g.inner if isinstance(g, LoRA) else g).keeps_rank
+        if adapters and g.needs.keeps_rank
         else ""
     )
 

@@ -8,7 +8,7 @@ __all__ = ['RUN', 'FAR', 'RANK_TOL', 'Stack', 'gram', 'coordinates', 'Combinatio
 # %% ../nbs/04_span.ipynb #6dfc74f7
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from .checkpoints import MergeError
 from .tensors import CHUNK, LazyTensor, MemoryTensor, as_device, scratch, spans
-from .geometry import Geometry
-from .metrics import as_metric
+from .geometry import Geometry, written
+from .metrics import numbers
 
 # %% ../nbs/04_span.ipynb #c83aafb6
 class Stack(Sequence[Tensor]):
@@ -280,27 +280,32 @@ class Span(Geometry):
     (reduction theorem)."""
 
     inner: Geometry  # of vectors, unchanged by orthogonal maps: `Sphere()`, `Euclidean()`
-    radius = property(lambda self: self.inner.radius)
-    laws_waived = property(lambda self: self.inner.laws_waived)
+    waives = property(lambda self: self.inner.waives)
+
+    @property
+    def needs(self):
+        "What the inner geometry needs, of vectors, in whose coordinates metrics are numbers."
+        inner = self.inner.needs
+        unmet = inner.unmet or (
+            ""
+            if inner.of == "tensor"
+            else f"in the span models are vectors, and {written(self.inner)} is of "
+            f"{'matrices' if inner.of == 'matrix' else inner.of}.\n"
+            f"Use {written(self.inner)} itself."
+        )
+        return replace(
+            inner,
+            of="tensor",
+            carries=frozenset(),
+            pieces=False,
+            raw=False,
+            stacks=False,
+            knob=None,
+            unmet=unmet,
+        )
 
     def chart(self, thetas, Gs=None):
-        if not all(isinstance(getattr(as_metric(G), "d", None), float) for G in Gs or []):
-            raise ValueError(
-                "in the span of the models a metric is one number per model, not one per "
-                "parameter: use Euclidean() with these metrics."
-            )
+        "The T rows of `coordinates`, in the inner geometry's chart; back, a combination."
         C, B = coordinates(*gram(thetas))
-        points, lift = self.inner.chart(list(C), Gs)
-        return points, lambda m: combine(B @ lift(m), thetas)
-
-    def log(self, m, x):
-        return self.inner.log(m, x)
-
-    def exp(self, m, v):
-        return self.inner.exp(m, v)
-
-    def start(self, points, ws):
-        return self.inner.start(points, ws)
-
-    def size(self, m):
-        return self.inner.size(m)
+        inner = self.inner.chart(list(C), numbers(Gs, len(thetas)))
+        return replace(inner, lift=lambda m: combine(B @ inner.lift(m), thetas))

@@ -25,9 +25,9 @@ from .adapters import bake
 from .checkpoints import MergeError, load
 from .estimators import default_forward, default_mask, size, take
 from .examples import batches, examples
-from .geometries.fisher import Curved, pullback
+from .geometries.fisher import pullback
 from .geometries.subspace import EpiMer
-from .geometry import Geometry
+from .geometry import Geometry, check_needs
 from .huggingface import Name, open_model
 from .jobs import Merged
 from .mean import normalise
@@ -311,17 +311,22 @@ def tune(
         raise MergeError(f"{out}: its folder does not exist.\nName one in a folder that does.")
     origin, loaded = load(base, allow_pickle), [load(m, allow_pickle) for m in models]
     adapters = any(c.adapter is not None for c in loaded)
-    gs = [
-        geometry_named(g) if isinstance(g, str) else g
-        for g in geometries
-        or (
-            [pullback(share="right"), pullback(share="left")]
-            if metrics is not None
-            else ["tsvm"]
-            if adapters
-            else [EpiMer()]
+    asked_for = geometries or (
+        [pullback(share="right"), pullback(share="left")]
+        if metrics is not None
+        else ["tsvm"]
+        if adapters
+        else [EpiMer()]
+    )
+    gs = [geometry_named(g) if isinstance(g, str) else g for g in asked_for]
+    for g, said in zip(gs, asked_for):
+        check_needs(
+            g,
+            adapters=adapters,
+            base=True,
+            metrics=metrics is not None,
+            name=said if isinstance(said, str) else None,
         )
-    ]
 
     def merging(g, scale, to, dtype=dtype):
         return merge(
@@ -373,7 +378,7 @@ def tune(
                 "Is it the right model, and are these its examples?"
             )
     for g in gs:
-        anchored = isinstance(g, Curved) and g.anchor is not None
+        knob = g.needs.knob
         with _between(out) as folder:
 
             def end(name, g, scale=1.0, folder=Path(folder)):
@@ -383,30 +388,30 @@ def tune(
 
             # what adapters saved whole has no scale
             ends = (
-                (end("0", replace(g, anchor=0.0)), end("1", replace(g, anchor=1.0)))
-                if anchored
+                (end("0", replace(g, **{knob: 0.0})), end("1", replace(g, **{knob: 1.0})))
+                if knob
                 else (end("0", g, 0.0) if adapters else origin, end("1", g))
             )
             best, far, tried = asked.along(
                 *ends,
                 ws,
                 bounds,
-                lambda x, d, g=g, anchored=anchored: say(
-                    (spelled(replace(g, anchor=x)) if anchored else f"{spelled(g)}, scale {x:g}")
+                lambda x, d, g=g, knob=knob: say(
+                    (spelled(replace(g, **{knob: x})) if knob else f"{spelled(g)}, scale {x:g}")
                     + f": distance {d:.4f}"
                 ),
             )
         if min(math.log2(best/bounds[0]), math.log2(bounds[1]/best)) <= 2*CLOSE:
             warnings.warn(
-                f"{spelled(g)}: the best {'anchor' if anchored else 'scale'} in {bounds} is at "
+                f"{spelled(g)}: the best {knob or 'scale'} in {bounds} is at "
                 f"an end, {best:g}.\n"
                 "Widen the bounds (--bounds), or take another geometry.",
                 stacklevel=2,
             )
         settings.append(
             Setting(
-                replace(g, anchor=best) if anchored else g,
-                1.0 if anchored else best,
+                replace(g, **{knob: best}) if knob else g,
+                1.0 if knob else best,
                 far,
                 tried,
                 tried[best],

@@ -216,7 +216,7 @@ def _stacked(fs: list[Factors]) -> Factors:
 # %% ../nbs/10_updates.ipynb #72708e16
 def merge_updates(
     g: Geometry,  # one of factors: `LoRA(...)`
-    # N of one shape and the same ranks; 1 unless the geometry is `batched`
+    # N of one shape and the same ranks; 1 unless the geometry `stacks`
     batch: Sequence[Update],
     ws: Sequence[float],  # one per version, then one per adapter in which the layer is zero
     scale: float = 1.0,  # of the mean; negative takes the update away
@@ -227,20 +227,20 @@ def merge_updates(
         _stacked([v.factors(device) for v in versions])
         for versions in zip(*(u.versions for u in batch))
     ]
-    k = thetas[0].rank if g.keeps_rank else 1
+    k = thetas[0].rank if g.needs.keeps_rank else 1
     thetas += [
         Factors(torch.zeros_like(thetas[0].B[..., :k]), torch.zeros_like(thetas[0].A[..., :k, :]))
     ]*(len(ws) - len(thetas))
-    if g.batched:
+    if g.needs.stacks:
         # from here on all is small
-        points, lift = g.chart(thetas)
+        chart = g.chart(thetas)
         del thetas
-        means = frechet_mean(g, points, ws, warn=False, batch=len(batch))
-        f = lift(torch.stack([m.x for m in means]))
+        means = frechet_mean(chart.space, chart.points, ws, warn=False, batch=len(batch))
+        f = chart.lift(torch.stack([m.x for m in means]))
     else:
-        points, lift = g.chart([Factors(f.B[0], f.A[0]) for f in thetas])
-        means = [frechet_mean(g, points, ws, warn=False)]
-        f = lift(means[0].x)
+        chart = g.chart([Factors(f.B[0], f.A[0]) for f in thetas])
+        means = [frechet_mean(chart.space, chart.points, ws, warn=False)]
+        f = chart.lift(means[0].x)
         f = Factors(f.B[None], f.A[None])
     root = abs(scale)**0.5
     return Factors(f.B*math.copysign(root, scale), f.A*root), means

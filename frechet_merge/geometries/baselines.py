@@ -6,7 +6,6 @@
 __all__ = ['RANK', 'NARROW', 'ties', 'KnOTS', 'polar', 'TSVM']
 
 # %% ../../nbs/geometries/12e_baselines.ipynb #fe7ff375
-import math
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from ..notes import warn
 from ..factors import svd
-from ..geometry import Geometry, Point
+from ..geometry import Chart, Geometry, Needs, Point
 from ..metrics import numbers
 
 # %% ../../nbs/geometries/12e_baselines.ipynb #4f67485b
@@ -44,10 +43,9 @@ class KnOTS(Geometry):
     a distance."""
 
     density: float = 0.2  # share of the entries that each update keeps
-    batched = True
-    radius = math.inf
+    needs = Needs(of="matrix", stacks=True)
     # trimmed is not the input; a model that is listed twice has two votes
-    laws_waived = (3, 4, 6, 9)
+    waives = (3, 4, 6, 9)
 
     def __post_init__(self):
         if not 0 < self.density <= 1:
@@ -70,17 +68,8 @@ class KnOTS(Geometry):
         U, V = U*u[..., None, :], Vt.mT*v[..., None, :]
         X = [U.mT @ c @ V for c in C]
         masks = ties(X, (self.density*(u.sum(-1)*v.sum(-1)).double()).long().clamp(min=1), Gs)
-        return [Point(x*M, g*M) for x, M, g in zip(X, masks, Gs)], lambda m: (U @ m @ V.mT).to(
-            thetas[0].dtype
-        )
-
-    def log(self, m, x):
-        "The difference x − m."
-        return x - m
-
-    def exp(self, m, v):
-        "The sum m + v."
-        return m + v
+        points = [Point(x*M, g*M) for x, M, g in zip(X, masks, Gs)]
+        return Chart(points, lambda m: (U @ m @ V.mT).to(thetas[0].dtype))
 
 # %% ../../nbs/geometries/12e_baselines.ipynb #97925a49
 # a singular value of U = [U₁ … U_T], whose columns are of length 1, below which directions coincide
@@ -103,10 +92,9 @@ class TSVM(Geometry):
 
     # triplets of each update; default its rank, or min(m, n)//T where these do not fit
     k: int | None = None
-    factors = batched = True
-    radius = math.inf
+    needs = Needs(of="factors", stacks=True)
     # 3 holds for copies of low rank only; 9 unless triplets are cut
-    laws_waived = property(lambda self: (3, 4, 6) if self.k is None else (3, 4, 6, 9))
+    waives = property(lambda self: (3, 4, 6) if self.k is None else (3, 4, 6, 9))
 
     def __post_init__(self):
         if self.k is not None and (not isinstance(self.k, int) or self.k < 1):
@@ -140,14 +128,5 @@ class TSVM(Geometry):
                 stacklevel=2,
             )
         own = [torch.cat([S*(s == t) for s, S in enumerate(Ss)], -1) for t in range(T)]
-        return [Point(x, g) for x, g in zip(own, Gs)], lambda m: (
-            (U*(T*m)[..., None, :]) @ V.mT
-        ).to(thetas[0].dtype)
-
-    def log(self, m, x):
-        "The difference x − m."
-        return x - m
-
-    def exp(self, m, v):
-        "The sum m + v."
-        return m + v
+        points = [Point(x, g) for x, g in zip(own, Gs)]
+        return Chart(points, lambda m: ((U*(T*m)[..., None, :]) @ V.mT).to(thetas[0].dtype))

@@ -10,9 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from ..geometry import Geometry, Point
+from ..geometry import Chart, Geometry, Needs, Point
 from ..metrics import Kronecker, as_metric, damped, mean_factor, normalised
 
 # %% ../../nbs/geometries/10_fisher.ipynb #991c6d7d
@@ -29,26 +27,28 @@ class Curved(Geometry):
     # "right" or "left": all models get the mean of their factors on that side, and the sum a closed
     # form
     share: str | None = None
-    curved = True
-    radius = math.inf
-    # units are those of whole tensors
-    separable = property(lambda self: not self.normalise and not self.damping)
-    differences = property(lambda self: self.anchor is not None)  # a sum is one of differences
-    # without all of them it is the mean
-    needs_metrics = property(
-        lambda self: (
-            self.anchor is not None or self.normalise or self.damping > 0 or self.share is not None
+
+    @property
+    def needs(self):
+        """Metrics, unless it is the mean without them; a base for an anchor, since a sum is one of
+        differences."""
+        anchored, whole = self.anchor is not None, self.normalise or self.damping > 0
+        return Needs(
+            base=anchored,
+            metrics=anchored or whole or self.share is not None,
+            carries=frozenset({"diagonal", "kronecker"}),
+            pieces=True,
+            whole=whole,
+            raw=self.share is None and not self.damping,
+            knob="anchor" if anchored else None,
         )
-    )
-    laws_waived = property(
-        lambda self: (
-            (3, 4, 9)
-            if self.anchor is not None
-            else (4,)
-            if self.share or self.damping and not self.normalise
-            else ()
-        )
-    )
+
+    @property
+    def waives(self):
+        "With an anchor it is no mean; a shared or added metric is not each model's own."
+        if self.anchor is not None:
+            return (3, 4, 9)
+        return (4,) if self.share or self.damping and not self.normalise else ()
 
     def __post_init__(self):
         if self.share not in (None, "left", "right"):
@@ -79,25 +79,13 @@ class Curved(Geometry):
         c·T·Δ_t with the metric ν/T."""
         thetas, T = list(thetas), len(thetas)
         if Gs is None:
-            return [Point(t) for t in thetas], lambda m: m
+            return Chart([Point(t) for t in thetas], lambda m: m)
         Gs = normalised(Gs) if self.normalise else [as_metric(G) for G in Gs]
         Gs = damped(Gs if self.share is None else shared(Gs, self.share), self.damping)
         far = (
             [] if self.anchor is None else [Point(self.anchor*T*t, self.nu/T) for t in thetas]
         )
-        return [*(Point(t, G) for t, G in zip(thetas, Gs)), *far], lambda m: m
-
-    def log(self, m, x):
-        "The difference x − m."
-        return x - m
-
-    def exp(self, m, v):
-        "The sum m + v."
-        return m + v
-
-    def start(self, points, ws) -> Tensor:
-        "The plain mean, which stays where no metric says anything."
-        return sum((w*p.x for w, p in zip(ws, points)), points[0].x.new_zeros(()))
+        return Chart([*(Point(t, G) for t, G in zip(thetas, Gs)), *far], lambda m: m)
 
 # %% ../../nbs/geometries/10_fisher.ipynb #f12007a8
 def shared(

@@ -7,7 +7,7 @@ __all__ = ['METRICS', 'LoRA']
 
 # %% ../../nbs/geometries/12_lora.ipynb #2bff4b0b
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -38,7 +38,6 @@ class LoRA(Geometry):
     # matrices
     metric: str | Geometry = "flat"
     pinned: float | None = None  # experimental: μ of `Pinned`, in place of a metric
-    factors = True
 
     def __post_init__(self):
         if self.rank is not None and (
@@ -64,10 +63,25 @@ class LoRA(Geometry):
             )
         return METRICS[self.metric]()
 
-    batched = property(lambda self: self.inner.batched)  # these four are the inner geometry's
-    keeps_rank = property(lambda self: self.inner.keeps_rank)
-    radius = property(lambda self: self.inner.radius)
-    laws_waived = property(lambda self: self.inner.laws_waived)
+    @classmethod
+    def of(cls, g: Geometry) -> "LoRA":
+        "The geometry of adapters that runs g on their cores; one that is such already as it is."
+        return g if isinstance(g, cls) else cls(metric=g)
+
+    waives = property(lambda self: self.inner.waives)
+
+    @property
+    def needs(self):
+        "What the inner geometry needs, of low-rank pairs, which are changes and have no metrics."
+        return replace(
+            self.inner.needs,
+            of="factors",
+            base=False,
+            carries=frozenset(),
+            pieces=False,
+            raw=False,
+            knob=None,
+        )
 
     def out_rank(
         self,
@@ -75,7 +89,7 @@ class LoRA(Geometry):
         shape: tuple,  # (m, n) of the layer
     ) -> int:  # ≤ Σ ranks, m, n and `rank`; the largest of the ranks for a metric that keeps them
         "Rank of the result for updates of these ranks and this shape."
-        top = max(ranks) if self.keeps_rank else sum(ranks)
+        top = max(ranks) if self.needs.keeps_rank else sum(ranks)
         return min(top, *shape, self.rank or top)
 
     def chart(self, thetas, Gs=None):
@@ -91,12 +105,12 @@ class LoRA(Geometry):
             thetas[0].dtype,
             self.out_rank([f.rank for f in thetas], thetas[0].shape),
         )
-        points, back = self.inner.chart(
-            pairs if self.inner.factors else [c.delta() for c in pairs], Gs
+        inner = self.inner.chart(
+            pairs if self.inner.needs.of == "factors" else [c.delta() for c in pairs], Gs
         )
 
         def lift(m):
-            x = back(m)
+            x = inner.lift(m)
             if isinstance(x, Factors):
                 U, S, V = svd(x)
             else:
@@ -105,20 +119,4 @@ class LoRA(Geometry):
             f = balanced(QG @ U[..., :k], S[..., :k], QH @ V[..., :k])
             return Factors(f.B.to(dtype), f.A.to(dtype))
 
-        return points, lift
-
-    def log(self, m, x):
-        "Of the inner geometry."
-        return self.inner.log(m, x)
-
-    def exp(self, m, v):
-        "Of the inner geometry."
-        return self.inner.exp(m, v)
-
-    def start(self, points, ws):
-        "Of the inner geometry."
-        return self.inner.start(points, ws)
-
-    def size(self, m):
-        "Of the inner geometry."
-        return self.inner.size(m)
+        return replace(inner, lift=lift)

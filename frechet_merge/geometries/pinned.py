@@ -6,13 +6,12 @@
 __all__ = ['RANK', 'tangent_metric', 'Pinned']
 
 # %% ../../nbs/geometries/12c_pinned.ipynb #d4806876
-import math
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from ..factors import Factors, svd
-from ..geometry import Geometry, Point
+from ..geometry import Chart, Geometry, Needs, Point
 from ..metrics import Diagonal, Operator, numbers
 
 # %% ../../nbs/geometries/12c_pinned.ipynb #1e31780d
@@ -45,8 +44,7 @@ class Pinned(Geometry):
     # > 0, in units of the metric, whose eigenvalues are 0, 1/2 and 1: towards 0 a sum of what is
     # orthogonal, towards inf the plain mean
     mu: float = 0.05
-    factors = batched = True
-    radius = math.inf
+    needs = Needs(of="factors", stacks=True)
 
     def __post_init__(self):
         if not self.mu > 0:
@@ -58,15 +56,8 @@ class Pinned(Geometry):
 
     def chart(self, thetas, Gs=None):
         "ΔW of each, in float64, with its damped `tangent_metric`, times the number that it brings."
-        return [
+        points = [
             Point(f.double().delta(), g*(tangent_metric(f) + Diagonal(self.mu)))
             for f, g in zip(thetas, numbers(Gs, len(thetas)))
-        ], lambda m: m.to(thetas[0].dtype)
-
-    def log(self, m, x):
-        "The difference x − m."
-        return x - m
-
-    def exp(self, m, v):
-        "The sum m + v."
-        return m + v
+        ]
+        return Chart(points, lambda m: m.to(thetas[0].dtype))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NODES', 'WINDOW', 'PACE', 'TOL', 'RESOLVED', 'TAIL', 'EPS', 'ANGLE', 'RANK', 'pair', 'frame', 'lift', 'seen', 'norm',
-           'gamma', 'speed2', 'gauss', 'along', 'geodesic', 'sqrtm', 'align', 'moved', 'Quotient']
+           'gamma', 'speed2', 'gauss', 'along', 'geodesic', 'sqrtm', 'align', 'moved', 'FixedRank', 'Quotient']
 
 # %% ../../nbs/geometries/12a_quotient.ipynb #4b2214f3
 import math
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..factors import Factors, balanced, svd
-from ..geometry import Geometry, Point
+from ..geometry import Chart, Geometry, Needs, Point, Space
 
 # %% ../../nbs/geometries/12a_quotient.ipynb #14e500f2
 def pair(
@@ -255,33 +255,17 @@ def moved(U: Tensor, x: Tensor, xi: Tensor) -> Tensor:
 
 # %% ../../nbs/geometries/12a_quotient.ipynb #a99731cb
 @dataclass(frozen=True)
-class Quotient(Geometry):
-    """Updates of one rank modulo GL(r), with shortest paths among them: points are balanced pairs
+class FixedRank(Space):
+    """Matrices of one rank, with shortest paths among them: points are balanced pairs
     (…, 2, R, r), tangents ξ·w are horizontal."""
 
     metric: str = "mix"  # "mix": in the units of ΔW; "inv": relative change, free of units
-    factors = batched = keeps_rank = True
-    radius = None
 
     def __post_init__(self):
         if self.metric not in ("mix", "inv"):
             raise ValueError(
                 f"metric = {self.metric!r}: the metrics of the quotient are 'mix' and 'inv'."
             )
-
-    def chart(self, thetas, Gs=None):
-        "Balanced pairs (…, 2, max(m, n), r) of `Factors`. `ValueError` unless all have one rank."
-        if len({f.rank for f in thetas}) > 1:
-            raise ValueError(
-                f"updates of ranks {[f.rank for f in thetas]}: same-rank mean needs equal "
-                "ranks; use metric='flat'."
-            )
-        (m, n), dtype = thetas[0].shape, thetas[0].dtype
-
-        def up(x):
-            return Factors(x[..., 0, :m, :].to(dtype), x[..., 1, :n, :].mT.to(dtype))
-
-        return [Point(pair(f, max(m, n)), G) for f, G in zip(thetas, Gs or [1.0]*len(thetas))], up
 
     def start(self, points, ws):
         "The truncated mean: the best approximation of rank r to Σ w·ΔW."
@@ -291,7 +275,7 @@ class Quotient(Geometry):
         )
         return pair(Factors(G, H.mT), *points[0].x.shape[-2:])
 
-    def size(self, m):
+    def extent(self, m):
         "U·σ₁ for mix, U·σ₁/σ_r for inv: rounding of ΔW changes tangents by so much times eps."
         U, _, p, _ = frame(self.metric, m)
         return U*p.amax(-1, True)*m.square().sum(-2, True).amax((-3, -1), True)
@@ -351,3 +335,31 @@ class Quotient(Geometry):
         end = geodesic(self.metric, m, w, (v/w)[:, None].expand(-1, NODES + 1, -1, -1, -1))[1]
         y[i] = Q @ pair(Factors(end[:, 0], end[:, 1].mT), end.shape[-2])
         return y.view(shape)
+
+# %% ../../nbs/geometries/12a_quotient.ipynb #db67062a
+@dataclass(frozen=True)
+class Quotient(Geometry):
+    "Updates of one rank modulo GL(r), as balanced pairs in the space of that rank."
+
+    metric: str = "mix"  # as for `FixedRank`
+    needs = Needs(of="factors", stacks=True, keeps_rank=True)
+
+    def __post_init__(self):
+        # which says what is wrong with it
+        FixedRank(self.metric)
+
+    def chart(self, thetas, Gs=None):
+        "Balanced pairs (…, 2, max(m, n), r) of `Factors`. `ValueError` unless all have one rank."
+        if len({f.rank for f in thetas}) > 1:
+            raise ValueError(
+                f"updates of ranks {[f.rank for f in thetas]}: same-rank mean needs equal "
+                "ranks; use metric='flat'."
+            )
+        (m, n), dtype = thetas[0].shape, thetas[0].dtype
+
+        def up(x):
+            return Factors(x[..., 0, :m, :].to(dtype), x[..., 1, :n, :].mT.to(dtype))
+
+        Gs = Gs or [1.0]*len(thetas)
+        points = [Point(pair(f, max(m, n)), G) for f, G in zip(thetas, Gs)]
+        return Chart(points, up, FixedRank(self.metric))

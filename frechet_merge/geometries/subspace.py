@@ -16,7 +16,7 @@ from torch import Tensor
 from ..forms import projected_diagonal, projected_kronecker
 from ..notes import warn
 from .baselines import RANK, polar
-from ..geometry import Euclidean, Geometry, Point
+from ..geometry import FLAT, Chart, Geometry, Needs, Point, Space
 from ..mean import normalise, pull
 from ..metrics import Dense, Diagonal, Kronecker, as_metric, clipped, damped, normalised
 
@@ -226,9 +226,10 @@ class EpiMer(Geometry):
     # of the projected metrics, times the mean eigenvalue of their average
     damping: float = 1e-2
     normalise: bool = False  # divide each projected metric by its mean eigenvalue
-    differences = True
-    radius = math.inf
-    laws_waived = property(
+    needs = Needs(
+        of="matrix", base=True, carries=frozenset({"diagonal", "kronecker", "projected"})
+    )
+    waives = property(
         lambda self: (3, 4, 6) if self.k is None and self.alpha == 1 else (3, 4, 6, 9)
     )
 
@@ -260,7 +261,7 @@ class EpiMer(Geometry):
                 stacklevel=2,
             )
         if like.dim() != 2 or min(like.shape) < T or not any(t.any() for t in thetas):
-            return [Point(t, G) for t, G in zip(thetas, Gs)], lambda m: m
+            return Chart([Point(t, G) for t, G in zip(thetas, Gs)], lambda m: m)
         b = labeled_basis(thetas, self.k)
         Gs = [_projected(G, b, f"the metric of model {t}") for t, G in enumerate(Gs)]
         # numbers beside matrices, where directions coincide
@@ -275,21 +276,8 @@ class EpiMer(Geometry):
         ):
             Gs = [G if isinstance(G, Dense) else Dense(G.d*gram) for G in Gs]
         Gs = damped(normalised(Gs) if self.normalise else Gs, self.damping)
-        return [
-            Point(x, G) for x, G in zip(b.coordinates(thetas, self.coordinates), Gs)
-        ], lambda m: b.lift(self.alpha*T*m).to(like.dtype)
-
-    def log(self, m, x):
-        "The difference x − m."
-        return x - m
-
-    def exp(self, m, v):
-        "The sum m + v."
-        return m + v
-
-    def start(self, points, ws) -> Tensor:
-        "The plain mean: where nobody knows anything, TSV-M."
-        return sum((w*p.x for p, w in zip(points, ws)), points[0].x.new_zeros(()))
+        points = [Point(x, G) for x, G in zip(b.coordinates(thetas, self.coordinates), Gs)]
+        return Chart(points, lambda m: b.lift(self.alpha*T*m).to(like.dtype))
 
 # %% ../../nbs/geometries/13_subspace.ipynb #a9c7124a
 @dataclass(frozen=True)
@@ -316,13 +304,13 @@ class Eta:
 def eta(
     points: list[Point],  # T models of one tensor, each with any metric
     ws=None,  # T weights >= 0; default equal
-    g: Geometry = Euclidean(),  # a flat geometry: its log is the difference
+    space: Space = FLAT,  # a flat one: its log is the difference
 ) -> Eta:
     """η of one tensor (EpiMer, arXiv 2605.26693); those of tensors add up. Raises what `normalise`
     of weights does."""
     ws = normalise(ws, len(points))
     at, A = pull(
-        g, sum((w*p.x for w, p in zip(ws, points)), points[0].x.new_zeros(())), points, ws
+        space, sum((w*p.x for w, p in zip(ws, points)), points[0].x.new_zeros(())), points, ws
     )
     return Eta(max(0.0, float((at.b.double()*A.solve(at.b).double()).sum())), float(at.var[0]))
 
