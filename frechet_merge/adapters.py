@@ -180,14 +180,13 @@ def _rank_and_alpha(c: Checkpoint, name: str) -> tuple[int, float]:
     config = c.adapter or {}
     r = _pattern(config.get("rank_pattern"), name, config.get("r"))
     alpha = _pattern(config.get("alpha_pattern"), name, config.get("lora_alpha"))
-    is_rank = isinstance(r, int) and r > 0
-    if not is_rank or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-        raise _refusal(
-            c,
-            f"has r = {r!r} and lora_alpha = {alpha!r} for {name!r}",
-            "Mend adapter_config.json.",
-        )
-    return r, alpha
+    if isinstance(r, int) and isinstance(alpha, (int, float)) and r > 0 and math.isfinite(alpha):
+        return r, alpha
+    raise _refusal(
+        c,
+        f"has r = {r!r} and lora_alpha = {alpha!r} for {name!r}",
+        "Mend adapter_config.json.",
+    )
 
 # %% ../nbs/08_adapters.ipynb #b06ceaaf
 def _are_of_rank(A: LazyTensor, B: LazyTensor, r: int) -> bool:

@@ -98,14 +98,13 @@ def refuse_other_poolings(models: Sequence[Checkpoint]) -> None:
 # %% ../../nbs/matching/function.ipynb #c844ee72
 def _modules(c: Checkpoint) -> dict[str, list[Path]]:
     "The files of weights in the folders of its modules, by folder."
-    found: dict[str, list[Path]] = {}
     home = next((h for h in c.homes if (h/"modules.json").is_file()), None)
-    for part in read_json(home/"modules.json", list) if home else []:
-        path = str(part.get("path") or "")
-        files = [f for kind in WEIGHTS for f in sorted((home/path).glob(kind))] if path else []
-        if files:
-            found[path] = files
-    return found
+    if home is None:
+        return {}
+    paths = [str(part.get("path") or "") for part in read_json(home/"modules.json", list)]
+    folders = {path: home/path for path in paths if path}
+    found = {p: [f for kind in WEIGHTS for f in sorted(d.glob(kind))] for p, d in folders.items()}
+    return {path: files for path, files in found.items() if files}
 
 
 WEIGHTS = ("*.safetensors", "*.bin")  # files of weights
