@@ -357,10 +357,11 @@ def _from_hub(repo: str, allow_pickle: bool) -> Path:
     try:
         return Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted))
     except Exception as e:
+        # what lies behind it are pages about sockets
         raise MergeError(
             f"{repo}: not a folder here, and the hub did not give it ({type(e).__name__}).\n"
             "Check the path or the id, and the network or HF_HUB_OFFLINE."
-        ) from e
+        ) from None
 
 # %% ../nbs/00_checkpoints.ipynb #1dc1d6da
 def _inside(folder: Path) -> Path | None:

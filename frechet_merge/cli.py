@@ -501,9 +501,11 @@ def tune_command(
     print(
         f"The nearest: --geometry {found.best.name}"
         + f" --scale {found.best.scale:g}"*(found.best.scale != 1)
-        + (f" → {out}" if out else "")
+        + (f" → {out}" if found.merged else "")
         + f" ({time.time() - start:.0f} s)"
     )
+    if out and not found.merged:
+        raise typer.Exit(1)
 
 # %% ../nbs/40_cli.ipynb #3ffd9fc3
 @app.command("demo")

@@ -65,6 +65,10 @@ class Merged:
     means: dict[str, Mean]  # per floating-point tensor, or per adapted layer
     out: Path | None = None  # the folder; None: in memory
 
+    def __repr__(self) -> str:
+        where = "in memory" if self.out is None else f"out={str(self.out)!r}"
+        return f"Merged({len(self.tensors)} tensors, {len(self.means)} means, {where})"
+
 # %% ../nbs/11_jobs.ipynb #56da108f
 def as_dtype(
     dtype: str | torch.dtype | None,  # or its name: bf16, fp16, fp32, fp64, or torch's

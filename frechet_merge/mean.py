@@ -50,6 +50,18 @@ class Mean:
     # residual and variance are then NaN
     lost: int = 0
 
+    def __repr__(self) -> str:
+        "Three digits, and beyond them what is not as usual."
+        said = [
+            f"residual={self.residual:.3g}",
+            f"iterations={self.iterations}",
+            f"variance={self.variance:.3g}",
+        ]
+        for name, usual in (("converged", True), ("unique", True), ("lost", 0)):
+            if getattr(self, name) != usual:
+                said.append(f"{name}={getattr(self, name)}")
+        return f"Mean({', '.join(said)})"
+
     @property
     def problem(self) -> str:
         "What a user should know, in words; empty if nothing."

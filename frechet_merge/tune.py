@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,13 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from .adapters import bake
-from .checkpoints import MergeError, load
+from .checkpoints import Checkpoint, MergeError, load
 from .estimators import default_forward, default_mask, size, take
 from .examples import batches, examples
 from .geometries.fisher import pullback
 from .geometries.subspace import EpiMer
 from .geometry import Geometry, check_needs
-from .huggingface import Name, open_model
+from .huggingface import Name, Opened, open_model
 from .jobs import Merged
 from .mean import normalise
 from .merge import geometry_named, merge, plan_adapters, plan_models, spelled
@@ -42,13 +43,12 @@ SKETCH = 256  # numbers that are kept of one output
 def _sketch(z: Tensor) -> Tensor:
     """(N, C) → (N, C), or (N, SKETCH) with the same squared distances on average (Charikar et al.
     2002)."""
-    if (C := z.shape[1]) <= SKETCH:
+    C = z.shape[1]
+    if C <= SKETCH:
         return z
     gen = torch.Generator().manual_seed(C)
-    at, sign = (
-        torch.randint(SKETCH, (C,), generator=gen),
-        2.0*torch.randint(2, (C,), generator=gen) - 1,
-    )
+    at = torch.randint(SKETCH, (C,), generator=gen)
+    sign = 2.0*torch.randint(2, (C,), generator=gen) - 1
     return z.new_zeros(len(z), SKETCH).index_add_(1, at.to(z.device), z*sign.to(z))
 
 # %% ../nbs/22_tune.ipynb #b94c0d9c
@@ -70,11 +70,9 @@ class OutputDistance:
                     "Pass forward=lambda model, batch: such a tensor."
                 )
             z = z.float()
-            yield _sketch(
-                z[m.to(device)]
-                if z.dim() > 2 and m is not None and m.shape == z.shape[:-1]
-                else z.flatten(0, -2)
-            )
+            if m is not None and z.dim() > 2 and m.shape == z.shape[:-1]:
+                z = z[m.to(device)]
+            yield _sketch(z.flatten(0, -2))
 
     def add(
         self,
@@ -102,9 +100,8 @@ class OutputDistance:
     def __call__(
         self,
         model: nn.Module,  # in eval mode
-    ) -> list[
-        float
-    ]:  # for each expert, in squared units of its outputs; inf if an output is not finite
+        # for each expert, in squared units of its outputs; inf if an output is not finite
+    ) -> list[float]:
         "The mean squared distance of the model's outputs from each expert's."
         found = []
         for fed, how, kept in self.asked:
@@ -117,10 +114,7 @@ class OutputDistance:
 
 # %% ../nbs/22_tune.ipynb #f81d0cba
 # of an anchor or a scale; how close to the best, in powers of two
-BOUNDS, CLOSE = (
-    (1/8, 16.0),
-    0.1,
-)
+BOUNDS, CLOSE = (1/8, 16.0), 0.1
 
 
 def nearest(
@@ -137,9 +131,8 @@ def nearest(
             tried[x] = at(x)
         return tried[x] if math.isfinite(tried[x]) else 1e300
 
-    minimize_scalar(
-        f, bounds=tuple(map(math.log2, bounds)), method="bounded", options={"xatol": CLOSE}
-    )
+    logarithms = tuple(map(math.log2, bounds))
+    minimize_scalar(f, bounds=logarithms, method="bounded", options={"xatol": CLOSE})
     return min(tried, key=lambda x: math.inf if math.isnan(tried[x]) else tried[x]), tried
 
 # %% ../nbs/22_tune.ipynb #c1b0e6d0
@@ -161,7 +154,8 @@ class Tuned:
     "What `tune` found: the best setting, all of them, and the merge if one was made."
 
     settings: list[Setting]  # the best first
-    merged: Merged | None = None  # as `merge` returns it
+    # as `merge` returns it; None if there was no `out`, or if the base is as near as the best
+    merged: Merged | None = None
     best = property(lambda self: self.settings[0])  # the nearest
 
 # %% ../nbs/22_tune.ipynb #de24d1f3
@@ -170,7 +164,9 @@ def _unseen(
 ) -> list[dict]:
     """Examples that a metric has not seen, texts alone; all of them, with a warning, if there are
     not 8."""
-    about = {} if statistics is None else facts(statistics, load(statistics, allow_pickle))
+    about = {}
+    if statistics is not None:
+        about = facts(statistics, load(statistics, allow_pickle))
     # the order of which those are the first
     n = about.get("samples", 0)
     at = (split, text, pair, None, max_samples, about.get("seed", seed))
@@ -214,14 +210,9 @@ class _Asked:
         """The best number on the line from a (0) through b (1), the distances there, and all that
         were tried."""
         self.put(self.parameters.keys() & set(b), b.__getitem__)
-        moving, seen = (
-            {
-                k
-                for k in self.parameters.keys() & set(a) & set(b)
-                if not torch.equal(a[k].float(), b[k].float())
-            },
-            {},
-        )
+        both = self.parameters.keys() & set(a) & set(b)
+        moving = {k for k in both if not torch.equal(a[k].float(), b[k].float())}
+        seen = {}
 
         def mean(x):
             self.put(moving, lambda k: torch.lerp(a[k].float(), b[k].float(), x))
@@ -237,10 +228,12 @@ class _Asked:
 @contextmanager
 def _between(out) -> Iterator[str]:
     "A folder beside `out` for merges that are only looked at; those of runs that were killed go."
-    parent, start = (
-        (None, "") if out is None else (Path(out).absolute().parent, f".{Path(out).name}.tune-")
-    )
-    for old in parent.glob(start + "*") if parent else ():
+    if out is None:
+        with tempfile.TemporaryDirectory() as folder:
+            yield folder
+        return
+    parent, start = Path(out).absolute().parent, f".{Path(out).name}.tune-"
+    for old in parent.glob(start + "*"):
         # is its process there?
         try:
             os.kill(int(old.name.removeprefix(start).partition("-")[0]), 0)
@@ -248,12 +241,205 @@ def _between(out) -> Iterator[str]:
             shutil.rmtree(old, ignore_errors=True)
         except PermissionError:
             pass
-    with tempfile.TemporaryDirectory(
-        dir=parent, prefix=f"{start}{os.getpid()}-" if parent else None
-    ) as folder:
+    with tempfile.TemporaryDirectory(dir=parent, prefix=f"{start}{os.getpid()}-") as folder:
         yield folder
 
 # %% ../nbs/22_tune.ipynb #8d8aad80
+def _each(what: str, given: Any, T: int) -> list:
+    "One for each of T models; of one, copies."
+    given = [given] if isinstance(given, (str, Path)) else list(given)
+    if len(given) not in (1, T):
+        raise ValueError(f"{len(given)} {what} for {T} models: give one for each, or one for all.")
+    return given*T if len(given) == 1 else given
+
+# %% ../nbs/22_tune.ipynb #99a64401
+def _place(out: Name | None) -> Path | None:
+    "A place that is free, in a folder that is there."
+    if out is None:
+        return None
+    place = free(out)
+    if not place.absolute().parent.is_dir():
+        raise MergeError(f"{place}: its folder does not exist.\nName one in a folder that does.")
+    return place
+
+# %% ../nbs/22_tune.ipynb #208a627f
+@dataclass(frozen=True)
+class _Merging:
+    "What all merges of a search have in common."
+
+    models: Sequence[Name]
+    base: Name
+    ws: list[float]
+    metrics: Sequence[Any] | None
+    more: dict[str, Any]  # device, absent, any_base, allow_pickle
+
+    @cached_property
+    def loaded(self) -> list[Checkpoint]:
+        return [load(m, self.more["allow_pickle"]) for m in self.models]
+
+    @cached_property
+    def origin(self) -> Checkpoint:
+        return load(self.base, self.more["allow_pickle"])
+
+    @cached_property
+    def are_adapters(self) -> bool:
+        return any(c.adapter is not None for c in self.loaded)
+
+    def make(self, g: Geometry, scale: float, out, dtype) -> Merged:
+        "One of them."
+        base = None if self.are_adapters else self.base
+        return merge(self.models, g, base, self.ws, scale, self.metrics, out, dtype, **self.more)
+
+    def refuse(self, g: Geometry) -> None:
+        "Raise what `make` would, and read no tensor."
+        device, absent, any_base, allow_pickle = self.more.values()
+        # the merges will warn
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if self.are_adapters:
+                plan_adapters(self.loaded, g, self.ws, 1.0, None, device, absent, any_base)
+            else:
+                at = self.ws, 1.0, self.metrics, None, device, absent, False, allow_pickle
+                plan_models(self.loaded, g, self.origin, *at)
+
+# %% ../nbs/22_tune.ipynb #55db67a8
+def _choices(given: Sequence[Geometry | str] | None, merging: _Merging) -> list[Geometry]:
+    "The geometries to choose from; what one of them cannot merge is refused here."
+    if not given and merging.metrics is not None:
+        given = [pullback(share="right"), pullback(share="left")]
+    elif not given:
+        given = ["tsvm" if merging.are_adapters else EpiMer()]
+    gs = [geometry_named(g) if isinstance(g, str) else g for g in given]
+    for g, said in zip(gs, given):
+        typed = said if isinstance(said, str) else None
+        check_needs(
+            g,
+            adapters=merging.are_adapters,
+            base=True,
+            metrics=merging.metrics is not None,
+            name=typed,
+        )
+        merging.refuse(g)
+    return gs
+
+# %% ../nbs/22_tune.ipynb #4e46a1fb
+def _at(g: Geometry, x: float) -> tuple[Geometry, float]:
+    "The geometry and the scale at a number: its knob's, such as an anchor, or else the scale."
+    knob = g.needs.knob
+    return (replace(g, **{knob: x}), 1.0) if knob else (g, x)
+
+# %% ../nbs/22_tune.ipynb #2d97a58d
+def _ends(g: Geometry, merging: _Merging, folder: str, say: Callable) -> tuple[Any, Any]:
+    "The merges at 0 and at 1; all others lie on a line with them."
+
+    def end(x):
+        geometry, scale = _at(g, x)
+        say(f"{spelled(geometry)}: merging …")
+        to = Path(folder)/f"{x:g}"
+        merging.make(geometry, scale, to, "fp32")
+        return bake(merging.origin, load(to)) if merging.are_adapters else load(to)
+
+    # full models at the scale 0 are the base; what adapters saved whole has no scale
+    is_base = not g.needs.knob and not merging.are_adapters
+    return merging.origin if is_base else end(0.0), end(1.0)
+
+# %% ../nbs/22_tune.ipynb #5b8855d2
+def _search(
+    g: Geometry,
+    merging: _Merging,
+    asked: _Asked,
+    out: Path | None,  # beside it the merges are
+    bounds: tuple[float, float],
+    say: Callable,
+) -> Setting:
+    "The best number of one geometry, and a warning if it is at an end of the bounds."
+
+    def told(x, d):
+        here = spelled(_at(g, x)[0]) if g.needs.knob else f"{spelled(g)}, scale {x:g}"
+        say(f"{here}: distance {d:.4f}")
+
+    with _between(out) as folder:
+        ends = _ends(g, merging, folder, say)
+        best, far, tried = asked.along(*ends, merging.ws, bounds, told)
+    if min(math.log2(best/bounds[0]), math.log2(bounds[1]/best)) <= 2*CLOSE:
+        warnings.warn(
+            f"{spelled(g)}: the best {g.needs.knob or 'scale'} in {bounds} is at "
+            f"an end, {best:g}.\n"
+            "Widen the bounds (--bounds), or take another geometry.",
+            stacklevel=3,
+        )
+    return Setting(*_at(g, best), far, tried, tried[best])
+
+# %% ../nbs/22_tune.ipynb #b22f5380
+@dataclass(frozen=True)
+class _Asking:
+    "How experts are opened, and which texts they are asked about."
+
+    # split, text, pair, max_samples and seed, as for `examples`
+    of: tuple[str, str | None, str | None, int | None, int]
+    tokenizer: Name | None
+    batch_size: int
+    max_length: int
+    device: Any
+    allow_pickle: bool
+
+    def rows(self, data: list[Name], metrics: Sequence[Any] | None) -> list[list[dict]]:
+        "The texts of each expert."
+        seen = metrics or [None]*len(data)
+        return [_unseen(d, s, *self.of, self.allow_pickle) for d, s in zip(data, seen)]
+
+    def ask(self, distance: OutputDistance, name: Name, head, rows: list[dict]) -> Opened:
+        "Add an expert's answers to the distance; the expert."
+        opened = open_model(name, head, self.tokenizer, allow_pickle=self.allow_pickle)
+        seed = self.of[-1]
+        fed = batches(
+            opened.kind, opened.tokenizer, rows, self.batch_size, self.max_length, seed
+        )
+        distance.add(opened.model.to(self.device), fed, opened.logits)
+        return opened
+
+# %% ../nbs/22_tune.ipynb #d7d1bf53
+def _ask(asking: _Asking, merging: _Merging, data: list, heads: list, say: Callable) -> _Asked:
+    "All answers of all experts; `MergeError` for one that answers as the base does."
+    rows = asking.rows(data, merging.metrics)
+    distance = OutputDistance()
+    for m, head, its_rows in zip(merging.models, heads, rows):
+        say(f"{m}: outputs …")
+        name = f"{merging.base}+{m}" if merging.are_adapters else m
+        opened = asking.ask(distance, name, head, its_rows)
+    asked = _Asked(opened, distance, merging.origin)
+    for m, u in zip(merging.models, asked.unit):
+        if not u > 0:
+            raise MergeError(
+                f"{m}: its outputs are those of the base on its examples.\n"
+                "Is it the right model, and are these its examples?"
+            )
+    return asked
+
+# %% ../nbs/22_tune.ipynb #1df2dbe1
+def _worth_writing(best: Setting, out: Path | None) -> bool:
+    "Whether the nearest merge is nearer than the base, and a warning if it is not."
+    if best.distance < 1:
+        return True
+    advice = "Do not use it" if out is None else f"Nothing is written to {out}"
+    warnings.warn(
+        f"{best.name}: the nearest merge is as far from the models as the base "
+        f"is, or farther ({best.distance:.2f} of that distance).\n"
+        f"{advice}: are these the right models, base and examples?",
+        stacklevel=4,
+    )
+    return False
+
+# %% ../nbs/22_tune.ipynb #6981a7a1
+def _tuned(settings: list[Setting], merging: _Merging, out: Path | None, dtype) -> Tuned:
+    "The settings, the best first, and its merge if it is to be written and worth it."
+    settings.sort(key=lambda s: s.distance)
+    best = settings[0]
+    if not _worth_writing(best, out) or out is None:
+        return Tuned(settings)
+    return Tuned(settings, merging.make(best.geometry, best.scale, out, dtype))
+
+# %% ../nbs/22_tune.ipynb #4d65041a
 def tune(
     # T full models, BASE+ADAPTER, or adapters, as folders or hub ids of causal LMs, classifiers or
     # text encoders
@@ -267,7 +453,8 @@ def tune(
     metrics: Sequence[Any] | None = None,  # T files of statistics, as for `merge`
     # of the models, in the mean and in the sum of distances; default equal
     weights: Sequence[float] | None = None,
-    out: Name | None = None,  # folder for the best merge; default: none is made
+    # folder for the best merge, which is not made if the base is as near; default: none is made
+    out: Name | None = None,
     # T heads FILE[:NAME], as for `open_model`; or one for all
     *,
     heads: Sequence[Name] | None = None,
@@ -292,139 +479,18 @@ def tune(
     """Choose anchor or scale, and the geometry, by the distance of outputs, without labels;
     `MergeError` or `ValueError` if that cannot be, and then `out` is untouched."""
     T = len(models)
-
-    def each(what, x):
-        if isinstance(x, (str, Path)):
-            x = [x]
-        if len(x := list(x)) not in (1, T):
-            raise ValueError(f"{len(x)} {what} for {T} models: give one for each, or one for all.")
-        return x*T if len(x) == 1 else x
-
-    data, given, ws = (
-        each("data sets", data),
-        each("heads", heads) if heads else [None]*T,
-        normalise(weights, T),
-    )
+    data = _each("data sets", data, T)
+    its_heads = _each("heads", heads or [None], T)
     if not 0 < bounds[0] < bounds[1] < math.inf:
         raise ValueError(f"bounds {bounds} must be positive and rising.")
-    if out is not None and not (out := free(out)).absolute().parent.is_dir():
-        raise MergeError(f"{out}: its folder does not exist.\nName one in a folder that does.")
-    origin, loaded = load(base, allow_pickle), [load(m, allow_pickle) for m in models]
-    adapters = any(c.adapter is not None for c in loaded)
-    asked_for = geometries or (
-        [pullback(share="right"), pullback(share="left")]
-        if metrics is not None
-        else ["tsvm"]
-        if adapters
-        else [EpiMer()]
-    )
-    gs = [geometry_named(g) if isinstance(g, str) else g for g in asked_for]
-    for g, said in zip(gs, asked_for):
-        check_needs(
-            g,
-            adapters=adapters,
-            base=True,
-            metrics=metrics is not None,
-            name=said if isinstance(said, str) else None,
-        )
-
-    def merging(g, scale, to, dtype=dtype):
-        return merge(
-            models,
-            g,
-            None if adapters else base,
-            ws,
-            scale,
-            metrics,
-            to,
-            dtype,
-            device=device,
-            absent=absent,
-            any_base=any_base,
-            allow_pickle=allow_pickle,
-        )
-
-    # what cannot be is refused before anything runs; the merges will warn
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for g in gs:
-            if adapters:
-                plan_adapters(loaded, g, ws, 1.0, None, device, absent, any_base)
-            else:
-                plan_models(
-                    loaded, g, origin, ws, 1.0, metrics, None, device, absent, False, allow_pickle
-                )
-
-    distance, opened = OutputDistance(), None
-    asking = [
-        _unseen(d, s, split, text, pair, max_samples, seed, allow_pickle)
-        for d, s in zip(data, metrics or [None]*T)
-    ]
-    for m, rows, h in zip(models, asking, given):
-        say(f"{m}: outputs …")
-        opened = open_model(
-            f"{base}+{m}" if adapters else m, h, tokenizer, allow_pickle=allow_pickle
-        )
-        distance.add(
-            opened.model.to(device),
-            batches(opened.kind, opened.tokenizer, rows, batch_size, max_length, seed),
-            opened.logits,
-        )
-    asked, settings = _Asked(opened, distance, origin), []
-    for m, u in zip(models, asked.unit):
-        if not u > 0:
-            raise MergeError(
-                f"{m}: its outputs are those of the base on its examples.\n"
-                "Is it the right model, and are these its examples?"
-            )
+    place = _place(out)
+    more = dict(device=device, absent=absent, any_base=any_base, allow_pickle=allow_pickle)
+    merging = _Merging(models, base, normalise(weights, T), metrics, more)
+    gs = _choices(geometries, merging)
+    of = split, text, pair, max_samples, seed
+    asking = _Asking(of, tokenizer, batch_size, max_length, device, allow_pickle)
+    asked = _ask(asking, merging, data, its_heads, say)
+    settings = []
     for g in gs:
-        knob = g.needs.knob
-        with _between(out) as folder:
-
-            def end(name, g, scale=1.0, folder=Path(folder)):
-                say(f"{spelled(g)}: merging …")
-                merging(g, scale, folder/name, "fp32")
-                return bake(origin, load(folder/name)) if adapters else load(folder/name)
-
-            # what adapters saved whole has no scale
-            ends = (
-                (end("0", replace(g, **{knob: 0.0})), end("1", replace(g, **{knob: 1.0})))
-                if knob
-                else (end("0", g, 0.0) if adapters else origin, end("1", g))
-            )
-            best, far, tried = asked.along(
-                *ends,
-                ws,
-                bounds,
-                lambda x, d, g=g, knob=knob: say(
-                    (spelled(replace(g, **{knob: x})) if knob else f"{spelled(g)}, scale {x:g}")
-                    + f": distance {d:.4f}"
-                ),
-            )
-        if min(math.log2(best/bounds[0]), math.log2(bounds[1]/best)) <= 2*CLOSE:
-            warnings.warn(
-                f"{spelled(g)}: the best {knob or 'scale'} in {bounds} is at "
-                f"an end, {best:g}.\n"
-                "Widen the bounds (--bounds), or take another geometry.",
-                stacklevel=2,
-            )
-        settings.append(
-            Setting(
-                replace(g, **{knob: best}) if knob else g,
-                1.0 if knob else best,
-                far,
-                tried,
-                tried[best],
-            )
-        )
-    settings.sort(key=lambda s: s.distance)
-    if settings[0].distance >= 1:
-        warnings.warn(
-            f"{settings[0].name}: the nearest merge is as far from the models as the base "
-            f"is, or farther ({settings[0].distance:.2f} of that distance).\n"
-            "Do not use it: are these the right models, base and examples?",
-            stacklevel=2,
-        )
-    return Tuned(
-        settings, None if out is None else merging(settings[0].geometry, settings[0].scale, out)
-    )
+        settings.append(_search(g, merging, asked, place, bounds, say))
+    return _tuned(settings, merging, place, dtype)

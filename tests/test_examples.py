@@ -1,8 +1,11 @@
 """Tables of any kind become records; folders of Hugging Face become modules whose parameters have
 the names of the checkpoint."""
 
+import bz2
+import csv
 import gzip
 import json
+import lzma
 import os
 import shutil
 import subprocess
@@ -16,7 +19,7 @@ from conftest import ROOT, save
 from frechet_merge import load
 from frechet_merge.checkpoints import MergeError
 from frechet_merge.demo import DATA, base_folder
-from frechet_merge.examples import batches, columns, examples
+from frechet_merge.examples import _of_datasets, _of_file, batches, columns, examples
 from frechet_merge.huggingface import open_model
 
 WORDS = "the a cat dog sat ran on mat good bad film very".split()
@@ -94,33 +97,113 @@ def make(kind, folder, seed=0):
     return folder
 
 
-def write(path, rows=ROWS):
-    import datasets
+PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
-    with gzip.open(path, "wt") if path.suffix == ".gz" else open(path, "w") as f:
-        kind = path.name.partition(".")[2].removesuffix(".gz")
+
+def write(path, rows=ROWS):
+    kind = path.name.partition(".")[2].partition(".")[0]
+    with PACKED.get(path.suffix, open)(path, "wt") as f:
         if kind == "jsonl":
             f.writelines(json.dumps(r) + "\n" for r in rows)
         if kind == "json":
             json.dump(rows, f)
         if kind in ("csv", "tsv"):
-            import csv
-
             w = csv.DictWriter(f, rows[0], delimiter="\t" if kind == "tsv" else ",")
             w.writeheader()
             w.writerows(rows)
     if kind == "parquet":
+        import datasets
+
         datasets.Dataset.from_list(rows).to_parquet(str(path))
     return path
 
 
+RECORDS = [{"text": r["sentence"], "label": r["label"]} for r in ROWS]
+
+
+def test_parquet_by_datasets(tmp_path):
+    assert examples(write(tmp_path/"a.parquet")) == RECORDS
+
+
 @pytest.mark.parametrize(
-    "name", ["a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet", "a.jsonl.gz", "a [1].jsonl"]
+    "name",
+    [
+        *("a.jsonl", "a.ndjson", "a.json", "a.csv", "a.tsv", "A.JSONL", "a [1].jsonl"),
+        *("a.jsonl.gz", "a.csv.bz2", "a.json.xz"),
+    ],
 )
-def test_formats(tmp_path, name):
-    assert examples(write(tmp_path/name)) == [
-        {"text": r["sentence"], "label": r["label"]} for r in ROWS
-    ]
+def test_formats_that_need_nothing_but_python(tmp_path, monkeypatch, name):
+    for library in ("datasets", "pandas", "pyarrow"):
+        monkeypatch.setitem(sys.modules, library, None)
+    path = write(tmp_path/name.lower().replace("ndjson", "jsonl")).rename(tmp_path/name)
+    assert examples(path) == RECORDS
+    assert examples(path, "train[10%:20%]") == RECORDS[4:8]
+    assert examples(path, "train[-3:]") == RECORDS[-3:]
+
+
+# what people's files hold, and `datasets` reads as we do
+TRICKY = {
+    "blank.jsonl": '{"text": "a", "label": 1}\n\n{"text": "b\\nc", "x": null}\n',
+    "mark.jsonl": '\ufeff{"text": "é", "label": 1.5}\n{"text": "b", "label": 2}\n',
+    "list.json": '[\n{"text": "a"},\n{"text": "b"}]',
+    "texts.json": '["one", "two"]',
+    "spread.json": '{\n"text": "a"}\n{"text":\n"b"}\n',
+    "chats.jsonl": '{"messages": [{"role": "user", "content": "x"}]}\n{"messages": []}\n',
+    "quotes.csv": 'text,label\n"a, ""q"" b",1\n"two\nlines",0\nnull,1\n',
+    "types.csv": "\ufefftext,label,ok,w\nNA,007,True,1.5\nx,-3,False,2\n",
+    "windows.csv": "text,label\r\na,1\r\n\r\nb,\r\n",
+    "twice.csv": ",text,text\n0,a,b\n1,c,d\n",
+    "stray.csv": 'text,label\n"He said "hi" to me",1\n5" disk,0\n',
+    "long.csv": f"text,label\n{'x' * 200_000},1\n",
+    "lines.txt": "one\n\n two \r\nthree",
+}
+
+
+@pytest.mark.parametrize("name", TRICKY)
+def test_rows_are_those_of_datasets(tmp_path, name):
+    path = tmp_path/name
+    path.write_text(TRICKY[name], encoding="utf-8", newline="")
+    ours = _of_file(path, "train")
+    with _of_datasets(path, "train") as theirs:
+        at = range(theirs.size), list(theirs.kinds)
+        assert ours.size == theirs.size and ours.take(*at) == theirs.take(*at)
+        same = {"large_string": "string", "List": "list"}
+        assert ours.kinds == {c: same.get(kind, kind) for c, kind in theirs.kinds.items()}
+
+
+def test_an_object_of_columns(tmp_path):
+    (tmp_path/"a.json").write_text(json.dumps({"text": ["a", "b"], "label": [1, 0]}, indent=1))
+    assert examples(tmp_path/"a.json") == [{"text": "a", "label": 1}, {"text": "b", "label": 0}]
+
+
+def test_texts_that_look_like_dates_are_texts(tmp_path):
+    (tmp_path/"a.jsonl").write_text('{"text": "2020-01-01 00:00:00"}\n')
+    assert examples(tmp_path/"a.jsonl") == [{"text": "2020-01-01 00:00:00"}]
+
+
+def test_rows_are_not_held(tmp_path, monkeypatch):
+    "Of a long file only the rows that are asked for are in memory."
+    import frechet_merge.examples as e
+
+    path, alive = write(tmp_path/"a.jsonl", [{"text": "a"*1000}]*3000), []
+
+    class Row(dict):
+        def __init__(self, *args):
+            super().__init__(*args)
+            alive.append(None)
+
+        def __del__(self):
+            alive.pop()
+
+    rows, most = e._rows, []
+
+    def watched(path):
+        for row in rows(path):
+            yield Row(row)
+            most.append(len(alive))
+
+    monkeypatch.setattr(e, "_rows", watched)
+    assert len(examples(path, max_samples=10)) == 10 and max(most) < 5
 
 
 def test_folders(tmp_path):
@@ -216,12 +299,20 @@ def test_columns_that_cannot_be_guessed_are_listed(kinds, asked, says):
     "name, content, says",
     [
         ("a.jsonl", "", "holds no examples"),
-        ("a.jsonl", '{"text": "a"}\n{"text": ', "cannot be read"),
+        ("a.jsonl", '{"text": "a"}\n{"text": ', r"cannot be read \(line 2: "),
+        ("a.jsonl", '{"text": "a"}\n5\n', r"cannot be read \(row 2 has no columns"),
+        ("a.jsonl.gz", "nonsense", "cannot be read"),
+        ("a.csv", 'text\n"a\nb\n', r"cannot be read \(a quotation mark is not closed"),
+        ("a.csv", '"text\na\n', r"cannot be read \(a quotation mark is not closed"),
+        ("a.csv", "text,label\na, b,1\n", r"cannot be read \(line 2: 3 fields"),
+        ("a.csv", "", "holds no examples"),
+        ("a.csv", "text\n", "holds no examples"),
         ("a.parquet", "nonsense", "cannot be read"),
         ("a.pickle", "x", "ends in .pickle"),
         ("a", "x", "no ending"),
         ("a.jsonl", '{"text": ""}\n', "no text in any"),
-        ("a.jsonl", '{"text": ["a", "b"]}\n', "not texts or chats"),
+        ("a.jsonl", '{"text": ["a", "b"]}\n', "holds list, not texts or chats"),
+        ("a.jsonl", '{"text": "a"}\n{"text": ["b"]}\n', "holds list or string, not texts or"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path, name, content, says):
@@ -269,10 +360,36 @@ def test_reading_is_quiet_and_leaves_nothing(tmp_path):
     assert not list((tmp_path/"home").rglob("*.arrow"))
 
 
-def test_without_the_library(monkeypatch, tmp_path):
+@pytest.mark.parametrize("what", ["a.parquet", "folder", "org/name", "a.jsonl.zst", "a sum"])
+def test_without_datasets(monkeypatch, tmp_path, what):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(MergeError, match=r"pip install 'frechet_merge\[hf\]'"):
-        examples(tmp_path/"a.jsonl")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/"folder").mkdir()
+    for name in ("a.parquet", "a.jsonl.zst", "a sum"):
+        (tmp_path/name).touch()
+    split = "train"
+    if what == "a sum":
+        what, split = str(write(tmp_path/"a.jsonl")), "train[:5]+train[-5:]"
+    with pytest.raises(MergeError, match=r"datasets is not installed") as e:
+        examples(what, split)
+    first, second = str(e.value).splitlines()
+    assert what in first and "pip install 'frechet_merge[hf]'" in second
+    assert ("not a file or folder here" in first) == (what == "org/name")
+
+
+def test_a_file_has_one_split(tmp_path):
+    path = write(tmp_path/"a.jsonl")
+    assert examples(path, "train[:5]+train[-5:]") == RECORDS[:5] + RECORDS[-5:]
+    with pytest.raises(MergeError, match="one file has no split 'test'.\nIts only split is train"):
+        examples(path, "test")
+    with pytest.raises(MergeError, match="holds no examples"):
+        examples(path, "train[:0]")
+
+
+def test_an_absent_data_set_shows_no_pages_of_the_hub():
+    with pytest.raises(MergeError) as e:
+        examples("org/absent")
+    assert e.value.__cause__ is None and e.value.__suppress_context__
 
 
 @pytest.mark.parametrize(

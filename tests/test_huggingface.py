@@ -199,13 +199,15 @@ def test_demo(tmp_path):
                 "experts",
                 "mean of weights",
                 "LoRA(rank=4)",
-                "LoRA(metric='mix')",
                 "TSV-M",
+                "pullback by outputs",
                 "points ",
             )
         )
         and len(tasks()) >= 5
     )
+    # neither an alarm nor a winner that is experimental
+    assert "warning" not in err and "pinned" not in out
     assert (tmp_path/"picture.png").read_bytes()[:4] == b"\x89PNG"
 
 

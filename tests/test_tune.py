@@ -88,20 +88,41 @@ def test_what_is_written_is_what_was_found(work, tmp_path, kind, how):
         models, [work/"0.jsonl", work/"1.jsonl"], work/kind, out=tmp_path/"out", **how
     )
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    assert found.settings == sorted(found.settings, key=lambda s: s.distance) and all(
-        s.distance == min(s.tried.values()) == pytest.approx(sum(s.distances)/2)
-        for s in found.settings
-    )
+    assert found.settings == sorted(found.settings, key=lambda s: s.distance)
+    for s in found.settings:
+        assert s.distance == min(s.tried.values()) == pytest.approx(sum(s.distances)/2)
     assert ask(work, kind, tmp_path/"out") == pytest.approx(found.best.distances, rel=1e-3)
     # what it names is what it wrote
     again = merge(
         models, found.best.geometry, work/kind, scale=found.best.scale, metrics=how.get("metrics")
     ).tensors
     assert all(torch.equal(again[k], x) for k, x in load(tmp_path/"out").items())
-    if "metrics" in how:
-        assert {s.geometry.share for s in found.settings} == {"left", "right"} and all(
-            s.scale == 1 and s.geometry.anchor in s.tried for s in found.settings
-        )
+
+
+
+@pytest.mark.filterwarnings(
+    "ignore:no metric for", "ignore:.*at an end", "ignore:.*the metrics have seen"
+)
+def test_with_metrics_it_tries_both_sides_and_their_anchors(work):
+    models, data = [work/f"bert{i}" for i in range(2)], [work/"0.jsonl", work/"1.jsonl"]
+    metrics = [work/f"s{i}.safetensors" for i in range(2)]
+    found = tune(models, data, work/"bert", metrics=metrics)
+    assert {s.geometry.share for s in found.settings} == {"left", "right"}
+    assert all(s.scale == 1 and s.geometry.anchor in s.tried for s in found.settings)
+
+
+FAR = dict(geometries=["euclidean"], bounds=(12, 16))
+
+
+@pytest.mark.filterwarnings("ignore:.*at an end")
+def test_what_is_no_nearer_than_the_base_is_not_written(work, tmp_path):
+    models, data = [work/f"bert{i}" for i in range(2)], [work/"0.jsonl", work/"1.jsonl"]
+    says = "euclidean: the nearest merge is as far from the models as the base is, or farther"
+    with pytest.warns(UserWarning, match=rf"{says} .*\nNothing is written to .*out:"):
+        found = tune(models, data, work/"bert", out=tmp_path/"out", **FAR)
+    assert found.best.distance >= 1 and found.merged is None and not list(tmp_path.iterdir())
+    with pytest.warns(UserWarning, match=rf"{says} .*\nDo not use it:"):
+        assert tune(models, data, work/"bert", **FAR).merged is None
 
 
 def test_weights_and_no_out(work, tmp_path):
@@ -296,6 +317,13 @@ def test_on_the_command_line(work, tmp_path):
     ), err
     code, out, err = cli("tune", "bert0", "bert1", "--base", "bert", "--data", "0.jsonl,", cwd=work)
     assert code == 2 and err.startswith("error: --data '0.jsonl,' has an empty name")
+
+
+def test_the_command_line_names_no_output_that_is_not_there(work, tmp_path):
+    far = "tune bert0 bert1 --base bert --data 0.jsonl,1.jsonl --geometry euclidean --bounds 12,16"
+    code, out, err = cli(*far.split(), "-q", "-o", tmp_path/"far", cwd=work)
+    assert code == 1 and f"Nothing is written to {tmp_path}/far" in err and "→" not in out
+    assert not (tmp_path/"far").exists()
 
 
 def test_distance_of_wide_and_masked_outputs():
