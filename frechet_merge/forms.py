@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['WIDE', 'GRADIENTS', 'FORMS', 'Sums', 'covariance', 'frequencies', 'projected_diagonal', 'projected_kronecker', 'Form',
-           'Diagonals', 'Factors', 'Inputs', 'Projected']
+           'added_errors', 'squares_of_lookups', 'squares_of_products', 'squares_of_gradients', 'Diagonals',
+           'inputs_moment', 'Sides', 'Inputs', 'projected_gradient', 'Projected']
 
 # %% ../nbs/19b_forms.ipynb #93ce8420
+from dataclasses import dataclass, field
 from functools import reduce
 
 import torch
@@ -15,49 +17,37 @@ from torch import Tensor
 from .uses import MATRIX, Use
 
 # %% ../nbs/19b_forms.ipynb #0541a9df
+@dataclass
 class Sums:
     """Running sums over samples of contributions c, with what the standard error of their mean
     needs."""
 
-    # by key: Σc, Σ‖c‖², Σt, Σt²; default none
-    def __init__(
-        self,
-        total: dict | None = None,
-        square: dict | None = None,
-        count: dict | None = None,
-        count2: dict | None = None,
-    ):
-        self.total, self.square, self.count, self.count2 = (
-            total or {},
-            square or {},
-            count or {},
-            count2 or {},
-        )
+    total: dict[str, Tensor] = field(default_factory=dict)  # key → Σ c
+    square: dict[str, Tensor] = field(default_factory=dict)  # key → Σ ‖c‖²
+    tokens: dict[str, Tensor] = field(default_factory=dict)  # key → Σ t, of a mean over tokens
+    tokens2: dict[str, Tensor] = field(default_factory=dict)  # key → Σ t²
 
     def add(
         self,
         key: str,
-        c: Tensor,  # Σ c
+        total: Tensor,  # Σ c
         square: Tensor,  # Σ ‖c‖²
         tokens: Tensor | None = None,  # t, (N,): of each sample, if the mean is one over tokens
     ):
         "Add the samples of a batch."
-        t = None if tokens is None else tokens.double()
-        for d, v in (
-            (self.total, c),
-            (self.square, square.double()),
-            *(() if t is None else ((self.count, t.sum()), (self.count2, t.pow(2).sum()))),
-        ):
-            if key in d:
-                d[key] += v
-            else:
-                d[key] = v
+        _grow(self.total, key, total)
+        _grow(self.square, key, square.double())
+        if tokens is not None:
+            t = tokens.double()
+            _grow(self.tokens, key, t.sum())
+            _grow(self.tokens2, key, t.pow(2).sum())
 
     def mean(self, key: str, n: int) -> Tensor:
         "Σc/n, or Σc/Σt where tokens are counted."
-        return self.total[key]/(
-            self.count[key].clamp(min=1).to(self.total[key].dtype) if key in self.count else n
-        )
+        total = self.total[key]
+        if key not in self.tokens:
+            return total/n
+        return total/self.tokens[key].clamp(min=1).to(total.dtype)
 
     def error(
         self,
@@ -66,15 +56,25 @@ class Sums:
         # None: unknown, for fewer than two samples or a mean of zero
     ) -> float | None:
         "Relative standard error of the mean of n samples, in the Frobenius norm."
-        m2 = float(self.total[key].double().div(n).pow(2).sum())
-        if n < 2 or not m2:
+        mean2 = float(self.total[key].double().div(n).pow(2).sum())
+        if n < 2 or not mean2:
             return None
-        r = float(n*self.count2[key]/self.count[key]**2) if key in self.count else 1.0
-        return (max(float(self.square[key])/n - r*m2, 0)/(n - 1)/m2)**0.5
+        ratio = 1.0
+        if key in self.tokens:
+            ratio = float(n*self.tokens2[key]/self.tokens[key]**2)
+        scatter = max(float(self.square[key])/n - ratio*mean2, 0)
+        return (scatter/(n - 1)/mean2)**0.5
+
+# %% ../nbs/19b_forms.ipynb #cf972524
+def _grow(sums: dict[str, Tensor], key: str, x: Tensor):
+    "Add to a sum in place; the first to come is the sum."
+    if key in sums:
+        sums[key] += x
+    else:
+        sums[key] = x
 
 # %% ../nbs/19b_forms.ipynb #b648ffa7
 WIDE = 8192  # features; a wider side of a layer has a diagonal factor
-GRADIENTS = 1 << 24  # numbers of per-sample gradients in memory at a time
 
 
 def covariance(
@@ -82,16 +82,16 @@ def covariance(
     # Σ (f, f), or its diagonal (f,) if f > `WIDE`; Σ‖c‖² over samples, float64
 ) -> tuple[Tensor, Tensor]:
     "Σ over samples and tokens of the outer products of rows."
-    if rows.shape[2] > WIDE:
+    _, t, f = rows.shape
+    if f > WIDE:
         each = rows.pow(2).sum(1)
         return each.sum(0), each.pow(2).sum(dtype=torch.float64)
-    X = rows.reshape(-1, rows.shape[2])
-    if rows.shape[1] <= rows.shape[2]:
-        return X.T @ X, (rows @ rows.mT).pow(2).sum(dtype=torch.float64)
-    total, square = (
-        rows.new_zeros(rows.shape[2], rows.shape[2]),
-        torch.zeros((), dtype=torch.float64, device=rows.device),
-    )
+    if t <= f:
+        # ‖XᵀX‖ = ‖XXᵀ‖, of which the second is smaller
+        every = rows.reshape(-1, f)
+        return every.T @ every, (rows @ rows.mT).pow(2).sum(dtype=torch.float64)
+    total = rows.new_zeros(f, f)
+    square = torch.zeros((), dtype=torch.float64, device=rows.device)
     for r in rows:
         c = r.T @ r
         total += c
@@ -102,39 +102,43 @@ def covariance(
 def frequencies(
     ids: Tensor,
     keep: Tensor,  # (N, t); (N, t) bool
-    size: int,
+    rows: int,
     dtype: torch.dtype,  # of the vocabulary; of the counts
-) -> tuple[Tensor, Tensor]:  # Σ (size,); Σ‖c‖² over samples, float64
+) -> tuple[Tensor, Tensor]:  # Σ (rows,); Σ‖c‖² over samples, float64
     "How often each id is looked up."
     same = (ids[:, :, None] == ids[:, None]) & keep[:, :, None] & keep[:, None]
-    return torch.bincount(ids[keep], minlength=size).to(dtype), same.sum(dtype=torch.float64)
+    return torch.bincount(ids[keep], minlength=rows).to(dtype), same.sum(dtype=torch.float64)
 
 # %% ../nbs/19b_forms.ipynb #d7c6f055
 def projected_diagonal(
-    V: Tensor,  # (m, n), >= 0: one number an entry
+    D: Tensor,  # (m, n), >= 0: one number an entry
     U: Tensor,
-    W: Tensor,  # (m, p), (n, p): the basis u_i w_iᵀ
+    V: Tensor,  # (m, p), (n, p): the basis u_i v_iᵀ
 ) -> Tensor:  # (p, p)
-    "(u_i∘u_j)ᵀ V (w_i∘w_j): a diagonal metric in the basis u_i w_iᵀ (EpiMer, arXiv 2605.26693)."
-    H = V.new_zeros(U.shape[1], U.shape[1])
+    "(u_i∘u_j)ᵀ D (v_i∘v_j): a diagonal metric in the basis u_i v_iᵀ (EpiMer, arXiv 2605.26693)."
+    H = D.new_zeros(U.shape[1], U.shape[1])
     for i in range(len(H)):
-        H[i, i:] = ((V.mT @ (U[:, i:]*U[:, i : i + 1]))*(W[:, i:]*W[:, i : i + 1])).sum(0)
+        left = U[:, i:]*U[:, i : i + 1]
+        right = V[:, i:]*V[:, i : i + 1]
+        H[i, i:] = ((D.mT @ left)*right).sum(0)
     return H + H.triu(1).mT
 
 # %% ../nbs/19b_forms.ipynb #6b63dcde
 def projected_kronecker(
-    L: Tensor | None,
-    R: Tensor | None,  # (m, m) or (m,); (n, n) or (n,)
+    B: Tensor | None,
+    A: Tensor | None,  # (m, m) or (m,); (n, n) or (n,)
     U: Tensor,
-    W: Tensor,  # (m, p), (n, p): the basis u_i w_iᵀ
+    V: Tensor,  # (m, p), (n, p): the basis u_i v_iᵀ
 ) -> Tensor:  # (p, p)
-    """(UᵀLU)∘(WᵀRW): a Kronecker metric in the basis u_i w_iᵀ; a vector is a diagonal, None the
+    """(UᵀBU)∘(VᵀAV): a Kronecker metric in the basis u_i v_iᵀ; a vector is a diagonal, None the
     identity."""
+    return _projected_side(B, U)*_projected_side(A, V)
 
-    def side(M, B):
-        return B.mT @ (B if M is None else M[:, None]*B if M.dim() == 1 else M @ B)
-
-    return side(L, U)*side(R, W)
+# %% ../nbs/19b_forms.ipynb #2163d0df
+def _projected_side(factor: Tensor | None, basis: Tensor) -> Tensor:
+    if factor is None:
+        return basis.mT @ basis
+    return basis.mT @ (factor[:, None]*basis if factor.dim() == 1 else factor @ basis)
 
 # %% ../nbs/19b_forms.ipynb #c4dde95f
 class Form:
@@ -145,8 +149,8 @@ class Form:
     def __init__(
         self,
         dtypes: dict[str, torch.dtype],  # parameter → dtype of its sums
-        basis: dict[str, tuple[Tensor, Tensor]]
-        | None = None,  # parameter → (U, V), for `Projected`
+        # parameter → (U, V), for `Projected`
+        basis: dict[str, tuple[Tensor, Tensor]] | None = None,
     ):
         self.dtypes, self.basis, self.sums = dtypes, basis or {}, Sums()
         # tensors that are diagonals since their side is wide
@@ -158,11 +162,9 @@ class Form:
 
     def refuses(self, p: str, uses: list[tuple[str, Use]]) -> str | None:
         "Why this form does not hold parameter p; None if it does."
-        return (
-            None
-            if all(role == "weight" and u.kind in MATRIX for role, u in uses)
-            else "this form is for the weights of linear layers, convolutions and embeddings"
-        )
+        if all(role == "weight" and u.kind in MATRIX for role, u in uses):
+            return None
+        return "this form is for the weights of linear layers, convolutions and embeddings"
 
     def begin(self, calls: dict | None = None):
         "Before a batch; before the first, with the uses that a rehearsal found."
@@ -178,20 +180,76 @@ class Form:
         # {name: mean}, {name: relative error}
     ) -> tuple[dict, dict]:
         "Means over n samples, one tensor for each key however many names read it."
-        keys = {
-            (p, s): k for p in names for s in self.parts if (k := self.key(p, s)) in self.sums.total
-        }
-        means = {k: self.sums.mean(k, n) for k in dict.fromkeys(keys.values())}
-        errors = {
-            p: [self.sums.error(k, n) for (q, _), k in keys.items() if q == p] for p, _ in keys
-        }
+        means, tensors, errors = {}, {}, {}
+        for p, every in names.items():
+            keys = {s: k for s in self.parts if (k := self.key(p, s)) in self.sums.total}
+            for part, key in keys.items():
+                if key not in means:
+                    means[key] = self.sums.mean(key, n)
+                tensors |= {name + part: means[key] for name in every}
+            if keys:
+                error = added_errors([self.sums.error(key, n) for key in keys.values()])
+                errors |= dict.fromkeys(every, error)
+        return tensors, errors
 
-        def both(e):
-            return None if None in e else sum(x*x for x in e)**0.5
+# %% ../nbs/19b_forms.ipynb #ec466710
+def added_errors(
+    errors: list[float | None],  # of factors; None: unknown
+) -> float | None:
+    "The relative error of a product, whose factors have these; unknown if one of them is."
+    known = [e for e in errors if e is not None]
+    return sum(e*e for e in known)**0.5 if len(known) == len(errors) else None
 
-        return {m + s: means[k] for (p, s), k in keys.items() for m in names[p]}, {
-            m: both(e) for p, e in errors.items() for m in names[p]
-        }
+# %% ../nbs/19b_forms.ipynb #31398037
+def squares_of_lookups(
+    uses: list[Use],  # of embeddings
+    shape: torch.Size,  # of their weight
+    dtype: torch.dtype,  # of the sums
+) -> tuple[Tensor, Tensor]:  # Σ g², Σ ‖g²‖² over samples
+    "Squared gradients of an embedding, from the rows alone that each sample looked up."
+    ids = torch.cat([u.ids() for u in uses], 1)
+    back = torch.cat([u.back(dtype) for u in uses], 1)
+    # a row for each id of each sample, however often it was looked up
+    first = shape[0]*torch.arange(len(ids), device=ids.device)[:, None]
+    rows, at = (ids + first).flatten().unique(return_inverse=True)
+    g = back.new_zeros(len(rows), shape[1]).index_add_(0, at.flatten(), back.flatten(0, 1))
+    squares = g.pow_(2)
+    total = back.new_zeros(shape).index_add_(0, rows % shape[0], squares)
+    return total, squares.pow_(2).sum(dtype=torch.float64)
+
+# %% ../nbs/19b_forms.ipynb #e09d259c
+def squares_of_products(
+    use: Use,  # of a linear layer, with one token a sample
+    dtype: torch.dtype,  # of the sums
+) -> tuple[Tensor, Tensor]:  # Σ g², Σ ‖g²‖² over samples
+    "Squared gradients of a linear layer's weight, without the gradients."
+    d = use.back(dtype)[:, 0].pow(2)
+    a = use.rows(dtype)[:, 0].pow(2)
+    total = a.T @ d if use.by_input else d.T @ a
+    return total, (d.double().pow(2).sum(1)*a.double().pow(2).sum(1)).sum()
+
+# %% ../nbs/19b_forms.ipynb #93d3d180
+GRADIENTS = 1 << 24  # numbers of per-sample gradients in memory at a time
+
+
+def squares_of_gradients(
+    uses: list[tuple[str, Use]],  # as (role, use)
+    shape: torch.Size,  # of their parameter
+    dtype: torch.dtype,  # of the sums
+) -> tuple[Tensor, Tensor]:  # Σ g², Σ ‖g²‖² over samples
+    "Squared gradients of any parameter, some samples at a time."
+    _, use = uses[0]
+    device = use.delta().device
+    total = torch.zeros(shape, dtype=dtype, device=device)
+    square = torch.zeros((), dtype=torch.float64, device=device)
+    step = max(1, GRADIENTS//shape.numel())
+    for i in range(0, use.n, step):
+        # uses are added before anything is squared
+        g = reduce(torch.add, (u.gradient(role, dtype, i, i + step) for role, u in uses))
+        g2 = g.pow(2)
+        total += g2.sum(0)
+        square += g2.pow_(2).sum(dtype=torch.float64)
+    return total, square
 
 # %% ../nbs/19b_forms.ipynb #dfc0dc7e
 class Diagonals(Form):
@@ -201,56 +259,48 @@ class Diagonals(Form):
         return None
 
     def __call__(self, p, uses):
-        (role, u), dtype = uses[0], self.dtypes[p]
-        shape, lone = (
-            u.layer._parameters[role].shape,
-            len(uses) == 1 and role == "weight" and u.kind in ("linear", "conv1d"),
-        )
-        # zero but in the rows of a sample's own tokens
-        if all(v.kind == "embedding" for _, v in uses):
-            ids, d = (
-                torch.cat([v.ids() for _, v in uses], 1),
-                torch.cat([v.back(dtype) for _, v in uses], 1),
-            )
-            rows, at = (
-                (ids + shape[0]*torch.arange(u.n, device=ids.device)[:, None])
-                .flatten()
-                .unique(return_inverse=True)
-            )
-            g2 = (
-                d.new_zeros(len(rows), shape[1])
-                .index_add_(0, at.flatten(), d.flatten(0, 1))
-                .pow_(2)
-            )
-            return self.sums.add(
-                p,
-                d.new_zeros(shape).index_add_(0, rows % shape[0], g2),
-                g2.pow_(2).sum(dtype=torch.float64),
-            )
-        # one token: the square of a product
-        if lone and (d := u.back(dtype).pow(2)).shape[1] == 1:
-            d, a = d[:, 0], u.rows(dtype)[:, 0].pow(2)
-            return self.sums.add(
-                p,
-                a.T @ d if u.kind == "conv1d" else d.T @ a,
-                (d.double().pow(2).sum(1)*a.double().pow(2).sum(1)).sum(),
-            )
-        total, square, step = (
-            torch.zeros(shape, dtype=dtype, device=u.delta().device),
-            torch.zeros((), dtype=torch.float64, device=u.delta().device),
-            max(1, GRADIENTS//shape.numel()),
-        )
-        for i in range(0, u.n, step):
-            g = uses[0][1].gradient(role, dtype, i, i + step)
-            for r, v in uses[1:]:
-                g = g + v.gradient(r, dtype, i, i + step)
-            g2 = g.pow(2)
-            total += g2.sum(0)
-            square += g2.pow_(2).sum(dtype=torch.float64)
-        self.sums.add(p, total, square)
+        role, use = uses[0]
+        dtype, shape = self.dtypes[p], use.layer._parameters[role].shape
+        if all(u.kind == "embedding" for _, u in uses):
+            found = squares_of_lookups([u for _, u in uses], shape, dtype)
+        elif len(uses) == 1 and _is_one_product(role, use):
+            found = squares_of_products(use, dtype)
+        else:
+            found = squares_of_gradients(uses, shape, dtype)
+        self.sums.add(p, *found)
+
+# %% ../nbs/19b_forms.ipynb #6c810676
+def _is_one_product(role: str, use: Use) -> bool:
+    "Is the gradient of each sample the product of one row that went in and one that came back?"
+    is_linear = role == "weight" and use.kind in ("linear", "conv1d")
+    return is_linear and use.flat(use.delta()).shape[1] == 1
+
+# %% ../nbs/19b_forms.ipynb #e93bbcc3
+def inputs_moment(
+    uses: list[Use],  # of one weight
+    dtype: torch.dtype,  # of the sums
+) -> tuple[Tensor, Tensor, Tensor]:  # Σ c and Σ ‖c‖² over samples; (N,) tokens of each
+    "Second moments of what went into a weight, padding aside; of an embedding, frequencies."
+    are_lookups = uses[0].kind == "embedding"
+    parts = [u.ids() if are_lookups else u.rows(dtype) for u in uses]
+    keep = torch.cat([_no_padding(u, x) for u, x in zip(uses, parts)], 1)
+    x = torch.cat(parts, 1)
+    if not are_lookups:
+        return *covariance(x*keep[..., None]), keep.sum(1)
+    layer = uses[0].layer
+    if layer.padding_idx is not None:
+        keep = keep & (x != layer.padding_idx)
+    return *frequencies(x, keep, layer.num_embeddings, dtype), keep.sum(1)
+
+# %% ../nbs/19b_forms.ipynb #f10bf14c
+def _no_padding(use: Use, x: Tensor) -> Tensor:
+    "(N, t) bool: which of the tokens that went in are not padding."
+    if use.mask is not None:
+        return use.mask
+    return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
 
 # %% ../nbs/19b_forms.ipynb #957c528f
-class Factors(Form):
+class Sides(Form):
     """P.left and P.right: the second moments of what went in and of what came back, as they act on
     the rows and columns of P."""
 
@@ -258,83 +308,78 @@ class Factors(Form):
     parts, back = (".left", ".right"), True
 
     def refuses(self, p, uses):
+        if why := super().refuses(p, uses):
+            return why
         kinds = sorted({u.kind for _, u in uses})
-        return super().refuses(p, uses) or (
+        if len(kinds) == 1:
+            return None
+        return (
             f"it is shared by layers of different kinds ({', '.join(kinds)}), whose "
             "factors are of different spaces"
-            if len(kinds) > 1
-            else None
         )
 
     def begin(self, calls=None):
-        self.seen = {}
-        if calls is None:
-            return
-        self.into, self.leader, first = (
-            {
-                p: ".left" if u[0][1].kind in ("conv1d", "embedding") else ".right"
-                for p, u in calls.items()
-            },
-            {},
-            {},
-        )
-        # queries, keys and values share their input's factor
+        # who leads → its inputs in this batch
+        self.seen: dict[str, list] = {}
+        if calls is not None:
+            self._find_leaders(calls)
+
+    def _find_leaders(self, calls: dict[str, list[tuple[str, Use]]]):
+        "Which side of each weight went in, and which weight was the first with the same inputs."
+        self.into: dict[str, str] = {}
+        self.leader: dict[str, str] = {}
+        first: dict[tuple, str] = {}
         for p, uses in calls.items():
-            self.leader[p] = first.setdefault(
-                (uses[0][1].kind == "embedding", self.into[p], *(u.key for _, u in uses)), p
-            )
+            _, use = uses[0]
+            self.into[p] = ".left" if use.by_input else ".right"
+            inputs = (use.kind == "embedding", self.into[p], *(u.key for _, u in uses))
+            self.leader[p] = first.setdefault(inputs, p)
 
     def key(self, p, part):
         return (self.leader[p] if part == self.into[p] else p) + part
 
     def __call__(self, p, uses):
-        dtype, uses, lead = self.dtypes[p], [u for _, u in uses], self.leader[p]
-        keys = [u.key for u in uses]
-        if self.seen.setdefault(lead, keys) != keys:
+        dtype, lead = self.dtypes[p], self.leader[p]
+        uses = [u for _, u in uses]
+        inputs = [u.key for u in uses]
+        if self.seen.setdefault(lead, inputs) != inputs:
             raise ValueError(
                 f"{p} and {lead} had the same inputs in the first batch, and do not have them "
                 "in a later one.\n"
                 "Collect their statistics in separate runs (parameters=)."
             )
-        if self.seen[lead] is keys:
-            x = [u.ids() if u.kind == "embedding" else u.rows(dtype) for u in uses]
-            keep, x = (
-                torch.cat(
-                    [
-                        torch.ones(v.shape[:2], dtype=torch.bool, device=v.device)
-                        if u.mask is None
-                        else u.mask
-                        for u, v in zip(uses, x)
-                    ],
-                    1,
-                ),
-                torch.cat(x, 1),
-            )
-            if uses[0].kind == "embedding":
-                if uses[0].layer.padding_idx is not None:
-                    keep = keep & (x != uses[0].layer.padding_idx)
-                c, square = frequencies(x, keep, uses[0].layer.num_embeddings, dtype)
-            else:
-                c, square = covariance(x*keep[..., None])
-            self._add(
-                self.key(p, self.into[p]), c, square, keep.sum(1), uses[0].kind != "embedding"
-            )
+        # whoever came first in this batch adds them for all
+        if self.seen[lead] is inputs:
+            key = self.key(p, self.into[p])
+            total, square, tokens = inputs_moment(uses, dtype)
+            self.sums.add(key, total, square, tokens)
+            if total.dim() == 1 and uses[0].kind != "embedding":
+                self.diagonal.add(key)
         if self.back:
-            self._add(
-                p + (".right" if self.into[p] == ".left" else ".left"),
-                *covariance(torch.cat([u.back(dtype) for u in uses], 1)),
-            )
-
-    def _add(self, key, c, square, tokens=None, wide=True):
-        self.sums.add(key, c, square, tokens)
-        if wide and c.dim() == 1:
-            self.diagonal.add(key)
+            key = p + (".right" if self.into[p] == ".left" else ".left")
+            total, square = covariance(torch.cat([u.back(dtype) for u in uses], 1))
+            self.sums.add(key, total, square)
+            if total.dim() == 1:
+                self.diagonal.add(key)
 
 # %% ../nbs/19b_forms.ipynb #ef43dfd1
-class Inputs(Factors):
+class Inputs(Sides):
     "The side of what went in alone (RegMean; Jin et al. 2023), which needs no backward pass."
 
     back = False
+
+# %% ../nbs/19b_forms.ipynb #546b7a43
+def projected_gradient(
+    use: Use,
+    U: Tensor,
+    V: Tensor,  # (rows, p), (columns, p) of the weight as it is stored
+    dtype: torch.dtype,  # of the result
+) -> Tensor:  # (N, p)
+    "Coordinates of each sample's gradient in the basis u_i v_iᵀ, without the gradient."
+    inner, outer = (U, V) if use.by_input else (V, U)
+    back = use.back(dtype) @ outer
+    went_in = inner[use.ids()] if use.kind == "embedding" else use.rows(dtype) @ inner
+    return (back*went_in).sum(1)
 
 # %% ../nbs/19b_forms.ipynb #54b7c9dd
 class Projected(Form):
@@ -343,27 +388,16 @@ class Projected(Form):
     parts = (".projected",)
 
     def __call__(self, p, uses):
-        (U, V), dtype = self.basis[p], self.dtypes[p]
-
-        def coordinates(u):  # (N, p)
-            d = u.back(dtype) @ (V if u.kind in ("conv1d", "embedding") else U)
-            return (
-                d
-                * (
-                    U[u.ids()]
-                    if u.kind == "embedding"
-                    else u.rows(dtype) @ (U if u.kind == "conv1d" else V)
-                )
-            ).sum(1)
-
-        g = reduce(torch.add, (coordinates(u) for _, u in uses))
-        self.sums.add(p + ".projected", g.mT @ g, g.pow(2).sum(1).pow(2).sum(dtype=torch.float64))
+        U, V = self.basis[p]
+        g = reduce(torch.add, (projected_gradient(u, U, V, self.dtypes[p]) for _, u in uses))
+        square = g.pow(2).sum(1).pow(2).sum(dtype=torch.float64)
+        self.sums.add(p + ".projected", g.mT @ g, square)
 
 # %% ../nbs/19b_forms.ipynb #fe01e70a
 # form= of `curvature`
 FORMS: dict[str, type[Form]] = {
     "diagonal": Diagonals,
-    "kronecker": Factors,
+    "kronecker": Sides,
     "inputs": Inputs,
     "projected": Projected,
 }

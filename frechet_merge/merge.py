@@ -261,10 +261,10 @@ def plan_models(
         raise ValueError(
             f"absent = {absent!r}: use 'renormalise'; 'zero' is for the layers of adapters."
         )
-    refuse_other_meanings(models, base)
     for said in unlike([*([] if base is None else [base]), *models]):
         warn(said, stacklevel=4)
     blocks, tied = align(models, base, absent)
+    refuse_other_meanings(models, base)
     if base is None and (isinstance(scale, Mapping) or scale != 1.0):
         raise ValueError("scale multiplies the difference from a base: give base= (--base) too.")
     if base is not None and (bare := [b.name for b in blocks if b.base is None and b.mergeable]):

@@ -240,7 +240,7 @@ def test_folders_of_runs_that_were_killed_go(work, tmp_path):
         ({"heads": ["h"]*3}, "3 heads for 2 models", 2),
         ({"data": ["absent.jsonl"]}, "no such file", 1),
         ({"models": ["bert", "bert0"]}, "its outputs are those of the base", 1),
-        ({"models": ["bert0", "gpt20"]}, "tensor", 1),
+        ({"models": ["bert0", "gpt20"]}, "two architectures", 1),
         ({"base": "absent"}, "not a folder here", 1),
         ({"geometries": ["nothing"]}, "no geometry is called", 2),
         ({"weights": [1]}, "1 weights", 2),
