@@ -22,6 +22,7 @@ from .blocks import align, alike, get, unlike
 from .checkpoints import MergeError, codes, load
 from .notes import Notes
 from .factors import core
+from .geometry import check_needs
 from .jobs import bar
 from .mean import normalise
 from .merge import Model
@@ -304,11 +305,9 @@ def _etas(models, metrics, weights, damping, allow_pickle, progress) -> list[dic
     from frechet_merge.geometries.fisher import Curved
     from frechet_merge.geometries.subspace import eta
 
-    blocks, ws, g = (
-        align(models)[0],
-        normalise(weights, len(models)),
-        Curved(share="right", damping=damping),
-    )
+    blocks, ws = align(models)[0], normalise(weights, len(models))
+    g = Curved(share="right", damping=damping)
+    needs = check_needs(g, metrics=True)
     Gs, rows, notes = (
         statistics(
             metrics,
@@ -316,7 +315,7 @@ def _etas(models, metrics, weights, damping, allow_pickle, progress) -> list[dic
             len(models),
             allow_pickle,
             models=[m.source for m in models],
-            carries=g.needs.carries,
+            carries=needs.carries,
         ),
         [],
         Notes(),

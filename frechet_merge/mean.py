@@ -290,7 +290,7 @@ def _descend(
     at: Pull,  # there
     step: Tensor,
     share: np.ndarray,  # (N,) of the step to begin with: 1, or 0 for those that stay
-    small: np.ndarray,  # (N,) whether the residual is small there: then a rise is no reason to search
+    small: np.ndarray,  # (N,) whether the residual is small: then a rise is no reason to search
     eps: float,
     tries: int,  # at most
 ) -> tuple[Tensor, Pull, int, np.ndarray]:

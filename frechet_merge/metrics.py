@@ -327,7 +327,8 @@ class Term(NamedTuple):
 
 # %% ../nbs/02_metrics.ipynb #8889d343
 def _merged(one: Term, two: Term) -> Term | None:
-    "Two terms as one, if they have a factor in common and the other is the identity in both or none."
+    """Two terms as one, if they have a factor in common, and the other is the identity in both or
+    in none."""
     same_left = one.L is two.L and (one.R is None) == (two.R is None)
     same_right = one.R is two.R and (one.L is None) == (two.L is None)
     if one.L is two.L and one.R is two.R:

@@ -88,13 +88,22 @@ class Near(RandomDataGenerator):
         )
 
 
-FIBRE = """riemannian_submersion_vec riemannian_submersion_belongs_to_base lift_vec lift_belongs_to_total_space riemannian_submersion_after_lift
-    tangent_riemannian_submersion_vec tangent_riemannian_submersion_is_tangent align_vec log_after_align_is_horizontal horizontal_projection_vec
-    horizontal_projection_is_horizontal vertical_projection_vec vertical_projection_is_vertical is_horizontal_vec is_vertical_vec horizontal_lift_vec
-    tangent_riemannian_submersion_after_vertical_projection horizontal_lift_is_horizontal tangent_riemannian_submersion_after_horizontal_lift""".split()
-METRIC = """exp_belongs log_is_tangent exp_after_log log_after_exp geodesic_ivp_belongs geodesic_ivp_vec exp_geodesic_ivp inner_product_is_symmetric
-    norm_is_positive normalize_is_unitary squared_dist_is_symmetric dist_is_log_norm dist_point_to_itself_is_zero
-    dist_triangle_inequality""".split()
+FIBRE = """
+    riemannian_submersion_vec riemannian_submersion_belongs_to_base lift_vec
+    lift_belongs_to_total_space riemannian_submersion_after_lift
+    tangent_riemannian_submersion_vec tangent_riemannian_submersion_is_tangent align_vec
+    log_after_align_is_horizontal horizontal_projection_vec
+    horizontal_projection_is_horizontal vertical_projection_vec
+    vertical_projection_is_vertical is_horizontal_vec is_vertical_vec horizontal_lift_vec
+    tangent_riemannian_submersion_after_vertical_projection horizontal_lift_is_horizontal
+    tangent_riemannian_submersion_after_horizontal_lift
+""".split()
+METRIC = """
+    exp_belongs log_is_tangent exp_after_log log_after_exp geodesic_ivp_belongs
+    geodesic_ivp_vec exp_geodesic_ivp inner_product_is_symmetric norm_is_positive
+    normalize_is_unitary squared_dist_is_symmetric dist_is_log_norm
+    dist_point_to_itself_is_zero dist_triangle_inequality
+""".split()
 SPACE = (
     "random_point_belongs random_point_shape to_tangent_vec to_tangent_is_tangent "
     "random_tangent_vec_is_tangent random_tangent_vec_shape"
