@@ -108,10 +108,9 @@ def merged(ex, g, stats=None, use="both", names=None, whole=False):
         if Gs is not None and None in Gs or stats is None and x[0].dim() < 2 and not whole:
             out[k] = sum(x)/len(x)
             continue
-        points, lift = g.chart([w + d for d in x] if whole else x, Gs)
-        m = lift(
-            frechet_mean(g, points, [1.0]*len(names), tol=1e-2 if Gs else 1e-10, warn=False).x
-        )
+        chart, tol = g.chart([w + d for d in x] if whole else x, Gs), 1e-2 if Gs else 1e-10
+        mean = frechet_mean(chart.space, chart.points, [1.0]*len(names), tol=tol, warn=False)
+        m = chart.lift(mean.x)
         out[k] = m - w if whole else m
     return out
 

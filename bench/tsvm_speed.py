@@ -19,6 +19,7 @@ for name in ("OMP", "OPENBLAS", "MKL"):
 import platform
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -29,6 +30,12 @@ from adapters import write_rows
 from frechet_merge.geometries import subspace
 
 T, SHAPES = 8, {(768, 768): 48, (3072, 768): 12, (768, 3072): 12}
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+WAYS = {
+    "float32": "full, in float32",
+    "float64": "full, in float64",
+    "EpiMer": "EpiMer(k)",
+}
 
 
 def update(shape, spectrum, gen):
@@ -49,11 +56,9 @@ def timed(clock, who, f, *args):
 
 def added(parts, k):
     "TSV-M as published, from what `torch.linalg.svd` returned for each task."
-    U, S, V = (
-        torch.cat([u[:, :k] for u, _, _ in parts], 1),
-        torch.cat([s[:k] for _, s, _ in parts]),
-        torch.cat([v[:k] for _, _, v in parts], 0),
-    )
+    U = torch.cat([u[:, :k] for u, _, _ in parts], 1)
+    S = torch.cat([s[:k] for _, s, _ in parts])
+    V = torch.cat([v[:k] for _, _, v in parts], 0)
     (P, _, Q), (R, _, O) = (torch.linalg.svd(X, full_matrices=False) for X in (U, V))
     return torch.linalg.multi_dot((P, Q, S.diag(), R, O))
 
@@ -67,59 +72,75 @@ def merged(deltas, k):
     return b.lift(b.sigma).float()
 
 
-def run(spectrum, ks=(32, 96)):
-    gen, rows = torch.Generator().manual_seed(0), []
-    total, off, size = {}, {}, {}
-    for shape, count in SHAPES.items():
-        deltas = [update(shape, spectrum, gen) for _ in range(T)]
-        clock, parts, top, real = {}, {32: [], 64: []}, {k: [] for k in ks}, subspace.top_svd
-        for x in deltas:
-            for bits, dtype in ((32, torch.float32), (64, torch.float64)):
-                parts[bits].append(timed(clock, f"float{bits}", whole, x, dtype))
-            for k in ks:
-                top[k].append(timed(clock, f"k = {k}", real, x, k))
+class Tally:
+    "What was measured: (way, k) → seconds and squared distances; k → squared lengths."
+
+    def __init__(self):
+        self.seconds, self.off, self.size = Counter(), Counter(), Counter()
+
+    def rows(self, spectrum, ks):
         for k in ks:
-            want = timed(clock, ("added", 64), added, parts[64], k)
-            total["float64", k] = total.get(("float64", k), 0) + count*(
-                clock["float64"] + clock.pop(("added", 64))
-            )
-            got = timed(clock, ("added", 32), added, parts[32], k)
-            total["float32", k] = total.get(("float32", k), 0) + count*(
-                clock["float32"] + clock.pop(("added", 32))
-            )
-            # they were timed beside the others
-            ready = iter(top[k])
-            subspace.top_svd = lambda x, k, ready=ready: next(ready)
-            ours = timed(clock, "rest", merged, deltas, k)
-            subspace.top_svd = real
-            total["EpiMer", k] = total.get(("EpiMer", k), 0) + count*(
-                clock[f"k = {k}"] + clock.pop("rest")
-            )
-            size[k] = size.get(k, 0) + count*float(want.norm())**2
-            for who, x in (("float32", got), ("EpiMer", ours)):
-                off[who, k] = off.get((who, k), 0) + count*float((x.double() - want).norm())**2
-        print(spectrum, shape, {k: round(v, 2) for k, v in clock.items()}, flush=True)
-    for k in ks:
-        for who, name in (
-            ("float32", "full, in float32"),
-            ("float64", "full, in float64"),
-            ("EpiMer", "EpiMer(k)"),
-        ):
-            rows.append(
-                {
+            for way, name in WAYS.items():
+                ratio = self.seconds[way, k]/self.seconds["EpiMer", k]
+                distance = (self.off[way, k]/self.size[k])**0.5
+                yield {
                     "spectrum": spectrum,
                     "k": k,
                     "decompositions": name,
-                    "seconds": f"{total[who, k]:.0f}",
-                    "EpiMer is faster by": f"{total[who, k] / total['EpiMer', k]:.1f}"
-                    if who != "EpiMer"
-                    else "",
-                    "distance": f"{(off[who, k] / size[k]) ** 0.5:.0e}"
-                    if who != "float64"
-                    else "0",
+                    "seconds": f"{self.seconds[way, k]:.0f}",
+                    "EpiMer is faster by": "" if way == "EpiMer" else f"{ratio:.1f}",
+                    "distance": "0" if way == "float64" else f"{distance:.0e}",
                 }
-            )
-            print(rows[-1], flush=True)
+
+
+def decomposed(deltas, ks, clock):
+    "Each update in turn by every way, so that they are timed beside each other."
+    full, top = {name: [] for name in DTYPES}, {k: [] for k in ks}
+    for x in deltas:
+        for name, dtype in DTYPES.items():
+            full[name].append(timed(clock, name, whole, x, dtype))
+        for k in ks:
+            top[k].append(timed(clock, k, subspace.top_svd, x, k))
+    return full, top
+
+
+def epimer(deltas, k, top, clock):
+    "The merge, with the triplets that were found and timed beside the others."
+    ready, real = iter(top), subspace.top_svd
+    subspace.top_svd = lambda x, k: next(ready)
+    try:
+        return timed(clock, ("rest", k), merged, deltas, k)
+    finally:
+        subspace.top_svd = real
+
+
+def one_shape(deltas, count, ks, tally):
+    "A merge of a shape, counted as often as the model has it."
+    clock = {}
+    full, top = decomposed(deltas, ks, clock)
+    for k in ks:
+        made = {name: timed(clock, (name, k), added, full[name], k) for name in DTYPES}
+        made["EpiMer"] = epimer(deltas, k, top[k], clock)
+        for name in DTYPES:
+            tally.seconds[name, k] += count*(clock[name] + clock[name, k])
+        tally.seconds["EpiMer", k] += count*(clock[k] + clock["rest", k])
+        want = made["float64"]
+        tally.size[k] += count*float(want.norm())**2
+        for name, x in made.items():
+            tally.off[name, k] += count*float((x.double() - want).norm())**2
+    return clock
+
+
+def run(spectrum, ks=(32, 96)):
+    gen, tally = torch.Generator().manual_seed(0), Tally()
+    for shape, count in SHAPES.items():
+        deltas = [update(shape, spectrum, gen) for _ in range(T)]
+        clock = one_shape(deltas, count, ks, tally)
+        seconds = {k: round(v, 2) for k, v in clock.items() if not isinstance(k, tuple)}
+        print(spectrum, shape, seconds, flush=True)
+    rows = list(tally.rows(spectrum, ks))
+    for row in rows:
+        print(row, flush=True)
     return rows
 
 

@@ -28,7 +28,7 @@ from .matching.function import refuse_other_meanings, unlike
 from .matching.views import alike
 from .notes import Notes
 from .factors import core
-from .geometry import Geometry
+from .geometry import Geometry, check_needs
 from .jobs import bar
 from .mean import normalise
 from .merge import Model
@@ -464,7 +464,7 @@ def etas(
     blocks, ws, notes = align(models)[0], normalise(weights, T), Notes()
     sources = [m.source for m in models]
     geometry = Curved(share="right", damping=damping)
-    carries = geometry.needs.carries
+    carries = check_needs(geometry, metrics=True).carries
     Gs = statistics(metrics, blocks, T, allow_pickle, models=sources, carries=carries)
     rows = []
     measured = [b for b in blocks if b.name in Gs]

@@ -88,13 +88,22 @@ class Near(RandomDataGenerator):
         )
 
 
-FIBRE = """riemannian_submersion_vec riemannian_submersion_belongs_to_base lift_vec lift_belongs_to_total_space riemannian_submersion_after_lift
-    tangent_riemannian_submersion_vec tangent_riemannian_submersion_is_tangent align_vec log_after_align_is_horizontal horizontal_projection_vec
-    horizontal_projection_is_horizontal vertical_projection_vec vertical_projection_is_vertical is_horizontal_vec is_vertical_vec horizontal_lift_vec
-    tangent_riemannian_submersion_after_vertical_projection horizontal_lift_is_horizontal tangent_riemannian_submersion_after_horizontal_lift""".split()
-METRIC = """exp_belongs log_is_tangent exp_after_log log_after_exp geodesic_ivp_belongs geodesic_ivp_vec exp_geodesic_ivp inner_product_is_symmetric
-    norm_is_positive normalize_is_unitary squared_dist_is_symmetric dist_is_log_norm dist_point_to_itself_is_zero
-    dist_triangle_inequality""".split()
+FIBRE = """
+    riemannian_submersion_vec riemannian_submersion_belongs_to_base lift_vec
+    lift_belongs_to_total_space riemannian_submersion_after_lift
+    tangent_riemannian_submersion_vec tangent_riemannian_submersion_is_tangent align_vec
+    log_after_align_is_horizontal horizontal_projection_vec
+    horizontal_projection_is_horizontal vertical_projection_vec
+    vertical_projection_is_vertical is_horizontal_vec is_vertical_vec horizontal_lift_vec
+    tangent_riemannian_submersion_after_vertical_projection horizontal_lift_is_horizontal
+    tangent_riemannian_submersion_after_horizontal_lift
+""".split()
+METRIC = """
+    exp_belongs log_is_tangent exp_after_log log_after_exp geodesic_ivp_belongs
+    geodesic_ivp_vec exp_geodesic_ivp inner_product_is_symmetric norm_is_positive
+    normalize_is_unitary squared_dist_is_symmetric dist_is_log_norm
+    dist_point_to_itself_is_zero dist_triangle_inequality
+""".split()
 SPACE = (
     "random_point_belongs random_point_shape to_tangent_vec to_tangent_is_tangent "
     "random_tangent_vec_is_tangent random_tangent_vec_shape"
@@ -115,16 +124,11 @@ def test_geomstats_own_cases(on, case, kind):
     base = adapters(kind)
     total = parts(base)[0]
     space = base if on == "base" else total
-    cls = (
-        FiberBundleTestCase
-        if on == "bundle"
-        else ManifoldTestCase
-        if case in SPACE
-        else QuotientMetricTestCase
-        if on == "base"
-        else RiemannianMetricTestCase
-    )
-    suite = cls()
+    metric = {"base": QuotientMetricTestCase, "pairs": RiemannianMetricTestCase}
+    if on == "bundle":
+        suite = FiberBundleTestCase()
+    else:
+        suite = ManifoldTestCase() if case in SPACE else metric[on]()
     suite.space, suite.total_space, suite.base = space, total, base
     suite.data_generator, suite.base_data_generator = Near(space, base), Near(base, base)
     test = getattr(suite, f"test_{case}")
@@ -219,20 +223,19 @@ def test_the_torch_kernel(kind, one_thread):
     w = np.array([0.7, 0.3])
     X = np.stack([near(base, T) for _ in range(N)])
     A = expm(0.5*gs.random.normal(size=(N, T, 2, 2)))
-    G, H = total.split(total.group_action(A, bundle.lift(X)))
-    g = Quotient(kind)
-    points, lift = g.chart(
-        [Factors(torch.as_tensor(G[:, t]), torch.as_tensor(H[:, t]).mT) for t in range(T)]
+    B, H = total.split(total.group_action(A, bundle.lift(X)))
+    chart = Quotient(kind).chart(
+        [Factors(torch.as_tensor(B[:, t]), torch.as_tensor(H[:, t]).mT) for t in range(T)]
     )
-    x, y = (p.x[:1] for p in points[:2])
-    v, D = g.log(x, y), base.metric.log(X[0, 1], X[0, 0])
+    space, lift = chart.space, chart.lift
+    x, y = (p.x[:1] for p in chart.points[:2])
+    v, D = space.log(x, y), base.metric.log(X[0, 1], X[0, 0])
     np.testing.assert_allclose(float(v.norm()), base.metric.norm(D, X[0, 0]), rtol=1e-9)
     np.testing.assert_allclose(
-        lift(g.exp(x, 0.4*v)).delta()[0].numpy(), base.metric.exp(0.4*D, X[0, 0]), atol=1e-9
+        lift(space.exp(x, 0.4*v)).delta()[0].numpy(), base.metric.exp(0.4*D, X[0, 0]), atol=1e-9
     )
-    merged = (
-        lift(torch.stack([m.x for m in frechet_mean(g, points, list(w), batch=N)])).delta().numpy()
-    )
+    found = frechet_mean(space, chart.points, list(w), batch=N)
+    merged = lift(torch.stack([m.x for m in found])).delta().numpy()
     for i in range(N):
         np.testing.assert_allclose(merged[i], mean_in_geomstats(base, X[i], w), atol=1e-8)
 

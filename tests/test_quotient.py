@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from frechet_merge import check_geometry, frechet_mean
 from frechet_merge.factors import Factors
 from frechet_merge.geometries.lora import LoRA
-from frechet_merge.geometries.quotient import Quotient, align, norm, speed2, sqrtm
+from frechet_merge.geometries.quotient import FixedRank, Quotient, norm, regauge, speed2, sqrtm
 from frechet_merge.laws import LAWS, mean_of
 
 D, METRICS = torch.float64, ("mix", "inv")
@@ -56,9 +56,9 @@ def gauge(f, cond, gen):
 
 
 def means(g, fs, ws=None, **kw):
-    points, up = g.chart(fs)
-    found = frechet_mean(g, points, ws, batch=len(fs[0].B), warn=False, **kw)
-    return up(torch.stack([f.x for f in found])).delta(), found
+    chart = g.chart(fs)
+    found = frechet_mean(chart.space, chart.points, ws, batch=len(fs[0].B), warn=False, **kw)
+    return chart.lift(torch.stack([f.x for f in found])).delta(), found
 
 
 def off(a, b):
@@ -124,7 +124,7 @@ def test_batched_is_one_by_one(m, n, r, seed, metric):
     assert [f.lost > 0 for f in found] == [False, False, True]
     for k in range(3):
         points, up = g.chart([Factors(f.B[k], f.A[k]) for f in fs])
-        alone = frechet_mean(g, points, [0.5, 0.3, 0.2], warn=False)
+        alone = frechet_mean(FixedRank(metric), points, [0.5, 0.3, 0.2], warn=False)
         assert off(together[k], up(alone.x).delta()) <= 1e-10 and alone.lost == found[k].lost
         assert (
             math.isclose(alone.variance, found[k].variance, rel_tol=1e-8, abs_tol=1e-20)
@@ -137,9 +137,9 @@ def test_batched_is_one_by_one(m, n, r, seed, metric):
 @few(10)
 @given(**SHAPES, spread=st.floats(1e-3, 0.25))
 def test_exp_undoes_log_and_distance_is_symmetric(m, n, r, seed, metric, spread):
-    gen, g = torch.Generator().manual_seed(seed), Quotient(metric)
+    gen, g = torch.Generator().manual_seed(seed), FixedRank(metric)
     fs = close(8, m, n, r, spread, 2, gen)
-    (a, b), up = g.chart(fs)
+    (a, b), up = Quotient(metric).chart(fs)
     a, b = a.x, b.x
     v, back = g.log(a, b), g.log(b, a)
     ok = (v + back).isfinite().flatten(1).all(1)
@@ -205,9 +205,10 @@ def test_against_shortest_discrete_paths(metric, m, n, r):
     (a, b), _ = Quotient(metric).chart(
         [Factors(f.B[0], f.A[0]) for f in close(1, m, n, r, 0.3, 2, gen)]
     )
-    y = align(metric, a.x[None], b.x[None])[0][0]
+    y = regauge(metric, a.x[None], b.x[None])[0][0]
     want = (4*energy(metric, a.x, y, 12) - energy(metric, a.x, y, 6))/3
-    assert math.isclose(math.sqrt(want), float(Quotient(metric).log(a.x, b.x).norm()), rel_tol=1e-6)
+    found = float(FixedRank(metric).log(a.x, b.x).norm())
+    assert math.isclose(math.sqrt(want), found, rel_tol=1e-6)
 
 
 @both
@@ -218,7 +219,7 @@ def test_rank_one_is_a_cone_or_a_product(metric):
     a = Factors(randn(N, 6, 1, gen=gen), randn(N, 1, 5, gen=gen))
     b = Factors(a.B + spread*randn(N, 6, 1, gen=gen), a.A + spread*randn(N, 1, 5, gen=gen))
     (m, x), _ = Quotient(metric).chart([a, b])
-    d = norm(Quotient(metric).log(m.x, x.x))
+    d = norm(FixedRank(metric).log(m.x, x.x))
     s, t = (z.x[:, 0].square().sum((-2, -1)) for z in (m, x))
     c = (m.x*x.x).sum((-2, -1))/(s*t).sqrt()[:, None]
     phi = torch.minimum(c.arccos().norm(dim=1), (-c).arccos().norm(dim=1))
@@ -232,35 +233,52 @@ def test_rank_one_is_a_cone_or_a_product(metric):
     torch.testing.assert_close(d[found], want[found], rtol=1e-8, atol=0)
 
 
+def unpleasant():
+    "An update of rank 3, and others to which there is no path, or only just."
+    (f,) = close(1, 3, 3, 3, 0.1, 1, torch.Generator().manual_seed(0))
+    odd = {
+        "zero": Factors(f.B*0, f.A),
+        "thin": Factors(f.B @ torch.diag(torch.tensor([1, 1, 1e-13], dtype=D)), f.A),
+        # the determinant changes its sign
+        "flip": Factors(f.B @ torch.diag(torch.tensor([1, 1, -1], dtype=D)), f.A),
+    }
+    sizes = {"nan": math.nan, "inf": math.inf, "tiny": 1e-200, "huge": 1e200}
+    return f, odd | {name: Factors(f.B*z, f.A) for name, z in sizes.items()}
+
+
 @both
 def test_no_path_is_nan_and_no_exception(metric):
-    gen, g = torch.Generator().manual_seed(0), Quotient(metric)
-    (f,) = close(1, 3, 3, 3, 0.1, 1, gen)
-    zero = Factors(f.B*0, f.A)
-    thin = Factors(f.B @ torch.diag(torch.tensor([1, 1, 1e-13], dtype=D)), f.A)
-    # the determinant changes its sign
-    flip = Factors(f.B @ torch.diag(torch.tensor([1, 1, -1], dtype=D)), f.A)
-    nan, inf, tiny, huge = (Factors(f.B*z, f.A) for z in (math.nan, math.inf, 1e-200, 1e200))
-    points, up = g.chart([f, zero, thin, flip, nan, inf, tiny, huge])
-    x = [p.x for p in points]
+    (f, odd), space = unpleasant(), FixedRank(metric)
+    x = [p.x for p in Quotient(metric).chart([f, *odd.values()]).points]
     for bad in x[1:6]:
-        assert g.log(x[0], bad).isnan().all() and g.log(bad, x[0]).isnan().all()
-    for odd in x[6:]:
-        v = g.log(x[0], odd)
+        assert space.log(x[0], bad).isnan().all() and space.log(bad, x[0]).isnan().all()
+    for far in x[6:]:
+        v = space.log(x[0], far)
         assert v.isnan().all() or v.isfinite().all()
     for v in (x[0]*math.nan, x[0]*1e300):
-        assert g.exp(x[0], v).isnan().all()
+        assert space.exp(x[0], v).isnan().all()
     # and none of them disturbs another
-    every = g.log(x[0].repeat(len(x), 1, 1, 1), torch.cat(x))
+    every = space.log(x[0].repeat(len(x), 1, 1, 1), torch.cat(x))
     assert not every[0].any() and every[1:6].isnan().all()
-    assert torch.equal(g.exp(x[1], x[1]*0), x[1])
-    for other in (zero, thin, flip):
-        (mean,) = frechet_mean(g, g.chart([f, other])[0], [0.7, 0.3], warn=False, batch=1)
-        assert mean.lost and "no single shortest path" in mean.problem
-        torch.testing.assert_close(
-            up(mean.x).delta(), (0.7*f.delta() + 0.3*other.delta())[0], rtol=0, atol=1e-12
-        )
-    mean = frechet_mean(g, [p for p in points if p.x is x[4]]*2, warn=False, batch=1)[0]
+    assert torch.equal(space.exp(x[1], x[1]*0), x[1])
+
+
+@both
+@pytest.mark.parametrize("name", ["zero", "thin", "flip"])
+def test_where_there_is_no_path_it_stays(metric, name):
+    f, odd = unpleasant()
+    chart = Quotient(metric).chart([f, odd[name]])
+    (mean,) = frechet_mean(chart.space, chart.points, [0.7, 0.3], warn=False, batch=1)
+    assert mean.lost and "no single shortest path" in mean.problem
+    want = (0.7*f.delta() + 0.3*odd[name].delta())[0]
+    torch.testing.assert_close(chart.lift(mean.x).delta(), want, rtol=0, atol=1e-12)
+
+
+@both
+def test_what_is_not_finite_is_lost(metric):
+    f, odd = unpleasant()
+    chart = Quotient(metric).chart([f, odd["nan"]])
+    mean = frechet_mean(chart.space, [chart.points[1]]*2, warn=False, batch=1)[0]
     assert mean.lost == 2
 
 
@@ -270,13 +288,13 @@ def test_one_parameter(metric):
     points, up = g.chart(
         [Factors(torch.tensor([[z]], dtype=D), torch.ones(1, 1, dtype=D)) for z in p]
     )
-    m = frechet_mean(g, points, ws)
+    m = frechet_mean(FixedRank(metric), points, ws)
     assert m.converged and math.isclose(
         float(up(m.x).delta()), {"mix": 1.75, "inv": 1.430969}[metric], rel_tol=1e-6
     )
     for z, q in zip(points[1:], p[1:]):
         assert math.isclose(
-            float(g.log(points[0].x, z.x).norm()),
+            float(FixedRank(metric).log(points[0].x, z.x).norm()),
             (abs(2 - q) if metric == "mix" else abs(math.log(2/q)))/2**0.5,
             rel_tol=1e-9,
         )

@@ -9,6 +9,7 @@ __all__ = ['Curved', 'shared', 'pullback']
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..geometry import Chart, Geometry, Needs, Point
 from ..metrics import Kronecker, as_metric, damped, mean_factor, normalised
@@ -32,7 +33,8 @@ class Curved(Geometry):
     def needs(self):
         """Metrics, unless it is the mean without them; a base for an anchor, since a sum is one of
         differences."""
-        anchored, whole = self.anchor is not None, self.normalise or self.damping > 0
+        anchored = self.anchor is not None
+        whole = self.normalise or self.damping > 0
         return Needs(
             base=anchored,
             metrics=anchored or whole or self.share is not None,
@@ -55,11 +57,12 @@ class Curved(Geometry):
             raise ValueError(
                 f"Curved(share={self.share!r}): use 'right' (the inputs of nn.Linear) or 'left'."
             )
-        for k in ("damping", "nu", "anchor"):
-            if not isinstance(x := getattr(self, k), (int, float)) and not (
-                k == "anchor" and x is None
-            ):
-                raise ValueError(f"Curved({k}={x!r}): a number.")
+        numbers = {"damping": self.damping, "nu": self.nu}
+        if self.anchor is not None:
+            numbers["anchor"] = self.anchor
+        for name, x in numbers.items():
+            if not isinstance(x, (int, float)):
+                raise ValueError(f"Curved({name}={x!r}): a number.")
         if not 0 <= self.damping < math.inf:
             raise ValueError(
                 f"Curved(damping={self.damping}): a share of the metrics, finite and >= 0."
@@ -82,10 +85,17 @@ class Curved(Geometry):
             return Chart([Point(t) for t in thetas], lambda m: m)
         Gs = normalised(Gs) if self.normalise else [as_metric(G) for G in Gs]
         Gs = damped(Gs if self.share is None else shared(Gs, self.share), self.damping)
-        far = (
-            [] if self.anchor is None else [Point(self.anchor*T*t, self.nu/T) for t in thetas]
-        )
-        return Chart([*(Point(t, G) for t, G in zip(thetas, Gs)), *far], lambda m: m)
+        points = [Point(t, G) for t, G in zip(thetas, Gs)]
+        if self.anchor is not None:
+            points += [Point(self.anchor*T*t, self.nu/T) for t in thetas]
+        return Chart(points, lambda m: m)
+
+# %% ../../nbs/geometries/10_fisher.ipynb #41ee3dc1
+def _is_pair(G: Any) -> bool:
+    "Whether a metric is one product of two factors, and nothing else."
+    if not isinstance(G, Kronecker) or len(G.pairs) != 1 or G.flat:
+        return False
+    return all(M is not None for M in G.pairs[0])
 
 # %% ../../nbs/geometries/10_fisher.ipynb #f12007a8
 def shared(
@@ -99,14 +109,7 @@ def shared(
     """Kronecker metrics with the mean of their factors on one side, each of mean eigenvalue one
     there (a metric of zero is one still, and has no part in that mean); other metrics as they
     are."""
-    if not all(
-        isinstance(G, Kronecker)
-        and len(G.pairs) == 1
-        and not G.flat
-        and G.pairs[0][0] is not None
-        and G.pairs[0][1] is not None
-        for G in Gs
-    ):
+    if not all(map(_is_pair, Gs)):
         return list(Gs)
     L, R = zip(*(G.pairs[0] for G in Gs))
     own, common = (L, R) if side == "right" else (R, L)

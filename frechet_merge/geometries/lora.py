@@ -8,8 +8,10 @@ __all__ = ['METRICS', 'LoRA']
 # %% ../../nbs/geometries/12_lora.ipynb #2bff4b0b
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..factors import Factors, balanced, core, svd
 from .pinned import Pinned
@@ -40,9 +42,8 @@ class LoRA(Geometry):
     pinned: float | None = None  # experimental: μ of `Pinned`, in place of a metric
 
     def __post_init__(self):
-        if self.rank is not None and (
-            not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1
-        ):
+        is_count = isinstance(self.rank, int) and not isinstance(self.rank, bool)
+        if self.rank is not None and not (is_count and self.rank >= 1):
             raise ValueError(f"rank = {self.rank!r}: a merged adapter has a rank of at least 1.")
         if self.pinned is not None and self.metric != "flat":
             raise ValueError("pinned= is a metric of its own: leave metric= out.")
@@ -93,30 +94,30 @@ class LoRA(Geometry):
         return min(top, *shape, self.rank or top)
 
     def chart(self, thetas, Gs=None):
-        """Cores (R_G, R_H) of `Factors` as points of the inner geometry; back, the balanced pair of
+        """Cores (R_B, R_A) of `Factors` as points of the inner geometry; back, the balanced pair of
         rank `out_rank`. `ValueError` if shapes differ."""
         if any(f.shape != thetas[0].shape for f in thetas):
             raise ValueError(
                 f"updates of shapes {[f.shape for f in thetas]} cannot be merged: the adapters "
                 "are of different bases."
             )
-        (QG, QH, pairs), dtype, k = (
-            core(list(thetas)),
-            thetas[0].dtype,
-            self.out_rank([f.rank for f in thetas], thetas[0].shape),
-        )
-        inner = self.inner.chart(
-            pairs if self.inner.needs.of == "factors" else [c.delta() for c in pairs], Gs
-        )
+        dtype, k = thetas[0].dtype, self.out_rank([f.rank for f in thetas], thetas[0].shape)
+        QB, QA, cores = core(list(thetas))
+        inner = self.inner
+        reads = cores if inner.needs.of == "factors" else [c.delta() for c in cores]
+        chart = inner.chart(reads, Gs)
 
         def lift(m):
-            x = inner.lift(m)
-            if isinstance(x, Factors):
-                U, S, V = svd(x)
-            else:
-                U, S, Vt = torch.linalg.svd(x, full_matrices=False)
-                V = Vt.mT
-            f = balanced(QG @ U[..., :k], S[..., :k], QH @ V[..., :k])
+            U, S, V = _triplets(chart.lift(m))
+            f = balanced(QB @ U[..., :k], S[..., :k], QA @ V[..., :k])
             return Factors(f.B.to(dtype), f.A.to(dtype))
 
-        return replace(inner, lift=lift)
+        return replace(chart, lift=lift)
+
+# %% ../../nbs/geometries/12_lora.ipynb #428dc89c
+def _triplets(x: Any) -> tuple[Tensor, Tensor, Tensor]:
+    "Singular triplets U, σ, V of a core, a matrix or a pair."
+    if isinstance(x, Factors):
+        return svd(x)
+    U, S, Vt = torch.linalg.svd(x, full_matrices=False)
+    return U, S, Vt.mT

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..geometry import Chart, Geometry, Point, Space
-from ..metrics import Diagonal, as_metric
+from ..metrics import as_numbers
 from ..span import Span
 
 # %% ../../nbs/geometries/11_sphere.ipynb #b847c4fc
@@ -62,41 +62,40 @@ class Sphere(Geometry):
     def chart(self, thetas, Gs=None):
         """Points (1 + D,): the norm, in units of the largest, and the unit vector. `ValueError` for
         metrics that are not numbers."""
+        Gs = as_numbers(Gs, len(thetas))
         x = [t.flatten().float() if t.dtype.itemsize < 4 else t.flatten() for t in thetas]
-        top = torch.stack([t.abs().max() if len(t) else t.sum() for t in x]).max()
-        top = top if top > 0 else torch.ones_like(top)
+        largest = torch.stack([t.abs().max() if len(t) else t.sum() for t in x]).max()
+        top = largest if largest > 0 else torch.ones_like(largest)
         # whose squares neither vanish nor overflow
         x = [t/top for t in x]
-        n = torch.stack([torch.linalg.vector_norm(t) for t in x])
-        unit = n.max() if n.max() > 0 else torch.ones_like(n.max())
-        some = x[int(n.argmax())]/unit
-        Gs = [as_metric(G) for G in (Gs or [1.0]*len(x))]
-        ds = [G.d for G in Gs if isinstance(G, Diagonal) and not isinstance(G.d, Tensor)]
-        if len(ds) < len(x):
-            raise ValueError(
-                "a sphere takes one number per model as its metric, not one per parameter: "
-                "use Euclidean() with these metrics."
-            )
-        points = []
-        for t, k, G, d in zip(x, n/unit, Gs, ds):
-            if k > ZERO:
-                points.append(Point(torch.cat([k[None], t/(k*unit)]), G))
-            else:
-                points.append(
-                    Point(
-                        torch.cat([k[None], some]), Diagonal(d*torch.eye(1, len(t) + 1).to(t)[0])
-                    )
-                )
-        return Chart(
-            points,
-            lambda m: (unit*m[0]*m[1:]*top).view(thetas[0].shape).to(thetas[0].dtype),
-            Cylinder(),
-        )
+        norms = torch.stack([torch.linalg.vector_norm(t) for t in x])
+        unit = norms.max() if norms.max() > 0 else torch.ones_like(norms.max())
+        some = x[int(norms.argmax())]/unit
+        points = [_on_cylinder(t, n, unit, some, G) for t, n, G in zip(x, norms/unit, Gs)]
 
-# %% ../../nbs/geometries/11_sphere.ipynb #3a99eaba
+        def lift(m):
+            return (unit*m[0]*m[1:]*top).view(thetas[0].shape).to(thetas[0].dtype)
+
+        return Chart(points, lift, Cylinder())
+
+# %% ../../nbs/geometries/11_sphere.ipynb #d9d04d8d
 ZERO = 1e-12  # norm relative to the largest, below which a tensor has no direction
 
 
+def _on_cylinder(
+    t: Tensor,  # (D,)
+    n: Tensor,  # its norm, in units of the largest
+    unit: Tensor,  # the largest
+    some: Tensor,  # (D,) a unit vector, for a tensor without direction
+    G: float,  # the number that the model brings
+) -> Point:
+    "A tensor as norm and direction; a zero one has no opinion on the direction."
+    if n > ZERO:
+        return Point(torch.cat([n[None], t/(n*unit)]), G)
+    on_the_norm = torch.eye(1, len(t) + 1).to(t)[0]
+    return Point(torch.cat([n[None], some]), G*on_the_norm)
+
+# %% ../../nbs/geometries/11_sphere.ipynb #3a99eaba
 def karcher() -> Span:
     """`Span(Sphere())`: the Karcher mean of the directions and the mean norm of each tensor, in two
     passes over the files."""
