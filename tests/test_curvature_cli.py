@@ -68,31 +68,27 @@ def test_statistics_of_every_kind(work, tmp_path, monkeypatch, capsys, kind, arg
     capsys.readouterr()
     run("curvature", kind, "a.jsonl", "-o", tmp_path/"s.safetensors", *args)
     out, err = capsys.readouterr()
-    first, second = out.strip().splitlines()
-    assert (
-        "40 samples" in first
-        and "tokens" in first
-        and "MB" in first
-        and second.startswith("Relative standard error: ")
-        and "% in the worst (" in second
-        and "160 samples" in second
-    )
+    assert err == ""
+    says_what_was_done(out)
     assert [p.name for p in tmp_path.iterdir()] == ["s.safetensors"]
-    held, about = (
-        load(tmp_path/"s.safetensors"),
-        Statistics.load(tmp_path/"s.safetensors").about,
-    )
-    assert (
-        about["samples"] == 40
-        and about["model"] == kind
-        and set(about["error"]) <= set(load(work/kind))
-    )
+    held = load(tmp_path/"s.safetensors")
+    about = Statistics.load(tmp_path/"s.safetensors").about
+    assert about["samples"] == 40 and about["model"] == kind
+    assert set(about["error"]) <= set(load(work/kind))
     stems = {n.removesuffix(".left").removesuffix(".right") for n in held}
     if "diagonal" in args:
         assert stems == set(load(work/kind))
     else:
-        assert stems <= matrices(work/kind) and len(stems) >= len(matrices(work/kind)) - 2
-    assert all(held[n].isfinite().all() for n in held.lazy) and err == ""
+        every = matrices(work/kind)
+        assert stems <= every and len(stems) >= len(every) - 2
+    assert all(held[n].isfinite().all() for n in held.lazy)
+
+
+def says_what_was_done(out):
+    first, second = out.strip().splitlines()
+    assert all(what in first for what in ("40 samples", "tokens", "MB"))
+    assert second.startswith("Relative standard error: ")
+    assert "% in the worst (" in second and "160 samples" in second
 
 
 @pytest.mark.filterwarnings("ignore:no metric for")
@@ -103,17 +99,12 @@ def test_what_comes_out_is_what_the_collector_says(work, tmp_path):
     from frechet_merge.examples import batches, examples
     from frechet_merge.huggingface import open_model
 
-    m = open_model(work/"bert")
+    module = AutoModelForSequenceClassification.from_pretrained(work/"bert").eval()
+    tokenizer = open_model(work/"bert").tokenizer
+    fed = batches("classifier", tokenizer, examples(work/"a.jsonl"))
+    names = ("input_ids", "attention_mask", "token_type_ids")
     direct = curvature(
-        AutoModelForSequenceClassification.from_pretrained(work/"bert").eval(),
-        batches("classifier", m.tokenizer, examples(work/"a.jsonl")),
-        forward=lambda model, b: (
-            model(
-                input_ids=b["input_ids"],
-                attention_mask=b["attention_mask"],
-                token_type_ids=b.get("token_type_ids"),
-            ).logits
-        ),
+        module, fed, forward=lambda model, b: model(**{n: b.get(n) for n in names}).logits
     )
     ours = collect(work/"bert", work/"a.jsonl", tmp_path/"s.safetensors")
     assert ours.keys() == direct.keys()
@@ -125,21 +116,13 @@ def test_what_comes_out_is_what_the_collector_says(work, tmp_path):
 @pytest.mark.filterwarnings("ignore:no metric for")
 def test_names_follow_the_file(work, tmp_path):
     "GPT-2's published file has no prefix; an encoder inside a classifier has one."
-    collect(
-        make("gpt2-without-prefix", tmp_path/"g"), work/"a.jsonl", tmp_path/"g.safetensors"
-    )
-    assert "h.0.attn.c_attn.weight.left" in load(tmp_path/"g.safetensors") and load(
-        tmp_path/"g.safetensors"
-    )["h.0.attn.c_attn.weight.left"].shape == (16, 16)
-    collect(
-        work/"bert",
-        work/"a.jsonl",
-        tmp_path/"b.safetensors",
-        head=f"{work}/head/model.safetensors:x",
-    )
-    assert "bert.encoder.layer.0.attention.self.query.weight.left" in load(
-        tmp_path/"b.safetensors"
-    )
+    bare = make("gpt2-without-prefix", tmp_path/"g")
+    collect(bare, work/"a.jsonl", tmp_path/"g.safetensors")
+    assert load(tmp_path/"g.safetensors")["h.0.attn.c_attn.weight.left"].shape == (16, 16)
+    head = f"{work}/head/model.safetensors:x"
+    collect(work/"bert", work/"a.jsonl", tmp_path/"b.safetensors", head=head)
+    query = "bert.encoder.layer.0.attention.self.query.weight.left"
+    assert query in load(tmp_path/"b.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -178,12 +161,9 @@ def test_mistakes_are_named_in_three_lines(work, tmp_path, monkeypatch, args, sa
 
 
 def test_exit_codes(work, tmp_path):
+    needs = "error: unlabelled.jsonl: the empirical Fisher needs labels"
     for args, code, says in (
-        (
-            ["unlabelled.jsonl", "--estimator", "empirical"],
-            1,
-            "error: unlabelled.jsonl: the empirical Fisher needs labels",
-        ),
+        (["unlabelled.jsonl", "--estimator", "empirical"], 1, needs),
         (["a.jsonl", "--form", "kroneker"], 2, "error: no form is called"),
         (["a.jsonl"], 0, ""),
     ):
@@ -202,28 +182,19 @@ def test_what_exists_is_kept(work, tmp_path):
 
 
 def test_labels_are_read_only_if_they_are_needed(work, tmp_path):
-    data = write(
-        tmp_path/"odd.jsonl",
-        [{"text": r["sentence"], "label": y} for r, y in zip(ROWS, ["odd", "even"]*20)],
-    )
-    collect(work/"bert", data, tmp_path/"s.safetensors")
-    with pytest.raises(MergeError, match="the label 'odd' is neither a whole number nor a class"):
-        collect(work/"bert", data, tmp_path/"t.safetensors", estimator="empirical")
-    with pytest.raises(MergeError, match="a label is 39, and .*bert has 3 classes"):
-        collect(
-            work/"bert",
-            write(tmp_path/"n.jsonl"),
-            tmp_path/"t.safetensors",
-            estimator="empirical",
-            label="n",
-        )
-    with pytest.raises(MergeError, match="not labelled"):
-        collect(
-            work/"bert",
-            write(tmp_path/"m.jsonl", [{"text": "cat", "label": -1}]),
-            tmp_path/"t.safetensors",
-            estimator="empirical",
-        )
+    rows = [{"text": r["sentence"], "label": y} for r, y in zip(ROWS, ["odd", "even"]*20)]
+    odd = write(tmp_path/"odd.jsonl", rows)
+    collect(work/"bert", odd, tmp_path/"s.safetensors")
+    numbers = write(tmp_path/"n.jsonl")
+    none = write(tmp_path/"m.jsonl", [{"text": "cat", "label": -1}])
+
+    def refused(data, says, **how):
+        with pytest.raises(MergeError, match=says):
+            collect(work/"bert", data, tmp_path/"t.safetensors", estimator="empirical", **how)
+
+    refused(odd, "the label 'odd' is neither a whole number nor a class")
+    refused(numbers, "a label is 39, and .*bert has 3 classes", label="n")
+    refused(none, "not labelled")
 
 
 def test_only_some_parameters(work, tmp_path):
@@ -234,49 +205,59 @@ def test_only_some_parameters(work, tmp_path):
 
 
 KILLED = """
-import os, signal, frechet_merge.curvature as c
+import os, signal
+import frechet_merge.curvature as c
 from frechet_merge.cli import main
+
 save = c.State.save
+
 def then_die(self, every=0):
     save(self)
-    if self.samples >= 24: c.State.save = save; os.kill(os.getpid(), signal.SIGTERM)
-c.State.save = then_die; main()
+    if self.samples >= 24:
+        c.State.save = save
+        os.kill(os.getpid(), signal.SIGTERM)
+
+c.State.save = then_die
+main()
 """
 
 
-def test_a_killed_run_goes_on(work, tmp_path):
+@pytest.fixture
+def long(tmp_path):
+    "Eighty longer texts."
     rows = [
         {"text": " ".join(ROWS[(7*i + j) % 40]["sentence"] for j in range(6))} for i in range(80)
     ]
-    data = write(tmp_path/"long.jsonl", rows)
-    args = ["curvature", str(work/"bert"), str(data), "-q", "-o", "s.safetensors"]
+    return write(tmp_path/"long.jsonl", rows)
+
+
+def names_in(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_a_killed_run_goes_on(work, tmp_path, long):
+    args = ["curvature", str(work/"bert"), str(long), "-q", "-o", "s.safetensors"]
     r = subprocess.run(
         [sys.executable, "-c", KILLED, *args],
         cwd=tmp_path,
         capture_output=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    assert r.returncode == 143 and sorted(x.name for x in tmp_path.iterdir()) == [
-        "long.jsonl",
-        "s.safetensors.state",
-    ], r.stderr
-    assert torch.load(tmp_path/"s.safetensors.state", weights_only=True)["done"][0] == 24
-    whole, again = (
-        collect(work/"bert", data, tmp_path/f"{n}.safetensors", resume=n == "s")
-        for n in ("whole", "s")
-    )
-    assert (
-        sorted(x.name for x in tmp_path.iterdir())
-        == ["long.jsonl", "s.safetensors", "whole.safetensors"]
-        and again.about["samples"] == 80
-    )
+    assert r.returncode == 143, r.stderr
+    assert names_in(tmp_path) == ["long.jsonl", "s.safetensors.state"]
+    state = torch.load(tmp_path/"s.safetensors.state", weights_only=True)
+    assert state["done"][0] == 24
+    whole = collect(work/"bert", long, tmp_path/"whole.safetensors")
+    again = collect(work/"bert", long, tmp_path/"s.safetensors", resume=True)
+    assert names_in(tmp_path) == ["long.jsonl", "s.safetensors", "whole.safetensors"]
+    assert again.about["samples"] == 80
     for n in whole:
         torch.testing.assert_close(again[n], whole[n], rtol=1e-4, atol=1e-7)
-    # a loop that was killed passes over what is finished
-    assert (
-        collect(work/"bert", data, tmp_path/"s.safetensors", resume=True).about["samples"] == 80
-    )
-    for how, says in (
+
+
+@pytest.mark.parametrize(
+    "how, says",
+    [
         ({"form": "diagonal"}, "form 'kronecker'"),
         ({"seed": 1}, "seed 0"),
         ({"estimator": "true"}, "estimator 'pullback'"),
@@ -284,24 +265,33 @@ def test_a_killed_run_goes_on(work, tmp_path):
             {"max_samples": 32, "only": "*query*", "max_length": 4},
             "max_samples 256, max_length 512, only None",
         ),
-    ):
-        with pytest.raises(ValueError, match=f"is finished, and of another run: {says}"):
-            collect(work/"bert", data, tmp_path/"s.safetensors", resume=True, **how)
-    first, again = (
-        collect(work/"bert", data, tmp_path/"i.safetensors", form="inputs", resume=True)
-        for _ in range(2)
-    )
-    assert first.about == again.about
+    ],
+)
+def test_what_is_finished_is_of_the_same_run(work, tmp_path, how, says):
+    collect(work/"bert", work/"a.jsonl", tmp_path/"s.safetensors")
+    with pytest.raises(ValueError, match=f"is finished, and of another run: {says}"):
+        collect(work/"bert", work/"a.jsonl", tmp_path/"s.safetensors", resume=True, **how)
+
+
+@pytest.mark.parametrize("form", ["kronecker", "inputs"])
+def test_a_loop_that_was_killed_passes_over_what_is_finished(work, tmp_path, form):
+    def collected():
+        return collect(work/"bert", work/"a.jsonl", tmp_path/"s.safetensors", form, resume=True)
+
+    first = collected()
+    at = (tmp_path/"s.safetensors").stat().st_mtime_ns
+    assert collected().about == first.about
+    assert (tmp_path/"s.safetensors").stat().st_mtime_ns == at
 
 
 @pytest.mark.filterwarnings("ignore:no metric for")
 def test_pairs_that_are_not_there_and_labels_between_classes(work, tmp_path):
+    from frechet_merge.examples import examples
+
     rows = [
         {"sentence1": "cat dog", "sentence2": None if i % 2 else "dog", "label": i % 2 + 0.5}
         for i in range(8)
     ]
-    from frechet_merge.examples import examples
-
     data = write(tmp_path/"pairs.jsonl", rows)
     with pytest.warns(UserWarning, match="4 of 8 examples have no text or no pair"):
         found = examples(data)
@@ -326,16 +316,16 @@ def test_a_mistyped_name_is_said_before_anything_is_opened(tmp_path, args, says)
 
 
 def test_a_tied_embedding_is_said_to_have_no_factors(work, tmp_path):
-    with pytest.warns(
-        UserWarning,
-        match=r"no metric for transformer\.wte\.weight: it is shared by layers of different kinds \(embedding, linear\)",
-    ):
+    said = (
+        r"no metric for transformer\.wte\.weight: "
+        r"it is shared by layers of different kinds \(embedding, linear\)"
+    )
+    with pytest.warns(UserWarning, match=said):
         collect(work/"gpt2", work/"a.jsonl", tmp_path/"s.safetensors")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert "transformer.wte.weight" in collect(
-            work/"gpt2", work/"a.jsonl", tmp_path/"d.safetensors", form="diagonal"
-        )
+        s = collect(work/"gpt2", work/"a.jsonl", tmp_path/"d.safetensors", form="diagonal")
+    assert "transformer.wte.weight" in s
 
 
 def test_the_state_of_another_run_is_refused(work, tmp_path):
@@ -358,36 +348,28 @@ def test_statistics_merge(work, tmp_path, kind, form):
     from frechet_merge.geometries.fisher import Curved
 
     a, b = work/kind, make(kind, tmp_path/"b", seed=1)
-    for i, m in enumerate((a, b)):
-        collect(m, work/"a.jsonl", tmp_path/f"{i}.safetensors", form=form)
-    merged = merge(
-        [a, b],
-        Curved(damping=0.1),
-        metrics=[tmp_path/"0.safetensors", tmp_path/"1.safetensors"],
-        out=tmp_path/"merged",
-    )
-    flat = merge([a, b])
-    name = next(
-        n for n in merged.tensors if n.endswith(("query.weight", "q_proj.weight", "c_attn.weight"))
-    )
-    assert not torch.allclose(merged.tensors[name], flat.tensors[name]) and all(
-        merged.tensors[n].isfinite().all() for n in merged.tensors
-    )
-    auto = (
-        AutoModelForSequenceClassification
-        if "Sequence" in AutoConfig.from_pretrained(a).architectures[0]
-        else AutoModelForCausalLM
-    )
+    metrics = [tmp_path/f"{i}.safetensors" for i in range(2)]
+    for model, file in zip((a, b), metrics):
+        collect(model, work/"a.jsonl", file, form=form)
+    merged = merge([a, b], Curved(damping=0.1), metrics=metrics, out=tmp_path/"merged").tensors
+    assert all(merged[n].isfinite().all() for n in merged)
+    flat = merge([a, b]).tensors
+    attention = ("query.weight", "q_proj.weight", "c_attn.weight")
+    name = next(n for n in merged if n.endswith(attention))
+    assert not torch.allclose(merged[name], flat[name])
+    auto = AutoModelForCausalLM
+    if "Sequence" in AutoConfig.from_pretrained(a).architectures[0]:
+        auto = AutoModelForSequenceClassification
     auto.from_pretrained(tmp_path/"merged")
-    same = merge([a, a], Curved(damping=0.1), metrics=[tmp_path/"0.safetensors"]*2)
+    same = merge([a, a], Curved(damping=0.1), metrics=metrics[:1]*2)
     for n in same.tensors:
         torch.testing.assert_close(same.tensors[n], load(a)[n], rtol=1e-4, atol=1e-5)
 
 
 def test_the_packaged_experts(tmp_path):
-    task = "movie"
     from frechet_merge.demo import tasks
 
+    task = "movie"
     write(tmp_path/"movie.jsonl", [{"text": t, "label": y} for t, y in tasks()[task]["test"][:8]])
     with pytest.warns(UserWarning, match="no metric for pooler.dense.weight: no gradient reach"):
         collect(
@@ -399,74 +381,70 @@ def test_the_packaged_experts(tmp_path):
     s, base = load(tmp_path/"s.safetensors"), load(base_folder())
     for n in base.lazy:
         if n.endswith("dense.weight") and "pooler" not in n:
-            assert (
-                s[f"{n}.left"].shape == (base[n].shape[0],)*2
-                and s[f"{n}.right"].shape == (base[n].shape[1],)*2
-            )
+            rows, columns = base[n].shape
+            assert s[f"{n}.left"].shape == (rows, rows)
+            assert s[f"{n}.right"].shape == (columns, columns)
     json.dumps(Statistics.load(tmp_path/"s.safetensors").about)
 
 
-def test_projected_statistics(tmp_path, monkeypatch, capsys, work):
-    "A basis of two models, statistics in it, and their merge."
-    from frechet_merge.geometries.subspace import EpiMer
-
-    base, _ = work/"bert", [make("bert", tmp_path/n, seed=i) for i, n in ((1, "a"), (2, "b"))]
+@pytest.fixture
+def projected(tmp_path, monkeypatch, work):
+    "In this folder: two models, the basis of their encoders, and statistics in it. Their base."
+    base = work/"bert"
     monkeypatch.chdir(tmp_path)
-    run(
-        "basis", "a", "b", "--base", base, "-k", 3, "--only", "*encoder*", "-o", "basis.safetensors"
-    )
+    for seed, name in enumerate("ab", 1):
+        make("bert", tmp_path/name, seed=seed)
+    only = ["-k", 3, "--only", "*encoder*"]
+    run("basis", "a", "b", "--base", base, *only, "-o", "basis.safetensors")
+    how = ["--form", "projected", "--basis", "basis.safetensors"]
+    for name in "ab":
+        run("curvature", name, work/"a.jsonl", *how, "-o", f"{name}.safetensors")
+    return base
+
+
+def test_bases(projected, capsys):
+    capsys.readouterr()
+    only = ["-k", 3, "--only", "*encoder*"]
+    run("basis", "a", "b", "--base", projected, *only, "-o", "again.safetensors")
     assert "12 matrices, at most 6 directions each" in capsys.readouterr().out
     with pytest.raises(MergeError, match="exists already"):
-        run("basis", "a", "b", "--base", base, "-o", "basis.safetensors")
+        run("basis", "a", "b", "--base", projected, "-o", "basis.safetensors")
     with pytest.raises(MergeError, match="differ from it in no matrix"):
-        run("basis", base, base, "--base", base, "-o", "none.safetensors")
-    for n in "ab":
-        run(
-            "curvature",
-            n,
-            work/"a.jsonl",
-            "--form",
-            "projected",
-            "--basis",
-            "basis.safetensors",
-            "-o",
-            f"{n}.safetensors",
-        )
+        run("basis", projected, projected, "--base", projected, "-o", "none.safetensors")
+
+
+def test_projected_statistics(projected):
     held = load("a.safetensors")
-    assert len(held.lazy) == 24 and all(
-        held[n].shape == {"projected": (6, 6), "sigma": (6,)}[n.rpartition(".")[2]] for n in held
-    )
-    with pytest.warns(UserWarning, match="no metric for"):
-        merged = merge(
-            ["a", "b"], EpiMer(k=3), base=base, metrics=["a.safetensors", "b.safetensors"]
-        )
-    assert all(merged.tensors[n].isfinite().all() for n in merged.tensors)
-    with (
-        pytest.raises(MergeError, match="tensor '.*order"),
-        pytest.warns(UserWarning, match="no metric for"),
-    ):
-        merge(["b", "a"], EpiMer(k=3), base=base, metrics=["b.safetensors", "a.safetensors"])
-    for args in (("merge", "--geometry", "pullback", "-o", "no"), ("inspect",)):
-        with pytest.raises(
-            MergeError, match="a.safetensors: the metric of tensor '.*' is projected"
-        ):
-            run(
-                args[0],
-                "a",
-                "b",
-                "--base",
-                base,
-                "--metrics",
-                "a.safetensors, b.safetensors",
-                *args[1:],
-            )
+    shapes = {"projected": (6, 6), "sigma": (6,)}
+    assert len(held.lazy) == 24
+    assert all(held[n].shape == shapes[n.rpartition(".")[2]] for n in held)
+
+
+@pytest.mark.filterwarnings("ignore:no metric for")
+def test_projected_statistics_merge(projected):
+    from frechet_merge.geometries.subspace import EpiMer
+
+    metrics = ["a.safetensors", "b.safetensors"]
+    merged = merge(["a", "b"], EpiMer(k=3), base=projected, metrics=metrics).tensors
+    assert all(merged[n].isfinite().all() for n in merged)
+    with pytest.raises(MergeError, match="tensor '.*order"):
+        merge(["b", "a"], EpiMer(k=3), base=projected, metrics=metrics[::-1])
+
+
+@pytest.mark.parametrize(
+    "do", [("merge", "--geometry", "pullback", "-o", "no"), ("inspect",)], ids=["merge", "inspect"]
+)
+def test_projected_statistics_are_for_epimer(projected, do):
+    command, *how = do
+    with pytest.raises(MergeError, match="a.safetensors: the metric of tensor '.*' is projected"):
+        metrics = ["--metrics", "a.safetensors, b.safetensors"]
+        run(command, "a", "b", "--base", projected, *metrics, *how)
+
+
+def test_a_basis_of_another_model(projected, work):
     with pytest.raises(MergeError, match="a basis for none"):
         collect(
-            work/"gpt2",
-            work/"a.jsonl",
-            tmp_path/"t.safetensors",
-            form="projected",
-            basis="basis.safetensors",
+            work/"gpt2", work/"a.jsonl", "t.safetensors", "projected", basis="basis.safetensors"
         )
 
 
@@ -475,7 +453,6 @@ def test_home_is_where_statistics_are(work, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(work)
     made = collect("bert", "a.jsonl", "~/s.safetensors")
-    assert (tmp_path/"s.safetensors").exists() and Statistics.load(
-        "~/s.safetensors"
-    ).about == made.about
+    assert (tmp_path/"s.safetensors").exists()
+    assert Statistics.load("~/s.safetensors").about == made.about
     assert collect("bert", "a.jsonl", "~/s.safetensors", resume=True).about == made.about
