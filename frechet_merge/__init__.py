@@ -7,7 +7,7 @@ from .geometries.sphere import Sphere
 from .geometry import FLAT, Chart, Euclidean, Geometry, Needs, Point, Space
 from .laws import check_geometry
 from .mean import ConvergenceWarning, Mean, frechet_mean
-from .merge import Merged, merge
+from .merging.merge import Merged, merge
 from .span import Span
 
 __all__ = ["merge", "frechet_mean", "load", "check_geometry", "Geometry", "Chart", "Point", "Space", "FLAT", "Needs",

@@ -62,7 +62,7 @@ def bases(
         if found is not None:
             for part in ("U", "V", "sigma"):
                 out[f"{b.name}.{part}"] = getattr(found, part).float().contiguous()
-    notes.tell(stacklevel=3)
+    notes.tell()
     if not out:
         why = "the models differ from it in no matrix"
         if not matrices:

@@ -21,6 +21,7 @@ from torch import Tensor
 from .dialects import FACTOR, refusal
 from .shards import MergeError, read_header
 from .tensors import Files, FileTensor, LazyTensor, MemoryTensor
+from .notes import warn
 
 # %% ../nbs/00_checkpoints.ipynb #d306e913
 class Checkpoint(Mapping[str, Tensor]):
@@ -236,10 +237,9 @@ def weight_files(
         return files, set()
     beside = index.name.removesuffix(".index.json")
     if (single := folder/beside) in usual and single not in _of_index(index)[0]:
-        warnings.warn(
+        warn(
             f"{folder}: holds {beside} and an index of other files; the file is read, as "
             "transformers reads it",
-            stacklevel=4,
         )
         return [single], set()
     return _of_index(index)

@@ -23,6 +23,7 @@ from .checkpoints import MergeError, load, weight_files
 from .options import Absent, AnyBase, Base, BatchSize, MaxLength, Metrics, Models
 from .options import PairColumn, Pickle, Quiet, Split, TextColumn, Tokenizer, Weights
 from .options import names, numbers, pair_of, picture_path, size
+from .notes import warn
 
 # %% ../nbs/40_cli.ipynb #01e69ee9
 # the commands
@@ -128,7 +129,7 @@ def merge_command(
     quiet: Quiet = False,
 ):
     "Merge MODELS into the folder OUT."
-    from frechet_merge.merge import merge
+    from frechet_merge.merging.merge import merge
 
     start = time.time()
     merge(
@@ -153,15 +154,14 @@ def merge_command(
         progress=not quiet and sys.stderr.isatty(),
     )
     if len(models) == 1 and bake is None and base is None:
-        warnings.warn(
-            f"{models[0]} is the only model: there is nothing to average with it", stacklevel=1
+        warn(
+            f"{models[0]} is the only model: there is nothing to average with it"
         )
     for place, n in Counter(map(_place, models)).items():
         if n > 1:
-            warnings.warn(
+            warn(
                 f"{next(m for m in models if _place(m) == place)} is named {n} times: it "
                 f"counts as {n} models",
-                stacklevel=1,
             )
     written = load(out).lazy
     n = sum(x.numel for x in written.values())
@@ -308,7 +308,7 @@ def curvature_command(
     "Collect what DATA says about the weights of MODEL, for `merge --metrics`."
     from statistics import median
     from frechet_merge.huggingface import collect
-    from frechet_merge.jobs import as_dtype
+    from frechet_merge.merging.recipe import as_dtype
 
     start, kind = time.time(), as_dtype(dtype)
     assert kind is not None

@@ -37,6 +37,7 @@ Batch = Any  # a mapping, as tokenizers make them; (inputs, labels, …); or inp
 # parameter (m, n) → U (m, p), V (n, p): the matrices u_i v_iᵀ
 Basis = dict[str, tuple[Tensor, Tensor]]
 _all_ = ["hessian_columns", "projected_diagonal", "projected_kronecker"]
+from .notes import warn
 
 # %% ../nbs/20_curvature.ipynb #722e7951
 # why parameters are left out that nobody will miss: this,
@@ -557,7 +558,7 @@ def curvature(
         state.delete()
     stats = Statistics(tensors, known_about(form, run, choice, error))
     if said := stats.lacking():
-        warnings.warn(f"no metric for {said}", stacklevel=2)
+        warn(f"no metric for {said}")
     return stats
 
 # %% ../nbs/20_curvature.ipynb #2bb5f0d1

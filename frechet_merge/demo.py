@@ -30,7 +30,7 @@ from .geometries.lora import LoRA
 from .geometries.sphere import karcher
 from .geometry import Euclidean
 from .huggingface import collect
-from .merge import merge
+from .merging.merge import merge
 from .tune import tune
 
 # %% ../nbs/41_demo.ipynb #79774c04

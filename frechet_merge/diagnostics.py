@@ -9,7 +9,6 @@ __all__ = ['SHOWN', 'LINES', 'WORTH', 'differences', 'norms', 'cosines', 'models
 
 # %% ../nbs/30_diagnostics.ipynb #d3c2b22f
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -26,12 +25,12 @@ from .checkpoints import Checkpoint, MergeError, load
 from .matching.codes import refuse_codes
 from .matching.function import refuse_other_meanings, unlike
 from .matching.views import alike
-from .notes import Notes
+from .notes import Notes, warn
 from .factors import core
 from .geometry import Geometry, check_needs
-from .jobs import bar
+from .merging.run import bar
 from .mean import normalise
-from .merge import Model
+from .merging.recipe import Model
 from .span import Stack, gram
 from .statistics import statistics
 from .tensors import LazyTensor
@@ -375,10 +374,9 @@ def inspect(
     if numbers:
         measure(found, comparable, progress)
     if metrics is not None and not found.mergeable:
-        warnings.warn(
+        warn(
             "η was not computed: these models cannot be merged as they are, and what "
             "metrics would change is not known",
-            stacklevel=2,
         )
     elif metrics is not None:
         tuned = every[len(every) - len(models) :]
@@ -473,7 +471,7 @@ def etas(
             with notes.about(b.name):
                 rows.append(eta_of(b, Gs[b.name], geometry, [ws[i] for i in b.who]))
             tick(b.first.numel)
-    notes.tell(stacklevel=4)
+    notes.tell()
     total = sum(r["eta"] for r in rows) or 1.0
     return sorted([r | {"share": r["eta"]/total} for r in rows], key=lambda r: -r["eta"])
 

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from .checkpoints import MergeError
+from .notes import warn
 
 # %% ../nbs/20a_examples.ipynb #c27ba4fb
 @dataclass(frozen=True)
@@ -502,10 +503,9 @@ def _with_text(data: Any, found: list[dict], part: dict[str, str], kinds: dict) 
     if not full:
         raise no(f"has no text in any of {len(found)} examples")
     if len(full) < len(found):
-        warnings.warn(
+        warn(
             f"{data}: {len(found) - len(full)} of {len(found)} examples have no "
             f"text{' or no pair' * ('pair' in part)} and are left out",
-            stacklevel=3,
         )
     if not any(all(is_one(r["text"]) for r in full) for is_one in (_is_text, _is_chat)):
         raise no(f"holds {kinds[part['text']]}, not texts or chats (lists of role and content)")
@@ -596,9 +596,8 @@ def _tokens(
             whole = tokenizer(*of_full, add_special_tokens=special)["input_ids"]
     cut = sum(len(x) > limit for x in whole)
     if cut:
-        warnings.warn(
+        warn(
             f"{cut} of {len(rows)} texts are longer than {limit} tokens and are cut there",
-            stacklevel=3,
         )
     return rows
 
@@ -613,9 +612,8 @@ def _by_length(kind: str, rows: list[dict]) -> list[int]:
         )
     short = len(rows) - len(long_enough)
     if short:
-        warnings.warn(
+        warn(
             f"{short} of {len(rows)} texts are too short to predict anything and are left out",
-            stacklevel=3,
         )
     return sorted(long_enough, key=lambda i: -len(rows[i]["input_ids"]))
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .factors import Factors
+from .notes import warn
 
 # %% ../nbs/01_geometry.ipynb #6fcaaeca
 @dataclass(frozen=True)
@@ -333,11 +334,10 @@ def with_own_space(cls: Any) -> None:
     "Let a class of version 0.1 return charts and have needs; a `DeprecationWarning` says so."
     if not (hasattr(cls, "log") and hasattr(cls, "exp")):
         raise TypeError(f"{cls.__name__} has one of log and exp, and not the other.")
-    warnings.warn(
+    warn(
         f"{cls.__name__} has log and exp of its own, as in version 0.1: let its chart return "
         "Chart(points, lift, space), where a Space has them; flat ones need none.",
         DeprecationWarning,
-        stacklevel=4,
     )
     for name, default in TRAITS.items():
         if not hasattr(cls, name):
@@ -393,9 +393,8 @@ def old_name(g: Geometry, name: str) -> Any:
     if name not in NOW:
         raise AttributeError(f"{type(g).__name__!r} object has no attribute {name!r}")
     where, find = NOW[name]
-    warnings.warn(
+    warn(
         f"{type(g).__name__}.{name} is of version 0.1: it is .{where} now.",
         DeprecationWarning,
-        stacklevel=3,
     )
     return find(g)

@@ -27,6 +27,7 @@ from .estimators import cross_entropy
 from .examples import batches, examples, need, quiet
 from .output import free
 from .statistics import PARTS
+from .notes import warn
 
 # %% ../nbs/20b_huggingface.ipynb #7f756f0a
 Name = str | os.PathLike  # a file, a folder or a hub id
@@ -529,7 +530,7 @@ def collect(
         )
     stats = renamed(stats, m.names, load(model, allow_pickle))
     if said := stats.lacking():
-        warnings.warn(f"no metric for {said}", stacklevel=2)
+        warn(f"no metric for {said}")
     # by which a merge knows its basis
     stats |= {
         k: held[k]

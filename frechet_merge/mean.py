@@ -9,7 +9,6 @@ __all__ = ['SQUARES_32', 'ROUNDING', 'HALVINGS', 'ASTRAY', 'COARSE', 'Convergenc
 
 # %% ../nbs/03_mean.ipynb #a00a3109
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from .geometry import Chart, Geometry, Point, Space, space_of
 from .metrics import as_metric, is_number
+from .notes import warn as say
 
 # %% ../nbs/03_mean.ipynb #de95cc43
 class ConvergenceWarning(UserWarning):
@@ -402,11 +402,10 @@ def frechet_mean(
     if not points:
         raise ValueError("there are no points to take a mean of: give at least one.")
     if isinstance(space, Geometry):
-        warnings.warn(
+        say(
             "frechet_mean takes the space of a chart, and not the geometry: chart = "
             "g.chart(thetas); frechet_mean(chart.space, chart.points).",
             DeprecationWarning,
-            stacklevel=2,
         )
         space = space_of(space)
     dtype = points[0].x.dtype
@@ -418,7 +417,7 @@ def frechet_mean(
     found = [replace(f, x=y) for f, y in zip(found, x if batch else [x])]
     for f in found:
         if warn and f.problem:
-            warnings.warn(f"the mean {f.problem}", ConvergenceWarning, stacklevel=2)
+            say(f"the mean {f.problem}", ConvergenceWarning)
     return found if batch else found[0]
 
 # %% ../nbs/03_mean.ipynb #374ed767

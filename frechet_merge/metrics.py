@@ -172,7 +172,6 @@ def _say_unsolved(G: Any, x: Tensor, b: Tensor, dims: tuple, steps: int) -> None
         f"a sum of metrics was inverted to a relative residual of {left:.0e} only, in {steps} "
         "steps: it is ill-conditioned. Add damping, or give the metrics their diagonals.",
         SolveWarning,
-        stacklevel=4,
     )
 
 # %% ../nbs/02_metrics.ipynb #724f88bc
@@ -686,6 +685,5 @@ def clipped(
         f"{name} is not positive semi-definite: {negative} of {len(lam)} eigenvalues are "
         f"negative, with {share:.1f} % of their sum; they were set to 0.",
         MetricWarning,
-        stacklevel=2,
     )
     return (Q*lam.clamp(min=0)) @ Q.mT

@@ -22,6 +22,7 @@ from .tensors import LazyTensor
 from .metrics import Dense, Kronecker, clipped
 from .shards import read_header
 from .span import Stack
+from .notes import warn
 
 # %% ../nbs/07a_statistics.ipynb #027f333e
 PARTS = ("left", "right", "projected")  # what a key ends in if the metric is not a diagonal
@@ -124,9 +125,8 @@ def _check_owners(files: list[Checkpoint], about: list[dict], models: Sequence[s
     "A warning if statistics are given twice, or for another of the models than they are of."
     for i, held in enumerate(files):
         if held.files and any(held.files == before.files for before in files[:i]):
-            warnings.warn(
+            warn(
                 f"{held.source}: is given for two models, which then have the same metric",
-                stacklevel=5,
             )
             break
     for held, known, model in zip(files, about, models):
@@ -134,10 +134,9 @@ def _check_owners(files: list[Checkpoint], about: list[dict], models: Sequence[s
         if not isinstance(owner, str) or _same(owner, model):
             continue
         if any(_same(owner, other) for other in models):
-            warnings.warn(
+            warn(
                 f"{held.source}: was collected from {owner}, and is given for {model}: metrics "
                 "go in the order of the models",
-                stacklevel=5,
             )
 
 # %% ../nbs/07a_statistics.ipynb #2d96a4cf
@@ -212,10 +211,9 @@ def statistics(
     _refuse_strangers(files, about, blocks, without)
     if without:
         names = ", ".join(b.name for b in without[:3])
-        warnings.warn(
+        warn(
             f"no metric for {len(without)} tensors, which are merged without: "
             f"{names}{' …' if len(without) > 3 else ''}",
-            stacklevel=4,
         )
     return found
 

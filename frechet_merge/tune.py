@@ -28,13 +28,16 @@ from .estimators import default_forward, default_mask, size, take
 from .examples import batches, examples
 from .geometries.fisher import pullback
 from .geometries.subspace import EpiMer
-from .geometry import Geometry, check_needs
+from .geometry import Geometry
 from .huggingface import Name, Opened, open_model
-from .jobs import Merged
 from .mean import normalise
-from .merge import geometry_named, merge, plan_adapters, plan_models, spelled
+from .geometries.registry import geometry_named, spelled
+from .merging.merge import Merged, make
+from .merging.plan import open_recipe, plan_recipe
+from .merging.recipe import Output, Recipe, Run, as_dtype
 from .output import free
 from .statistics import facts
+from .notes import warn
 
 # %% ../nbs/22_tune.ipynb #d14b2e31
 SKETCH = 256  # numbers that are kept of one output
@@ -179,12 +182,11 @@ def _unseen(
     if n and len(rows) < min(8, max_samples or 8):
         # which says it if that is no file
         rows = examples(data, *at)
-        warnings.warn(
+        warn(
             f"{data}: the metrics have seen {n} examples, and fewer than 8 others are "
             "there to be asked.\n"
             "Distances are of seen ones, which flatter metrics with more of their own. "
             "Collect metrics from fewer (--max-samples), or give more data.",
-            stacklevel=3,
         )
     return [{k: v for k, v in r.items() if k in ("text", "pair")} for r in rows]
 
@@ -271,7 +273,8 @@ class _Merging:
     base: Name
     ws: list[float]
     metrics: Sequence[Any] | None
-    more: dict[str, Any]  # device, absent, any_base, allow_pickle
+    device: Any
+    more: dict[str, Any]  # absent, any_base, allow_pickle
 
     @cached_property
     def loaded(self) -> list[Checkpoint]:
@@ -285,22 +288,21 @@ class _Merging:
     def are_adapters(self) -> bool:
         return any(c.adapter is not None for c in self.loaded)
 
-    def make(self, g: Geometry, scale: float, out, dtype) -> Merged:
-        "One of them."
+    def recipe(self, g: Geometry, scale: float = 1.0) -> Recipe:
+        "What one of them is."
         base = None if self.are_adapters else self.base
-        return merge(self.models, g, base, self.ws, scale, self.metrics, out, dtype, **self.more)
+        return Recipe(self.loaded, g, base, self.ws, scale, self.metrics, **self.more)
 
-    def refuse(self, g: Geometry) -> None:
+    def make(self, g: Geometry, scale: float, out: Path, dtype) -> Merged:
+        "One of them."
+        return make(self.recipe(g, scale), Output(out, as_dtype(dtype)), Run(device=self.device))
+
+    def refuse(self, g: Geometry, name: str | None) -> None:
         "Raise what `make` would, and read no tensor."
-        device, absent, any_base, allow_pickle = self.more.values()
         # the merges will warn
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if self.are_adapters:
-                plan_adapters(self.loaded, g, self.ws, 1.0, None, device, absent, any_base)
-            else:
-                at = self.ws, 1.0, self.metrics, None, device, absent, False, allow_pickle
-                plan_models(self.loaded, g, self.origin, *at)
+            plan_recipe(open_recipe(self.recipe(g)), None, self.device, name)
 
 # %% ../nbs/22_tune.ipynb #55db67a8
 def _choices(given: Sequence[Geometry | str] | None, merging: _Merging) -> list[Geometry]:
@@ -311,15 +313,7 @@ def _choices(given: Sequence[Geometry | str] | None, merging: _Merging) -> list[
         given = ["tsvm" if merging.are_adapters else EpiMer()]
     gs = [geometry_named(g) if isinstance(g, str) else g for g in given]
     for g, said in zip(gs, given):
-        typed = said if isinstance(said, str) else None
-        check_needs(
-            g,
-            adapters=merging.are_adapters,
-            base=True,
-            metrics=merging.metrics is not None,
-            name=typed,
-        )
-        merging.refuse(g)
+        merging.refuse(g, said if isinstance(said, str) else None)
     return gs
 
 # %% ../nbs/22_tune.ipynb #4e46a1fb
@@ -362,11 +356,10 @@ def _search(
         ends = _ends(g, merging, folder, say)
         best, far, tried = asked.along(*ends, merging.ws, bounds, told)
     if min(math.log2(best/bounds[0]), math.log2(bounds[1]/best)) <= 2*CLOSE:
-        warnings.warn(
+        warn(
             f"{spelled(g)}: the best {g.needs.knob or 'scale'} in {bounds} is at "
             f"an end, {best:g}.\n"
             "Widen the bounds (--bounds), or take another geometry.",
-            stacklevel=3,
         )
     return Setting(*_at(g, best), far, tried, tried[best])
 
@@ -422,11 +415,10 @@ def _worth_writing(best: Setting, out: Path | None) -> bool:
     if best.distance < 1:
         return True
     advice = "Do not use it" if out is None else f"Nothing is written to {out}"
-    warnings.warn(
+    warn(
         f"{best.name}: the nearest merge is as far from the models as the base "
         f"is, or farther ({best.distance:.2f} of that distance).\n"
         f"{advice}: are these the right models, base and examples?",
-        stacklevel=4,
     )
     return False
 
@@ -484,8 +476,8 @@ def tune(
     if not 0 < bounds[0] < bounds[1] < math.inf:
         raise ValueError(f"bounds {bounds} must be positive and rising.")
     place = _place(out)
-    more = dict(device=device, absent=absent, any_base=any_base, allow_pickle=allow_pickle)
-    merging = _Merging(models, base, normalise(weights, T), metrics, more)
+    more = dict(absent=absent, any_base=any_base, allow_pickle=allow_pickle)
+    merging = _Merging(models, base, normalise(weights, T), metrics, device, more)
     gs = _choices(geometries, merging)
     of = split, text, pair, max_samples, seed
     asking = _Asking(of, tokenizer, batch_size, max_length, device, allow_pickle)

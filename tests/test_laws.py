@@ -13,7 +13,7 @@ from frechet_merge import frechet_mean, merge
 from frechet_merge.geometries.sphere import Cylinder, karcher
 from frechet_merge.laws import LAWS, mean_of
 from frechet_merge.mean import Manifold, import_geomstats
-from frechet_merge.merge import geometries
+from frechet_merge.geometries.registry import geometries
 
 GEOMETRIES = {
     "Euclidean": Euclidean(),
@@ -373,7 +373,7 @@ def test_geometries_of_others_may_be_of_any_kind(monkeypatch):
     def free(**kw):
         return LoRA(**kw)
 
-    module = __import__("sys").modules["frechet_merge.merge"]
+    module = __import__("sys").modules["frechet_merge.geometries.registry"]
     known = {**module.geometries(), "broken": Entry(broken), "free": Entry(free)}
     monkeypatch.setattr(module, "geometries", lambda: known)
     assert module.spelled(LoRA(rank=3)) == "lora:rank=3" and module.geometry_named(

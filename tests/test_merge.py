@@ -20,7 +20,7 @@ from frechet_merge.matching.function import unlike
 from frechet_merge.tensors import FileTensor
 from frechet_merge.diagnostics import inspect
 from frechet_merge.geometries.sphere import karcher
-from frechet_merge.jobs import _mapper, _pool
+from frechet_merge.merging.run import mapper, pool
 from frechet_merge.span import Stack, gram
 
 
@@ -429,7 +429,7 @@ class TestMemory:
     CODE = """
 import resource, sys, torch
 from frechet_merge import merge
-from frechet_merge.merge import geometry_named
+from frechet_merge.geometries.registry import geometry_named
 r0 = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 merge([f"b{i}" for i in range(8)], geometry_named(sys.argv[1]), out="out-" + sys.argv[1])
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - r0)/1024)
@@ -719,7 +719,7 @@ def test_merges_beside_each_other_give_the_threads_back():
 
     def other():
         begun.wait(10)
-        with _mapper("threads") as over:
+        with mapper("threads") as over:
             found["worker"] = [*over(lambda _: torch.get_num_threads(), range(3))]
             ended.wait(10)
         found["other"] = torch.get_num_threads()
@@ -727,7 +727,7 @@ def test_merges_beside_each_other_give_the_threads_back():
     t = threading.Thread(target=other)
     t.start()
     try:
-        with _mapper("threads") as over:
+        with mapper("threads") as over:
             begun.set()
             list(over(lambda _: torch.ones(9).sum(), range(3)))
             time.sleep(0.2)
@@ -742,8 +742,8 @@ def test_merges_beside_each_other_give_the_threads_back():
 
 def test_workers_are_as_many_as_the_process_may_use(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 3, 5}, raising=False)
-    with _pool() as pool:
-        assert pool._max_workers == 3
+    with pool() as threads:
+        assert threads._max_workers == 3
 
 
 def test_the_lock_of_a_merge_that_failed_meanwhile_is_none(tmp_path, monkeypatch):

@@ -420,7 +420,7 @@ def test_batches_do_not_change_the_result(make, monkeypatch):
     folders = [make(f"a{i}", i) for i in range(3)]
     for g in (LoRA(), LoRA(metric="wasserstein"), TSVM()):
         one = merge(folders, g).tensors
-        monkeypatch.setattr(sys.modules["frechet_merge.merge"], "BATCH", 1)
+        monkeypatch.setattr("frechet_merge.merging.plan.BATCH", 1)
         for k, x in merge(folders, g, executor="serial").tensors.items():
             torch.testing.assert_close(x, one[k], msg=k)
         monkeypatch.undo()
@@ -828,11 +828,9 @@ def test_whether_it_fits_is_known_before_the_merge(make, tmp_path, monkeypatch):
         {k: torch.zeros(7, 7) if k == "q.weight" else v for k, v in toy().state_dict().items()},
         tmp_path/"odd.safetensors",
     )
-    monkeypatch.setattr(
-        sys.modules["frechet_merge.merge"],
-        "carry_out",
-        lambda *_, **__: pytest.fail("the merge was made"),
-    )
+    for way in ("in_memory", "into_folder"):
+        made = f"frechet_merge.merging.merge.{way}"
+        monkeypatch.setattr(made, lambda *_, **__: pytest.fail("the merge was made"))
     with pytest.raises(MergeError, match="does not fit 'q.weight'"):
         merge([a, a], bake=tmp_path/"odd.safetensors", out=tmp_path/"out")
 

@@ -129,7 +129,6 @@ class TSVM(Geometry):
                 f"TSVM: updates {s} and {t} have a direction in common (cosine {cosine:.7f}): "
                 "there is no unique way to turn them apart, and they share it. Merge copies "
                 "of one adapter first.",
-                stacklevel=2,
             )
         own = [torch.cat([S*(s == t) for s, S in enumerate(Ss)], -1) for t in range(T)]
         points = [Point(x, G) for x, G in zip(own, Gs)]

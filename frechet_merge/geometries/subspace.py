@@ -137,7 +137,6 @@ def _room(shape: list[int], T: int, k: int | None) -> int:
         warn(
             f"k = {k} triplets of each of {T} models do not fit into {shape} as "
             f"orthonormal directions; the first {room} are used.",
-            stacklevel=3,
         )
     return min(k or room, room)
 
@@ -167,7 +166,6 @@ def labeled_basis(
             f"updates {s} and {t} have a direction in common (cosine {cosine:.7f}): there is "
             "no unique way to turn them apart, and they share it. Leave out copies of a "
             "model.",
-            stacklevel=2,
         )
     return LabeledBasis(U, V, torch.cat(Ss), label)
 
@@ -282,7 +280,6 @@ def _has_room(shape: tuple, T: int) -> bool:
         warn(
             f"a matrix of {list(shape)} has no room for a direction of each of {T} "
             "models: it is averaged.",
-            stacklevel=3,
         )
     return len(shape) == 2 and min(shape) >= T
 
