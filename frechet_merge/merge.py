@@ -192,9 +192,9 @@ def spelled(g: Geometry) -> str:  # as `geometry_named` reads it; its repr if it
             if type(plain) is not type(g):
                 continue
             args = [
-                f"{k}={vars(g)[k]}"
+                f"{k}={getattr(g, k)}"
                 for k in signature(make).parameters
-                if vars(g)[k] != vars(plain)[k]
+                if getattr(g, k, None) != getattr(plain, k, None)
             ]
             if geometry_named(text := name + ":"*bool(args) + ",".join(args)) == g:
                 found.append(text)
