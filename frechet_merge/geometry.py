@@ -61,6 +61,7 @@ class Space(ABC):
         return m
 
 # %% ../nbs/01_geometry.ipynb #bc051e6f
+@dataclass(frozen=True)
 class Flat(Space):
     "Vectors: the way is the difference."
 

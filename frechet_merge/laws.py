@@ -41,7 +41,7 @@ def mean_of(
 class Trial:
     "A geometry, and the models on which it is tried."
 
-    g: Geometry
+    g: Geometry  # what is tried
     thetas: list  # T models
     ws: list[float]  # their weights
     Gs: list  # their metrics

@@ -99,9 +99,9 @@ def normalise(ws: Sequence[float] | None, T: int) -> list[float]:
 def _of_points(ws, points) -> list[float]:
     """A weight for every point; a chart may give each model several points, all the first ones
     first."""
-    T = len(points) if ws is None else len(ws)
-    several = ws is not None and T and len(points) % T == 0
-    return normalise(list(ws)*(len(points)//T) if several else ws, len(points))
+    if ws is not None and len(ws) and len(points) % len(ws) == 0:
+        ws = list(ws)*(len(points)//len(ws))
+    return normalise(ws, len(points))
 
 # %% ../nbs/03_mean.ipynb #93be743c
 SQUARES_32 = 1e-17, 1e17  # lengths whose squares a float32 holds
@@ -185,11 +185,11 @@ def _without(v: Tensor, gone: np.ndarray) -> Tensor:
 class Springs:
     "What pulls at the bead: points, and for each its weight and its metric; N problems of them."
 
-    space: Space
-    points: Sequence[Point]
-    ws: list[float]
-    Gs: list
-    N: int = 1
+    space: Space  # where the bead is
+    points: Sequence[Point]  # what pulls at it
+    ws: list[float]  # their weights
+    Gs: list  # their metrics
+    N: int = 1  # how many problems there are; more than one are the first dimension of all tensors
 
     @classmethod
     def of(cls, space: Space, points: Sequence[Point], ws: Any, N: int = 1) -> "Springs":

@@ -320,7 +320,7 @@ def _plus(M, K):
 class Term(NamedTuple):
     "One product w·L·V·R of a `Kronecker` metric."
 
-    w: float
+    w: float  # weight
     L: Any  # (m, m) or (m,), on the rows; None: the identity
     R: Any  # (n, n) or (n,), on the columns
 

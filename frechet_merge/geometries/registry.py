@@ -91,14 +91,19 @@ def geometry_named(
         raise ValueError(f"{text!r}: {str(e).splitlines()[0].rstrip('.')}.\n{usage}.") from e
 
 # %% ../../nbs/geometries/registry.ipynb #3e272f9e
+def _field(g: Geometry, name: str) -> Any:
+    "A field of a geometry; None if it has none of this name."
+    return {f.name: getattr(g, f.name) for f in fields(g)}.get(name)
+
+
 def _spelled_as(name: str, entry: EntryPoint, g: Geometry) -> str | None:
     "How g is typed by one of the names; None if it is not of this kind."
     make = entry.load()
     plain = make()
     if type(plain) is not type(g):
         return None
-    ours, default = vars(g), vars(plain)
-    args = [f"{k}={ours[k]}" for k in signature(make).parameters if ours[k] != default[k]]
+    names = [k for k in signature(make).parameters if _field(g, k) != _field(plain, k)]
+    args = [f"{k}={_field(g, k)}" for k in names]
     text = name + ":"*bool(args) + ",".join(args)
     return text if geometry_named(text) == g else None
 

@@ -116,7 +116,7 @@ class Copy(Job):
     "A tensor that is written as it is."
 
     name: str
-    lazy: LazyTensor
+    lazy: LazyTensor  # what is written
     source: str = ""  # whose it is, for messages
     allow_nonfinite: bool = False  # else NaN and Inf are refused
     size = property(lambda self: self.lazy.numel)  # type: ignore
@@ -144,7 +144,7 @@ def is_statistic(name: str) -> bool:
 class How:
     "What all jobs of a merge have in common."
 
-    geometry: Geometry
+    geometry: Geometry  # what a distance is
     device: Any = None  # where chunks are computed, as torch names devices; None: the CPU
     allow_nonfinite: bool = False  # copy NaN and Inf through
 
@@ -153,11 +153,11 @@ class How:
 class MeanOf(Job):
     "One tensor whose versions are merged."
 
-    block: Block
-    how: How
+    block: Block  # its versions
+    how: How  # what it has in common with others
     weights: list[float]  # one for each version
     scale: float = 1.0  # of the difference from the base, if there is one
-    metrics: Stack | Coupled | None = None
+    metrics: Stack | Coupled | None = None  # of the versions; None: none
     sources: tuple[str, ...] = ()  # of the versions, and last of the base, for messages
     name = property(lambda self: self.block.name)  # type: ignore
     size = property(lambda self: self.block.first.numel)  # type: ignore

@@ -98,10 +98,10 @@ def dress_of(opened: Opened, output: Output) -> Dress:
 class Work:
     "A merge that is under way."
 
-    opened: Opened
-    output: Output
-    run: Run
-    record: Record
+    opened: Opened  # what is merged
+    output: Output  # where it goes
+    run: Run  # by what it is computed
+    record: Record  # what it is
     said: list[str]  # warnings so far
     since: float  # when it began, in seconds of `time.monotonic`
 

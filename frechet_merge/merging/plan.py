@@ -18,7 +18,6 @@ from ..adapters import bake
 from ..blocks import Block, align, by_name
 from ..checkpoints import Checkpoint, MergeError, load
 from ..geometries.lora import LoRA
-from ..geometries.registry import spelled
 from ..geometry import Euclidean, Geometry, check_needs
 from ..matching.function import refuse_other_meanings, unlike
 from ..matching.views import without
@@ -38,9 +37,9 @@ from ..updates import factor_shapes, peft_config
 class Opened:
     "A recipe and its checkpoints, of which no tensor has been read."
 
-    recipe: Recipe
-    models: list[Checkpoint]
-    base: Checkpoint | None = None
+    recipe: Recipe  # what it was opened for
+    models: list[Checkpoint]  # at least one
+    base: Checkpoint | None = None  # what they were trained from
     onto: Checkpoint | None = None  # what the merged adapter is put on
 
     @property
@@ -92,7 +91,7 @@ def check_recipe(opened: Opened, name: str | None = None) -> None:
         adapters=opened.are_adapters,
         base=recipe.base is not None,
         metrics=recipe.metrics is not None,
-        name=name or spelled(recipe.geometry),
+        name=name,
     )
 
 
@@ -113,8 +112,8 @@ def _check_adapters(recipe: Recipe) -> None:
 class Numbers:
     "Weights and scale of every tensor or layer, by name."
 
-    weights: dict[str, list[float]]
-    scale: dict[str, float]
+    weights: dict[str, list[float]]  # of the models, with the sum 1
+    scale: dict[str, float]  # of the difference from the base
 
 
 def numbers_for(names: Iterable[str], recipe: Recipe) -> Numbers:

@@ -30,8 +30,8 @@ Model = str | os.PathLike[str] | Mapping[str, Tensor]
 class Recipe:
     "What is merged, and how: all that the numbers of the result depend on."
 
-    models: Sequence[Model]
-    geometry: Geometry = Euclidean()
+    models: Sequence[Model]  # full checkpoints, or adapters of one base
+    geometry: Geometry = Euclidean()  # what a distance is
     base: Model | None = None  # what the models were trained from
     weights: Any = None  # one per model, or {pattern: one per model}; None: equal
     scale: Any = 1.0  # of the merged difference: a number, or {pattern: number}

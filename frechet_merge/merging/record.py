@@ -43,7 +43,7 @@ class Record:
     doubtful: str = ""  # what about means needs a look
     warnings: list[str] = field(default_factory=list)  # what was said on the way
     seconds: float = 0.0  # from the first look at the models
-    versions: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)  # of what made it
 
     def write(self, folder: Path) -> None:
         "Into a folder, as JSON."

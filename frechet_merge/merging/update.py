@@ -66,7 +66,7 @@ def merge_updates(
 class UpdateOf(Job):
     "Layers of one shape whose versions are merged together."
 
-    batch: list[Update]
+    batch: list[Update]  # of one shape and the same ranks
     geometry: Geometry  # one of factors
     weights: list[float]  # one per version, then one per adapter in which the layers are zero
     scale: float  # of the mean
