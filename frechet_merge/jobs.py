@@ -24,7 +24,7 @@ from .checkpoints import MergeError, from_state_dict, load
 from .notes import Notes
 from .mean import ConvergenceWarning, Mean
 from .output import staged
-from .shards import ShardWriter
+from .shards import Ledger, ShardWriter
 
 # %% ../nbs/11_jobs.ipynb #81453b46
 @dataclass
@@ -171,12 +171,14 @@ class _Memory(dict):
 
     def __init__(self, layout):
         super().__init__({n: torch.empty(s, dtype=d) for n, (s, d) in layout.items()})
+        self.ledger = Ledger({n: x.numel() for n, x in self.items()})
 
     def write(self, name, start, values):
+        self.ledger.enter(name, start, values.numel())
         self[name].view(-1)[start : start + len(values)] = values
 
     def close(self):
-        pass
+        self.ledger.close()
 
 # %% ../nbs/11_jobs.ipynb #eddbe058
 @contextmanager
@@ -279,6 +281,7 @@ def carry_out(
     if out is None:
         sink = _Memory(plan.layout)
         means = run(sink)
+        sink.close()
         tensors = from_state_dict(
             {**sink, **{k: sink[v] for k, v in plan.tied.items()}}, "the merge"
         )

@@ -36,6 +36,17 @@ class Update:
     first = property(lambda self: self.versions[0])
     ranks = property(lambda self: [v.rank for v in self.versions])  # of the versions
 
+# %% ../nbs/10_updates.ipynb #3fc576e1
+def _check_bias(layer: Layer):
+    "`MergeError` if what a layer adds to its output (`lora_bias`) is not one number for each."
+    m, _ = layer.shape
+    if layer.bias is not None and layer.bias.shape != (m,):
+        raise MergeError(
+            f"{layer.source}: tensor {layer.keys[1].removesuffix('weight') + 'bias'!r} has shape "
+            f"{list(layer.bias.shape)}, and its layer has {m} outputs.\n"
+            "The adapter is damaged: download or save it again."
+        )
+
 # %% ../nbs/10_updates.ipynb #fa67b84d
 def align_updates(
     models: list[Checkpoint],  # adapters
@@ -52,6 +63,9 @@ def align_updates(
                 "Merge one kind: put each adapter on its base, as BASE+ADAPTER."
             )
     read = [layers(c) for c in models]
+    for found, _ in read:
+        for layer in found.values():
+            _check_bias(layer)
     bases = {
         os.path.normpath(b): c
         for c in models
