@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoints import HEAD, Checkpoint, MergeError, codes, read_json, token_rows
+from .shards import read_bytes
 from .tensors import LazyTensor
 
 # %% ../nbs/07_blocks.ipynb #8f0f392c
@@ -319,7 +320,7 @@ def _function(c: Checkpoint) -> dict[str, Any]:
     said = {k: x for k in FUNCTION if (x := cfg.get(k)) is not None}
     return {
         k: x.removesuffix("_text")
-        if k == "model_type"
+        if k == "model_type" and isinstance(x, str)
         else "gelu"
         if isinstance(x, str) and x.startswith("gelu")
         else x
@@ -341,7 +342,7 @@ def _tokenizer(c: Checkpoint) -> Path | None:
 def _vocabulary(file: Path) -> dict[str, int]:
     "Token → its number."
     if file.suffix == ".txt":
-        return {t: i for i, t in enumerate(file.read_text().splitlines())}
+        return {t: i for i, t in enumerate(read_bytes(file).decode().splitlines())}
     held = read_json(file)
     if file.name == "vocab.json":
         return held
@@ -367,13 +368,13 @@ def unlike(
                 f"{', '.join(odd[:3])}; what is merged has the config of one"
             )
         there = _tokenizer(c)
-        if here and there and here.name == there.name and here.read_bytes() != there.read_bytes():
+        if here and there and here.name == there.name and read_bytes(here) != read_bytes(there):
             try:
                 a, b = _vocabulary(here), _vocabulary(there)
             # not of a kind that is known here
             except (MergeError, OSError, TypeError, KeyError, AttributeError, ValueError):
                 continue
-            if moved := sorted(t for t in a.keys() & b.keys() if a[t] != b[t]):
+            if moved := sorted((t for t in a.keys() & b.keys() if a[t] != b[t]), key=str):
                 said.append(
                     f"{first.source} and {c.source} have {len(moved)} tokens under other numbers, "
                     f"such as {moved[0]!r}: the means of their embeddings are of no token"
