@@ -7,8 +7,6 @@ __all__ = ['SKETCH', 'BOUNDS', 'CLOSE', 'OutputDistance', 'nearest', 'Setting', 
 
 # %% ../nbs/22_tune.ipynb #bf52dc0c
 import math
-import os
-import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,7 +30,7 @@ from .huggingface import Name, open_model
 from .jobs import Merged
 from .mean import normalise
 from .merge import geometry_named, merge, plan_adapters, plan_models, spelled
-from .output import free
+from .output import free, hidden
 from .statistics import facts
 
 # %% ../nbs/22_tune.ipynb #d14b2e31
@@ -237,21 +235,12 @@ class _Asked:
 @contextmanager
 def _between(out) -> Iterator[str]:
     "A folder beside `out` for merges that are only looked at; those of runs that were killed go."
-    parent, start = (
-        (None, "") if out is None else (Path(out).absolute().parent, f".{Path(out).name}.tune-")
-    )
-    for old in parent.glob(start + "*") if parent else ():
-        # is its process there?
-        try:
-            os.kill(int(old.name.removeprefix(start).partition("-")[0]), 0)
-        except (ProcessLookupError, ValueError):
-            shutil.rmtree(old, ignore_errors=True)
-        except PermissionError:
-            pass
-    with tempfile.TemporaryDirectory(
-        dir=parent, prefix=f"{start}{os.getpid()}-" if parent else None
-    ) as folder:
-        yield folder
+    if out is None:
+        with tempfile.TemporaryDirectory() as folder:
+            yield folder
+    else:
+        with hidden(Path(out).absolute(), alone=False) as folder:
+            yield str(folder)
 
 # %% ../nbs/22_tune.ipynb #8d8aad80
 def tune(
