@@ -17,6 +17,7 @@ from torch import Tensor
 from .checkpoints import HEAD, Checkpoint, MergeError, codes
 from .tensors import LazyTensor, MemoryTensor
 from .factors import Factors
+from .patterns import is_meant
 
 # %% ../nbs/08_adapters.ipynb #94d53447
 @dataclass(frozen=True)
@@ -79,12 +80,19 @@ REFUSED = {
 # initialisations that subtract something from the base weights
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
-
-def _pattern(patterns: dict | None, name: str, default):
-    "The first pattern that matches the end of a module's name, as PEFT matches them."
-    return next(
-        (v for k, v in (patterns or {}).items() if re.fullmatch(rf"(.*\.)?({k})", name)), default
-    )
+# %% ../nbs/08_adapters.ipynb #15c87805
+def _pattern(c: Checkpoint, key: str, name: str, default):
+    "The value of the first pattern that is meant for a module; else the default."
+    for pattern, value in ((c.adapter or {}).get(key) or {}).items():
+        try:
+            if is_meant(pattern, name):
+                return value
+        except ValueError as e:
+            raise MergeError(
+                f"{c.source}: has {pattern[:80]!r} in {key} of adapter_config.json, and {e}.\n"
+                "Write the names of the modules in its place, as PEFT does."
+            ) from e
+    return default
 
 # %% ../nbs/08_adapters.ipynb #1fea4894
 def layers(
@@ -138,8 +146,8 @@ def layers(
             )
         A, B = c.lazy[k["A"]], c.lazy[k["B"]]
         r, alpha = (
-            _pattern(cfg.get("rank_pattern"), name, cfg.get("r")),
-            _pattern(cfg.get("alpha_pattern"), name, cfg.get("lora_alpha")),
+            _pattern(c, "rank_pattern", name, cfg.get("r")),
+            _pattern(c, "alpha_pattern", name, cfg.get("lora_alpha")),
         )
         if (
             not isinstance(r, int)
@@ -348,6 +356,11 @@ def bake(
                 raise no(
                     f"adds a bias to {layer.name!r}, which has none in the base",
                     "Such an adapter can only be merged with adapters.",
+                )
+            if lazy[b].shape != layer.bias.shape:
+                raise no(
+                    f"adds a bias of shape {list(layer.bias.shape)} to {b!r}, which is "
+                    f"{list(lazy[b].shape)}"
                 )
             lazy[b] = MemoryTensor(
                 (lazy[b].tensor().to(at) + layer.s*layer.bias.tensor().to(at)).to(lazy[b].dtype)
