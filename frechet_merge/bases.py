@@ -10,7 +10,6 @@ import os
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .blocks import align
@@ -18,6 +17,7 @@ from .checkpoints import MergeError, load
 from .notes import Notes
 from .geometries.subspace import labeled_basis
 from .output import free, staged_file
+from .shards import save_tensors
 
 # %% ../nbs/20c_bases.ipynb #e10b0574
 def bases(
@@ -87,9 +87,6 @@ def write_bases(
     out = free(out, folder=False)
     found = bases(models, base, k, only, allow_pickle, progress)
     with staged_file(out) as part:
-        save_file(
-            found,
-            part,
-            metadata={"format": "pt", "k": str(k), "models": ", ".join(map(str, models))},
-        )
+        about = {"k": str(k), "models": ", ".join(map(str, models))}
+        save_tensors(part, dict(sorted(found.items())), about)
     return found

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -28,7 +27,7 @@ from .estimators import ESTIMATORS, causal, default_forward, default_mask
 from .estimators import hessian_columns, length, objective, size, take
 from .forms import FORMS, Sums, projected_diagonal, projected_kronecker
 from .output import staged_file
-from .shards import read_header
+from .shards import read_header, save_tensors
 from .uses import Watch
 
 Batch = Any  # a mapping, as tokenizers make them; (inputs, labels, …); or inputs. Samples first
@@ -64,7 +63,7 @@ class Statistics(dict):
                     x.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
                 )
         with staged_file(path) as part:
-            part.write_bytes(save(out, {"format": "pt", **meta}))
+            save_tensors(part, dict(sorted(out.items())), meta)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Statistics":
