@@ -20,6 +20,7 @@ from .tensors import LazyTensor, MemoryTensor
 from .factors import Factors
 from .matching.codes import quantised
 from .matching.views import renamed, without
+from .patterns import is_meant
 
 # %% ../nbs/08_adapters.ipynb #94d53447
 @dataclass(frozen=True)
@@ -82,12 +83,19 @@ REFUSED = {
 # initialisations that subtract something from the base weights
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
-
-def _pattern(patterns: dict | None, name: str, default):
-    "The first pattern that matches the end of a module's name, as PEFT matches them."
-    return next(
-        (v for k, v in (patterns or {}).items() if re.fullmatch(rf"(.*\.)?({k})", name)), default
-    )
+# %% ../nbs/08_adapters.ipynb #15c87805
+def _pattern(c: Checkpoint, key: str, name: str, default):
+    "The value of the first pattern that is meant for a module; else the default."
+    for pattern, value in ((c.adapter or {}).get(key) or {}).items():
+        try:
+            if is_meant(pattern, name):
+                return value
+        except ValueError as e:
+            raise MergeError(
+                f"{c.source}: has {pattern[:80]!r} in {key} of adapter_config.json, and {e}.\n"
+                "Write the names of the modules in its place, as PEFT does."
+            ) from e
+    return default
 
 # %% ../nbs/08_adapters.ipynb #654fdd49
 def _refusal(c: Checkpoint, why: str, remedy: str = "") -> MergeError:
@@ -178,8 +186,8 @@ def _sorted(c: Checkpoint) -> tuple[dict[str, dict[str, str]], dict[str, LazyTen
 def _rank_and_alpha(c: Checkpoint, name: str) -> tuple[int, float]:
     "What the config says about one module; `MergeError` if that is no rank, or no number."
     config = c.adapter or {}
-    r = _pattern(config.get("rank_pattern"), name, config.get("r"))
-    alpha = _pattern(config.get("alpha_pattern"), name, config.get("lora_alpha"))
+    r = _pattern(c, "rank_pattern", name, config.get("r"))
+    alpha = _pattern(c, "alpha_pattern", name, config.get("lora_alpha"))
     if isinstance(r, int) and isinstance(alpha, (int, float)) and r > 0 and math.isfinite(alpha):
         return r, alpha
     raise _refusal(

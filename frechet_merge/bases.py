@@ -10,7 +10,6 @@ import os
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .blocks import Block, align
@@ -18,6 +17,7 @@ from .checkpoints import MergeError, load
 from .notes import Notes
 from .geometries.subspace import LabeledBasis, labeled_basis
 from .output import free, staged_file
+from .shards import save_tensors
 
 # %% ../nbs/20c_bases.ipynb #e72b7ab3
 def basis_of(
@@ -87,7 +87,7 @@ def write_bases(
     "`bases` in one safetensors file; nothing appears at `out` unless all of it does."
     out = free(out, folder=False)
     found = bases(models, base, k, only, allow_pickle, progress)
-    facts = {"format": "pt", "k": str(k), "models": ", ".join(map(str, models))}
     with staged_file(out) as part:
-        save_file(found, part, metadata=facts)
+        about = {"k": str(k), "models": ", ".join(map(str, models))}
+        save_tensors(part, dict(sorted(found.items())), about)
     return found

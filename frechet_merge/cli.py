@@ -554,6 +554,9 @@ def main():
     if debug:
         sys.argv.remove("--debug")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # a terminal that was closed; nohup has it ignored
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, lambda *_: sys.exit(129))
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     code = 0
     try:

@@ -12,7 +12,6 @@ import json
 import os
 import sys
 import time
-import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,7 +20,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -30,7 +28,7 @@ from .estimators import ESTIMATORS, causal, default_forward, default_mask
 from .estimators import hessian_columns, length, objective, size, take
 from .forms import FORMS, Form, Sums, projected_diagonal, projected_kronecker
 from .output import staged_file
-from .shards import read_header
+from .shards import read_header, save_tensors
 from .uses import Watch
 
 Batch = Any  # a mapping, as tokenizers make them; (inputs, labels, …); or inputs. Samples first
@@ -88,7 +86,7 @@ class Statistics(dict):
                 tied[name] = kept
         facts = {k: json.dumps(v) for k, v in self.about.items()}
         with staged_file(path) as part:
-            part.write_bytes(save(stored, {"format": "pt", **facts, **tied}))
+            save_tensors(part, dict(sorted(stored.items())), {**facts, **tied})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Statistics":

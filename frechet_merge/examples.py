@@ -16,7 +16,6 @@ import lzma
 import os
 import random
 import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

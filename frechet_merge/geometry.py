@@ -9,7 +9,6 @@ __all__ = ['FLAT', 'TRAITS', 'NOW', 'Point', 'Space', 'Flat', 'Chart', 'Needs', 
 
 # %% ../nbs/01_geometry.ipynb #14982bc8
 import math
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields

@@ -7,9 +7,12 @@ __all__ = ['Name', 'KINDS', 'Opened', 'kind_of', 'read_head', 'embeddings', 'nam
            'collect']
 
 # %% ../nbs/20b_huggingface.ipynb #b1f3a435
+import json
 import os
+import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from importlib import import_module
 from pathlib import Path
@@ -21,7 +24,8 @@ from torch import Tensor, nn
 
 from .adapters import bake, classes
 from .checkpoints import Checkpoint, MergeError, load, parts_of, read_json
-from .tensors import as_device
+from .shards import open_file, read_header, refuse_another
+from .tensors import FileTensor, as_device
 from .curvature import Statistics, checked, curvature
 from .estimators import cross_entropy
 from .examples import batches, examples, need, quiet
@@ -194,6 +198,10 @@ def open_tokenizer(
             "Copy its files there from the base model, or name a folder that has one "
             "(--tokenizer)."
         )
+    for f in Path(folder).iterdir() if Path(folder).is_dir() else ():
+        if f.exists() and not f.is_dir():
+            # a pipe would never end
+            os.close(open_file(f))
     try:
         tok = import_module("transformers").AutoTokenizer.from_pretrained(folder)
     except Exception as e:
@@ -217,6 +225,37 @@ def open_tokenizer(
             "It is another model's: name the right one (--tokenizer)."
         )
     return tok
+
+# %% ../nbs/20b_huggingface.ipynb #a1ba0d3e
+@contextmanager
+def _alone(c: Checkpoint) -> Iterator[str]:  # a folder, as long as it is needed
+    "Config and weights of a checkpoint in a folder of their own, by the names of transformers."
+    is_safe = c.files[0].suffix == ".safetensors"
+    name = "model.safetensors" if is_safe else "pytorch_model.bin"
+    # where it may name a file of weights
+    config = {k: v for k, v in c.config.items() if k != "transformers_weights"}
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder)/"config.json").write_text(json.dumps(config))
+        if len(c.files) == 1:
+            os.symlink(c.files[0].resolve(), Path(folder)/name)
+        else:
+            for f in c.files:
+                os.symlink(f.resolve(), Path(folder)/f.name)
+            index = {"metadata": {}, "weight_map": _weight_map(c.files)}
+            (Path(folder)/f"{name}.index.json").write_text(json.dumps(index))
+        yield folder
+    # transformers has read them by now
+    for x in c.lazy.values():
+        if isinstance(x, FileTensor):
+            refuse_another(x.entry.path, x.entry.stamp, os.stat(x.entry.path))
+
+
+def _weight_map(files: tuple[Path, ...]) -> dict[str, str]:
+    "Tensor → the name of the file that has it, as an index says it."
+    if files[0].suffix == ".safetensors":
+        return {name: f.name for f in files for name in read_header(f)[0]}
+    (index,) = files[0].parent.glob("*.bin.index.json")
+    return read_json(index)["weight_map"]
 
 # %% ../nbs/20b_huggingface.ipynb #80c72be1
 def open_model(
@@ -266,9 +305,10 @@ def open_model(
                 if kind == "classifier" and (n := classes(c))
                 else {}
             )
-            m, info = getattr(transformers, KINDS[kind]).from_pretrained(
-                base.folder, dtype=dtype, output_loading_info=True, **more
-            )
+            with _alone(base) as folder:
+                m, info = getattr(transformers, KINDS[kind]).from_pretrained(
+                    folder, dtype=dtype, output_loading_info=True, **more
+                )
         except MergeError:
             raise
         except Exception as e:

@@ -9,7 +9,6 @@ __all__ = ['PARTS', 'KINDS', 'InBasis', 'Coupled', 'facts', 'statistics', 'parts
 import json
 import math
 import os
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

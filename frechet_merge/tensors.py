@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .shards import Entry, MergeError
+from .shards import Entry, MergeError, open_file, refuse_another
 
 # %% ../nbs/00_tensors.ipynb #8b78fac8
 # elements of one model that are worked on at a time: rows of 1 MB in float32 stay in a processor's
@@ -121,7 +121,10 @@ class Files(dict):
 
     def __missing__(self, path: str) -> int:
         with self.lock:
-            return dict.get(self, path) or self.setdefault(path, os.open(path, os.O_RDONLY))
+            # another thread may have opened it meanwhile
+            if (fd := dict.get(self, path)) is None:
+                fd = self[path] = open_file(path)
+            return fd
 
     def __del__(self, close=os.close):  # bound here, since at exit modules may be gone
         for fd in self.values():
@@ -148,17 +151,18 @@ class FileTensor(LazyTensor):
             row.copy_(self._pread(scratch("raw", len(row), self.dtype), start))
 
     def _pread(self, out, start):
-        path, room, at = (
-            self.entry.path,
-            memoryview(out.view(torch.uint8).numpy()),
-            self.entry.offset + start*self.dtype.itemsize,
-        )
+        path, room = self.entry.path, memoryview(out.view(torch.uint8).numpy())
+        at = self.entry.offset + start*self.dtype.itemsize
+        fd = self.files[path]
         while room:
-            n = os.preadv(self.files[path], [room], at)
+            n = os.preadv(fd, [room], at)
             if n == 0:
+                refuse_another(path, self.entry.stamp, os.fstat(fd))
                 raise MergeError(
                     f"{path}: ends at byte {at}, inside a tensor.\n"
                     "The file was cut short while it was read: restore it and merge again."
                 )
             room, at = room[n:], at + n
+        # after the reading, so that what came before it is noticed, too
+        refuse_another(path, self.entry.stamp, os.fstat(fd))
         return out

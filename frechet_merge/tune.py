@@ -7,8 +7,6 @@ __all__ = ['SKETCH', 'BOUNDS', 'CLOSE', 'OutputDistance', 'nearest', 'Setting', 
 
 # %% ../nbs/22_tune.ipynb #bf52dc0c
 import math
-import os
-import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,7 +33,7 @@ from .geometries.registry import geometry_named, spelled
 from .merging.merge import Merged, make
 from .merging.plan import open_recipe, plan_recipe
 from .merging.recipe import Output, Recipe, Run, as_dtype
-from .output import free
+from .output import free, hidden
 from .statistics import facts
 from .notes import warn
 
@@ -233,18 +231,9 @@ def _between(out) -> Iterator[str]:
     if out is None:
         with tempfile.TemporaryDirectory() as folder:
             yield folder
-        return
-    parent, start = Path(out).absolute().parent, f".{Path(out).name}.tune-"
-    for old in parent.glob(start + "*"):
-        # is its process there?
-        try:
-            os.kill(int(old.name.removeprefix(start).partition("-")[0]), 0)
-        except (ProcessLookupError, ValueError):
-            shutil.rmtree(old, ignore_errors=True)
-        except PermissionError:
-            pass
-    with tempfile.TemporaryDirectory(dir=parent, prefix=f"{start}{os.getpid()}-") as folder:
-        yield folder
+    else:
+        with hidden(Path(out).absolute(), alone=False) as folder:
+            yield str(folder)
 
 # %% ../nbs/22_tune.ipynb #8d8aad80
 def _each(what: str, given: Any, T: int) -> list:

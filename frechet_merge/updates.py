@@ -35,6 +35,17 @@ class Update:
     first = property(lambda self: self.versions[0])
     ranks = property(lambda self: [v.rank for v in self.versions])  # of the versions
 
+# %% ../nbs/10_updates.ipynb #3fc576e1
+def _check_bias(layer: Layer):
+    "`MergeError` if what a layer adds to its output (`lora_bias`) is not one number for each."
+    m, _ = layer.shape
+    if layer.bias is not None and layer.bias.shape != (m,):
+        raise MergeError(
+            f"{layer.source}: tensor {layer.keys[1].removesuffix('weight') + 'bias'!r} has shape "
+            f"{list(layer.bias.shape)}, and its layer has {m} outputs.\n"
+            "The adapter is damaged: download or save it again."
+        )
+
 # %% ../nbs/10_updates.ipynb #ad33137c
 # what an adapter says: its updates by module, and what it saved whole
 Said = tuple[dict[str, Layer], dict[str, LazyTensor]]
@@ -158,6 +169,9 @@ def align_updates(
     `MergeError` names what does not match."""
     _refuse_other_kinds(models, any_base)
     read = _named_alike([layers(c) for c in models])
+    for updates, _ in read:
+        for layer in updates.values():
+            _check_bias(layer)
     if absent is None:
         _refuse_a_renaming(models, read)
     if absent != "renormalise":

@@ -277,7 +277,7 @@ class TestFolders:
             (a/name).write_text("x")
         merge([a, b], out=tmp_path/"o")
         names = {f.name for f in (tmp_path/"o").iterdir()}
-        made = {"README.md", "model.safetensors", "config.json"}
+        made = {"README.md", "frechet_merge.json", "model.safetensors", "config.json"}
         assert names == made | {"LICENSE", "word_shape.json", "open_clip_config.json", "dict.txt"}
 
     def test_a_file_among_others_brings_no_strangers(self, tmp_path):

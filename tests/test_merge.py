@@ -746,29 +746,6 @@ def test_workers_are_as_many_as_the_process_may_use(monkeypatch):
         assert threads._max_workers == 3
 
 
-def test_the_lock_of_a_merge_that_failed_meanwhile_is_none(tmp_path, monkeypatch):
-    """A waits with the folder open, whoever had it removes it, and a third makes it anew: A must
-    not empty that."""
-    import fcntl
-
-    from frechet_merge.output import staged
-
-    part, lock = tmp_path/".out.partial", fcntl.flock
-
-    def late(fd, how):
-        if not (tmp_path/"swapped").exists():
-            (tmp_path/"swapped").touch()
-            part.rmdir()
-            part.mkdir()
-            (part/"theirs").write_text("x")
-        lock(fd, how)
-
-    monkeypatch.setattr(fcntl, "flock", late)
-    with pytest.raises(MergeError, match="another merge is writing it"), staged(tmp_path/"out"):
-        pass
-    assert (part/"theirs").exists()
-
-
 def llama(folder, seed, tied, **config):
     g = torch.Generator().manual_seed(seed)
     state = {

@@ -6,7 +6,6 @@ import json
 import math
 import re
 import shutil
-import sys
 import warnings
 
 import peft
@@ -415,7 +414,6 @@ def test_scale_and_patterns(make, tmp_path):
 
 
 def test_batches_do_not_change_the_result(make, monkeypatch):
-    import sys
 
     folders = [make(f"a{i}", i) for i in range(3)]
     for g in (LoRA(), LoRA(metric="wasserstein"), TSVM()):

@@ -14,6 +14,7 @@ from test_examples import make, write
 from frechet_merge import load, merge
 from frechet_merge.checkpoints import MergeError
 from frechet_merge.huggingface import collect, open_model
+from frechet_merge.output import OURS
 from frechet_merge.tune import SKETCH, OutputDistance, _sketch, nearest, tune
 
 WORDS = ["cat", "dog", "bird", "fish"]
@@ -219,8 +220,9 @@ def test_what_adapters_save_whole_has_no_scale(tmp_path, work):
 
 
 def test_folders_of_runs_that_were_killed_go(work, tmp_path):
-    (tmp_path/".out.tune-999999999-x").mkdir()
-    (tmp_path/".out.tune-999999999-x"/"m").write_text("half")
+    (tmp_path/".out.k3l5m7_x.partial").mkdir()
+    (tmp_path/".out.k3l5m7_x.partial"/"lock").write_bytes(OURS)
+    (tmp_path/".out.k3l5m7_x.partial"/"m").write_text("half")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tune(

@@ -16,7 +16,7 @@ import torch
 
 from ..adapters import bake
 from ..blocks import Block, align, by_name
-from ..checkpoints import Checkpoint, MergeError, load
+from ..checkpoints import Checkpoint, load
 from ..geometries.lora import LoRA
 from ..geometry import Euclidean, Geometry, check_needs
 from ..matching.function import refuse_other_meanings, unlike

@@ -10,7 +10,7 @@ __all__ = ['Model', 'MODELS', 'DTYPES', 'Recipe', 'numbers_of', 'Output', 'Run',
 import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints import Checkpoint, MergeError
-from ..geometries.registry import as_data, from_data, geometry_named, spelled
+from ..geometries.registry import as_data, from_data, spelled
 from ..geometry import Euclidean, Geometry
 
 # %% ../../nbs/merging/recipe.ipynb #debd840a

@@ -25,7 +25,7 @@ from ..mean import ConvergenceWarning, Mean
 from .block import Job, Write
 from .recipe import Run, typed_dtype
 from ..notes import Notes, warn
-from ..shards import ShardWriter
+from ..shards import Ledger, ShardWriter
 
 # %% ../../nbs/merging/run.ipynb #fa303177
 @dataclass
@@ -100,13 +100,16 @@ class Memory(dict):
 
     def __init__(self, layout: dict[str, tuple]):
         super().__init__({n: torch.empty(s, dtype=d) for n, (s, d) in layout.items()})
+        self.ledger = Ledger({n: x.numel() for n, x in self.items()})
 
     def write(self, name: str, start: int, values: Tensor) -> None:
-        "Put flat `values` at element `start` of a tensor; `ValueError` beyond its end."
-        flat = self[name].view(-1)
-        if start < 0 or start + len(values) > len(flat):
-            raise ValueError(f"tensor {name!r} has {len(flat)} elements, and not so many.")
-        flat[start : start + len(values)] = values
+        "Put flat `values` at element `start` of a tensor; `MergeError` beyond its end."
+        self.ledger.enter(name, start, values.numel())
+        self[name].view(-1)[start : start + len(values)] = values
+
+    def close(self) -> None:
+        "`MergeError` if a tensor was not written to its end."
+        self.ledger.close()
 
 # %% ../../nbs/merging/run.ipynb #d6855252
 # how many threads torch had, once for each pool that there is
@@ -211,6 +214,7 @@ def in_memory(plan: Plan, run: Run = Run()) -> tuple[Checkpoint, dict[str, Mean]
     "The merged tensors, and what is known about each mean."
     sink = Memory(plan.layout)
     means = do_jobs(plan, sink, run)
+    sink.close()
     tensors = {**sink, **{further: sink[name] for further, name in plan.tied.items()}}
     return from_state_dict(tensors, "the merge").view(adapter=plan.config), means
 
