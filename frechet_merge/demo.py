@@ -34,9 +34,10 @@ from .merging.merge import merge
 from .tune import tune
 
 # %% ../nbs/41_demo.ipynb #79774c04
-# the base model on the hub, and its commit
+# the base on the hub
 BASE_ID = "sentence-transformers/all-MiniLM-L6-v2"
-REVISION = "1110a243fdf4706b3f48f1d95db1a4f5529b4d41"  # of it
+# its commit
+REVISION = "1110a243fdf4706b3f48f1d95db1a4f5529b4d41"
 # of its model.safetensors
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 TOKENS = 40  # texts are cut there

@@ -494,7 +494,8 @@ def test_pairs_and_chats(tmp_path):
 def break_(folder, kind):
     config = json.loads((folder/"config.json").read_text())
     if kind == "no tokenizer":
-        [f.unlink() for f in folder.glob("*token*")]
+        for file in folder.glob("*token*"):
+            file.unlink()
     if kind == "no config":
         (folder/"config.json").unlink()
     if kind == "seq2seq":
