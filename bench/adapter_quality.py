@@ -52,7 +52,8 @@ def predict(state, model, tok, tasks, heads):
 
 def gauged(folder, to, seed, cond=1e3):
     "The adapter, each layer in a random gauge of condition `cond`, in float32."
-    t, gen = load_file(folder/"adapter_model.safetensors"), torch.Generator().manual_seed(seed)
+    t = load_file(folder/"adapter_model.safetensors")
+    gen = torch.Generator().manual_seed(seed)
     shutil.rmtree(to, ignore_errors=True)
     to.mkdir(parents=True)
     shutil.copy(folder/"adapter_config.json", to)
@@ -102,20 +103,16 @@ if __name__ == "__main__":
     args = a.parse_args()
     warnings.simplefilter("ignore")
     folder = base_folder()
-    base, tok, model = (
-        load(folder),
-        AutoTokenizer.from_pretrained(folder),
-        AutoModel.from_pretrained(folder).eval(),
-    )
+    base = load(folder)
+    tok = AutoTokenizer.from_pretrained(folder)
+    model = AutoModel.from_pretrained(folder).eval()
     tasks = {
         k: v
         for k, v in json.load(gzip.open(args.tasks, "rt")).items()
         if (args.experts/k).is_dir()
     }
-    heads, folders = (
-        load_file(args.heads or args.experts/"heads.safetensors"),
-        [args.experts/n for n in tasks],
-    )
+    heads = load_file(args.heads or args.experts/"heads.safetensors")
+    folders = [args.experts/n for n in tasks]
     truth = {n: torch.tensor([y for _, y in t["test"]]) for n, t in tasks.items()}
     r = json.loads((folders[0]/"adapter_config.json").read_text())["r"]
     methods = {

@@ -76,7 +76,8 @@ def karcher_float64(xs):
 def errors(models, outs, names):
     """Relative error of each output against float64, over `names`, beside that of rounding the
     exact answer to bf16."""
-    models, outs = [load(m) for m in models], {k: load(v) for k, v in outs.items()}
+    models = [load(m) for m in models]
+    outs = {k: load(v) for k, v in outs.items()}
     sums = dict.fromkeys([*outs, "rounding Karcher", "rounding linear"], 0.0)
     total = 0.0
     for n in names:
@@ -114,10 +115,8 @@ def main():
         llama.make(files, a.size)
     if not tiny.exists():
         llama.make(tiny, "tiny")
-    five, eight = (
-        [str(files/f"m{i}") for i in range(5)],
-        [str(files/f"m{i % 5}") for i in range(8)],
-    )
+    five = [str(files/f"m{i}") for i in range(5)]
+    eight = [str(files/f"m{i % 5}") for i in range(8)]
     ours = [sys.executable, "-m", "frechet_merge"]
 
     def merge_cmd(models, out, *args):

@@ -58,19 +58,15 @@ from frechet_merge.mean import frechet_mean
 from frechet_merge.metrics import Diagonal, Kronecker
 from frechet_merge.tune import nearest
 
-HERE, BOOT, WIDER, ROUNDING, LONG, CURVE = (
-    Path(__file__).parent,
-    2000,
-    6,
-    1e-5,
-    120,
-    (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0),
-)
+HERE = Path(__file__).parent
+BOOT = 2000
+WIDER = 6
+ROUNDING = 1e-5
+LONG = 120
+CURVE = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
 metrics.SOLVED = 1e-2/torch.finfo(torch.float32).eps
-TASKS, ADAPTERS = (
-    HERE/"demo"/"tasks.json.gz",
-    ["--rank", "8", "--targets", "query,key,value,dense"],
-)
+TASKS = HERE/"demo"/"tasks.json.gz"
+ADAPTERS = ["--rank", "8", "--targets", "query,key,value,dense"]
 
 
 def families(work, images):
@@ -99,7 +95,8 @@ def families(work, images):
 def merged(ex, g, stats=None, use="both", names=None, whole=False):
     """Tensor → merged difference; tensors without a metric, where there should be one, by their
     plain mean. Of whole weights if asked."""
-    names, out = names or ex.names, {}
+    names = names or ex.names
+    out = {}
     for k, w in ex.W.items():
         x = [ex.delta[n][k] for n in names]
         if not any(d.any() for d in x):
@@ -163,7 +160,8 @@ def mergekit(ex, command, method, **parameters):
     """What mergekit-pytorch writes of full checkpoints (adapters: put on the base by us before;
     mergekit-yaml 0.1.5 fails at encoders of this kind)."""
     with tempfile.TemporaryDirectory() as tmp:
-        tmp, models = Path(tmp), ex.folders
+        tmp = Path(tmp)
+        models = ex.folders
         if ex.adapters:
             models = [merge([f], LoRA(), bake=ex.base, out=tmp/f.name).out for f in ex.folders]
         each = {k: parameters.pop(k) for k in [*parameters] if k in ("weight", "density")}
@@ -271,7 +269,8 @@ class Method(NamedTuple):
 def core(ex, names, anchors=(4.0,), curve=()):
     """Methods that are run at every number of models; `curve` are anchors that only their accuracy
     is wanted of."""
-    T, ends = len(names), []
+    T = len(names)
+    ends = []
     yield Method("mean", "frechet_merge", "–", lambda: every(total(ex, names), 1/T))
     yield Method(
         "task arithmetic", "frechet_merge", "scale", lambda: total(ex, names), (0.3, 0.42, 0.6)
@@ -372,7 +371,8 @@ def methods(ex, mergekit_pytorch=None):
         lambda S: merged(ex, pullback(share=None), S, "inputs"),
         form=kron,
     )
-    scales, fisher = (1.4, 2.0, 2.8), Curved(normalise=True, damping=0.1)
+    scales = (1.4, 2.0, 2.8)
+    fisher = Curved(normalise=True, damping=0.1)
     yield Method(
         "RegMean",
         "frechet_merge",
@@ -584,7 +584,8 @@ def bootstrap(cases, gen, groups):
     sources of examples, the same in every case."""
     out = torch.zeros(BOOT)
     for t in dict.fromkeys(t for c in cases for t in c):
-        v, of = sum(c[t].float()/len(c)/len(cases) for c in cases if t in c), groups(t)
+        v = sum(c[t].float()/len(c)/len(cases) for c in cases if t in c)
+        of = groups(t)
         of = torch.arange(len(v)) if of is None else of.unique(return_inverse=True)[1]
         k = int(of.max()) + 1
         total, size = (torch.zeros(k).index_add(0, of, x) for x in (v, torch.ones(len(v))))
@@ -624,10 +625,8 @@ def family(
     finished=False,
     memory=False,
 ):
-    kept, gen = (
-        torch.load(cache, weights_only=False) if cache.exists() else {},
-        torch.Generator().manual_seed(0),
-    )
+    kept = torch.load(cache, weights_only=False) if cache.exists() else {}
+    gen = torch.Generator().manual_seed(0)
 
     def keep(key, make):
         if key not in kept:
@@ -636,7 +635,8 @@ def family(
             os.replace(f"{cache}.part", cache)
         return kept[key]
 
-    held, spent = {}, keep("statistics", dict)
+    held = {}
+    spent = keep("statistics", dict)
 
     def stats(*which):
         if which not in held:
@@ -692,7 +692,8 @@ def family(
                     )
                     continue
                 r = (r[0], fresh(r[1]), *r[2:4])
-                found[m.name], sec = (m.code, m.needs, r), r[3]
+                found[m.name] = (m.code, m.needs, r)
+                sec = r[3]
                 print(
                     f"{m.name:32} "
                     f"{r[0] if r[0] is None or isinstance(r[0], str) else round(r[0], 3)!s:6} "

@@ -63,7 +63,8 @@ def deal(groups, seed=0):
     rng = np.random.default_rng(seed)
     groups = distinct(groups)
     groups = [groups[i] for i in rng.permutation(len(groups))]
-    size, want = max(map(len, groups)), min(TEST, sum(map(len, groups))//5)
+    size = max(map(len, groups))
+    want = min(TEST, sum(map(len, groups))//5)
     chosen = [i for i, g in enumerate(groups) if len(g) == size][: want//(2*size)*2]
     train = [p for i in sorted({*range(len(groups))} - {*chosen}) for p in groups[i]]
     return {
@@ -95,7 +96,8 @@ def fashion(root):
         open_ = lambda what: np.frombuffer(
             gzip.open(next(root.rglob(f"{kind}-{what}-ubyte.gz"))).read(), np.uint8
         )
-        x, y = open_("images-idx3")[16:].reshape(-1, 28, 28), open_("labels-idx1")[8:]
+        x = open_("images-idx3")[16:].reshape(-1, 28, 28)
+        y = open_("labels-idx1")[8:]
         return [*zip(grey(x[:n]), y[:n].tolist())]
 
     return {
@@ -161,7 +163,8 @@ def letters(root):
     some is in train."""
     rows = []
     for f in sorted(root.rglob("*aenigma/*.ttf")):
-        font, group = ImageFont.truetype(f, 48), []
+        font = ImageFont.truetype(f, 48)
+        group = []
         for k, c in enumerate("ABCDEFGHIJ"):
             l, t, r, b = font.getbbox(c)
             if min(r - l, b - t) < 4:
