@@ -29,8 +29,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer
 
 from frechet_merge import LoRA, Span, Sphere, load, merge
-from frechet_merge.adapters import bake
-from frechet_merge.demo import base_folder, embed
+from frechet_merge.adapters.baking import bake
+from frechet_merge.cli.demo import base_folder, embed
 from frechet_merge.geometries.baselines import KnOTS, TSVM
 
 HERE = Path(__file__).parent

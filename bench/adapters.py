@@ -46,7 +46,7 @@ def modules(hidden, mlp, layers):
 
 def make(folder, seed, size, r=RANK, dtype=torch.float32, **cfg):
     "A PEFT folder of random factors, for (hidden, MLP, layers)."
-    from frechet_merge.shards import ShardWriter
+    from frechet_merge.files.shards import ShardWriter
 
     folder.mkdir(parents=True)
     names = dict(modules(*size))
@@ -88,7 +88,7 @@ def shell(hidden, mlp, layers):
 def exact(folders, ws):
     "module → weighted mean of the updates, dense."
     from frechet_merge import load
-    from frechet_merge.adapters import layers
+    from frechet_merge.adapters.peft import layers
 
     out = {}
     for f, w in zip(folders, ws):
@@ -207,7 +207,7 @@ def median_merge(folders, ws, out, geometry):
 def our_updates(folders, ws, geometry, out):
     "As of `peft_merge`, but from disk to disk."
     from frechet_merge import load
-    from frechet_merge.adapters import layers
+    from frechet_merge.adapters.peft import layers
 
     seconds, mib, _ = median_merge(folders, ws, out, geometry)
     return seconds, {n: x.factors().delta() for n, x in layers(load(out))[0].items()}, mib

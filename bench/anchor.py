@@ -20,7 +20,8 @@ from experts import Images, Text
 from quality import spectral
 
 from frechet_merge.geometries.fisher import shared
-from frechet_merge.metrics import Kronecker, normalised
+from frechet_merge.metrics.kronecker import Kronecker
+from frechet_merge.metrics.units import normalised
 
 
 COLUMNS = (

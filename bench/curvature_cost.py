@@ -26,7 +26,7 @@ from adapters import about, write_rows
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import BertConfig, BertForSequenceClassification
 
-from frechet_merge.curvature import curvature
+from frechet_merge.curvature.collecting import curvature
 
 K, T, BATCHES, N, TOKENS, REPEATS = 32, 8, 4, 8, 32, 2
 

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 from frechet_merge import load
-from frechet_merge.adapters import bake
-from frechet_merge.curvature import curvature
-from frechet_merge.demo import TOKENS, base_folder
-from frechet_merge.tune import OutputDistance
+from frechet_merge.adapters.baking import bake
+from frechet_merge.curvature.collecting import curvature
+from frechet_merge.cli.demo import TOKENS, base_folder
+from frechet_merge.tuning.tune import OutputDistance
 
 # unlabelled training examples that statistics see; test examples that choose a scale, at most
 SAMPLES, VALIDATION = 64, 120

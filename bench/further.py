@@ -26,8 +26,8 @@ from experts import SAMPLES, Images, Text
 from quality import between, bootstrap, mean, merged, minus
 
 from frechet_merge.geometries.fisher import pullback, shared
-from frechet_merge.metrics import Kronecker
-from frechet_merge.tune import OutputDistance, nearest
+from frechet_merge.metrics.kronecker import Kronecker
+from frechet_merge.tuning.tune import OutputDistance, nearest
 
 # damping in units of the sum's mean eigenvalue over all matrices
 FORM = ("kronecker", "pullback")

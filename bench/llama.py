@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from frechet_merge.shards import ShardWriter
+from frechet_merge.files.shards import ShardWriter
 
 SIZES = {
     "tiny": (64, 176, 2, 512),

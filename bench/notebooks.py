@@ -3,7 +3,7 @@ own, on all cores of an idle machine.
 
     python bench/notebooks.py [NOTEBOOK…]
 
-With names, such as nbs/00_tensors.ipynb, only these are run; rows of others that there still are
+With names, such as nbs/files/tensors.ipynb, only these are run; rows of others that there still are
 stay as they are."""
 
 import csv

@@ -50,13 +50,14 @@ from adapters import about, write_rows
 from experts import SAMPLES, VALIDATION, Images, Text
 
 from frechet_merge import LoRA, Span, Sphere, load, merge, metrics
-from frechet_merge.adapters import bake
+from frechet_merge.adapters.baking import bake
 from frechet_merge.geometries.baselines import KnOTS, TSVM, ties
 from frechet_merge.geometries.fisher import Curved, pullback
 from frechet_merge.geometries.subspace import EpiMer
-from frechet_merge.mean import frechet_mean
-from frechet_merge.metrics import Diagonal, Kronecker
-from frechet_merge.tune import nearest
+from frechet_merge.spaces.mean import frechet_mean
+from frechet_merge.metrics.kinds import Diagonal
+from frechet_merge.metrics.kronecker import Kronecker
+from frechet_merge.tuning.tune import nearest
 
 HERE = Path(__file__).parent
 BOOT = 2000

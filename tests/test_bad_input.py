@@ -14,8 +14,8 @@ from conftest import cli, save, tensors
 from safetensors.torch import save_file
 
 from frechet_merge import MergeError, load, merge
-from frechet_merge.tensors import FileTensor
-from frechet_merge.diagnostics import inspect
+from frechet_merge.files.tensors import FileTensor
+from frechet_merge.diagnostics.inspection import inspect
 
 
 def refused(*args, cwd, code=1, says=""):

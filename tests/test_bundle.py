@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy.linalg import expm
 
-from frechet_merge.factors import Factors
+from frechet_merge.algebra.factors import Factors
 from frechet_merge.geometries.bundle import (
     AdapterMetric,
     FactorPairs,
@@ -20,7 +20,7 @@ from frechet_merge.geometries.bundle import (
     gs,
 )
 from frechet_merge.geometries.quotient import Quotient
-from frechet_merge.mean import frechet_mean
+from frechet_merge.spaces.mean import frechet_mean
 from geomstats.geometry.general_linear import GeneralLinear
 from geomstats.learning.frechet_mean import FrechetMean
 from geomstats.test.random import RandomDataGenerator

@@ -17,10 +17,10 @@ import torch
 from conftest import ROOT, save
 
 from frechet_merge import load
-from frechet_merge.checkpoints import MergeError
-from frechet_merge.demo import DATA, base_folder
-from frechet_merge.examples import _of_datasets, _of_file, batches, columns, examples
-from frechet_merge.huggingface import open_model
+from frechet_merge.messages import MergeError
+from frechet_merge.cli.demo import DATA, base_folder
+from frechet_merge.huggingface.examples import _of_datasets, _of_file, batches, columns, examples
+from frechet_merge.huggingface.models import open_model
 
 WORDS = "the a cat dog sat ran on mat good bad film very".split()
 ROWS = [

@@ -21,15 +21,15 @@ from safetensors.torch import load_file, save_file
 
 from frechet_merge import MergeError, load, merge
 from frechet_merge import output
-from frechet_merge.cli import main
-from frechet_merge.curvature import Statistics
-from frechet_merge.companions import write_companions
+from frechet_merge.cli.commands import main
+from frechet_merge.curvature.collecting import Statistics
+from frechet_merge.merging.companions import write_companions
 from frechet_merge.merging.block import Job
 from frechet_merge.merging.recipe import Run
 from frechet_merge.merging.run import Plan, in_memory, into_folder
-from frechet_merge.output import OURS, free, staged, staged_file
-from frechet_merge.patterns import is_meant, matches
-from frechet_merge.shards import ShardWriter, read_header, save_tensors
+from frechet_merge.files.output import OURS, free, staged, staged_file
+from frechet_merge.adapters.patterns import is_meant, matches
+from frechet_merge.files.shards import ShardWriter, read_header, save_tensors
 
 
 def lora(folder, seed=0, config=None, **more):
@@ -578,7 +578,7 @@ class TestWeights:
     "What is measured are the weights that `load` read, whatever else lies beside them."
 
     def opened(self, folder, name, **kw):
-        from frechet_merge.huggingface import open_model
+        from frechet_merge.huggingface.models import open_model
 
         got = dict(open_model(folder, **kw).model.named_parameters())
         want = load_file(folder.parent/name/"model.safetensors")

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from frechet_merge import check_geometry
-from frechet_merge.factors import Factors
+from frechet_merge.algebra.factors import Factors
 from frechet_merge.geometries.lora import LoRA
-from frechet_merge.laws import LAWS, mean_of
+from frechet_merge.geometries.laws import LAWS, mean_of
 
 
 def adapter(m, n, r, gen, s=1.0):

@@ -506,7 +506,7 @@ class TestAdapters:
         return folder
 
     def updates(self, folder):
-        from frechet_merge.adapters import layers
+        from frechet_merge.adapters.peft import layers
 
         return {n: x.factors().delta() for n, x in layers(load(folder))[0].items()}
 

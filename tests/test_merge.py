@@ -17,11 +17,12 @@ from safetensors.torch import load_file, save_file, save_model
 
 from frechet_merge import Euclidean, LoRA, MergeError, load, merge
 from frechet_merge.matching.function import unlike
-from frechet_merge.tensors import FileTensor
-from frechet_merge.diagnostics import inspect
+from frechet_merge.files.tensors import FileTensor
+from frechet_merge.diagnostics.inspection import inspect
 from frechet_merge.geometries.sphere import karcher
 from frechet_merge.merging.run import mapper, pool
-from frechet_merge.span import Stack, gram
+from frechet_merge.algebra.gram import gram
+from frechet_merge.files.stack import Stack
 
 
 def floats(state):
@@ -439,7 +440,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - r0)/1024)
     def test_eight_models(self, tmp_path, geometry):
         """Less than one tensor of 128 MiB, and no more for it than for one of 32 MiB, but for what
         varies from run to run."""
-        from frechet_merge.shards import ShardWriter
+        from frechet_merge.files.shards import ShardWriter
 
         peak = {}
         for n in (1 << 24, 1 << 26):
@@ -477,7 +478,7 @@ def test_the_import_is_light():
 
 def test_stack_of_differences_reads_one_model_at_a_time():
     base, xs = torch.randn(4, 5), [torch.randn(4, 5) for _ in range(3)]
-    from frechet_merge.tensors import MemoryTensor
+    from frechet_merge.files.tensors import MemoryTensor
 
     s = Stack([MemoryTensor(x) for x in xs], MemoryTensor(base))
     assert (

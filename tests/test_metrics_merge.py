@@ -11,16 +11,20 @@ from conftest import cli
 from safetensors.torch import save_file
 
 from frechet_merge import FLAT, merge
-from frechet_merge.bases import bases
-from frechet_merge.checkpoints import MergeError, from_state_dict
-from frechet_merge.curvature import Statistics
-from frechet_merge.diagnostics import Inspection, inspect
+from frechet_merge.matching.bases import bases
+from frechet_merge.files.checkpoint import from_state_dict
+from frechet_merge.messages import MergeError
+from frechet_merge.curvature.collecting import Statistics
+from frechet_merge.diagnostics.inspection import Inspection, inspect
 from frechet_merge.geometries.fisher import Curved, pullback
 from frechet_merge.geometries.subspace import EpiMer
-from frechet_merge.geometry import Euclidean, Point
-from frechet_merge.laws import LAWS, check_geometry, mean_of
-from frechet_merge.mean import frechet_mean
-from frechet_merge.metrics import Dense, Diagonal, Kronecker, MetricWarning
+from frechet_merge.geometries.geometry import Euclidean
+from frechet_merge.spaces.space import Point
+from frechet_merge.geometries.laws import LAWS, check_geometry, mean_of
+from frechet_merge.spaces.mean import frechet_mean
+from frechet_merge.metrics.kinds import Dense, Diagonal
+from frechet_merge.metrics.kronecker import Kronecker
+from frechet_merge.metrics.units import MetricWarning
 
 # EpiMer's own laws are in test_subspace.py
 GEOMETRIES = {"Curved": Curved(), "pullback": pullback(), "EpiMer": EpiMer()}

@@ -18,7 +18,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from frechet_merge import LoRA, MergeError, Span, Sphere, load, merge
-from frechet_merge.adapters import layers
+from frechet_merge.adapters.peft import layers
 from frechet_merge.geometries.baselines import KnOTS, TSVM
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -641,7 +641,7 @@ def test_a_tied_embedding_is_not_adapted_alone(tmp_path):
 def test_an_adapter_brings_its_classes(base_labels, tmp_path):
     "RoBERTa's head has two layers; the config beside the weights is the base's."
     import transformers
-    from frechet_merge.adapters import bake
+    from frechet_merge.adapters.baking import bake
 
     cfg, own = (
         dict(
@@ -756,7 +756,7 @@ def test_heads_of_two_adapters_and_half_a_head_are_refused():
         c.lazy = {k.replace("model.l.", "model.layer."): x for k, x in c.lazy.items()}
         return c
 
-    from frechet_merge.adapters import bake
+    from frechet_merge.adapters.baking import bake
 
     a3, a5 = adapter(3), adapter(5)
     three = load(
@@ -773,7 +773,7 @@ def test_heads_of_two_adapters_and_half_a_head_are_refused():
 
 
 def test_the_config_of_another_number_of_classes(tmp_path):
-    from frechet_merge.companions import write_companions
+    from frechet_merge.merging.companions import write_companions
 
     (tmp_path/"base").mkdir()
     for cfg in (

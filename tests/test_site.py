@@ -202,7 +202,7 @@ def test_quarto_gets_lines_and_nothing_that_loads_scripts(site):
 
 
 def test_quarto_takes_widths_from_dash_rows(site):
-    text = (site.parent/"pages"/"03_mean.ipynb").read_text()
+    text = (site.parent/"pages"/"spaces/mean.ipynb").read_text()
     rows = re.findall(r"type \| default \|  \|\\n\",\s*\"\|([-|]+)\|", text)
     assert rows and all([*map(len, row.split("|"))] == [15, 15, 10, 60] for row in rows)
 

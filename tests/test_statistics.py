@@ -9,10 +9,10 @@ from conftest import save
 from test_examples import make, write
 
 from frechet_merge import load, merge
-from frechet_merge.checkpoints import MergeError
-from frechet_merge.curvature import Statistics, curvature
-from frechet_merge.diagnostics import inspect
-from frechet_merge.huggingface import collect
+from frechet_merge.messages import MergeError
+from frechet_merge.curvature.collecting import Statistics, curvature
+from frechet_merge.diagnostics.inspection import inspect
+from frechet_merge.huggingface.models import collect
 
 transformers = pytest.importorskip("transformers")
 SHAPES = {"embed.weight": (7, 4), "layer.0.query.weight": (4, 4), "classifier.weight": (3, 4)}

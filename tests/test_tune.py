@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from test_examples import make, write
 
 from frechet_merge import load, merge
-from frechet_merge.checkpoints import MergeError
-from frechet_merge.huggingface import collect, open_model
-from frechet_merge.output import OURS
-from frechet_merge.tune import SKETCH, OutputDistance, _sketch, nearest, tune
+from frechet_merge.messages import MergeError
+from frechet_merge.huggingface.models import collect, open_model
+from frechet_merge.files.output import OURS
+from frechet_merge.tuning.tune import SKETCH, OutputDistance, _sketch, nearest, tune
 
 WORDS = ["cat", "dog", "bird", "fish"]
 

@@ -25,7 +25,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer
 
-from frechet_merge.demo import BASE_ID, REVISION, TOKENS, base_folder, embed
+from frechet_merge.cli.demo import BASE_ID, REVISION, TOKENS, base_folder, embed
 
 HERE = Path(__file__).parent
 OUT = Path(__file__).parents[2]/"frechet_merge"/"demo_data"

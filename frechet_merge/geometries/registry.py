@@ -15,8 +15,8 @@ from importlib.metadata import EntryPoint, entry_points
 from inspect import Parameter, signature
 from typing import Any
 
-from ..checkpoints import MergeError
-from ..geometry import Geometry
+from ..messages import MergeError
+from .geometry import Geometry
 
 # %% ../../nbs/geometries/registry.ipynb #cfb55f77
 def geometries() -> dict[str, EntryPoint]:

@@ -11,9 +11,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..checkpoints import HEAD, Checkpoint, MergeError
+from ..files.checkpoint import HEAD, Checkpoint
+from ..messages import MergeError
 from .views import head_of
-from ..tensors import LazyTensor
+from ..files.tensors import LazyTensor
 
 # %% ../../nbs/matching/absent.ipynb #a66ab56c
 # tensors that libraries compute, and that training does not change

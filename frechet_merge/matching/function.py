@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import Checkpoint, MergeError, json_in, read_json, token_rows
+from ..files.checkpoint import Checkpoint, json_in, read_json, token_rows
+from ..messages import MergeError
 from .views import head_of
 from .vocabulary import refuse_other_tokens
 

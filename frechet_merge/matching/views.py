@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 
-from ..checkpoints import HEAD, Checkpoint, MergeError, token_rows
+from ..files.checkpoint import HEAD, Checkpoint, token_rows
+from ..messages import MergeError
 
 # %% ../../nbs/matching/views.ipynb #9362e36b
 def renamed(

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import Checkpoint, MergeError, read_json
-from ..shards import read_bytes
+from ..files.checkpoint import Checkpoint, read_json
+from ..messages import MergeError
+from ..files.shards import read_bytes
 
 # %% ../../nbs/matching/vocabulary.ipynb #954ae0ae
 def _of_tokenizer(held: Mapping[str, Any]) -> dict[str, int]:

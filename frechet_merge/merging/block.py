@@ -15,13 +15,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ..blocks import Block
-from ..checkpoints import MergeError
-from ..geometry import Euclidean, Geometry
-from ..mean import Mean, frechet_mean
-from ..span import Stack
-from ..statistics import Coupled
-from ..tensors import LazyTensor, MemoryTensor, spans
+from ..matching.blocks import Block
+from ..messages import MergeError
+from ..geometries.geometry import Euclidean, Geometry
+from ..spaces.mean import Mean, frechet_mean
+from ..files.stack import Stack
+from ..matching.statistics import Coupled
+from ..files.tensors import LazyTensor, MemoryTensor, spans
 
 # %% ../../nbs/merging/block.ipynb #ebc6aca6
 def _mean_of(g: Geometry, thetas: Any, Gs: Any, ws: list[float]) -> tuple[Any, Mean]:

@@ -16,19 +16,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..adapters import bake as put_on
-from ..adapters import classes
-from ..checkpoints import HEAD, Checkpoint, load
-from ..companions import write_companions
+from ..adapters.baking import bake as put_on
+from ..adapters.baking import classes
+from ..files.checkpoint import HEAD, Checkpoint
+from ..files.open import load
+from .companions import write_companions
 from ..geometries.registry import geometry_named
-from ..geometry import Euclidean, Geometry
-from ..mean import Mean
+from ..geometries.geometry import Euclidean, Geometry
+from ..spaces.mean import Mean
 from .plan import Opened, open_recipe, plan_models, plan_recipe
 from .recipe import Model, Output, Recipe, Run, as_dtype
 from .record import Record, begun, came_of, card
 from .run import Plan, disk_errors, in_memory, into_folder, report
-from ..notes import heard
-from ..output import free, staged
+from ..messages import heard
+from ..files.output import free, staged
 
 # %% ../../nbs/merging/merge.ipynb #dcf14495
 @dataclass

@@ -14,23 +14,24 @@ from typing import Any
 
 import torch
 
-from ..adapters import bake
-from ..blocks import Block, align, by_name
-from ..checkpoints import Checkpoint, load
+from ..adapters.baking import bake
+from ..matching.blocks import Block, align, by_name
+from ..files.checkpoint import Checkpoint
+from ..files.open import load
 from ..geometries.lora import LoRA
-from ..geometry import Euclidean, Geometry, check_needs
+from ..geometries.geometry import Euclidean, Geometry, check_needs
 from ..matching.function import refuse_other_meanings, unlike
 from ..matching.views import without
-from ..mean import normalise
+from ..spaces.mean import normalise
 from .block import Copy, How, Job, MeanOf, weights_of
 from .recipe import Recipe
 from .run import Plan
 from .update import UpdateOf
-from ..notes import warn
-from ..statistics import Coupled, statistics
-from ..tensors import MemoryTensor, as_device
-from ..updates import BATCH, Update, align_updates, batches, bias_key
-from ..updates import factor_shapes, peft_config
+from ..messages import warn
+from ..matching.statistics import Coupled, statistics
+from ..files.tensors import MemoryTensor, as_device
+from ..adapters.updates import BATCH, Update, align_updates, batches, bias_key
+from ..adapters.updates import factor_shapes, peft_config
 
 # %% ../../nbs/merging/plan.ipynb #0a7b92f8
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoints import Checkpoint, MergeError
+from ..files.checkpoint import Checkpoint
+from ..messages import MergeError
 from ..geometries.registry import as_data, from_data, spelled
-from ..geometry import Euclidean, Geometry
+from ..geometries.geometry import Euclidean, Geometry
 
 # %% ../../nbs/merging/recipe.ipynb #debd840a
 # a folder, file, hub id or "base+adapter", or tensors by name (a `Checkpoint` is such)

@@ -17,12 +17,14 @@ from typing import Any
 import torch
 
 import frechet_merge
-from ..checkpoints import Checkpoint, MergeError, load, read_json
-from ..mean import Mean
+from ..files.checkpoint import Checkpoint, read_json
+from ..files.open import load
+from ..messages import MergeError
+from ..spaces.mean import Mean
 from .plan import Opened
 from .recipe import Output, Recipe, as_dtype, command, typed_dtype
 from .run import doubtful
-from ..output import inputs
+from ..files.output import inputs
 
 # %% ../../nbs/merging/record.ipynb #c3df5783
 NAME = "frechet_merge.json"  # the file of a record, in an output

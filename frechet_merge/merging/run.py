@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoints import Checkpoint, MergeError, from_state_dict
-from ..mean import ConvergenceWarning, Mean
+from ..files.checkpoint import Checkpoint, from_state_dict
+from ..messages import MergeError
+from ..spaces.mean import ConvergenceWarning, Mean
 from .block import Job, Write
 from .recipe import Run, typed_dtype
-from ..notes import Notes, warn
-from ..shards import Ledger, ShardWriter
+from ..messages import Notes, warn
+from ..files.shards import Ledger, ShardWriter
 
 # %% ../../nbs/merging/run.ipynb #fa303177
 @dataclass

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..checkpoints import MergeError
-from ..factors import Factors
-from ..geometry import Geometry
-from ..mean import Mean, frechet_mean
+from ..messages import MergeError
+from ..algebra.factors import Factors
+from ..geometries.geometry import Geometry
+from ..spaces.mean import Mean, frechet_mean
 from .block import Job
-from ..updates import Update, bias_key
+from ..adapters.updates import Update, bias_key
 
 # %% ../../nbs/merging/update.ipynb #67770fb9
 def _stacked(fs: Sequence[Factors]) -> Factors:
