@@ -74,13 +74,13 @@ def kind_of(
         )
     return kind
 
-# %% ../nbs/20b_huggingface.ipynb #c772cbc2
+# %% ../nbs/20b_huggingface.ipynb #ce66c502
 def _reads_text(config: Any) -> bool:
     "Has it a vocabulary, and no second half that writes?"
     has_words = getattr(config, "vocab_size", None) or hasattr(config, "text_config")
     return bool(has_words) and not getattr(config, "is_encoder_decoder", False)
 
-# %% ../nbs/20b_huggingface.ipynb #03a8d202
+# %% ../nbs/20b_huggingface.ipynb #e4ccd1cc
 def _kind(arch: str, task: str | None, head: Name | None) -> str | None:
     "What a model of text is: by the head that it is given, by its adapter, by its class."
     if head:
@@ -158,7 +158,7 @@ def names_in(
                 break
     return names
 
-# %% ../nbs/20b_huggingface.ipynb #b1177931
+# %% ../nbs/20b_huggingface.ipynb #c9caf5e0
 def _spellings(name: str, prefix: str) -> Iterator[str]:
     "What a file may call a parameter: with the prefix or without, and LayerNorm's as of old."
     for spelling in (name, name.removeprefix(prefix), prefix + name):
@@ -202,13 +202,13 @@ def open_tokenizer(
         )
     return tok
 
-# %% ../nbs/20b_huggingface.ipynb #966579e5
+# %% ../nbs/20b_huggingface.ipynb #c1da867d
 def _may_hold_tokenizer(folder: Name) -> bool:
     "Hub ids may; folders do if there are files of one, without which an empty one is made."
     patterns = ("tokenizer*", "vocab*", "*.model", "merges.txt")
     return not Path(folder).is_dir() or any(any(Path(folder).glob(p)) for p in patterns)
 
-# %% ../nbs/20b_huggingface.ipynb #7d529040
+# %% ../nbs/20b_huggingface.ipynb #a3e8a125
 def _give_padding(tok: Any, rows: int, folder: Name):
     "A token to pad with, where there is none that is embedded; `MergeError` if none can be."
     if tok.pad_token is not None and tok.pad_token_id < rows:
@@ -221,7 +221,7 @@ def _give_padding(tok: Any, rows: int, folder: Name):
     # what it is does not matter behind the mask
     tok.pad_token = tok.eos_token
 
-# %% ../nbs/20b_huggingface.ipynb #a552c83c
+# %% ../nbs/20b_huggingface.ipynb #503c7663
 def _read(model: Name, allow_pickle: bool) -> tuple[Checkpoint, list[Checkpoint]]:
     "A base in a folder with a config, and the adapters on it; `MergeError` for anything else."
     parts = [str(model)] if Path(model).expanduser().exists() else parts_of(str(model))
@@ -238,18 +238,18 @@ def _read(model: Name, allow_pickle: bool) -> tuple[Checkpoint, list[Checkpoint]
         )
     return base, adapters
 
-# %% ../nbs/20b_huggingface.ipynb #1cff715f
+# %% ../nbs/20b_huggingface.ipynb #d4a7a54b
 def _no(model: Name, why: str, remedy: str) -> MergeError:
     return MergeError(f"{model}: {why}.\n{remedy}")
 
-# %% ../nbs/20b_huggingface.ipynb #7ab4e36c
+# %% ../nbs/20b_huggingface.ipynb #629d4bfe
 def _made_up(module: nn.Module, info: dict, names: dict[str, str]) -> list[str]:
     "Parameters that transformers drew, since the base has none, and no adapter brings them."
     mismatched = [k if isinstance(k, str) else k[0] for k in info.get("mismatched_keys", ())]
     drawn = {*info["missing_keys"], *mismatched}
     return sorted(n for n in drawn if n not in names and "pooler" not in n)
 
-# %% ../nbs/20b_huggingface.ipynb #81e858e5
+# %% ../nbs/20b_huggingface.ipynb #7e792278
 @torch.no_grad()
 def _put(module: nn.Module, names: dict[str, str], baked: Checkpoint, base: Checkpoint):
     "What the adapters changed, into the module of the base."
@@ -258,7 +258,7 @@ def _put(module: nn.Module, names: dict[str, str], baked: Checkpoint, base: Chec
         if there is not None and baked.lazy[there] is not base.lazy.get(there):
             p.copy_(baked[there])
 
-# %% ../nbs/20b_huggingface.ipynb #d674dc12
+# %% ../nbs/20b_huggingface.ipynb #b44bc2ef
 def positions(
     module: Any,  # a PreTrainedModel
 ) -> int | None:
@@ -348,7 +348,7 @@ def _outputs(kind: str, head: Name | None, m: Any, base: Checkpoint, source: Nam
 
     return logits
 
-# %% ../nbs/20b_huggingface.ipynb #da5e3999
+# %% ../nbs/20b_huggingface.ipynb #4959389a
 def _pools_first(base: Checkpoint, source: Name) -> bool:
     "Does a text stand for its first token, and not for the mean? `MergeError` for other ways."
     file = base.folder and base.folder/"1_Pooling"/"config.json"
@@ -393,7 +393,7 @@ def renamed(
         about["diagonal"] = list(filter(None, map(name, about["diagonal"])))
     return Statistics(rename(stats), about)
 
-# %% ../nbs/20b_huggingface.ipynb #a3788613
+# %% ../nbs/20b_huggingface.ipynb #077c3a26
 @dataclass(frozen=True)
 class Asked:
     "What is asked of a model on disk, by which a finished run is told from others."
@@ -441,7 +441,7 @@ def _chosen(m: Opened, only: str | None, source: Name) -> set[str]:
         )
     return found
 
-# %% ../nbs/20b_huggingface.ipynb #d4fd6103
+# %% ../nbs/20b_huggingface.ipynb #c1e0e138
 def _finished(out: Path, asked: Asked) -> Statistics:
     "What a run has written already; `MergeError` if another run was asked for."
     done = Statistics.load(out)
@@ -455,7 +455,7 @@ def _finished(out: Path, asked: Asked) -> Statistics:
         )
     return done
 
-# %% ../nbs/20b_huggingface.ipynb #d57e0f73
+# %% ../nbs/20b_huggingface.ipynb #eb1fef0d
 def _check_estimator(asked: Asked, m: Opened):
     "`MergeError` if the outputs are not logits of one label a text, of which there is a Fisher."
     if asked.estimator == "pullback" or asked.form == "inputs":
@@ -473,7 +473,7 @@ def _check_estimator(asked: Asked, m: Opened):
             "Use --estimator pullback."
         )
 
-# %% ../nbs/20b_huggingface.ipynb #d1730a91
+# %% ../nbs/20b_huggingface.ipynb #8baa5092
 def _check_labels(asked: Asked, m: Opened, fed: list[dict]):
     "`MergeError` if the empirical Fisher has no labels, or some are beyond the classes."
     if asked.estimator == "empirical" and "labels" not in fed[0]:
@@ -490,7 +490,7 @@ def _check_labels(asked: Asked, m: Opened, fed: list[dict]):
             "Is it the right column (--label)?"
         )
 
-# %% ../nbs/20b_huggingface.ipynb #f66e48cf
+# %% ../nbs/20b_huggingface.ipynb #9ef19c8d
 def _opened(
     asked: Asked,
     batch_size: int,  # texts at a time
@@ -510,7 +510,7 @@ def _opened(
     _check_labels(asked, m, fed)
     return m, fed
 
-# %% ../nbs/20b_huggingface.ipynb #b3743f79
+# %% ../nbs/20b_huggingface.ipynb #a8c90f56
 def _basis_for(m: Opened, basis: Name) -> dict:
     "U and V of each parameter that has them, by the module's names; `MergeError` if none has."
     held = load(basis)
@@ -527,18 +527,18 @@ def _basis_for(m: Opened, basis: Name) -> dict:
         )
     return found
 
-# %% ../nbs/20b_huggingface.ipynb #73fd0c85
+# %% ../nbs/20b_huggingface.ipynb #a9b67efe
 def _sigmas(stats: Statistics, basis: Name | None) -> dict[str, Tensor]:
     "The singular values of each basis that was used, by which a merge knows it."
     held = {} if basis is None else load(basis)
     stems = [n.removesuffix(".projected") for n in stats if n.endswith(".projected")]
     return {f"{stem}.sigma": held[f"{stem}.sigma"] for stem in stems if f"{stem}.sigma" in held}
 
-# %% ../nbs/20b_huggingface.ipynb #adfac1f7
+# %% ../nbs/20b_huggingface.ipynb #1e868211
 def _next_token(outputs, batch):
     return cross_entropy(outputs, batch["labels"], shift=True)
 
-# %% ../nbs/20b_huggingface.ipynb #99ddb9f4
+# %% ../nbs/20b_huggingface.ipynb #376321ed
 def _check_basis(form: str, basis: Name | None):
     if form == "projected" and basis is None:
         raise ValueError(
@@ -616,7 +616,7 @@ def collect(
     state.unlink(missing_ok=True)
     return stats
 
-# %% ../nbs/20b_huggingface.ipynb #127ce620
+# %% ../nbs/20b_huggingface.ipynb #38aa13b1
 def _measured(
     asked: Asked,
     m: Opened,
