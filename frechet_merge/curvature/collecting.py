@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Batch', 'Basis', 'FROZEN', 'VECTOR', 'SAVE', 'by_reason', 'Statistics', 'all_names', 'matching', 'Choice', 'choose',
-           'fit_basis', 'checksum', 'State', 'checked', 'Portion', 'Question', 'Run', 'identify', 'summed_up',
+           'fit_basis', 'checksum', 'State', 'checked', 'Portion', 'Question', 'Pass', 'identify', 'summed_up',
            'known_about', 'curvature', 'make_sink', 'hessian_columns', 'projected_diagonal', 'projected_kronecker']
 
 # %% ../../nbs/curvature/collecting.ipynb #ed45b5c3
@@ -347,7 +347,7 @@ class Question:
 
 # %% ../../nbs/curvature/collecting.ipynb #8ff679f5
 @dataclass(frozen=True)
-class Run:
+class Pass:
     "A question on its way through the batches: who watches, what is kept, and how far it is."
 
     question: Question  # the same for every batch
@@ -484,12 +484,12 @@ def summed_up(
 # %% ../../nbs/curvature/collecting.ipynb #ddc53dd3
 def known_about(
     form: str,
-    run: Run,
+    done: Pass,
     choice: Choice,
     error: dict[str, float | None],  # by all names
 ) -> dict:  # what JSON can hold
     "The facts that statistics carry with them."
-    question, state = run.question, run.state
+    question, state = done.question, done.state
     return {
         "form": form,
         "estimator": question.estimator,
@@ -498,7 +498,7 @@ def known_about(
         "seed": question.seed,
         "error": error,
         "skipped": {m: why for n, why in choice.skipped.items() for m in choice.names[n]},
-        "diagonal": sorted(run.sink.diagonal),
+        "diagonal": sorted(done.sink.diagonal),
     }
 
 # %% ../../nbs/curvature/collecting.ipynb #2f967234
@@ -550,12 +550,12 @@ def curvature(
         identity = identify(form, estimator, seed, choice.parameters, sink.basis)
     state = State(resume, identity, sink.sums, sink.diagonal, question.device)
     watch = Watch(model, choice.parameters, sink, form != "inputs", choice.skipped)
-    run = Run(question, watch, sink, state, max_samples)
-    ended = run.through(batches, progress)
+    one = Pass(question, watch, sink, state, max_samples)
+    ended = one.through(batches, progress)
     tensors, error = summed_up(sink, state, choice)
     if ended:
         state.delete()
-    stats = Statistics(tensors, known_about(form, run, choice, error))
+    stats = Statistics(tensors, known_about(form, one, choice, error))
     if said := stats.lacking():
         warn(f"no metric for {said}")
     return stats

@@ -65,7 +65,7 @@ class Sums:
         scatter = max(float(self.square[key])/n - ratio*mean2, 0)
         return (scatter/(n - 1)/mean2)**0.5
 
-# %% ../../nbs/curvature/forms.ipynb #cf972524
+# %% ../../nbs/curvature/forms.ipynb #99c5e3c5
 def _grow(sums: dict[str, Tensor], key: str, x: Tensor):
     "Add to a sum in place; the first to come is the sum."
     if key in sums:
@@ -134,7 +134,7 @@ def projected_kronecker(
     identity."""
     return _projected_side(B, U)*_projected_side(A, V)
 
-# %% ../../nbs/curvature/forms.ipynb #2163d0df
+# %% ../../nbs/curvature/forms.ipynb #f85a509a
 def _projected_side(factor: Tensor | None, basis: Tensor) -> Tensor:
     if factor is None:
         return basis.mT @ basis
@@ -182,7 +182,8 @@ class Form:
         "Means over n samples, one tensor for each key however many names read it."
         means, tensors, errors = {}, {}, {}
         for p, every in names.items():
-            keys = {s: k for s in self.parts if (k := self.key(p, s)) in self.sums.total}
+            keys = {part: self.key(p, part) for part in self.parts}
+            keys = {part: key for part, key in keys.items() if key in self.sums.total}
             for part, key in keys.items():
                 if key not in means:
                     means[key] = self.sums.mean(key, n)
@@ -192,7 +193,7 @@ class Form:
                 errors |= dict.fromkeys(every, error)
         return tensors, errors
 
-# %% ../../nbs/curvature/forms.ipynb #ec466710
+# %% ../../nbs/curvature/forms.ipynb #f7dfc3da
 def added_errors(
     errors: list[float | None],  # of factors; None: unknown
 ) -> float | None:
@@ -200,7 +201,7 @@ def added_errors(
     known = [e for e in errors if e is not None]
     return sum(e*e for e in known)**0.5 if len(known) == len(errors) else None
 
-# %% ../../nbs/curvature/forms.ipynb #31398037
+# %% ../../nbs/curvature/forms.ipynb #433bfe30
 def squares_of_lookups(
     uses: list[Use],  # of embeddings
     shape: torch.Size,  # of their weight
@@ -217,7 +218,7 @@ def squares_of_lookups(
     total = back.new_zeros(shape).index_add_(0, rows % shape[0], squares)
     return total, squares.pow_(2).sum(dtype=torch.float64)
 
-# %% ../../nbs/curvature/forms.ipynb #e09d259c
+# %% ../../nbs/curvature/forms.ipynb #9f714bd9
 def squares_of_products(
     use: Use,  # of a linear layer, with one token a sample
     dtype: torch.dtype,  # of the sums
@@ -228,7 +229,7 @@ def squares_of_products(
     total = a.T @ d if use.by_input else d.T @ a
     return total, (d.double().pow(2).sum(1)*a.double().pow(2).sum(1)).sum()
 
-# %% ../../nbs/curvature/forms.ipynb #93d3d180
+# %% ../../nbs/curvature/forms.ipynb #bf39f3b6
 GRADIENTS = 1 << 24  # numbers of per-sample gradients in memory at a time
 
 
@@ -269,13 +270,13 @@ class Diagonals(Form):
             found = squares_of_gradients(uses, shape, dtype)
         self.sums.add(p, *found)
 
-# %% ../../nbs/curvature/forms.ipynb #6c810676
+# %% ../../nbs/curvature/forms.ipynb #3a5d19e7
 def _is_one_product(role: str, use: Use) -> bool:
     "Is the gradient of each sample the product of one row that went in and one that came back?"
     is_linear = role == "weight" and use.kind in ("linear", "conv1d")
     return is_linear and use.flat(use.delta()).shape[1] == 1
 
-# %% ../../nbs/curvature/forms.ipynb #e93bbcc3
+# %% ../../nbs/curvature/forms.ipynb #4126f6bd
 def inputs_moment(
     uses: list[Use],  # of one weight
     dtype: torch.dtype,  # of the sums
@@ -292,7 +293,7 @@ def inputs_moment(
         keep = keep & (x != layer.padding_idx)
     return *frequencies(x, keep, layer.num_embeddings, dtype), keep.sum(1)
 
-# %% ../../nbs/curvature/forms.ipynb #f10bf14c
+# %% ../../nbs/curvature/forms.ipynb #4f7becfb
 def _no_padding(use: Use, x: Tensor) -> Tensor:
     "(N, t) bool: which of the tokens that went in are not padding."
     if use.mask is not None:
@@ -368,7 +369,7 @@ class Inputs(Sides):
 
     back = False
 
-# %% ../../nbs/curvature/forms.ipynb #546b7a43
+# %% ../../nbs/curvature/forms.ipynb #6615f2d9
 def projected_gradient(
     use: Use,
     U: Tensor,
