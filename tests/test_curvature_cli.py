@@ -206,7 +206,7 @@ def test_only_some_parameters(work, tmp_path):
 
 KILLED = """
 import os, signal
-import frechet_merge.curvature as c
+import frechet_merge.curvature.collecting as c
 from frechet_merge.cli import main
 
 save = c.State.save

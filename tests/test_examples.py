@@ -183,7 +183,7 @@ def test_texts_that_look_like_dates_are_texts(tmp_path):
 
 def test_rows_are_not_held(tmp_path, monkeypatch):
     "Of a long file only the rows that are asked for are in memory."
-    import frechet_merge.examples as e
+    import frechet_merge.huggingface.examples as e
 
     path, alive = write(tmp_path/"a.jsonl", [{"text": "a"*1000}]*3000), []
 

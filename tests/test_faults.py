@@ -294,7 +294,7 @@ class TestNames:
             assert [*f.keys()] == [name] and torch.equal(f.get_tensor(name), torch.full((3,), 0.5))
 
     def test_a_header_that_is_too_long(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("frechet_merge.shards.MAX_HEADER", 100)
+        monkeypatch.setattr("frechet_merge.files.shards.MAX_HEADER", 100)
         with pytest.raises(MergeError, match="has room for 100"):
             ShardWriter(tmp_path, {"x"*80: ((3,), torch.float32)}, 10**9)
         assert not names(tmp_path)
@@ -683,7 +683,7 @@ class TestPatterns:
             merge([ad, ad])
 
     def test_too_many_steps(self, monkeypatch):
-        monkeypatch.setattr("frechet_merge.patterns.STEPS", 10)
+        monkeypatch.setattr("frechet_merge.adapters.patterns.STEPS", 10)
         with pytest.raises(ValueError, match="too many steps"):
             matches("(ab?)+(c|d)*" + "a"*20, "ab"*30)
 

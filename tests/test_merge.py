@@ -180,7 +180,7 @@ def test_means_report():
 def test_chunks_agree_with_one_piece(monkeypatch):
     xs = [{"x": torch.randn(1000, generator=torch.Generator().manual_seed(i))} for i in range(3)]
     whole = {n: merge(xs, g).tensors["x"] for n, g in (("e", Euclidean()), ("s", karcher()))}
-    monkeypatch.setattr("frechet_merge.span.CHUNK", 64)
+    monkeypatch.setattr("frechet_merge.files.stack.CHUNK", 64)
     for n, g in (("e", Euclidean()), ("s", karcher())):
         torch.testing.assert_close(merge(xs, g).tensors["x"], whole[n], rtol=0, atol=3e-7)
 
@@ -204,7 +204,7 @@ def test_gram_matrix(n, T, seed, scale):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_tensor_whose_first_chunk_is_unlike_the_rest(monkeypatch, dtype, scale):
     "Reserved rows of an embedding hardly move; norms read off them say nothing about the others."
-    monkeypatch.setattr("frechet_merge.span.CHUNK", 64)
+    monkeypatch.setattr("frechet_merge.files.stack.CHUNK", 64)
     g = torch.Generator().manual_seed(0)
     xs = [torch.randn(1000, generator=g, dtype=torch.float64) for _ in range(3)]
     xs[0][:100] *= scale
@@ -360,6 +360,7 @@ class TestFolder:
                 "README.md",
                 "chat_template.jinja",
                 "config.json",
+                "frechet_merge.json",
                 "generation_config.json",
                 "model.safetensors",
                 "tokenizer.json",
@@ -687,7 +688,7 @@ def test_a_taken_place_is_refused_before_anything_is_read(models, tmp_path, monk
     (tmp_path/"out"/"mine").write_text("mine")
     monkeypatch.setattr(FileTensor, "_pread", lambda *_: pytest.fail("a tensor was read"))
     monkeypatch.setattr(
-        "frechet_merge.output.fingerprint", lambda *_: pytest.fail("a file was hashed")
+        "frechet_merge.files.output.fingerprint", lambda *_: pytest.fail("a file was hashed")
     )
     with pytest.raises(MergeError, match="not an empty folder"):
         merge(models, out=tmp_path/"out", full_hash=True)

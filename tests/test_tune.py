@@ -369,7 +369,7 @@ def test_search_survives_what_is_not_finite():
 def test_it_asks_what_the_metrics_have_not_seen(work, tmp_path, monkeypatch):
     """With the metrics' own seed, since the command line's may differ; seen ones only if there are
     no others, and with a word."""
-    import frechet_merge.tune as t
+    import frechet_merge.tuning.tune as t
 
     rows = [{"text": f"{a} {b} {c}"} for a in WORDS for b in WORDS for c in WORDS[:2]]
     data = write(tmp_path/"d.jsonl", rows)

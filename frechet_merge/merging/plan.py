@@ -29,7 +29,7 @@ from .run import Plan
 from .update import UpdateOf
 from ..messages import warn
 from ..matching.statistics import Coupled, statistics
-from ..files.tensors import MemoryTensor, as_device
+from ..files.tensors import LazyTensor, MemoryTensor, as_device
 from ..adapters.updates import BATCH, Update, align_updates, batches, bias_key
 from ..adapters.updates import factor_shapes, peft_config
 
@@ -57,7 +57,9 @@ class Opened:
 def open_recipe(recipe: Recipe) -> Opened:
     "The checkpoints of a recipe; `MergeError` for one that cannot be opened."
     pickles = recipe.allow_pickle
-    models = [load(m, pickles, f"models[{i}]") for i, m in enumerate(recipe.models)]
+    models = []
+    for i, model in enumerate(recipe.models):
+        models.append(load(model, pickles, f"models[{i}]"))
     base = None if recipe.base is None else load(recipe.base, pickles, "base")
     onto = None if recipe.bake is None else load(recipe.bake, pickles, "bake")
     opened = Opened(recipe, models, base, onto)
@@ -325,7 +327,9 @@ def widened(plan: Plan) -> Plan:
 # %% ../../nbs/merging/plan.ipynb #ff17ebd4
 def check_fit(plan: Plan, onto: Checkpoint) -> None:
     "`MergeError` if the merged adapter does not fit on a full model."
-    hollow = {n: MemoryTensor(torch.zeros(s, dtype=d)) for n, (s, d) in plan.layout.items()}
+    hollow: dict[str, LazyTensor] = {
+        n: MemoryTensor(torch.zeros(s, dtype=d)) for n, (s, d) in plan.layout.items()
+    }
     bake(onto, Checkpoint(hollow, "the merged adapter", adapter=plan.config))
 
 # %% ../../nbs/merging/plan.ipynb #a2922de1

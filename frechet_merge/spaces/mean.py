@@ -384,11 +384,18 @@ def frechet_mean(
 ) -> list[Mean]: ...
 
 # %% ../../nbs/spaces/mean.ipynb #23274c7c
-def _space_of(g: Any) -> Space:
-    "The space of a geometry of version 0.1, in which a geometry was its own."
-    from frechet_merge.geometries.geometry import space_of
+def _as_space(space: Any) -> Space:
+    "A space; a `Geometry` in its place is of version 0.1, in which it was its own space."
+    from frechet_merge.geometries.geometry import Geometry, space_of
 
-    return space_of(g)
+    if not isinstance(space, Geometry):
+        return space
+    say(
+        "frechet_mean takes the space of a chart, and not the geometry: chart = "
+        "g.chart(thetas); frechet_mean(chart.space, chart.points).",
+        DeprecationWarning,
+    )
+    return space_of(space)
 
 
 def frechet_mean(
@@ -407,13 +414,7 @@ def frechet_mean(
     `ValueError` for no points, and for weights or metrics that have no mean."""
     if not points:
         raise ValueError("there are no points to take a mean of: give at least one.")
-    if not isinstance(space, Space):
-        say(
-            "frechet_mean takes the space of a chart, and not the geometry: chart = "
-            "g.chart(thetas); frechet_mean(chart.space, chart.points).",
-            DeprecationWarning,
-        )
-        space = _space_of(space)
+    space = _as_space(space)
     dtype = points[0].x.dtype
     # the tolerance of 16 bits would be met by any point
     computes = torch.float32 if dtype.itemsize < 4 else dtype
