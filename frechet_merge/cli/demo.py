@@ -143,7 +143,7 @@ def merges(T: int) -> dict[str, dict]:  # T: number of models
 
 # %% ../../nbs/cli/demo.ipynb #db4735e3
 BY_OUTPUTS = "pullback by outputs"  # the merge that asks unlabelled texts
-SEEN, ASKED = 32, 16  # how many of each task are for the curvature, and for the anchor
+SEEN, ASKED = 32, 8  # how many of each task are for the curvature, and for the anchor
 HELD_BACK = 100  # it takes them from behind the first so many test texts of a task
 
 
