@@ -8,6 +8,8 @@ import warnings
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
 
 # old module → what it became
 BECAME = {
@@ -40,11 +42,13 @@ BECAME = {
 class Former(MetaPathFinder, Loader):
     "Finds a module under its old name."
 
-    def find_spec(self, fullname, path=None, target=None):
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None):
+        "The module of this name, if there was one."
         package, _, name = fullname.partition(".")
         return ModuleSpec(fullname, self) if package == "frechet_merge" and name in BECAME else None
 
-    def exec_module(self, module):
+    def exec_module(self, module: ModuleType):
+        "Says what the module became, and looks names up there."
         homes = [f"frechet_merge.{name}" for name in BECAME[module.__name__.partition(".")[2]]]
         warnings.warn(
             f"{module.__name__} is {' and '.join(homes)} now.", DeprecationWarning, stacklevel=2

@@ -12,8 +12,9 @@ from torch import nn
 
 from frechet_merge import curvature as module
 from frechet_merge.files.open import load
-from frechet_merge.curvature.collecting import Statistics, curvature, hessian_columns
-from frechet_merge.curvature.collecting import projected_diagonal, projected_kronecker
+from frechet_merge.curvature.collecting import Statistics, curvature
+from frechet_merge.curvature.estimators import hessian_columns
+from frechet_merge.curvature.forms import projected_diagonal, projected_kronecker
 
 transformers = pytest.importorskip("transformers")
 IDS = torch.randint(3, 31, (5, 7), generator=torch.Generator().manual_seed(1))

@@ -1,5 +1,5 @@
-"""A chart into a space, and what it needs: needs are held in every composition, and what was written
-for version 0.1 still works."""
+"""A chart into a space, and what it needs: needs are held in every composition, and what was
+written for version 0.1 still works."""
 
 import importlib
 import sys

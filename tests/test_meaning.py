@@ -105,7 +105,8 @@ class TestAbsent:
                 merge([a | rest, b | rest], absent=absent)
 
     def test_two_architectures_are_called_so(self):
-        a = layered(0) | {f"layers.{i}.experts.{k}.w": randn(4, 4) for i in (0, 1) for k in range(8)}
+        experts = [f"layers.{i}.experts.{k}.w" for i in (0, 1) for k in range(8)]
+        a = layered(0) | {name: randn(4, 4) for name in experts}
         b = layered(1) | {f"layers.{i}.mlp.w": randn(4, 4) for i in (0, 1)}
         with pytest.raises(MergeError, match="two architectures"):
             merge([a, b], absent="renormalise")
@@ -476,7 +477,8 @@ class TestPoolings:
 
     def test_a_projection_of_its_own_is_not_left_unmerged(self, tmp_path):
         mean = {"pooling_mode": "mean"}
-        a, b, c = (self.of(tmp_path/n, mean, 0, randn(2, 4, seed=k)) for n, k in zip("abc", (1, 1, 2)))
+        seeds = {"a": 1, "b": 1, "c": 2}
+        a, b, c = (self.of(tmp_path/n, mean, 0, randn(2, 4, seed=k)) for n, k in seeds.items())
         with pytest.raises(MergeError, match="other weights in '2_Dense'"):
             merge([a, c])
         with pytest.warns(UserWarning, match="copied as they are"):

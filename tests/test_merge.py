@@ -140,32 +140,42 @@ def test_weights_by_name():
     assert torch.equal(m["emb.weight"], a["emb.weight"]) and torch.equal(m["q.bias"], b["q.bias"])
 
 
-def test_diagonal_metrics_from_files(tmp_path):
+@pytest.fixture
+def diagonals():
+    "Three models and a positive diagonal metric of each."
     g, states = torch.Generator().manual_seed(0), [tensors(i) for i in range(3)]
-    Fs = [{k: torch.rand(v.shape, generator=g) for k, v in floats(s).items()} for s in states]
-    paths = []
-    for i, f in enumerate(Fs):
-        save_file(f, tmp_path/f"f{i}.safetensors")
-        paths.append(tmp_path/f"f{i}.safetensors")
+    return states, [
+        {k: torch.rand(v.shape, generator=g) for k, v in floats(s).items()} for s in states
+    ]
+
+
+def test_diagonal_metrics_from_files(tmp_path, diagonals):
+    states, metrics = diagonals
+    paths = [tmp_path/f"f{i}.safetensors" for i in range(3)]
+    for path, f in zip(paths, metrics):
+        save_file(f, path)
     m = merge(states, metrics=paths, weights=[3, 2, 1])
-    for k in Fs[0]:
-        torch.testing.assert_close(
-            m.tensors[k],
-            sum(w*f[k]*s[k] for w, f, s in zip([3, 2, 1], Fs, states))
-            / sum(w*f[k] for w, f in zip([3, 2, 1], Fs)),
-        )
+    for k in metrics[0]:
+        pull = sum(w*f[k]*s[k] for w, f, s in zip([3, 2, 1], metrics, states))
+        total = sum(w*f[k] for w, f in zip([3, 2, 1], metrics))
+        torch.testing.assert_close(m.tensors[k], pull/total)
+
+
+def test_diagonal_metrics_that_say_nothing_or_nonsense(diagonals):
+    states, metrics = diagonals
+    fewer = [{k: v for k, v in f.items() if k != "q.bias"} for f in metrics]
     with pytest.warns(UserWarning, match="no metric for 1 .*q.bias"):
-        merge(states, metrics=[{k: v for k, v in f.items() if k != "q.bias"} for f in Fs])
-    with pytest.raises(ValueError, match="'q.bias' is missing"):
-        merge(states, metrics=[Fs[0], Fs[1], {k: v for k, v in Fs[2].items() if k != "q.bias"}])
-    with pytest.raises(ValueError, match="none of the tensors"):
-        merge(states, metrics=[{"x": torch.ones(1)}]*3)
-    with pytest.raises(ValueError, match="tensor 'q.bias'.*>= 0"):
-        merge(states, metrics=[Fs[0] | {"q.bias": -torch.ones(8)}, *Fs[1:]])
-    with pytest.raises(ValueError, match="2 metrics for 3"):
-        merge(states, metrics=Fs[:2])
+        merge(states, metrics=fewer)
+    for wrong, why in (
+        ([*metrics[:2], fewer[2]], "'q.bias' is missing"),
+        ([{"x": torch.ones(1)}]*3, "none of the tensors"),
+        ([metrics[0] | {"q.bias": -torch.ones(8)}, *metrics[1:]], "tensor 'q.bias'.*>= 0"),
+        (metrics[:2], "2 metrics for 3"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            merge(states, metrics=wrong)
     with pytest.raises(ValueError, match="one number per model"):
-        merge(states, karcher(), metrics=Fs)
+        merge(states, karcher(), metrics=metrics)
 
 
 def test_means_report():

@@ -71,17 +71,18 @@ HEADS = ("classifier", "score")
 def _is_head(name: str) -> bool:
     return name.split(".")[0] in HEADS and name.endswith(".weight")
 
-
+# %% ../../nbs/adapters/baking.ipynb #96091def
 def classes(
     c: Checkpoint,  # from `bake`
 ) -> int | None:  # None: it has no such head, or no adapter that could have brought it
-    "How many classes a classifier has by its last layer: the config is the base's, and may not know."
+    """How many classes a classifier has by its last layer: the config is the base's, and may not
+    know."""
     if not any(isinstance(x, BakedTensor) for x in c.lazy.values()):
         return None
     heads = [n for n, x in c.lazy.items() if _is_head(n) and len(x.shape) == 2]
     return c.lazy[max(heads, key=_by_number)].shape[0] if heads else None
 
-
+# %% ../../nbs/adapters/baking.ipynb #f54a711a
 def _by_number(name: str) -> list[int | str]:
     return [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", name)]
 
@@ -94,7 +95,11 @@ class _Onto:
     adapter: Checkpoint
     lazy: dict[str, LazyTensor]
 
-    def refusal(self, why: str, remedy: str = "Name the base that it was trained on.") -> MergeError:
+    def refusal(
+        self,
+        why: str,  # a clause
+        remedy: str = "Name the base that it was trained on.",
+    ) -> MergeError:
         return MergeError(
             f"{self.adapter.source}: {why}.\nIt cannot be put on {self.base.source}. {remedy}"
         )
@@ -112,7 +117,8 @@ class _Onto:
 
 # %% ../../nbs/adapters/baking.ipynb #b797f8a9
 def _put_whole(onto: _Onto, rest: dict[str, LazyTensor]) -> None:
-    "Tensors that the adapter saved whole, in the place of the base's; `MergeError` if they do not fit."
+    """Tensors that the adapter saved whole, in the place of the base's; `MergeError` if they do
+    not fit."""
     names = {key: key.removeprefix("base_model.model.") for key in rest}
     ties_output = onto.ties_its_output() and not any(map(HEAD.search, names.values()))
     rows = token_rows(onto.base.lazy, onto.base.config)

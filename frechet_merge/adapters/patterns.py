@@ -54,7 +54,7 @@ class Text:
         if self.steps < 0:
             raise ValueError("it takes too many steps")
 
-
+# %% ../../nbs/adapters/patterns.ipynb #0ee2586c
 def positions(mask: int) -> Iterator[int]:
     "The bits of a mask, by number."
     return (i for i in range(mask.bit_length()) if mask >> i & 1)
@@ -68,7 +68,7 @@ def _in_category(name: str, char: str) -> bool:
     category = name.replace("_NOT_", "_")
     return bool(re.match(CATEGORIES[category], char)) == (category == name)
 
-
+# %% ../../nbs/adapters/patterns.ipynb #dc51e49d
 def _in_class(items: list, char: str) -> bool:
     "Is a character in [ … ]?"
     found = negated = False
@@ -106,7 +106,7 @@ def _is_at(kind: str, i: int, text: str) -> bool:
     is_boundary = bool(re.match(r"\w", before)) != bool(re.match(r"\w", after))
     return is_boundary == (kind == "AT_BOUNDARY")
 
-
+# %% ../../nbs/adapters/patterns.ipynb #7be5f2f2
 def _is_beside(direction: int, parts: Any, i: int, text: Text) -> bool:
     "Do the parts match what comes after position i, or (-1) what comes before it?"
     if direction > 0:
@@ -161,7 +161,7 @@ def _end(kind: str, argument: Any, starts: int, text: Text) -> int:
         raise ValueError(f"it has a part that is not followed here ({kind.lower()})")
     return sum(1 << i for i in positions(starts) if stays(i))
 
-
+# %% ../../nbs/adapters/patterns.ipynb #c73c162f
 def _ends(parts: Any, starts: int, text: Text) -> int:
     "Where one arrives from the positions `starts` by reading the parts one after the other."
     for operation, argument in parts:

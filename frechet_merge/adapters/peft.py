@@ -98,7 +98,7 @@ def _refusal(c: Checkpoint, why: str, remedy: str = "") -> MergeError:
     remedy = remedy or "Only LoRA updates ΔW = s·B·A have a mean here."
     return MergeError(f"{c.source}: {why}.\n{remedy}")
 
-
+# %% ../../nbs/adapters/peft.ipynb #653ce08c
 def _refuse_other_updates(c: Checkpoint) -> None:
     "`MergeError` for a config by which an adapter is not W + s·B·A."
     config = c.adapter
@@ -140,7 +140,10 @@ NAMED = re.compile(
 def _split(key: str) -> tuple[str, str, str] | None:
     "The key before the adapter's name, the name, and the key after it; None: it has none."
     found = NAMED.fullmatch(key)
-    return None if found is None else tuple(x for x in found.groups() if x is not None)  # type: ignore
+    if found is None:
+        return None
+    before, name, after = (x for x in found.groups() if x is not None)
+    return before, name, after
 
 # %% ../../nbs/adapters/peft.ipynb #7ac6838c
 def unnamed(c: Checkpoint) -> Checkpoint:

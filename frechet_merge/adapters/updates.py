@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import permutations
 from typing import Any
 
 from .peft import Layer, layers
@@ -20,8 +21,7 @@ from ..matching.views import head_of, in_front
 from ..matching.vocabulary import refuse_other_tokens
 from ..files.tensors import LazyTensor
 from ..files.checkpoint import HEAD, Checkpoint
-from ..messages import MergeError
-from ..messages import warn
+from ..messages import MergeError, warn
 
 
 # %% ../../nbs/adapters/updates.ipynb #12c2c6a3
@@ -82,7 +82,7 @@ def _under(said: Said, to: Callable[[str], str]) -> Said:
         for n, x in updates.items()
     }, whole
 
-
+# %% ../../nbs/adapters/updates.ipynb #92a9f6c9
 def _named_alike(read: list[Said]) -> list[Said]:
     "All under the names of the first, where they differ by a leading part."
     first = {*read[0][0]}
@@ -95,7 +95,7 @@ def _stem_and_tail(name: str) -> tuple[str, str]:
     found = re.search(r"(^|[.])\d+[.]", name)
     return (name, "") if found is None else (name[: found.start()], name[found.start() :])
 
-
+# %% ../../nbs/adapters/updates.ipynb #e0f61ea1
 def _refuse_a_renaming(models: Sequence[Checkpoint], read: Sequence[Said]) -> None:
     "`MergeError` for two adapters that seem to call the same layers by two names."
     (ours, _), *others = read
@@ -135,25 +135,33 @@ def _update(name: str, models: Sequence[Checkpoint], read: Sequence[Said]) -> Up
             )
     return Update(name, [x for _, x in there], [i for i, _ in there])
 
+# %% ../../nbs/adapters/updates.ipynb #a7af2b83
+def _refuse_unsaved(c: Checkpoint, other: Checkpoint):
+    "`MergeError` if another adapter saved a tensor whole that `c` did not."
+    lacks = sorted(set(other) - set(c))
+    if not lacks:
+        return
+    out = head_of(lacks[0]) or lacks[0].removeprefix("base_model.model.")
+    raise MergeError(
+        f"{c.source}: did not save {lacks[0]!r} beside its updates, and {other.source} "
+        f"did.\nLeave it out (drop={out!r}, --drop), or let those that have it decide, "
+        "about layers too (absent='renormalise', --absent renormalise)."
+    )
+
 # %% ../../nbs/adapters/updates.ipynb #2fc0e2e0
 def _whole(models: Sequence[Checkpoint], read: Sequence[Said], absent: str | None) -> list[Block]:
     "Blocks of what was saved whole; `MergeError` names what one adapter saved and another did not."
     every = [rest for _, rest in read]
-    names = dict.fromkeys(k for rest in every for k in rest)
-    copies = {k for k in names if ".base_layer." in k and not all(k in rest for rest in every)}
+    names = set().union(*every)
+    in_all = names.intersection(*every)
+    kept = {k for k in names if k in in_all or ".base_layer." not in k}
     saved = [
-        c.view(lazy={k: x for k, x in rest.items() if k not in copies}, tied={}, adapter=None)
+        c.view(lazy={k: x for k, x in rest.items() if k in kept}, tied={}, adapter=None)
         for c, rest in zip(models, every)
     ]
-    for c in saved if absent != "renormalise" else []:
-        for d in saved:
-            if lacks := sorted(set(d) - set(c)):
-                out = head_of(lacks[0]) or lacks[0].removeprefix("base_model.model.")
-                raise MergeError(
-                    f"{c.source}: did not save {lacks[0]!r} beside its updates, and {d.source} "
-                    f"did.\nLeave it out (drop={out!r}, --drop), or let those that have it decide, "
-                    "about layers too (absent='renormalise', --absent renormalise)."
-                )
+    if absent != "renormalise":
+        for c, d in permutations(saved, 2):
+            _refuse_unsaved(c, d)
     if any("embed" in k or HEAD.search(k) for k in names):
         refuse_other_tokens(list(models))
     bare = [Checkpoint(c.lazy, c.source) for c in saved]
@@ -188,7 +196,7 @@ def _numbers(u: Update) -> int:
     "Numbers in the factors of all versions."
     return sum(u.first.shape)*sum(u.ranks)
 
-
+# %% ../../nbs/adapters/updates.ipynb #26dfd4c9
 def _kind(u: Update) -> tuple:
     "What updates have in common that are one problem."
     biases = tuple(v.bias is None for v in u.versions)
@@ -250,7 +258,7 @@ def _common(configs: Sequence[dict], key: str, default: Any = None) -> Any:
     said = [c.get(key) or default for c in configs]
     return said[0] if all(x == said[0] for x in said) else None
 
-
+# %% ../../nbs/adapters/updates.ipynb #ee2eeb8d
 def _saved(models: Sequence[Checkpoint]) -> tuple[bool, list[str]]:
     "Whether adapters name modules that were saved whole, and which of them are there."
     named = {m for c in models for m in (c.adapter or {}).get("modules_to_save") or []}

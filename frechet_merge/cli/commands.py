@@ -14,19 +14,19 @@ import sys
 import time
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
 from ..files.formats import weight_files
 from ..files.open import load
-from ..messages import MergeError
+from ..messages import MergeError, warn
 from .options import Absent, AnyBase, Base, BatchSize, MaxLength, Metrics, Models
 from .options import PairColumn, Pickle, Quiet, Split, TextColumn, Tokenizer
 from .options import Weights
 from .options import names, numbers, pair_of, picture_path, size
-from ..messages import warn
 
 # %% ../../nbs/cli/commands.ipynb #01e69ee9
 # the commands
@@ -67,68 +67,91 @@ def _place(model: str) -> str:
     files = weight_files(path)[0] if path.is_dir() else []
     return os.path.realpath(files[0] if files else path) if path.exists() else model
 
+# %% ../../nbs/cli/commands.ipynb #01ec3b68
+def _warn_of_few(models: Sequence[str], alone: bool):
+    "What somebody may not have meant: one model with nothing to do, or a model that counts twice."
+    if len(models) == 1 and alone:
+        warn(f"{models[0]} is the only model: there is nothing to average with it")
+    for place, n in Counter(map(_place, models)).items():
+        if n > 1:
+            name = next(m for m in models if _place(m) == place)
+            warn(f"{name} is named {n} times: it counts as {n} models")
+
+# %% ../../nbs/cli/commands.ipynb #d0f52c80
+MergedFolder = Annotated[
+    Path,
+    typer.Option(
+        "-o",
+        "--out",
+        help="Folder to write; it must not exist, or be empty.",
+        show_default=False,
+    ),
+]
+Geometry = Annotated[
+    str,
+    typer.Option(
+        help="What a distance between models is, with its arguments, as lora:rank=16: "
+        "euclidean, sphere, curved, pullback, epimer; of adapters lora, knots, tsvm; "
+        "or an installed one."
+    ),
+]
+Scale = Annotated[
+    float,
+    typer.Option(help="Multiplies the merged update (adapters), or difference from the base."),
+]
+WrittenType = Annotated[
+    Optional[str],
+    typer.Option(
+        help="bf16, fp16, fp32 or fp64; default: each tensor's own.", show_default=False
+    ),
+]
+Executor = Annotated[str, typer.Option(help="threads or serial.")]
+ChunkDevice = Annotated[
+    Optional[str],
+    typer.Option(help="Where chunks are computed: cpu, cuda.", show_default=False),
+]
+ShardSize = Annotated[str, typer.Option(help="Largest file to write.")]
+Bake = Annotated[
+    Optional[str],
+    typer.Option(
+        help="Put the merged adapter on this full model, and write that.", show_default=False
+    ),
+]
+Drop = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        help="Leave out tensors of this name; * is a wildcard; may be given several times.",
+        show_default=False,
+    ),
+]
+Nonfinite = Annotated[
+    bool, typer.Option("--allow-nonfinite", help="Copy NaN and Inf through.")
+]
+FullHash = Annotated[
+    bool, typer.Option("--full-hash", help="Hash every byte of the inputs for the model card.")
+]
+
 # %% ../../nbs/cli/commands.ipynb #a9152c4c
 @app.command("merge")
 def merge_command(
     models: Models,
-    out: Annotated[
-        Path,
-        typer.Option(
-            "-o",
-            "--out",
-            help="Folder to write; it must not exist, or be empty.",
-            show_default=False,
-        ),
-    ],
-    geometry: Annotated[
-        str,
-        typer.Option(
-            help="What a distance between models is, with its arguments, as lora:rank=16: "
-            "euclidean, sphere, curved, pullback, epimer; of adapters lora, knots, tsvm; "
-            "or an installed one."
-        ),
-    ] = "euclidean",
+    out: MergedFolder,
+    geometry: Geometry = "euclidean",
     base: Base = None,
     weights: Weights = None,
-    scale: Annotated[
-        float,
-        typer.Option(help="Multiplies the merged update (adapters), or difference from the base."),
-    ] = 1.0,
+    scale: Scale = 1.0,
     metrics: Metrics = None,
-    dtype: Annotated[
-        Optional[str],
-        typer.Option(
-            help="bf16, fp16, fp32 or fp64; default: each tensor's own.", show_default=False
-        ),
-    ] = None,
-    executor: Annotated[str, typer.Option(help="threads or serial.")] = "threads",
-    device: Annotated[
-        Optional[str],
-        typer.Option(help="Where chunks are computed: cpu, cuda.", show_default=False),
-    ] = None,
-    shard_size: Annotated[str, typer.Option(help="Largest file to write.")] = "5GB",
-    bake: Annotated[
-        Optional[str],
-        typer.Option(
-            help="Put the merged adapter on this full model, and write that.", show_default=False
-        ),
-    ] = None,
-    drop: Annotated[
-        Optional[list[str]],
-        typer.Option(
-            help="Leave out tensors of this name; * is a wildcard; may be given several times.",
-            show_default=False,
-        ),
-    ] = None,
+    dtype: WrittenType = None,
+    executor: Executor = "threads",
+    device: ChunkDevice = None,
+    shard_size: ShardSize = "5GB",
+    bake: Bake = None,
+    drop: Drop = None,
     absent: Absent = None,
     any_base: AnyBase = False,
-    allow_nonfinite: Annotated[
-        bool, typer.Option("--allow-nonfinite", help="Copy NaN and Inf through.")
-    ] = False,
+    allow_nonfinite: Nonfinite = False,
     allow_pickle: Pickle = False,
-    full_hash: Annotated[
-        bool, typer.Option("--full-hash", help="Hash every byte of the inputs for the model card.")
-    ] = False,
+    full_hash: FullHash = False,
     quiet: Quiet = False,
 ):
     "Merge MODELS into the folder OUT."
@@ -156,16 +179,7 @@ def merge_command(
         full_hash=full_hash,
         progress=not quiet and sys.stderr.isatty(),
     )
-    if len(models) == 1 and bake is None and base is None:
-        warn(
-            f"{models[0]} is the only model: there is nothing to average with it"
-        )
-    for place, n in Counter(map(_place, models)).items():
-        if n > 1:
-            warn(
-                f"{next(m for m in models if _place(m) == place)} is named {n} times: it "
-                f"counts as {n} models",
-            )
+    _warn_of_few(models, alone=bake is None and base is None)
     written = load(out).lazy
     n = sum(x.numel for x in written.values())
     print(
@@ -243,73 +257,103 @@ def inspect_command(
     if not found.mergeable:
         raise typer.Exit(1)
 
+# %% ../../nbs/cli/commands.ipynb #54b2ce98
+def _error_of(about: dict) -> str:
+    "What is known of the error of statistics."
+    from statistics import median
+
+    error = {n: e for n, e in about["error"].items() if e is not None}
+    if not error:
+        return "Its error is unknown, from one sample."
+    worst = max(error, key=lambda n: error[n])
+    return (
+        f"Relative standard error: {100 * median(error.values()):.1f} % in the median "
+        f"layer, {100 * error[worst]:.1f} % in the worst ({worst}). Half of it takes "
+        f"{4 * about['samples']:,} samples."
+    )
+
+# %% ../../nbs/cli/commands.ipynb #ddb91a6e
+RunModel = Annotated[
+    str,
+    typer.Argument(
+        help="Folder or hub id of a causal LM, classifier or text encoder, or BASE+ADAPTER.",
+        show_default=False,
+    ),
+]
+Data = Annotated[
+    str,
+    typer.Argument(
+        help="JSONL, JSON, CSV, TSV, Parquet or text file, a folder, or a hub data set[:config].",
+        show_default=False,
+    ),
+]
+StatisticsFile = Annotated[
+    Path,
+    typer.Option(
+        "-o", "--out", help="File to write, such as stats.safetensors.", show_default=False
+    ),
+]
+Form = Annotated[
+    str, typer.Option(help="kronecker, diagonal, inputs (RegMean) or projected.")
+]
+Estimator = Annotated[
+    Optional[str],
+    typer.Option(
+        help="pullback (no labels), true (labels drawn from the model) or empirical.",
+        show_default="pullback; empirical if projected",
+    ),
+]
+Head = Annotated[
+    Optional[str],
+    typer.Option(
+        help="FILE[:NAME], a linear classifier on an encoder's mean-pooled embeddings.",
+        show_default=False,
+    ),
+]
+Samples = Annotated[int, typer.Option(help="A random subset of this size.", min=1)]
+LabelColumn = Annotated[
+    Optional[str], typer.Option(help="Column of the labels.", show_default="guessed")
+]
+BasisFile = Annotated[
+    Optional[Path],
+    typer.Option(help="From `frechet-merge basis`, for form = projected.", show_default=False),
+]
+Only = Annotated[
+    Optional[str],
+    typer.Option(help="Only parameters of this name; * is a wildcard.", show_default=False),
+]
+RunDevice = Annotated[Optional[str], typer.Option(help="cpu, cuda.", show_default="cpu")]
+RunType = Annotated[str, typer.Option(help="Of the model while it runs: fp32 or bf16.")]
+Seed = Annotated[int, typer.Option(help="Of the subset and of what is drawn.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on where a killed run was.")]
+
 # %% ../../nbs/cli/commands.ipynb #8fba5cfe
 @app.command("curvature")
 def curvature_command(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="Folder or hub id of a causal LM, classifier or text encoder, or BASE+ADAPTER.",
-            show_default=False,
-        ),
-    ],
-    data: Annotated[
-        str,
-        typer.Argument(
-            help="JSONL, JSON, CSV, TSV, Parquet or text file, a folder, or a hub data set[:config].",
-            show_default=False,
-        ),
-    ],
-    out: Annotated[
-        Path,
-        typer.Option(
-            "-o", "--out", help="File to write, such as stats.safetensors.", show_default=False
-        ),
-    ],
-    form: Annotated[
-        str, typer.Option(help="kronecker, diagonal, inputs (RegMean) or projected.")
-    ] = "kronecker",
-    estimator: Annotated[
-        Optional[str],
-        typer.Option(
-            help="pullback (no labels), true (labels drawn from the model) or empirical.",
-            show_default="pullback; empirical if projected",
-        ),
-    ] = None,
-    head: Annotated[
-        Optional[str],
-        typer.Option(
-            help="FILE[:NAME], a linear classifier on an encoder's mean-pooled embeddings.",
-            show_default=False,
-        ),
-    ] = None,
-    max_samples: Annotated[int, typer.Option(help="A random subset of this size.", min=1)] = 256,
+    model: RunModel,
+    data: Data,
+    out: StatisticsFile,
+    form: Form = "kronecker",
+    estimator: Estimator = None,
+    head: Head = None,
+    max_samples: Samples = 256,
     batch_size: BatchSize = 8,
     max_length: MaxLength = 512,
     text: TextColumn = None,
     pair: PairColumn = None,
-    label: Annotated[
-        Optional[str], typer.Option(help="Column of the labels.", show_default="guessed")
-    ] = None,
+    label: LabelColumn = None,
     split: Split = "train",
-    basis: Annotated[
-        Optional[Path],
-        typer.Option(help="From `frechet-merge basis`, for form = projected.", show_default=False),
-    ] = None,
-    only: Annotated[
-        Optional[str],
-        typer.Option(help="Only parameters of this name; * is a wildcard.", show_default=False),
-    ] = None,
+    basis: BasisFile = None,
+    only: Only = None,
     tokenizer: Tokenizer = None,
-    device: Annotated[Optional[str], typer.Option(help="cpu, cuda.", show_default="cpu")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the model while it runs: fp32 or bf16.")] = "fp32",
-    seed: Annotated[int, typer.Option(help="Of the subset and of what is drawn.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed run was.")] = False,
+    device: RunDevice = None,
+    dtype: RunType = "fp32",
+    seed: Seed = 0,
+    resume: Resume = False,
     allow_pickle: Pickle = False,
     quiet: Quiet = False,
 ):
     "Collect what DATA says about the weights of MODEL, for `merge --metrics`."
-    from statistics import median
     from frechet_merge.huggingface.models import collect
     from frechet_merge.merging.recipe import as_dtype
 
@@ -339,22 +383,13 @@ def curvature_command(
         allow_pickle=allow_pickle,
         progress=not quiet and sys.stderr.isatty(),
     ).about
+    drawn = f", {about['estimator']}" if about["estimator"] else ""
     print(
-        f"{out}: "
-        f"{about['form']}{', ' + about['estimator'] if about['estimator'] else ''}, "
+        f"{out}: {about['form']}{drawn}, "
         f"{about['samples']:,} samples, {about['tokens']:,} tokens, "
         f"{time.time() - start:.1f} s, {out.expanduser().stat().st_size / 1e6:,.1f} MB"
     )
-    error = {n: e for n, e in about["error"].items() if e is not None}
-    if not error:
-        print("Its error is unknown, from one sample.")
-        return
-    worst = max(error, key=lambda n: error[n])
-    print(
-        f"Relative standard error: {100 * median(error.values()):.1f} % in the median "
-        f"layer, {100 * error[worst]:.1f} % in the worst ({worst}). Half of it takes "
-        f"{4 * about['samples']:,} samples."
-    )
+    print(_error_of(about))
 
 # %% ../../nbs/cli/commands.ipynb #eb3c1f91
 @app.command("basis")
@@ -392,77 +427,98 @@ def basis_command(
         f"{time.time() - start:.1f} s, {out.expanduser().stat().st_size / 1e6:,.1f} MB"
     )
 
+# %% ../../nbs/cli/commands.ipynb #be2a217c
+def _print_table(found: Any, models: Sequence[str]):
+    "What was tried, as a table: a row for each setting, a column for each model."
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        "geometry",
+        "scale",
+        *(Path(m.rpartition("+")[2]).name for m in models),
+        "mean",
+        title="How far outputs moved: 0 the model's own, 1 the base's",
+    )
+    for s in found.settings:
+        distances = (f"{d:.3f}" for d in s.distances)
+        table.add_row(s.name, f"{s.scale:g}", *distances, f"{s.distance:.4f}")
+    Console(markup=False).print(table)
+
+# %% ../../nbs/cli/commands.ipynb #77b41d8b
+TrainedFrom = Annotated[
+    str, typer.Option(help="What the models were trained from.", show_default=False)
+]
+DataOfEach = Annotated[
+    str,
+    typer.Option(
+        help="One file or data set of examples per model, as A,B,C, or one for all; labels "
+        "are not looked at.",
+        show_default=False,
+    ),
+]
+BestFolder = Annotated[
+    Optional[Path],
+    typer.Option(
+        "-o",
+        "--out",
+        help="Folder for the best merge; without it, none is made.",
+        show_default=False,
+    ),
+]
+Choices = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        help="To choose from; may be given several times.",
+        show_default="with metrics pullback, either side shared; without, TSV-M",
+    ),
+]
+Heads = Annotated[
+    Optional[str],
+    typer.Option(
+        help="One head FILE[:NAME] per model, as A,B,C: see curvature.", show_default=False
+    ),
+]
+SamplesOfEach = Annotated[
+    int, typer.Option(help="Of each data set, a random subset of this size.", min=1)
+]
+BothDevice = Annotated[
+    Optional[str],
+    typer.Option(
+        help="Where models run and merges are computed: cpu, cuda.", show_default=False
+    ),
+]
+SubsetSeed = Annotated[int, typer.Option(help="Of the subset.")]
+Bounds = Annotated[str, typer.Option(help="Of the anchor or scale.")]
+
 # %% ../../nbs/cli/commands.ipynb #55fe7634
 @app.command("tune")
 def tune_command(
     models: Models,
-    base: Annotated[
-        str, typer.Option(help="What the models were trained from.", show_default=False)
-    ],
-    data: Annotated[
-        str,
-        typer.Option(
-            help="One file or data set of examples per model, as A,B,C, or one for all; labels "
-            "are not looked at.",
-            show_default=False,
-        ),
-    ],
-    out: Annotated[
-        Optional[Path],
-        typer.Option(
-            "-o",
-            "--out",
-            help="Folder for the best merge; without it, none is made.",
-            show_default=False,
-        ),
-    ] = None,
-    geometry: Annotated[
-        Optional[list[str]],
-        typer.Option(
-            help="To choose from; may be given several times.",
-            show_default="with metrics pullback, either side shared; without, TSV-M",
-        ),
-    ] = None,
+    base: TrainedFrom,
+    data: DataOfEach,
+    out: BestFolder = None,
+    geometry: Choices = None,
     metrics: Metrics = None,
     weights: Weights = None,
-    heads: Annotated[
-        Optional[str],
-        typer.Option(
-            help="One head FILE[:NAME] per model, as A,B,C: see curvature.", show_default=False
-        ),
-    ] = None,
-    max_samples: Annotated[
-        int, typer.Option(help="Of each data set, a random subset of this size.", min=1)
-    ] = 64,
+    heads: Heads = None,
+    max_samples: SamplesOfEach = 64,
     batch_size: BatchSize = 8,
     max_length: MaxLength = 512,
     text: TextColumn = None,
     pair: PairColumn = None,
     split: Split = "train",
     tokenizer: Tokenizer = None,
-    dtype: Annotated[
-        Optional[str],
-        typer.Option(
-            help="Of what is written: bf16, fp16, fp32 or fp64; default: each tensor's own.",
-            show_default=False,
-        ),
-    ] = None,
-    device: Annotated[
-        Optional[str],
-        typer.Option(
-            help="Where models run and merges are computed: cpu, cuda.", show_default=False
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the subset.")] = 0,
-    bounds: Annotated[str, typer.Option(help="Of the anchor or scale.")] = "0.125,16",
+    dtype: WrittenType = None,
+    device: BothDevice = None,
+    seed: SubsetSeed = 0,
+    bounds: Bounds = "0.125,16",
     absent: Absent = None,
     any_base: AnyBase = False,
     allow_pickle: Pickle = False,
     quiet: Quiet = False,
 ):
     "Choose anchor or scale of a merge of MODELS by how far outputs move, without labels."
-    from rich.console import Console
-    from rich.table import Table
     from frechet_merge.tuning.tune import tune
 
     start = time.time()
@@ -491,21 +547,11 @@ def tune_command(
         allow_pickle=allow_pickle,
         say=lambda s: None if quiet else print(s, file=sys.stderr),
     )
-    t = Table(
-        "geometry",
-        "scale",
-        *(Path(m.rpartition("+")[2]).name for m in models),
-        "mean",
-        title="How far outputs moved: 0 the model's own, 1 the base's",
-    )
-    for s in found.settings:
-        t.add_row(s.name, f"{s.scale:g}", *(f"{d:.3f}" for d in s.distances), f"{s.distance:.4f}")
-    Console(markup=False).print(t)
+    _print_table(found, models)
+    scale = f" --scale {found.best.scale:g}" if found.best.scale != 1 else ""
+    written = f" → {out}" if found.merged else ""
     print(
-        f"The nearest: --geometry {found.best.name}"
-        + f" --scale {found.best.scale:g}"*(found.best.scale != 1)
-        + (f" → {out}" if found.merged else "")
-        + f" ({time.time() - start:.0f} s)"
+        f"The nearest: --geometry {found.best.name}{scale}{written} ({time.time() - start:.0f} s)"
     )
     if out and not found.merged:
         raise typer.Exit(1)

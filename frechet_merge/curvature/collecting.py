@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Batch', 'Basis', 'FROZEN', 'VECTOR', 'SAVE', 'by_reason', 'Statistics', 'all_names', 'matching', 'Choice', 'choose',
            'fit_basis', 'checksum', 'State', 'checked', 'Portion', 'Question', 'Pass', 'identify', 'summed_up',
-           'known_about', 'curvature', 'make_sink', 'hessian_columns', 'projected_diagonal', 'projected_kronecker']
+           'known_about', 'curvature', 'make_sink']
 
 # %% ../../nbs/curvature/collecting.ipynb #ed45b5c3
 import json
@@ -25,18 +25,16 @@ from tqdm import tqdm
 
 from ..files.open import load
 from .estimators import ESTIMATORS, causal, default_forward, default_mask
-from .estimators import hessian_columns, length, objective, size, take
-from .forms import FORMS, Form, Sums, projected_diagonal
-from .forms import projected_kronecker
+from .estimators import length, objective, size, take
+from .forms import FORMS, Form, Sums
 from ..files.output import staged_file
 from ..files.shards import read_header, save_tensors
 from .uses import Watch
+from ..messages import warn
 
 Batch = Any  # a mapping, as tokenizers make them; (inputs, labels, …); or inputs. Samples first
 # parameter (m, n) → U (m, p), V (n, p): the matrices u_i v_iᵀ
 Basis = dict[str, tuple[Tensor, Tensor]]
-_all_ = ["hessian_columns", "projected_diagonal", "projected_kronecker"]
-from ..messages import warn
 
 # %% ../../nbs/curvature/collecting.ipynb #722e7951
 # why parameters are left out that nobody will miss: this,

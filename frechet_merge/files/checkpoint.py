@@ -163,7 +163,8 @@ def token_rows(
 
 # %% ../../nbs/files/checkpoint.ipynb #9a9c4cb4
 def ties(config: Mapping[str, Any]) -> bool | None:
-    "Whether a model of this config ties its output layer to its embedding; None: nobody here knows."
+    """Whether a model of this config ties its output layer to its embedding; None: nobody here
+    knows."""
     text = config.get("text_config")
     for said in (config, text if isinstance(text, Mapping) else {}):
         if said.get("tie_word_embeddings") is not None:
@@ -200,7 +201,8 @@ def from_state_dict(
     tensors: Mapping[str, Tensor],  # not copied
     source: str = "state dict",  # what messages call it
 ) -> Checkpoint:
-    "A checkpoint over tensors in memory; names of one storage are tied; `ValueError` if not tensors."
+    """A checkpoint over tensors in memory; names of one storage are tied; `ValueError` if not
+    tensors."""
     lazy, tied, seen = {}, {}, {}
     for name, x in tensors.items():
         if not isinstance(name, str) or not isinstance(x, Tensor):
@@ -218,7 +220,7 @@ def from_state_dict(
     adapter = {} if any(FACTOR.search(n) for n in lazy) else None
     return Checkpoint(lazy, source, tied=tied, adapter=adapter)
 
-
+# %% ../../nbs/files/checkpoint.ipynb #26b54def
 def _storage(x: Tensor) -> Any:
     "What two views of the same numbers have in common."
     return x.untyped_storage().data_ptr(), x.storage_offset(), x.shape, x.stride(), x.dtype

@@ -81,7 +81,7 @@ def weight_files(
         return [single], set()
     return _of_index(index)
 
-
+# %% ../../nbs/files/formats.ipynb #7a5d4526
 def _refuse_model_beside_adapter(folder: Path, usual: list[Path], index: Path | None) -> None:
     adapters = [f for f in usual if f.stem == "adapter_model"]
     models = [f for f in usual if f.stem != "adapter_model"] + ([] if index is None else [index])
@@ -134,7 +134,7 @@ def _open_pickles(files: list[Path], promised: set, source: str) -> Checkpoint:
         )
     return c.view(folder=files[0].parent, files=tuple(files))
 
-
+# %% ../../nbs/files/formats.ipynb #a371b0d8
 def _plain(held: Any, file: Path) -> Mapping[str, Tensor]:
     "The tensors of a pickle, which must be all that it holds."
     if isinstance(held, Mapping):

@@ -178,7 +178,7 @@ def load(
     here = path if path.exists() else _from_hub(str(source), allow_pickle)
     return _open(here, allow_pickle, str(source))
 
-
+# %% ../../nbs/files/open.ipynb #94a6e039
 def _in_memory(tensors: Mapping[str, Tensor], name: str) -> Checkpoint:
     "A mapping, which must not be an adapter of a dialect that is not read."
     from frechet_merge.adapters.dialects import refusal
@@ -188,7 +188,7 @@ def _in_memory(tensors: Mapping[str, Tensor], name: str) -> Checkpoint:
         raise MergeError(f"{name}: {why}.")
     return c
 
-
+# %% ../../nbs/files/open.ipynb #49e8efbf
 def _on_its_base(parts: list[str], allow_pickle: bool) -> Checkpoint:
     "BASE+ADAPTER, and further adapters."
     from frechet_merge.adapters.baking import bake

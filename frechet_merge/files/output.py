@@ -92,7 +92,7 @@ def _name(out: Path) -> str:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()
     return f".{name}."
 
-
+# %% ../../nbs/files/output.ipynb #3b412dad
 def _claim(out: Path) -> tuple[Path, int]:
     "A new folder beside `out` that only this user may enter, and the lock in it."
     folder = Path(tempfile.mkdtemp(prefix=_name(out), suffix=".partial", dir=out.parent))
@@ -174,7 +174,7 @@ def _flush(place: Path):
         _flush(p)
     _sync(place, is_folder)
 
-
+# %% ../../nbs/files/output.ipynb #61f29fbb
 def _sync(place: Path, is_folder: bool = True):
     "As `_flush`, and of a folder only which names it has."
     try:

@@ -1,11 +1,12 @@
 """The safetensors container: headers that are checked before they are believed, shards laid out
 before they are filled.
 
-Hand-written, unlike the other modules: it is mechanism without a story. `nbs/files/tensors.ipynb` uses
-it, `tests/test_shards.py` feeds it lies.
+Hand-written, unlike the other modules: it is mechanism without a story. `nbs/files/tensors.ipynb`
+uses it, `tests/test_shards.py` feeds it lies.
 
 The format (https://github.com/huggingface/safetensors): 8 bytes little-endian header length, a JSON
-header {name: {dtype, shape, data_offsets}}, then the tensors' bytes, row-major, with no gaps. """
+header {name: {dtype, shape, data_offsets}}, then the tensors' bytes, row-major, with no gaps.
+"""
 
 import json
 import math

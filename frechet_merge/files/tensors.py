@@ -127,6 +127,10 @@ class Files(dict):
                 fd = self[path] = open_file(path)
             return fd
 
+    def __reduce__(self):
+        "Another process opens its own."
+        return Files, ()
+
     def __del__(self, close=os.close):  # bound here, since at exit modules may be gone
         for fd in self.values():
             close(fd)

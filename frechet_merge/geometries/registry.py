@@ -95,7 +95,7 @@ def _field(g: Geometry, name: str) -> Any:
     "A field of a geometry; None if it has none of this name."
     return {f.name: getattr(g, f.name) for f in fields(g)}.get(name)
 
-
+# %% ../../nbs/geometries/registry.ipynb #17f68a14
 def _spelled_as(name: str, entry: EntryPoint, g: Geometry) -> str | None:
     "How g is typed by one of the names; None if it is not of this kind."
     make = entry.load()

@@ -140,7 +140,7 @@ def _kind_of_value(x: Any) -> str | None:
     "The type of a JSON value; None of null, which may be of any."
     return _TYPES.get(type(x))
 
-
+# %% ../../nbs/huggingface/examples.ipynb #1965f65f
 def _kind_of_field(x: str | None) -> str | None:
     "The type that a field of CSV could have."
     if x is None:
@@ -207,7 +207,7 @@ def _part(split: str, size: int) -> range | None:
 def _error(data: Any, why: str, remedy: str) -> MergeError:
     return MergeError(f"{data}: {why}.\n{remedy}")
 
-
+# %% ../../nbs/huggingface/examples.ipynb #f23a1ea2
 def _of_file(data: str | os.PathLike, split: str) -> Table:
     "The table of a file that Python reads."
     path = Path(data).expanduser()
@@ -426,7 +426,7 @@ def _first(names: Iterable[str], there: Iterable[str]) -> str | None:
     "The first of the names that is there."
     return next((name for name in names if name in there), None)
 
-
+# %% ../../nbs/huggingface/examples.ipynb #ef8d83d5
 def _guessed(kinds: dict[str, str], strings: list[str], pair: str | None) -> tuple:
     "The columns of a text and of the one that belongs to it, as far as names and types tell."
     text = _first(("text", *CHAT), kinds)
@@ -486,7 +486,7 @@ def _chosen(
 def _is_text(x: Any) -> bool:
     return isinstance(x, (str, int, float))
 
-
+# %% ../../nbs/huggingface/examples.ipynb #57c47cc6
 def _is_chat(x: Any) -> bool:
     return isinstance(x, list) and isinstance(x[0], dict) and "role" in x[0]
 

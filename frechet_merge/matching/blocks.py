@@ -92,14 +92,13 @@ def _block(name: str, every: list[Checkpoint], has_base: bool, absent: str | Non
         _check_alike(name, first, other)
 
     base = found.pop(0)[1] if has_base else None
-    who = [i for i, (_, x) in enumerate(found) if x is not None]
-    if who and first[1].dtype.is_floating_point:
-        return Block(name, [x for _, x in found if x is not None], who, base)
+    versions = {i: x for i, (_, x) in enumerate(found) if x is not None}
+    if versions and first[1].dtype.is_floating_point:
+        return Block(name, list(versions.values()), list(versions), base)
 
     # No mean: integers, or a tensor that only the base has. All versions are one, and it is copied.
-    for other in others:
-        if not is_counter(name):
-            _check_equal(name, first, other)
+    for other in others if not is_counter(name) else []:
+        _check_equal(name, first, other)
     return Block(name, [first[1]], [], base)
 
 # %% ../../nbs/matching/blocks.ipynb #89353774
@@ -135,7 +134,7 @@ def _check_alike(
             "Convert one of them: integers and floating-point numbers have no common mean."
         )
 
-
+# %% ../../nbs/matching/blocks.ipynb #fb26957a
 def _how_to_match(name: str) -> str:
     if head := head_of(name):
         return (
@@ -187,7 +186,7 @@ def tied_in_all(every: list[Checkpoint]) -> dict[str, str]:
             tied[name] = twin
     return tied
 
-
+# %% ../../nbs/matching/blocks.ipynb #d43d7665
 def _is_one(where: Sequence[str | None], there: Sequence[str | None]) -> bool:
     "Whether two names are stored under one, wherever a model has the first of them."
     ours = [(a, b) for a, b in zip(where, there) if a is not None]

@@ -57,7 +57,7 @@ def _listed(home: Path) -> list[dict[str, Any]]:
     found = json_in(home/"modules.json")
     return [part for part in found if isinstance(part, dict)] if isinstance(found, list) else []
 
-
+# %% ../../nbs/matching/function.ipynb #9f706094
 def pooling(c: Checkpoint) -> list[str] | None:
     "The modules behind the transformer, with how they pool; None if the folder does not say."
     home = next((h for h in c.homes if (h/"modules.json").is_file()), None)
@@ -71,7 +71,7 @@ def pooling(c: Checkpoint) -> list[str] | None:
         found.append(kind + _how(held))
     return found
 
-
+# %% ../../nbs/matching/function.ipynb #a1380167
 def _how(config: dict[str, Any]) -> str:
     "How a pooling pools, in either spelling of its config."
     modes = [k.removeprefix("pooling_mode_") for k, v in config.items() if v is True]
@@ -112,7 +112,7 @@ def _modules(c: Checkpoint) -> dict[str, list[Path]]:
     found = {p: [f for kind in WEIGHTS for f in sorted(d.glob(kind))] for p, d in folders.items()}
     return {path: files for path, files in found.items() if files}
 
-
+# %% ../../nbs/matching/function.ipynb #b59f6a49
 WEIGHTS = ("*.safetensors", "*.bin")  # files of weights
 
 

@@ -140,7 +140,7 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     spelled = (name, name.removeprefix("base_model.model."))
     return any(fnmatchcase(n, p) for n in spelled for p in patterns)
 
-
+# %% ../../nbs/matching/views.ipynb #9cf3cfb9
 def without(
     c: Checkpoint,
     patterns: Sequence[str],  # of names; * is a wildcard

@@ -92,7 +92,7 @@ def _bytes(c: Checkpoint) -> list[bytes]:
     files = [home/n for home in c.homes for n in names]
     return [read_bytes(f) if f.is_file() else b"" for f in files]
 
-
+# %% ../../nbs/matching/vocabulary.ipynb #f6fd6e8d
 def distinct(every: list[Checkpoint]) -> list[Checkpoint]:
     "One checkpoint for each set of tokenizer files."
     found: dict[tuple[bytes, ...], Checkpoint] = {}

@@ -30,7 +30,7 @@ def _mean_of(g: Geometry, thetas: Any, Gs: Any, ws: list[float]) -> tuple[Any, M
     mean = frechet_mean(chart.space, chart.points, ws, warn=False)
     return chart.lift(mean.x), replace(mean, x=None)
 
-
+# %% ../../nbs/merging/block.ipynb #765a4fbf
 def _together(means: list[Mean]) -> Mean:
     "One report for the chunks of a tensor."
     unique = {m.unique for m in means}

@@ -85,7 +85,7 @@ def _first_with(homes: Sequence[Path], patterns: Sequence[str]) -> Path | None:
             return home
     return None
 
-
+# %% ../../nbs/merging/companions.ipynb #15149c55
 def carried(
     homes: Sequence[Path],  # folders, of which the first that has a group of files brings it
     alone: bool = False,  # the last of them is the place of a file, and may hold what is not its
@@ -178,7 +178,7 @@ def module_paths(home: Path) -> list[str]:
         )
     return paths
 
-
+# %% ../../nbs/merging/companions.ipynb #7877449e
 def _parts(homes: Sequence[Path]) -> list[tuple[Path, Path]]:
     "Folders that come along, with their homes: modules of an encoder, and chat templates."
     found = [(home, home/"additional_chat_templates") for home in homes[:1]]

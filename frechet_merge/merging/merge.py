@@ -52,7 +52,7 @@ def main_of(every: Sequence[Checkpoint]) -> Checkpoint | None:
     whole = [c for c in placed if c.folder and (c.folder/"config.json").exists()]
     return next(iter([*whole, *placed]), None)
 
-
+# %% ../../nbs/merging/merge.ipynb #87be1edd
 def homes_of(main: Checkpoint | None, adapters: Sequence[Checkpoint] = ()) -> list[Path]:
     "Folders that bring companions: of adapters that are put on, then of what they are put on."
     if main is None or main.folder is None:

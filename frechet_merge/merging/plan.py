@@ -65,7 +65,7 @@ def open_recipe(recipe: Recipe) -> Opened:
     opened = Opened(recipe, models, base, onto)
     return _dropped(opened) if recipe.drop else opened
 
-
+# %% ../../nbs/merging/plan.ipynb #ace289df
 def _dropped(opened: Opened) -> Opened:
     "Without what the recipe leaves out; `ValueError` for a pattern that leaves out nothing."
     patterns = opened.recipe.drop
@@ -97,7 +97,7 @@ def check_recipe(opened: Opened, name: str | None = None) -> None:
         name=name,
     )
 
-
+# %% ../../nbs/merging/plan.ipynb #668bcb09
 def _check_adapters(recipe: Recipe) -> None:
     if recipe.base is not None:
         raise ValueError(
@@ -118,7 +118,7 @@ class Numbers:
     weights: dict[str, list[float]]  # of the models, with the sum 1
     scale: dict[str, float]  # of the difference from the base
 
-
+# %% ../../nbs/merging/plan.ipynb #0d64004b
 def numbers_for(names: Iterable[str], recipe: Recipe) -> Numbers:
     "What a recipe gives each name; `ValueError` for what is no number, or matches nothing."
     names, weights, scale = [*names], recipe.weights, recipe.scale
@@ -269,7 +269,7 @@ def _plan_whole(opened: Opened, whole: Sequence[Block], given: Numbers, dtype, d
     )
     return plan_models(Opened(recipe, parts), dtype, device)
 
-
+# %% ../../nbs/merging/plan.ipynb #88050cf9
 def _say_that_heads_have_no_mean(whole: Sequence[Block]) -> None:
     is_copy = ".base_layer."
     heads = [b.name for b in whole if len(b.first.shape) > 1 and is_copy not in b.name]

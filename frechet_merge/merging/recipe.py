@@ -86,7 +86,7 @@ def _plain(field: str, value: Any) -> Any:
         return numbers_of(value)
     return list(value) if isinstance(value, (list, tuple)) else value
 
-
+# %% ../../nbs/merging/recipe.ipynb #31075e3d
 def _name(model: Any) -> Any:
     "By what a model is found again; a mapping by nothing."
     if isinstance(model, (str, os.PathLike)):
@@ -127,7 +127,7 @@ class Output:
     shard_size: int = 5*10**9  # bytes of a file, at most, unless one tensor is larger
     full_hash: bool = False  # hash every byte of the inputs for the record
 
-
+# %% ../../nbs/merging/recipe.ipynb #55cb3983
 @dataclass(frozen=True)
 class Run:
     "By what a merge is computed; no number depends on it."
@@ -172,7 +172,7 @@ def flag(name: str, value: Any) -> list[str]:
     values = [value] if isinstance(value, str) else value
     return [word for v in values for word in (option, v)]
 
-
+# %% ../../nbs/merging/recipe.ipynb #e18725fe
 def typed(x: float) -> str:
     "A number with as few digits as it takes."
     return f"{x:g}" if float(f"{x:g}") == x else repr(float(x))

@@ -113,7 +113,7 @@ def known(mean: Mean) -> dict[str, Any]:
     "What is known of a mean, without its coordinates."
     return {k: v for k, v in vars(mean).items() if k != "x"}
 
-
+# %% ../../nbs/merging/record.ipynb #485e6657
 def came_of(means: dict[str, Mean], start: str, said: list[str], seconds: float) -> dict[str, Any]:
     "What a record has to add when a merge is done."
     return {
@@ -130,7 +130,7 @@ HUB = re.compile(r"\w[\w.-]*/\w[\w.-]*(?:@[\w./-]+)?")  # what hub ids look like
 def _of_hub(name: str) -> bool:
     return bool(HUB.fullmatch(name)) and not Path(name).exists()
 
-
+# %% ../../nbs/merging/record.ipynb #50bd0ab5
 def head(record: Record, config: dict | None) -> dict[str, Any]:
     "What a card's head says of where a model comes from; `config` is a merged adapter's."
     if config is not None:

@@ -279,7 +279,7 @@ def doubtful(
     bad = sum(map(len, by_problem.values()))
     return f"{bad} of {len(means)} means need a look: {'; '.join(said)}{more}.{lost}"
 
-
+# %% ../../nbs/merging/run.ipynb #c5d02363
 def _first(names: list[str]) -> str:
     more = f" and {len(names) - 2} more" if names[2:] else ""
     return ", ".join(names[:2]) + more

@@ -29,7 +29,7 @@ def _stacked(fs: Sequence[Factors]) -> Factors:
         return Factors(fs[0].B[None], fs[0].A[None])
     return Factors(torch.stack([f.B for f in fs]), torch.stack([f.A for f in fs]))
 
-
+# %% ../../nbs/merging/update.ipynb #16501eee
 def _zero_like(f: Factors, rank: int) -> Factors:
     "The update of an adapter that lacks the layer: it adds nothing to the base."
     return Factors(torch.zeros_like(f.B[..., :rank]), torch.zeros_like(f.A[..., :rank, :]))

@@ -17,7 +17,10 @@ from torch import Tensor
 AT_ONCE = 1e18
 
 
-def times(w: float, M) -> Any:
+def times(
+    w: float,
+    M: Any,  # a number, a tensor or an operator; None is the identity
+) -> Any:
     "w·M, also for a w whose product with a float32 number is not one."
     if M is None or w == 1:
         return M
@@ -81,7 +84,11 @@ def rounding_of(*Ms) -> float:
 NULL = 100
 
 
-def known(lam, null=NULL, eps=0.0) -> Any:
+def known(
+    lam: Any,  # a tensor of eigenvalues; anything else is returned as it is
+    null: float = NULL,  # eps of the dtype, relative to the largest, below which one is 0
+    eps: float = 0.0,  # the least precision of lam, if its dtype has more
+) -> Any:
     """Eigenvalues without those that may be rounding, which are 0 (None but the negative ones for
     null = 0); numbers as they are; `ValueError` if one is negative."""
     if not isinstance(lam, Tensor):
@@ -118,7 +125,8 @@ class Dense:
 
     def __add__(self, other):
         if isinstance(other, Dense):
-            return Dense(self.M + other.M, eps=max(self.eps, other.eps, rounding_of(self.M, other.M)))
+            rounding = rounding_of(self.M, other.M)
+            return Dense(self.M + other.M, eps=max(self.eps, other.eps, rounding))
         if isinstance(other, Diagonal):
             d = torch.as_tensor(other.d, dtype=self.M.dtype, device=self.M.device)
             return Dense(self.M + d.flatten().expand(len(self.M)).diag(), eps=self.eps)

@@ -397,7 +397,7 @@ def _as_space(space: Any) -> Space:
     )
     return space_of(space)
 
-
+# %% ../../nbs/spaces/mean.ipynb #d9039ee6
 def frechet_mean(
     # gives log and exp: that of a chart; a `Geometry` in its place is of version 0.1
     space: Space | Any,
