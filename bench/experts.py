@@ -130,7 +130,7 @@ class Experts:
 
 
 class Text(Experts):
-    """The sentence encoder of `frechet_merge.demo`, mean-pooled; TASKS is a file like
+    """The sentence encoder of `frechet_merge.cli.demo`, mean-pooled; TASKS is a file like
     bench/demo/tasks.json.gz."""
 
     options = {"add_pooling_layer": False}

@@ -348,7 +348,7 @@ def test_reading_is_quiet_and_leaves_nothing(tmp_path):
         datasets.utils.are_progress_bars_disabled(),
     ) == before
     r = subprocess.run(
-        [sys.executable, "-c", "from frechet_merge.examples import examples; examples('a.jsonl')"],
+        [sys.executable, "-c", "from frechet_merge.huggingface.examples import examples; examples('a.jsonl')"],
         capture_output=True,
         text=True,
         cwd=tmp_path,

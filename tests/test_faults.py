@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from frechet_merge import MergeError, load, merge
-from frechet_merge import output
+from frechet_merge.files import output
 from frechet_merge.cli.commands import main
 from frechet_merge.curvature.collecting import Statistics
 from frechet_merge.merging.companions import write_companions
@@ -180,7 +180,7 @@ class TestStaging:
         code = (
             "import os, resource, sys\n"
             "from pathlib import Path\n"
-            "from frechet_merge.output import staged\n"
+            "from frechet_merge.files.output import staged\n"
             "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
             "try:\n"
             "    with staged(Path('out')) as part:\n"

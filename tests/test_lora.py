@@ -145,9 +145,9 @@ def test_no_dense_matrix_is_formed():
     MiB beyond the factors."""
     code = (
         "import resource, torch\n"
-        "from frechet_merge.factors import Factors\n"
+        "from frechet_merge.algebra.factors import Factors\n"
         "from frechet_merge import LoRA\n"
-        "from frechet_merge.laws import mean_of\n"
+        "from frechet_merge.geometries.laws import mean_of\n"
         "fs = [Factors(torch.randn(30000, 8), torch.randn(8, 30000)) for _ in "
         "range(4)]\n"
         "r0 = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"

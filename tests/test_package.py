@@ -331,7 +331,7 @@ def test_former_modules_are_found_with_a_note():
             public = next(n for n, x in vars(found).items() if is_defined_in(x, found))
             assert getattr(module, public) is getattr(found, public)
         with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
-            module.nothing
+            _ = module.nothing
 
 
 def test_llms_txt_is_the_sidebar():
