@@ -347,8 +347,9 @@ def test_reading_is_quiet_and_leaves_nothing(tmp_path):
         datasets.utils.logging.get_verbosity(),
         datasets.utils.are_progress_bars_disabled(),
     ) == before
+    code = "from frechet_merge.huggingface.examples import examples; examples('a.jsonl')"
     r = subprocess.run(
-        [sys.executable, "-c", "from frechet_merge.huggingface.examples import examples; examples('a.jsonl')"],
+        [sys.executable, "-c", code],
         capture_output=True,
         text=True,
         cwd=tmp_path,

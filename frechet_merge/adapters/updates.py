@@ -264,6 +264,14 @@ def _saved(models: Sequence[Checkpoint]) -> tuple[bool, list[str]]:
     named = {m for c in models for m in (c.adapter or {}).get("modules_to_save") or []}
     return bool(named), sorted(m for m in named if any(f".{m}." in k for c in models for k in c))
 
+# %% ../../nbs/adapters/updates.ipynb #e2988c89
+def _usual(ranks: dict[str, int]) -> int:
+    "The rank that a config gives all modules but those of `rank_pattern`."
+    # a router of experts is a parameter to PEFT, which no pattern reaches
+    routers = [k for name, k in ranks.items() if name.endswith(".gate")]
+    counts = Counter(routers or ranks.values())
+    return max(counts, key=counts.__getitem__)
+
 # %% ../../nbs/adapters/updates.ipynb #a9121391
 # keys that were for the training of one adapter
 OF_TRAINING = (
@@ -290,8 +298,7 @@ def peft_config(
             "not.\n"
             "Retrain with one setting, or merge them on their base, as BASE+ADAPTER."
         )
-    counts = Counter(ranks.values())
-    usual = max(counts, key=counts.__getitem__)
+    usual = _usual(ranks)
     odd = {f"^{re.escape(n)}": k for n, k in ranks.items() if k != usual}
     names_heads, saved = _saved(models)
     bases = [c.get("base_model_name_or_path") for c in configs]

@@ -118,6 +118,16 @@ class Numbers:
     weights: dict[str, list[float]]  # of the models, with the sum 1
     scale: dict[str, float]  # of the difference from the base
 
+# %% ../../nbs/merging/plan.ipynb #e913941a
+def _refuse_negative(ws: Sequence[float] | None) -> None:
+    "`ValueError` with the way to take a model away, which no mean does."
+    if ws is not None and any(w < 0 for w in ws):
+        raise ValueError(
+            f"weights {[*ws]} must not be negative. To take a model away, merge it alone with "
+            "scale=-1 (--scale -1; whole models need their base= too), and what that wrote with "
+            "the others: with scale=2, two of them are added."
+        )
+
 # %% ../../nbs/merging/plan.ipynb #0d64004b
 def numbers_for(names: Iterable[str], recipe: Recipe) -> Numbers:
     "What a recipe gives each name; `ValueError` for what is no number, or matches nothing."
@@ -130,6 +140,8 @@ def numbers_for(names: Iterable[str], recipe: Recipe) -> Numbers:
     for x in scales.values():
         if not math.isfinite(x):
             raise ValueError(f"scale {x} is not finite.")
+    for ws in given.values():
+        _refuse_negative(ws)
     return Numbers({n: normalise(w, T) for n, w in given.items()}, scales)
 
 # %% ../../nbs/merging/plan.ipynb #667f13fe

@@ -83,10 +83,7 @@ def normalise(ws: Sequence[float] | None, T: int) -> list[float]:
     if len(ws) != T:
         raise ValueError(f"{len(ws)} weights {ws} for {T} models: give one per model.")
     if not all(math.isfinite(w) and w >= 0 for w in ws):
-        raise ValueError(
-            f"weights {ws} must be finite and >= 0; to move away from a model, use base= "
-            "and a negative scale=."
-        )
+        raise ValueError(f"weights {ws} must be finite and >= 0.")
     top = max(ws)
     if not top > 0:
         raise ValueError(f"weights {ws} sum to zero: at least one model must count.")
