@@ -123,7 +123,7 @@ def test_every_public_name_is_described(pages, modules):
 
 
 def test_a_card_says_what_the_docments_say(pages):
-    html = pages["03_mean.html"].path.read_text()
+    html = pages["spaces/mean.html"].path.read_text()
     said = without_tags(html.split('id="frechet_mean"')[1].split("<h3")[0])
     for x in ("tol=1e-10", "on the residual", "Geometry", "source", "Karcher 1977"):
         assert x in said, x
@@ -382,7 +382,7 @@ def test_search_and_dark_mode_by_hand(browser, site):
         assert scheme() == "default"
         tab.click("label[title='Switch to dark mode']")
         assert scheme() == "slate"
-        tab.goto(address + "/03_mean.html")
+        tab.goto(address + "/spaces/mean.html")
         assert scheme() == "slate"
 
         is_open = tab.is_visible("input.md-search__input")
