@@ -566,7 +566,7 @@ def demo_command(
         int, typer.Option(help="Test texts of each task: fewer are faster.", min=1, max=200)
     ] = 100,
 ):
-    """Merge five packaged real experts offline, in every geometry; print accuracies and save a
+    """Merge five packaged real experts offline, in several ways; print accuracies and save a
     picture."""
     from rich.console import Console
     from rich.table import Table
