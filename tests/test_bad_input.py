@@ -145,7 +145,7 @@ def test_nan_and_inf(models, tmp_path, bad, geometry):
         ("1,2,3", "3 weights"),
         ("nan,1", "finite"),
         ("inf,1", "finite"),
-        ("-1,3", ">= 0"),
+        ("-1,3", "must not be negative"),
         ("a,b", "not numbers"),
     ],
 )

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from importlib import import_module
 
 import pytest
 import torch
@@ -183,8 +184,7 @@ def test_texts_that_look_like_dates_are_texts(tmp_path):
 
 def test_rows_are_not_held(tmp_path, monkeypatch):
     "Of a long file only the rows that are asked for are in memory."
-    import frechet_merge.huggingface.examples as e
-
+    e = import_module("frechet_merge.huggingface.examples")
     path, alive = write(tmp_path/"a.jsonl", [{"text": "a"*1000}]*3000), []
 
     class Row(dict):

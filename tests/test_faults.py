@@ -202,7 +202,7 @@ class TestStaging:
         ended = []
         monkeypatch.setattr(os, "_exit", ended.append)
         monkeypatch.setattr(
-            "frechet_merge.cli.app", lambda: os.kill(os.getpid(), signal.SIGHUP)
+            "frechet_merge.cli.commands.app", lambda: os.kill(os.getpid(), signal.SIGHUP)
         )
         try:
             main()

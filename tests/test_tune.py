@@ -4,6 +4,7 @@ what is left behind."""
 import math
 import shutil
 import warnings
+from importlib import import_module
 
 import pytest
 import torch
@@ -369,8 +370,7 @@ def test_search_survives_what_is_not_finite():
 def test_it_asks_what_the_metrics_have_not_seen(work, tmp_path, monkeypatch):
     """With the metrics' own seed, since the command line's may differ; seen ones only if there are
     no others, and with a word."""
-    import frechet_merge.tuning.tune as t
-
+    t = import_module("frechet_merge.tuning.tune")
     rows = [{"text": f"{a} {b} {c}"} for a in WORDS for b in WORDS for c in WORDS[:2]]
     data = write(tmp_path/"d.jsonl", rows)
     s = tmp_path/"s.safetensors"
