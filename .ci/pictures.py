@@ -1,4 +1,5 @@
-"""The favicon and the social picture: `python .ci/pictures.py` writes nbs/images/favicon.svg and nbs/images/social.png."""
+"""The favicon and the social picture: `python .ci/pictures.py` writes nbs/images/favicon.svg and
+nbs/images/social.png."""
 
 import io
 from pathlib import Path
@@ -67,50 +68,43 @@ def favicon():
     )
 
 
+def rings() -> list[np.ndarray]:
+    "Parallels and meridians of a sphere, (400, 3) each."
+    s = np.linspace(0, 2*np.pi, 400)
+    found = []
+    for angle in np.deg2rad(np.linspace(-80, 80, 9)):
+        c, h = np.cos(angle), np.sin(angle)
+        found.append(np.stack([c*np.cos(s), np.full(400, h), c*np.sin(s)], 1))
+        found.append(np.stack([h*np.cos(s), np.sin(s), c*np.cos(s)], 1))
+    return found
+
+
+def globe(ax):
+    "A sphere, tilted towards the reader."
+    ax.set_aspect("equal")
+    ax.axis("off")
+    ax.add_patch(plt.Circle((0, 0), 1, color="#224668"))
+    c, s = np.cos(0.5), np.sin(0.5)
+    for x, y, z in (ring.T for ring in rings()):
+        y, z = c*y + s*z, c*z - s*y
+        ax.plot(np.where(z > 0, x, np.nan), y, color="#34597d", lw=1)
+    ax.set_xlim(-1.08, 1.08)
+    ax.set_ylim(-1.08, 1.08)
+
+
 def social():
     "1200 by 630: three models on a sphere, the geodesics, and their mean."
     fig = plt.figure(figsize=(12, 6.3), dpi=100, facecolor=INK)
     ax = fig.add_axes([0.535, 0.06, 0.455, 0.88])
-    ax.set_aspect("equal")
-    ax.axis("off")
-    ax.add_patch(plt.Circle((0, 0), 1, color="#224668"))
-    # parallels and meridians, tilted towards the reader
-    for k in np.linspace(-80, 80, 9):
-        for ring in (
-            np.stack(
-                [
-                    np.cos(np.deg2rad(k))*np.cos(s := np.linspace(0, 2*np.pi, 400)),
-                    np.full(400, np.sin(np.deg2rad(k))),
-                    np.cos(np.deg2rad(k))*np.sin(s),
-                ],
-                1,
-            ),
-            np.stack(
-                [np.cos(s)*np.sin(np.deg2rad(k)), np.sin(s), np.cos(s)*np.cos(np.deg2rad(k))], 1
-            ),
-        ):
-            y, z = (
-                ring[:, 1]*np.cos(0.5) + ring[:, 2]*np.sin(0.5),
-                ring[:, 2]*np.cos(0.5) - ring[:, 1]*np.sin(0.5),
-            )
-            ax.plot(np.where(z > 0, ring[:, 0], np.nan), y, color="#34597d", lw=1)
+    globe(ax)
     m = karcher(MODELS)
     for x in MODELS:
         ax.plot(*arc(m, x).T[:2], color=SKY, lw=4, solid_capstyle="round")
         ax.plot(*x[:2], "o", color="white", ms=17)
     ax.plot(*m[:2], "o", color=MEAN, ms=25)
-    ax.set_xlim(-1.08, 1.08)
-    ax.set_ylim(-1.08, 1.08)
     fig.text(0.06, 0.60, "frechet_merge", color="white", size=45, weight="bold")
-    fig.text(
-        0.06,
-        0.47,
-        "Merge neural networks\nas Fréchet means",
-        color=SKY,
-        size=29,
-        va="top",
-        linespacing=1.5,
-    )
+    claim = "Merge neural networks\nas Fréchet means"
+    fig.text(0.06, 0.47, claim, color=SKY, size=29, va="top", linespacing=1.5)
     return fig
 
 

@@ -1,4 +1,5 @@
-"""README.md from nbs/index.ipynb: `python .ci/readme.py` writes it, `--check` fails if it is not what the notebook says.
+"""README.md from nbs/index.ipynb: `python .ci/readme.py` writes it, `--check` fails if it is not
+what the notebook says.
 
 nbdev's own `nbdev_readme` needs the Quarto program, which no package registry carries.
 """

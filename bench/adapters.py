@@ -14,6 +14,7 @@ float64."""
 
 import argparse
 import csv
+import itertools
 import json
 import os
 import platform
@@ -28,25 +29,27 @@ import torch
 
 HERE = Path(__file__).parent
 RANK = 16
+EQUAL = [0.2]*5
 
 
 def modules(hidden, mlp, layers):
+    "Name and shape of each module of a decoder."
+    shapes = {f"self_attn.{x}_proj": (hidden, hidden) for x in "qkvo"} | {
+        "mlp.gate_proj": (mlp, hidden),
+        "mlp.up_proj": (mlp, hidden),
+        "mlp.down_proj": (hidden, mlp),
+    }
     for i in range(layers):
-        for k, (m, n) in {
-            **{f"self_attn.{x}_proj": (hidden, hidden) for x in "qkvo"},
-            "mlp.gate_proj": (mlp, hidden),
-            "mlp.up_proj": (mlp, hidden),
-            "mlp.down_proj": (hidden, mlp),
-        }.items():
-            yield f"model.layers.{i}.{k}", (m, n)
+        for name, shape in shapes.items():
+            yield f"model.layers.{i}.{name}", shape
 
 
-def make(folder, seed, hidden, mlp, layers, r=RANK, dtype=torch.float32, **cfg):
-    "A PEFT folder of random factors."
-    from frechet_merge.shards import ShardWriter
+def make(folder, seed, size, r=RANK, dtype=torch.float32, **cfg):
+    "A PEFT folder of random factors, for (hidden, MLP, layers)."
+    from frechet_merge.files.shards import ShardWriter
 
     folder.mkdir(parents=True)
-    names = dict(modules(hidden, mlp, layers))
+    names = dict(modules(*size))
     gen = torch.Generator().manual_seed(seed)
     layout = {
         f"base_model.model.{k}.lora_{x}.weight": (s, dtype)
@@ -57,18 +60,15 @@ def make(folder, seed, hidden, mlp, layers, r=RANK, dtype=torch.float32, **cfg):
     for k, (s, _) in layout.items():
         w.write(k, 0, torch.randn(s, generator=gen).flatten()*s[-1]**-0.5)
     w.close()
-    (folder/"adapter_config.json").write_text(
-        json.dumps(
-            {
-                "peft_type": "LORA",
-                "r": r,
-                "lora_alpha": r,
-                "target_modules": sorted({k.rsplit(".", 1)[1] for k in names}),
-                "base_model_name_or_path": "random",
-                **cfg,
-            }
-        )
-    )
+    config = {
+        "peft_type": "LORA",
+        "r": r,
+        "lora_alpha": r,
+        "target_modules": sorted({k.rsplit(".", 1)[1] for k in names}),
+        "base_model_name_or_path": "random",
+        **cfg,
+    }
+    (folder/"adapter_config.json").write_text(json.dumps(config))
     return folder
 
 
@@ -88,7 +88,7 @@ def shell(hidden, mlp, layers):
 def exact(folders, ws):
     "module → weighted mean of the updates, dense."
     from frechet_merge import load
-    from frechet_merge.adapters import layers
+    from frechet_merge.adapters.peft import layers
 
     out = {}
     for f, w in zip(folders, ws):
@@ -98,51 +98,39 @@ def exact(folders, ws):
 
 
 def distance(got, want):
-    return (
-        sum(float((got[n] - want[n]).norm()**2) for n in want)
-        / sum(float(x.norm()**2) for x in want.values())
-    )**0.5
+    "Relative, over all modules."
+    far = sum(float((got[n] - want[n]).norm()**2) for n in want)
+    return (far/sum(float(x.norm()**2) for x in want.values()))**0.5
 
 
-def peft_merge(folders, ws, kind, hidden, mlp, layers, **kw):
+def peft_merge(folders, ws, kind, size, **kw):
     "Seconds of add_weighted_adapter, the updates that PEFT then has, and the MiB that it took."
     from peft import PeftModel
 
-    model = PeftModel.from_pretrained(
-        shell(hidden, mlp, layers), str(folders[0]), adapter_name="a0"
-    )
+    model = PeftModel.from_pretrained(shell(*size), str(folders[0]), adapter_name="a0")
     for i, f in enumerate(folders[1:], 1):
         model.load_adapter(str(f), f"a{i}")
-    before, start = peak(reset=True), time.perf_counter()
-    model.add_weighted_adapter(
-        [f"a{i}" for i in range(len(folders))], ws, "merged", combination_type=kind, **kw
-    )
-    seconds, used = time.perf_counter() - start, peak() - before
-    return (
-        seconds,
-        {
-            n.removeprefix("base_model.model."): m.get_delta_weight("merged").double()
-            for n, m in model.named_modules()
-            if hasattr(m, "get_delta_weight")
-        },
-        used,
-    )
+    names = [f"a{i}" for i in range(len(folders))]
+    before = peak(reset=True)
+    start = time.perf_counter()
+    model.add_weighted_adapter(names, ws, "merged", combination_type=kind, **kw)
+    seconds = time.perf_counter() - start
+    used = peak() - before
+    updates = {
+        n.removeprefix("base_model.model."): m.get_delta_weight("merged").double()
+        for n, m in model.named_modules()
+        if hasattr(m, "get_delta_weight")
+    }
+    return seconds, updates, used
 
 
 def peak(reset=False):
     "Largest resident MiB of this process, since the last reset."
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
-    return (
-        int(
-            next(
-                x
-                for x in Path("/proc/self/status").read_text().splitlines()
-                if x.startswith("VmHWM")
-            ).split()[1]
-        )
-        / 1024
-    )
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (x for x in lines if x.startswith("VmHWM"))
+    return int(line.split()[1])/1024
 
 
 OURS = """
@@ -198,130 +186,115 @@ def write_rows(name, rows, about):
     (HERE/"results"/f"{name}.json").write_text(json.dumps(about, indent=1) + "\n")
 
 
-def layer(work, runs=5):
+def row(case, who, seconds="", mib="", far=""):
+    return {
+        "case": case,
+        "who": who,
+        "seconds": seconds,
+        "extra MiB": mib,
+        "distance from the mean": far,
+    }
+
+
+# hidden, MLP, layers; our merges, of which the median is told
+LAYER, RUNS = (2048, 5632, 1), 5
+
+
+def median_merge(folders, ws, out, geometry):
+    return sorted(our_merge(folders, ws, out, geometry) for _ in range(RUNS))[RUNS//2]
+
+
+def our_updates(folders, ws, geometry, out):
+    "As of `peft_merge`, but from disk to disk."
     from frechet_merge import load
-    from frechet_merge.adapters import layers
+    from frechet_merge.adapters.peft import layers
 
-    size, ws, rows = (2048, 5632, 1), [0.2]*5, []
+    seconds, mib, _ = median_merge(folders, ws, out, geometry)
+    return seconds, {n: x.factors().delta() for n, x in layers(load(out))[0].items()}, mib
 
-    def ours(folders, ws, geometry):
-        out = work/"out"
-        done = sorted(our_merge(folders, ws, out, geometry) for _ in range(runs))[runs//2]
-        return done[0], {n: x.factors().delta() for n, x in layers(load(out))[0].items()}, done[1]
 
-    def compare(case, folders, weights, kind, geometry, truth=None, given=None, **kw):
-        want = truth or exact(folders, weights)
-        for who, run in (
-            ("PEFT " + kind, lambda: peft_merge(folders, given or weights, kind, *size, **kw)),
-            ("frechet_merge " + geometry, lambda: ours(folders, given or weights, geometry)),
-        ):
-            try:
-                s, got, mib = run()
-            except Exception as e:
-                rows.append(
-                    {
-                        "case": case,
-                        "who": who,
-                        "seconds": "",
-                        "extra MiB": "",
-                        "distance from the mean": f"refused: {type(e).__name__}",
-                    }
-                )
-                continue
-            rows.append(
-                {
-                    "case": case,
-                    "who": who,
-                    "seconds": f"{s:.4f}",
-                    "extra MiB": f"{mib:.0f}",
-                    "distance from the mean": f"{distance(got, want):.8f}",
-                }
-            )
+def compare(case, folders, kind, geometry, out, given=EQUAL, **kw):
+    "A row of PEFT and one of ours, with the weights that are given, against the mean."
+    want = exact(folders, EQUAL)
+    for who, run in (
+        (f"PEFT {kind}", lambda: peft_merge(folders, given, kind, LAYER, **kw)),
+        (f"frechet_merge {geometry}", lambda: our_updates(folders, given, geometry, out)),
+    ):
+        try:
+            seconds, got, mib = run()
+        except Exception as e:
+            yield row(case, who, far=f"refused: {type(e).__name__}")
+        else:
+            yield row(case, who, f"{seconds:.4f}", f"{mib:.0f}", f"{distance(got, want):.8f}")
 
-    plain = [make(work/f"p{i}", i, *size) for i in range(5)]
-    compare("plain, to rank 16", plain, ws, "svd", "LoRA(rank=16)", svd_rank=RANK)
-    done = sorted(our_merge(plain, ws, None, "LoRA(rank=16)") for _ in range(runs))[runs//2]
-    rows.append(
-        {
-            "case": "plain, to rank 16",
-            "who": "frechet_merge LoRA(rank=16), result in memory",
-            "seconds": f"{done[0]:.4f}",
-            "extra MiB": f"{done[1]:.0f}",
-            "distance from the mean": "",
-        }
-    )
-    compare("plain", plain, ws, "linear", "LoRA()")
-    compare(
-        "rsLoRA",
-        [make(work/f"r{i}", i, *size, use_rslora=True) for i in range(5)],
-        ws,
-        "linear",
-        "LoRA()",
-    )
-    compare(
-        "mixed scaling",
-        [make(work/f"s{i}", i, *size, lora_alpha=a) for i, a in enumerate((4, 8, 16, 32, 64))],
-        ws,
-        "linear",
-        "LoRA()",
-    )
-    rs = [work/f"r{i}" for i in range(5)]
-    compare("rsLoRA", rs, ws, "cat", "LoRA()")
-    compare(
-        "different ranks",
-        [
-            make(work/f"d{i}", i, *size, r=r, lora_alpha=16)
-            for i, r in enumerate((4, 8, 16, 32, 64))
-        ],
-        ws,
-        "linear",
-        "LoRA()",
-    )
-    compare("one weight too few", plain, ws, "cat", "LoRA()", given=ws[:4])
+
+def layer(work):
+    "All cases of one decoder layer."
+    out = work/"out"
+
+    def made(letter, *configs):
+        return [make(work/f"{letter}{i}", i, LAYER, **c) for i, c in enumerate(configs)]
+
+    plain = made("p", *[{}]*5)
+    rows = [*compare("plain, to rank 16", plain, "svd", "LoRA(rank=16)", out, svd_rank=RANK)]
+    seconds, mib, _ = median_merge(plain, EQUAL, None, "LoRA(rank=16)")
+    who = "frechet_merge LoRA(rank=16), result in memory"
+    rows.append(row("plain, to rank 16", who, f"{seconds:.4f}", f"{mib:.0f}"))
+    rows += compare("plain", plain, "linear", "LoRA()", out)
+    rs = made("r", *[{"use_rslora": True}]*5)
+    rows += compare("rsLoRA", rs, "linear", "LoRA()", out)
+    scaled = made("s", *({"lora_alpha": a} for a in (4, 8, 16, 32, 64)))
+    rows += compare("mixed scaling", scaled, "linear", "LoRA()", out)
+    rows += compare("rsLoRA", rs, "cat", "LoRA()", out)
+    ranks = made("d", *({"r": r, "lora_alpha": 16} for r in (4, 8, 16, 32, 64)))
+    rows += compare("different ranks", ranks, "linear", "LoRA()", out)
+    rows += compare("one weight too few", plain, "cat", "LoRA()", out, given=EQUAL[:4])
     write_rows("adapters_layer", rows, about("python bench/adapters.py layer"))
 
 
-def scale(work, runs=1):
-    "T grows at full size; then hidden and MLP shrink at T = 20, for one layer."
-    rows = []
+def scale_row(size, T, geometry, seconds, mib):
+    hidden, mlp, layers = size
+    return {
+        "adapters": T,
+        "hidden": hidden,
+        "MLP": mlp,
+        "layers": layers,
+        "geometry": geometry,
+        "seconds": seconds,
+        "peak MiB": f"{mib:.0f}",
+    }
+
+
+def growing(work):
+    "Rows of 5 to 50 adapters of a model of full size."
     full = (4096, 11008, 32)
-    folders = [make(work/f"a{i}", i, *full, dtype=torch.bfloat16) for i in range(50)]
+    folders = [make(work/f"a{i}", i, full, dtype=torch.bfloat16) for i in range(50)]
     for T in (5, 10, 20, 50):
-        for g in ("LoRA(rank=16)", *(["LoRA()"] if T in (5, 20) else [])):
-            s, mib, total = our_merge(folders[:T], None, work/"out", g)
-            rows.append(
-                {
-                    "adapters": T,
-                    "hidden": full[0],
-                    "MLP": full[1],
-                    "layers": full[2],
-                    "geometry": g,
-                    "seconds": f"{s:.1f}",
-                    "peak MiB": f"{total:.0f}",
-                }
-            )
-            print(rows[-1], flush=True)
+        for g in ("LoRA(rank=16)", "LoRA()") if T in (5, 20) else ("LoRA(rank=16)",):
+            seconds, _, mib = our_merge(folders[:T], None, work/"out", g)
+            yield scale_row(full, T, g, f"{seconds:.1f}", mib)
             shutil.rmtree(work/"out")
     for f in folders:
         shutil.rmtree(f)
+
+
+def shrinking(work):
+    "Rows of 20 adapters of models of 512 to 4096 dimensions."
     for k in (1, 2, 4, 8):
         size = (512*k, 1376*k, 4)
-        some = [make(work/f"k{k}_{i}", i, *size, dtype=torch.bfloat16) for i in range(20)]
-        s, mib, total = our_merge(some, None, work/"out", "LoRA(rank=16)")
-        rows.append(
-            {
-                "adapters": 20,
-                "hidden": size[0],
-                "MLP": size[1],
-                "layers": 4,
-                "geometry": "LoRA(rank=16)",
-                "seconds": f"{s:.2f}",
-                "peak MiB": f"{total:.0f}",
-            }
-        )
-        print(rows[-1], flush=True)
-        for f in some:
+        folders = [make(work/f"k{k}_{i}", i, size, dtype=torch.bfloat16) for i in range(20)]
+        seconds, _, mib = our_merge(folders, None, work/"out", "LoRA(rank=16)")
+        yield scale_row(size, 20, "LoRA(rank=16)", f"{seconds:.2f}", mib)
+        for f in folders:
             shutil.rmtree(f)
+
+
+def scale(work):
+    "T grows at full size; then hidden and MLP shrink at T = 20, for one layer."
+    rows = []
+    for r in itertools.chain(growing(work), shrinking(work)):
+        rows.append(r)
+        print(r, flush=True)
     write_rows("adapters_scale", rows, about("python bench/adapters.py scale"))
 
 

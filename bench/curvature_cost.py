@@ -21,20 +21,18 @@ projected form."""
 import time
 
 import torch
+import transformers
 from adapters import about, write_rows
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import BertConfig, BertForSequenceClassification
+
+from frechet_merge.curvature.collecting import curvature
 
 K, T, BATCHES, N, TOKENS, REPEATS = 32, 8, 4, 8, 32, 2
 
 
-def main():
-    from transformers import BertConfig, BertForSequenceClassification
-
-    from frechet_merge.curvature import curvature
-
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    model = BertForSequenceClassification(BertConfig(num_labels=3)).eval()
-    batches = [
+def random_batches():
+    return [
         {
             "input_ids": torch.randint(5, 30000, (N, TOKENS)),
             "attention_mask": torch.ones(N, TOKENS, dtype=torch.long),
@@ -42,86 +40,100 @@ def main():
         }
         for _ in range(BATCHES)
     ]
-    weights = {n: w for n, w in model.named_parameters() if "encoder.layer" in n and w.dim() == 2}
-    made, basis = {}, {}
-    for n, w in weights.items():
+
+
+def random_bases(weights):
+    "K·T orthonormal directions of each side of each weight; sides of one length have the same."
+    made = {}
+    for w in weights.values():
         for d in w.shape:
             if d not in made:
                 made[d] = torch.linalg.qr(torch.randn(d, K*T))[0]
-        basis[n] = tuple(made[d].clone() for d in w.shape)
+    return {n: tuple(made[d].clone() for d in w.shape) for n, w in weights.items()}
 
-    def timed(f):
-        start = time.process_time()
-        f()
-        return time.process_time() - start
+
+def timed(f):
+    start = time.process_time()
+    f()
+    return time.process_time() - start
+
+
+def statistics_and_steps(model, batches, weights, basis):
+    "Seconds of a training step on all batches, and of each form of statistics."
 
     def steps():
         for b in batches:
             torch.autograd.grad(model(**b).loss, list(model.parameters()))
 
+    names = list(weights)
     runs = {
         "training step": steps,
         "projected": lambda: curvature(model, batches, "projected", basis=basis),
-        "inputs": lambda: curvature(model, batches, "inputs", parameters=list(weights)),
-        "kronecker": lambda: curvature(model, batches, "kronecker", parameters=list(weights)),
-        "diagonal": lambda: curvature(model, batches, "diagonal", parameters=list(weights)),
+        "inputs": lambda: curvature(model, batches, "inputs", parameters=names),
+        "kronecker": lambda: curvature(model, batches, "kronecker", parameters=names),
+        "diagonal": lambda: curvature(model, batches, "diagonal", parameters=names),
     }
     steps()
     best = {}
     # in turns, so that a busy machine is busy for all
     for i in range(REPEATS):
         for name, f in runs.items():
-            if name in ("diagonal", "kronecker") and i:
-                continue
-            best[name] = min(best.get(name, 1e9), timed(f))
+            if name not in ("diagonal", "kronecker") or i == 0:
+                best[name] = min(best.get(name, 1e9), timed(f))
+    return best
 
-    from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    ws, v = (
-        list(weights.values()),
-        [torch.outer(basis[n][0][:, 0], basis[n][1][:, 0]) for n in weights],
-    )
-    for p in model.parameters():
-        p.requires_grad = False
+def one_product(model, batch, weights, basis):
+    "Seconds of a Hessian-vector product on one batch, over all weights at once."
+    ws = list(weights.values())
+    v = [torch.outer(U[:, 0], V[:, 0]) for U, V in basis.values()]
+    model.requires_grad_(False)
     for w in ws:
         w.requires_grad = True
 
     def product():
         with sdpa_kernel(SDPBackend.MATH):
-            g = torch.autograd.grad(model(**batches[0]).loss, ws, create_graph=True)
+            g = torch.autograd.grad(model(**batch).loss, ws, create_graph=True)
             torch.autograd.grad(sum((a*b).sum() for a, b in zip(g, v)), ws)
 
-    hvp = BATCHES*min(timed(product), timed(product))
+    return min(timed(product), timed(product))
+
+
+def row(what, seconds, best):
+    return {
+        "what": what,
+        "CPU seconds": round(seconds, 2),
+        "ratio": round(seconds/best["training step"], 3),
+        "of projected": round(seconds/best["projected"], 3),
+        "measured": "no, a multiple" if what.startswith("exact") else "yes",
+    }
+
+
+def main():
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model = BertForSequenceClassification(BertConfig(num_labels=3)).eval()
+    batches = random_batches()
+    weights = {n: w for n, w in model.named_parameters() if "encoder.layer" in n and w.dim() == 2}
+    basis = random_bases(weights)
+    best = statistics_and_steps(model, batches, weights, basis)
+    hvp = BATCHES*one_product(model, batches[0], weights, basis)
     best["one Hessian-vector product"] = hvp
     best["exact: p products in all"] = K*T*hvp
-    best["exact: p products a layer"] = K*T*len(ws)*hvp
-    rows = [
-        {
-            "what": n,
-            "CPU seconds": round(s, 2),
-            "ratio": round(s/best["training step"], 3),
-            "of projected": round(s/best["projected"], 3),
-            "measured": "no, a multiple" if n.startswith("exact") else "yes",
-        }
-        for n, s in best.items()
-    ]
+    best["exact: p products a layer"] = K*T*len(weights)*hvp
+    rows = [row(what, seconds, best) for what, seconds in best.items()]
     for r in rows:
         print(*r.values(), sep="\t")
-    import transformers
-
-    write_rows(
-        "curvature_cost",
-        rows,
-        about(
-            "python bench/curvature_cost.py",
-            threads=1,
-            transformers=transformers.__version__,
-            layers=len(ws),
-            p=K*T,
-            samples=BATCHES*N,
-            tokens=TOKENS,
-        ),
+    facts = about(
+        "python bench/curvature_cost.py",
+        threads=1,
+        transformers=transformers.__version__,
+        layers=len(weights),
+        p=K*T,
+        samples=BATCHES*N,
+        tokens=TOKENS,
     )
+    write_rows("curvature_cost", rows, facts)
 
 
 if __name__ == "__main__":

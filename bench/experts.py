@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 from frechet_merge import load
-from frechet_merge.adapters import bake
-from frechet_merge.curvature import curvature
-from frechet_merge.demo import TOKENS, base_folder
-from frechet_merge.tune import OutputDistance
+from frechet_merge.adapters.baking import bake
+from frechet_merge.curvature.collecting import curvature
+from frechet_merge.cli.demo import TOKENS, base_folder
+from frechet_merge.tuning.tune import OutputDistance
 
 # unlabelled training examples that statistics see; test examples that choose a scale, at most
 SAMPLES, VALIDATION = 64, 120
@@ -27,34 +27,34 @@ SAMPLES, VALIDATION = 64, 120
 
 class Experts:
     def __init__(self, base, folder, heads, tasks, only=None):
-        self.base, self.folder, self.heads = Path(base), Path(folder), heads
+        self.base = Path(base)
+        self.folder = Path(folder)
+        self.heads = heads
         self.model = AutoModel.from_pretrained(base, **self.options).eval()
-        self.W = {
-            k: v.clone() for k, v in self.model.state_dict().items() if k.startswith("encoder.")
-        }
+        state = self.model.state_dict()
+        self.W = {k: v.clone() for k, v in state.items() if k.startswith("encoder.")}
         self.names = [n for n in tasks if (self.folder/n).is_dir() and (not only or n in only)]
         self.folders = [self.folder/n for n in self.names]
-        self.adapters, whole = (self.folders[0]/"adapter_config.json").exists(), load(base)
-        self.delta = {
-            n: {k: s[k].float() - w for k, w in self.W.items()}
-            for n, f in zip(self.names, self.folders)
-            for s in [bake(whole, load(f)) if self.adapters else load(f)]
-        }
-        self.tests = {
-            (n, half): self.batches(
-                *self.examples(
-                    tasks[n], "test", self.half(tasks[n], half), None if half else VALIDATION
-                )
-            )
-            for n in self.names
-            for half in (0, 1)
-        }
+        self.adapters = (self.folders[0]/"adapter_config.json").exists()
+        whole = load(base)
+        self.delta = {n: self.moved(whole, f) for n, f in zip(self.names, self.folders)}
+        self.tests = {}
         for n in self.names:
-            at = sum(len(i) for i, _ in self.tests[n, 1])
-            self.tests[n, 1] += [
-                ([at + i for i in where], b) for where, b in self.batches(*self.unseen(tasks[n], n))
-            ]
+            self.tests[n, 0] = self.tested(tasks[n], 0, VALIDATION)
+            self.tests[n, 1] = self.tested(tasks[n], 1, None)
+            at = sum(len(where) for where, _ in self.tests[n, 1])
+            for where, b in self.batches(*self.unseen(tasks[n], n)):
+                self.tests[n, 1].append(([at + i for i in where], b))
         self.tasks = tasks
+
+    def moved(self, whole, folder):
+        "Matrix → how far an expert's is from the base's."
+        state = bake(whole, load(folder)) if self.adapters else load(folder)
+        return {k: state[k].float() - w for k, w in self.W.items()}
+
+    def tested(self, task, half, most):
+        "Batches of a half of its test examples."
+        return self.batches(*self.examples(task, "test", self.half(task, half), most))
 
     def half(self, task, k):
         return slice(k, None, 2)
@@ -77,9 +77,8 @@ class Experts:
         return None
 
     def put(self, delta):
-        self.model.load_state_dict(
-            {k: w + delta[k].float() if k in delta else w for k, w in self.W.items()}, strict=False
-        )
+        state = {k: w + delta[k].float() if k in delta else w for k, w in self.W.items()}
+        self.model.load_state_dict(state, strict=False)
 
     @torch.no_grad()
     def right(self, delta, half, names=None):
@@ -101,14 +100,12 @@ class Experts:
 
     def statistics(self, n, form, estimator=None, samples=SAMPLES):
         self.put(self.delta[n])
-        return curvature(
-            self.model,
-            self.unlabelled(n, samples),
-            form,
-            estimator,
-            forward=lambda model, b: self.logits(model, n, b),
-            parameters="encoder.*",
-        )
+        how = dict(forward=self.run(n), parameters="encoder.*")
+        return curvature(self.model, self.unlabelled(n, samples), form, estimator, **how)
+
+    def run(self, n):
+        "How the model is run on a batch of a task."
+        return lambda model, b: self.logits(model, n, b)
 
     @cached_property
     def distance(self):
@@ -117,11 +114,7 @@ class Experts:
         d = OutputDistance()
         for n in self.names:
             self.put(self.delta[n])
-            d.add(
-                self.model,
-                self.unlabelled(n, SAMPLES, after=SAMPLES),
-                lambda model, b, n=n: self.logits(model, n, b),
-            )
+            d.add(self.model, self.unlabelled(n, SAMPLES, after=SAMPLES), self.run(n))
         self.put({})
         return d, d(self.model)
 
@@ -129,16 +122,15 @@ class Experts:
         "Mean distance from the experts, each in units of the base's."
         d, unit = self.distance
         self.put(delta)
-        return sum(x/u for n, x, u in zip(self.names, d(self.model), unit) if n in names)/len(
-            names
-        )
+        every = zip(self.names, d(self.model), unit)
+        return sum(x/u for n, x, u in every if n in names)/len(names)
 
     def head(self, n, h):
         return F.linear(h, self.heads[f"{n}.weight"], self.heads[f"{n}.bias"])
 
 
 class Text(Experts):
-    """The sentence encoder of `frechet_merge.demo`, mean-pooled; TASKS is a file like
+    """The sentence encoder of `frechet_merge.cli.demo`, mean-pooled; TASKS is a file like
     bench/demo/tasks.json.gz."""
 
     options = {"add_pooling_layer": False}
@@ -147,38 +139,35 @@ class Text(Experts):
         from transformers import AutoTokenizer
 
         base = base or base_folder()
-        self.tok, seen = AutoTokenizer.from_pretrained(base), Path(folder)/"seen.json"
+        self.tok = AutoTokenizer.from_pretrained(base)
+        seen = Path(folder)/"seen.json"
         self.seen = json.loads(seen.read_text()) if seen.exists() else {}
-        super().__init__(
-            base,
-            folder,
-            load_file(heads or Path(folder)/"heads.safetensors"),
-            json.load(gzip.open(tasks, "rt")),
-            only,
-        )
+        heads = load_file(heads or Path(folder)/"heads.safetensors")
+        super().__init__(base, folder, heads, json.load(gzip.open(tasks, "rt")), only)
 
     def examples(self, task, split, which, most):
-        return self.tok(
-            [t for t, _ in task[split][which][:most]], truncation=True, max_length=TOKENS
-        )["input_ids"], [y for _, y in task[split][which][:most]]
+        rows = task[split][which][:most]
+        found = self.tok([t for t, _ in rows], truncation=True, max_length=TOKENS)
+        return found["input_ids"], [y for _, y in rows]
 
     def taught(self, n):
         return self.seen.get(n)
 
     def more(self, task, n):
-        known, rows = {x for x, _ in task["train"][: self.taught(n)] + task["test"]}, []
-        for x, y in task["train"][self.taught(n) :] if n in self.seen else []:
+        "Training texts that the expert has not seen, each once, with their labels."
+        if n not in self.seen:
+            return []
+        known = {x for x, _ in task["train"][: self.taught(n)] + task["test"]}
+        rows = []
+        for x, y in task["train"][self.taught(n) :]:
             if x not in known:
                 rows.append((x, y))
                 known.add(x)
-        return [x for x, _ in rows], rows
+        return rows
 
     def unseen(self, task, n):
-        return (
-            self.examples({"unseen": rows}, "unseen", slice(None), None)
-            if (rows := self.more(task, n)[1])
-            else ([], [])
-        )
+        rows = self.more(task, n)
+        return self.examples({"unseen": rows}, "unseen", slice(None), None) if rows else ([], [])
 
     def fresh(self, n):
         def plain(x):
@@ -186,36 +175,28 @@ class Text(Experts):
 
         task = self.tasks[n]
         chose = task["test"][self.half(task, 0)][:VALIDATION]
-        known, rest = (
-            {plain(x) for x, _ in task["train"][: self.taught(n)] + chose},
-            [x for x, _ in task["test"][self.half(task, 1)]] + self.more(task, n)[0],
-        )
-        return torch.tensor([plain(x) not in known for x in rest])
+        known = {plain(x) for x, _ in task["train"][: self.taught(n)] + chose}
+        rest = task["test"][self.half(task, 1)] + self.more(task, n)
+        return torch.tensor([plain(x) not in known for x, _ in rest])
 
     def batches(self, ids, labels, size=64):
         "Texts of like length together, and where they were."
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        cut = [order[k : k + size] for k in range(0, len(order), size)]
+        return [(at, self.batch([ids[i] for i in at], [labels[i] for i in at])) for at in cut]
+
+    def batch(self, ids, labels):
         pad = torch.nn.utils.rnn.pad_sequence
-        return [
-            (
-                at,
-                {
-                    "input_ids": pad([torch.tensor(ids[i]) for i in at], batch_first=True),
-                    "attention_mask": pad(
-                        [torch.ones(len(ids[i]), dtype=torch.long) for i in at], batch_first=True
-                    ),
-                    "labels": torch.tensor([labels[i] for i in at]),
-                },
-            )
-            for k in range(0, len(order), size)
-            for at in [order[k : k + size]]
-        ]
+        ones = [torch.ones(len(x), dtype=torch.long) for x in ids]
+        return {
+            "input_ids": pad([torch.tensor(x) for x in ids], batch_first=True),
+            "attention_mask": pad(ones, batch_first=True),
+            "labels": torch.tensor(labels),
+        }
 
     def logits(self, model, n, b):
-        h, m = (
-            model(input_ids=b["input_ids"], attention_mask=b["attention_mask"]).last_hidden_state,
-            b["attention_mask"][..., None].float(),
-        )
+        h = model(input_ids=b["input_ids"], attention_mask=b["attention_mask"]).last_hidden_state
+        m = b["attention_mask"][..., None].float()
         return self.head(n, (h*m).sum(1)/m.sum(1))
 
 
@@ -223,21 +204,16 @@ class Images(Experts):
     """A ViT, by its class token; TASKS is a folder of `NAME.safetensors` with train_x, test_x
     (uint8, n × 3 × side × side) and train_y, test_y."""
 
-    options, MEAN, STD = (
-        {},
-        torch.tensor([0.485, 0.456, 0.406])[:, None, None],
-        torch.tensor([0.229, 0.224, 0.225])[:, None, None],
-    )
+    options = {}
+    MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+    STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 
     def __init__(self, folder, tasks, heads=None, base=None, only=None):
         tasks = Path(tasks)
-        super().__init__(
-            base or tasks.parent/"base",
-            folder,
-            load_file(heads or tasks.parent/"heads.safetensors"),
-            {f.stem: load_file(f) for f in sorted(tasks.glob("*.safetensors"))},
-            only,
-        )
+        base = base or tasks.parent/"base"
+        heads = load_file(heads or tasks.parent/"heads.safetensors")
+        held = {f.stem: load_file(f) for f in sorted(tasks.glob("*.safetensors"))}
+        super().__init__(base, folder, heads, held, only)
 
     # several images of one source are neighbours
     def half(self, task, k):
@@ -251,16 +227,12 @@ class Images(Experts):
         return task[f"{split}_x"][which][:most], task[f"{split}_y"][which][:most]
 
     def batches(self, x, labels, size=64):
-        return [
-            (
-                list(range(i, min(i + size, len(x)))),
-                {
-                    "pixel_values": (x[i : i + size]/255 - self.MEAN)/self.STD,
-                    "labels": labels[i : i + size],
-                },
-            )
-            for i in range(0, len(x), size)
-        ]
+        found = []
+        for i in range(0, len(x), size):
+            pixels = (x[i : i + size]/255 - self.MEAN)/self.STD
+            batch = {"pixel_values": pixels, "labels": labels[i : i + size]}
+            found.append((list(range(i, min(i + size, len(x)))), batch))
+        return found
 
     def logits(self, model, n, b):
         return self.head(n, model(pixel_values=b["pixel_values"]).last_hidden_state[:, 0])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from frechet_merge.shards import ShardWriter
+from frechet_merge.files.shards import ShardWriter
 
 SIZES = {
     "tiny": (64, 176, 2, 512),
@@ -60,30 +60,25 @@ def config(size):
 def make(out, size="0.5B", models=5, shards=3, spread=0.02, seed=0):
     """`spread` is the relative size of the differences; each tensor is drawn once for the base and
     once per model."""
-    out, shapes = Path(out), dict(layout(size))
+    out = Path(out)
+    shapes = dict(layout(size))
     total = 2*sum(torch.Size(s).numel() for s in shapes.values())
     writers = {}
     for who in ("base", *(f"m{t}" for t in range(models))):
         (out/who).mkdir(parents=True)
         (out/who/"config.json").write_text(json.dumps(config(size), indent=2))
-        writers[who] = ShardWriter(
-            out/who, {n: (s, torch.bfloat16) for n, s in shapes.items()}, total//shards + 1
-        )
+        layout_of = {n: (s, torch.bfloat16) for n, s in shapes.items()}
+        writers[who] = ShardWriter(out/who, layout_of, total//shards + 1)
     gen = torch.Generator().manual_seed(seed)
+
+    def draw(shape):
+        return torch.randn(shape, generator=gen)
+
     for name, shape in shapes.items():
-        base = (
-            torch.randn(shape, generator=gen)*0.02
-            if len(shape) > 1
-            else 1 + 0.1*torch.randn(shape, generator=gen)
-        )
+        base = 0.02*draw(shape) if len(shape) > 1 else 1 + 0.1*draw(shape)
         for who, w in writers.items():
-            w.write(
-                name,
-                0,
-                base
-                if who == "base"
-                else base + spread*base.std()*torch.randn(shape, generator=gen),
-            )
+            x = base if who == "base" else base + spread*base.std()*draw(shape)
+            w.write(name, 0, x)
     for w in writers.values():
         w.close()
 

@@ -3,7 +3,7 @@ own, on all cores of an idle machine.
 
     python bench/notebooks.py [NOTEBOOK…]
 
-With names, such as nbs/00_tensors.ipynb, only these are run; rows of others that there still are
+With names, such as nbs/files/tensors.ipynb, only these are run; rows of others that there still are
 stay as they are."""
 
 import csv
@@ -18,6 +18,7 @@ from pathlib import Path
 from adapters import about, write_rows
 
 ROOT = Path(__file__).parents[1]
+SITE = "the site (python tests/docs.py OUT)"
 RUN = (
     "import sys; from pathlib import Path; from nbdev.test import test_nb; "
     "sys.exit(not test_nb(Path(sys.argv[1]), do_print=False, showerr=True)[0])"
@@ -32,71 +33,49 @@ def timed(*command, cwd):
         return r.ru_utime + r.ru_stime
 
     start, cpu = time.time(), spent()
-    subprocess.run(
-        command,
-        cwd=cwd,
-        check=True,
-        capture_output=True,
-        env={
-            **os.environ,
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            "MPLBACKEND": "agg",
-        },
-    )
+    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "agg"}
+    env = os.environ | quiet
+    subprocess.run(command, cwd=cwd, check=True, capture_output=True, env=env)
     return round(time.time() - start, 1), round(spent() - cpu, 1)
 
 
-if __name__ == "__main__":
-    every, only, site = (
-        [
-            str(p.relative_to(ROOT))
-            for p in sorted((ROOT/"nbs").rglob("*.ipynb"))
-            if ".ipynb_checkpoints" not in p.parts
-        ],
-        sys.argv[1:],
-        "the site (python tests/docs.py OUT)",
-    )
-    if unknown := set(only) - set(every):
-        raise SystemExit(f"no such notebook: {', '.join(unknown)}")
-    rows = (
-        [
-            r
-            for r in csv.DictReader((ROOT/"bench"/"results"/"notebooks.csv").open())
-            if r["what"] in {*every, site} - set(only)
-        ]
-        if only
-        else []
-    )
-    for name in only or every:
-        nb = ROOT/name
-        rows.append(
-            {
-                "what": name,
-                **dict(
-                    zip(
-                        ("seconds", "cpu_s"),
-                        timed(sys.executable, "-c", RUN, nb.name, cwd=nb.parent),
-                    )
-                ),
-            }
-        )
-        print(rows[-1], flush=True)
+def notebooks():
+    "All of them, from the root of the repository."
+    found = sorted((ROOT/"nbs").rglob("*.ipynb"))
+    return [str(p.relative_to(ROOT)) for p in found if ".ipynb_checkpoints" not in p.parts]
+
+
+def kept(only):
+    "Rows of an earlier run: of what still is, and is not run now."
+    if not only:
+        return []
+    there = {*notebooks(), SITE} - set(only)
+    with (ROOT/"bench"/"results"/"notebooks.csv").open() as f:
+        return [r for r in csv.DictReader(f) if r["what"] in there]
+
+
+def row(what, *command, cwd):
+    "What takes how long, and is printed at once."
+    seconds, cpu = timed(*command, cwd=cwd)
+    found = {"what": what, "seconds": seconds, "cpu_s": cpu}
+    print(found, flush=True)
+    return found
+
+
+def main(only):
+    unknown = set(only) - set(notebooks())
+    if unknown:
+        raise SystemExit(f"no such notebook: {', '.join(sorted(unknown))}")
+    rows = kept(only)
+    for name in only or notebooks():
+        path = ROOT/name
+        rows.append(row(name, sys.executable, "-c", RUN, path.name, cwd=path.parent))
     if not only:
         with tempfile.TemporaryDirectory() as tmp:
-            rows.append(
-                {
-                    "what": site,
-                    **dict(
-                        zip(
-                            ("seconds", "cpu_s"),
-                            timed(sys.executable, ROOT/"tests"/"docs.py", tmp, cwd=ROOT),
-                        )
-                    ),
-                }
-            )
-    write_rows(
-        "notebooks",
-        sorted(rows, key=lambda r: -float(r["seconds"])),
-        about("python bench/notebooks.py"),
-    )
+            rows.append(row(SITE, sys.executable, ROOT/"tests"/"docs.py", tmp, cwd=ROOT))
+    rows.sort(key=lambda r: -float(r["seconds"]))
+    write_rows("notebooks", rows, about("python bench/notebooks.py"))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -32,23 +32,28 @@ HERE = Path(__file__).parent
 
 
 # a child's peak begins at its parent's memory: this one has no torch
-LAUNCH = """import json, os, subprocess, sys, time
-start = time.perf_counter(); p = subprocess.Popen(sys.argv[2:], stdout=open(sys.argv[1], "w"), stderr=subprocess.STDOUT); _, status, used = os.wait4(p.pid, 0)
-print(json.dumps([time.perf_counter() - start, used.ru_maxrss/1024, os.waitstatus_to_exitcode(status)]))"""
+LAUNCH = """
+import json, os, subprocess, sys, time
+start = time.perf_counter()
+log = open(sys.argv[1], "w")
+p = subprocess.Popen(sys.argv[2:], stdout=log, stderr=subprocess.STDOUT)
+_, status, used = os.wait4(p.pid, 0)
+seconds, code = time.perf_counter() - start, os.waitstatus_to_exitcode(status)
+print(json.dumps([seconds, used.ru_maxrss/1024, code]))
+"""
 
 
 def run(command, cwd, log):
     "Wall seconds and peak resident MiB of a command, which must succeed."
-    wall, peak, code = json.loads(
-        subprocess.run(
-            [sys.executable, "-S", "-c", LAUNCH, log, *map(str, command)],
-            cwd=cwd,
-            capture_output=True,
-            text=True,
-            check=True,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        ).stdout
+    r = subprocess.run(
+        [sys.executable, "-S", "-c", LAUNCH, log, *map(str, command)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
+    wall, peak, code = json.loads(r.stdout)
     if code:
         raise SystemExit(f"{' '.join(map(str, command))} failed:\n{Path(log).read_text()[-2000:]}")
     return wall, peak
@@ -76,7 +81,8 @@ def karcher_float64(xs):
 def errors(models, outs, names):
     """Relative error of each output against float64, over `names`, beside that of rounding the
     exact answer to bf16."""
-    models, outs = [load(m) for m in models], {k: load(v) for k, v in outs.items()}
+    models = [load(m) for m in models]
+    outs = {k: load(v) for k, v in outs.items()}
     sums = dict.fromkeys([*outs, "rounding Karcher", "rounding linear"], 0.0)
     total = 0.0
     for n in names:
@@ -89,13 +95,110 @@ def errors(models, outs, names):
         for k, want in exact.items():
             sums[f"rounding {k}"] += float((want.bfloat16().double() - want).norm()**2)
         for k, c in outs.items():
-            sums[k] += float(
-                (c[n].double() - exact["Karcher" if "Karcher" in k else "linear"]).norm()**2
-            )
+            want = exact["Karcher" if "Karcher" in k else "linear"]
+            sums[k] += float((c[n].double() - want).norm()**2)
     return {k: (v/total)**0.5 for k, v in sums.items()}
 
 
-def main():
+def our_commands(five, eight, tiny):
+    "What we are timed at, and what it is beside: a copy, and the imports."
+    merge = [sys.executable, "-m", "frechet_merge", "merge"]
+    sphere = ["--geometry", "sphere"]
+
+    def command(models, out, *args):
+        return [*merge, *models, "-o", out, "--quiet", *args]
+
+    copy = f"cat {' '.join(files_of(five))} > /dev/null; cp -r {five[0]} cat-out"
+    return {
+        "cat the inputs, cp one model": ["sh", "-c", copy],
+        "frechet-merge Karcher": command(five, "Karcher", *sphere),
+        "frechet-merge linear": command(five, "linear"),
+        "frechet-merge Karcher, 8 models": command(eight, "Karcher-8", *sphere),
+        "frechet-merge linear, 8 models": command(eight, "linear-8"),
+        "frechet-merge linear, tiny model": command(tiny, "tiny-linear"),
+        "python -c 'import torch'": [sys.executable, "-c", "import torch"],
+        "python -c 'import frechet_merge'": [sys.executable, "-c", "import frechet_merge"],
+    }
+
+
+def mergekit_commands(mergekit, five, tiny, work):
+    "The same of mergekit, whose recipes are written into `work`."
+
+    def command(method, models, out):
+        more = {"parameters": {"weight": 1.0}} if method == "linear" else {}
+        recipe = {
+            "models": [{"model": m, **more} for m in models],
+            "merge_method": method,
+            "dtype": "bfloat16",
+        }
+        file = work/f"{method}-{out}.yml"
+        file.write_text(json.dumps(recipe))
+        return [mergekit, str(file), out, "--no-copy-tokenizer", "--quiet"]
+
+    return {
+        "mergekit Karcher": command("karcher", five, "mk-Karcher"),
+        "mergekit linear": command("linear", five, "mk-linear"),
+        "mergekit linear, tiny model": command("linear", tiny, "mk-tiny"),
+    }
+
+
+OUTS = "cat-out Karcher linear Karcher-8 linear-8 tiny-linear mk-Karcher mk-linear mk-tiny".split()
+
+
+def files_of(models):
+    return [str(f) for m in models for f in sorted(Path(m).glob("*.safetensors"))]
+
+
+def timed(commands, inputs, work, runs):
+    "Seconds and MiB of each command, in turn, several times."
+    seen = {k: [] for k in commands}
+    # warm the page cache
+    subprocess.run(["sh", "-c", f"cat {' '.join(inputs)} > /dev/null"], check=True)
+    for r in range(runs):
+        for k, c in commands.items():
+            for out in OUTS:
+                if out in c or f" {out}" in c[-1]:
+                    shutil.rmtree(work/out, ignore_errors=True)
+            # no command pays for the pages of the one before it
+            os.sync()
+            seconds, mib = run(c, work, work/"log")
+            seen[k].append((seconds, mib))
+            print(f"{r + 1}/{runs} {k}: {seconds:.2f} s, {mib:.0f} MiB", flush=True)
+    return seen
+
+
+def write_table(file, seen, err):
+    "A row for each command, and one for each rounding."
+    with open(file, "w", newline="") as f:
+        w = csv.writer(f)
+        w.writerow(["command", "median s", "min s", "max s", "peak MiB", "error vs float64"])
+        for k, rows in seen.items():
+            seconds, mib = zip(*rows)
+            times = [statistics.median(seconds), min(seconds), max(seconds)]
+            far = f"{err[k]:.3e}" if k in err else ""
+            w.writerow([k, *(f"{s:.2f}" for s in times), f"{max(mib):.0f}", far])
+        for k in ("rounding Karcher", "rounding linear"):
+            w.writerow([f"{k} to bf16", "", "", "", "", f"{err[k]:.3e}"])
+
+
+def facts(a):
+    import frechet_merge
+
+    size = f" --size {a.size}" if a.size != "0.5B" else ""
+    return {
+        "command": f"python bench/peers.py --mergekit MERGEKIT_YAML{size} --runs {a.runs}",
+        "parameters": sum(torch.Size(s).numel() for _, s in llama.layout(a.size)),
+        "models": 5,
+        "runs": a.runs,
+        "frechet_merge": frechet_merge.__version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "mergekit": "0.1.5" if a.mergekit else None,
+    }
+
+
+def arguments():
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -106,135 +209,30 @@ def main():
     p.add_argument("--size", default="0.5B", choices=llama.SIZES)
     p.add_argument("--runs", type=int, default=3)
     p.add_argument("--out", default=str(HERE/"results"))
-    a = p.parse_args()
+    return p.parse_args()
+
+
+def main():
+    a = arguments()
     work = Path(a.work)
-    files = work/a.size
-    tiny = work/"tiny"
-    if not files.exists():
-        llama.make(files, a.size)
-    if not tiny.exists():
-        llama.make(tiny, "tiny")
-    five, eight = (
-        [str(files/f"m{i}") for i in range(5)],
-        [str(files/f"m{i % 5}") for i in range(8)],
-    )
-    ours = [sys.executable, "-m", "frechet_merge"]
-
-    def merge_cmd(models, out, *args):
-        return [*ours, "merge", *models, "-o", out, "--quiet", *args]
-
-    def mergekit_cmd(method, folder, out):
-        recipe = work/f"{method}-{out}.yml"
-        models = [
-            {
-                "model": str(folder/f"m{i}"),
-                **({"parameters": {"weight": 1.0}} if method == "linear" else {}),
-            }
-            for i in range(5)
-        ]
-        recipe.write_text(
-            json.dumps({"models": models, "merge_method": method, "dtype": "bfloat16"})
-        )
-        return [a.mergekit, str(recipe), out, "--no-copy-tokenizer", "--quiet"]
-
-    inputs = [str(f) for m in five for f in sorted(Path(m).glob("*.safetensors"))]
-    commands = {
-        "cat the inputs, cp one model": [
-            "sh",
-            "-c",
-            f"cat {' '.join(inputs)} > /dev/null; cp -r {five[0]} cat-out",
-        ],
-        "frechet-merge Karcher": merge_cmd(five, "Karcher", "--geometry", "sphere"),
-        "frechet-merge linear": merge_cmd(five, "linear"),
-        "frechet-merge Karcher, 8 models": merge_cmd(eight, "Karcher-8", "--geometry", "sphere"),
-        "frechet-merge linear, 8 models": merge_cmd(eight, "linear-8"),
-        "frechet-merge linear, tiny model": merge_cmd(
-            [str(tiny/f"m{i}") for i in range(5)], "tiny-linear"
-        ),
-        "python -c 'import torch'": [sys.executable, "-c", "import torch"],
-        "python -c 'import frechet_merge'": [sys.executable, "-c", "import frechet_merge"],
-    }
-    if a.mergekit:
-        commands |= {
-            "mergekit Karcher": mergekit_cmd("karcher", files, "mk-Karcher"),
-            "mergekit linear": mergekit_cmd("linear", files, "mk-linear"),
-            "mergekit linear, tiny model": mergekit_cmd("linear", tiny, "mk-tiny"),
-        }
-    seen = {k: [] for k in commands}
-    # warm the page cache
-    subprocess.run(["sh", "-c", f"cat {' '.join(inputs)} > /dev/null"], check=True)
-    for r in range(a.runs):
-        for k, c in commands.items():
-            for out in (
-                "cat-out",
-                "Karcher",
-                "linear",
-                "Karcher-8",
-                "linear-8",
-                "tiny-linear",
-                "mk-Karcher",
-                "mk-linear",
-                "mk-tiny",
-            ):
-                if out in c or f" {out}" in c[-1]:
-                    shutil.rmtree(work/out, ignore_errors=True)
-            # no command pays for the pages of the one before it
-            os.sync()
-            seen[k].append(run(c, work, work/"log"))
-            print(
-                f"{r + 1}/{a.runs} {k}: {seen[k][-1][0]:.2f} s, {seen[k][-1][1]:.0f} MiB",
-                flush=True,
-            )
+    folders = {size: work/size for size in (a.size, "tiny")}
+    for size, folder in folders.items():
+        if not folder.exists():
+            llama.make(folder, size)
+    five, tiny = ([str(f/f"m{i}") for i in range(5)] for f in (work/a.size, work/"tiny"))
+    commands = our_commands(five, [five[i % 5] for i in range(8)], tiny)
     outs = {"frechet-merge Karcher": work/"Karcher", "frechet-merge linear": work/"linear"}
     if a.mergekit:
+        commands |= mergekit_commands(a.mergekit, five, tiny, work)
         outs |= {"mergekit Karcher": work/"mk-Karcher", "mergekit linear": work/"mk-linear"}
-    names = [
-        n
-        for n in dict(llama.layout(a.size))
-        if any(x in n for x in ("layers.0.", "layers.1.", "model.norm"))
-    ]
+    seen = timed(commands, files_of(five), work, a.runs)
+    judged = ("layers.0.", "layers.1.", "model.norm")
+    names = [n for n in dict(llama.layout(a.size)) if any(x in n for x in judged)]
     err = errors(five, outs, names)
     out = Path(a.out)
     out.mkdir(exist_ok=True)
-    with open(out/"peers.csv", "w", newline="") as f:
-        w = csv.writer(f)
-        w.writerow(["command", "median s", "min s", "max s", "peak MiB", "error vs float64"])
-        for k, rows in seen.items():
-            s = [x[0] for x in rows]
-            w.writerow(
-                [
-                    k,
-                    f"{statistics.median(s):.2f}",
-                    f"{min(s):.2f}",
-                    f"{max(s):.2f}",
-                    f"{max(x[1] for x in rows):.0f}",
-                    f"{err[k]:.3e}" if k in err else "",
-                ]
-            )
-        for k in ("rounding Karcher", "rounding linear"):
-            w.writerow([f"{k} to bf16", "", "", "", "", f"{err[k]:.3e}"])
-    import frechet_merge
-
-    params = sum(torch.Size(s).numel() for _, s in llama.layout(a.size))
-    (out/"peers.json").write_text(
-        json.dumps(
-            {
-                "command": "python bench/peers.py --mergekit MERGEKIT_YAML"
-                + (f" --size {a.size}" if a.size != "0.5B" else "")
-                + f" --runs {a.runs}",
-                "parameters": params,
-                "models": 5,
-                "runs": a.runs,
-                "frechet_merge": frechet_merge.__version__,
-                "torch": str(torch.__version__),
-                "python": platform.python_version(),
-                "cores": os.cpu_count(),
-                "mergekit": "0.1.5" if a.mergekit else None,
-            },
-            indent=1,
-        )
-        + "\n"
-    )
+    write_table(out/"peers.csv", seen, err)
+    (out/"peers.json").write_text(json.dumps(facts(a), indent=1) + "\n")
 
 
 if __name__ == "__main__":

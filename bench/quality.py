@@ -42,6 +42,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,27 +51,25 @@ from adapters import about, write_rows
 from experts import SAMPLES, VALIDATION, Images, Text
 
 from frechet_merge import LoRA, Span, Sphere, load, merge, metrics
-from frechet_merge.adapters import bake
+from frechet_merge.adapters.baking import bake
 from frechet_merge.geometries.baselines import KnOTS, TSVM, ties
 from frechet_merge.geometries.fisher import Curved, pullback
 from frechet_merge.geometries.subspace import EpiMer
-from frechet_merge.mean import frechet_mean
-from frechet_merge.metrics import Diagonal, Kronecker
-from frechet_merge.tune import nearest
+from frechet_merge.spaces.mean import frechet_mean
+from frechet_merge.metrics.kinds import Diagonal
+from frechet_merge.metrics.kronecker import Kronecker
+from frechet_merge.tuning.tune import nearest
 
-HERE, BOOT, WIDER, ROUNDING, LONG, CURVE = (
-    Path(__file__).parent,
-    2000,
-    6,
-    1e-5,
-    120,
-    (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0),
-)
+HERE = Path(__file__).parent
+# resamples of a bootstrap; how often a grid is widened; below this a singular value is rounding
+BOOT, WIDER, ROUNDING = 2000, 6, 1e-5
+# seconds, of a merge whose memory is not measured any more
+LONG = 120
+# anchors at which only the accuracy is wanted
+CURVE = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
 metrics.SOLVED = 1e-2/torch.finfo(torch.float32).eps
-TASKS, ADAPTERS = (
-    HERE/"demo"/"tasks.json.gz",
-    ["--rank", "8", "--targets", "query,key,value,dense"],
-)
+TASKS = HERE/"demo"/"tasks.json.gz"
+ADAPTERS = ["--rank", "8", "--targets", "query,key,value,dense"]
 
 
 def families(work, images):
@@ -78,18 +77,8 @@ def families(work, images):
     for name, how in (("text_full", ["--full"]), ("text_lora", ADAPTERS)):
         if not (work/name/"heads.safetensors").exists():
             shutil.rmtree(work/name, ignore_errors=True)
-            subprocess.run(
-                [
-                    sys.executable,
-                    HERE/"demo"/"train.py",
-                    "--share",
-                    ".6",
-                    *how,
-                    "--out",
-                    work/name,
-                ],
-                check=True,
-            )
+            train = [sys.executable, HERE/"demo"/"train.py", "--share", ".6"]
+            subprocess.run([*train, *how, "--out", work/name], check=True)
         yield name, Text(work/name, TASKS)
     for kind, how in (("full", ["--full"]), ("lora", ["--rank", "8"])) if images else ():
         subprocess.run([sys.executable, HERE/"images"/"train.py", images, *how], check=True)
@@ -99,35 +88,37 @@ def families(work, images):
 def merged(ex, g, stats=None, use="both", names=None, whole=False):
     """Tensor → merged difference; tensors without a metric, where there should be one, by their
     plain mean. Of whole weights if asked."""
-    names, out = names or ex.names, {}
+    names = names or ex.names
+    out = {}
     for k, w in ex.W.items():
         x = [ex.delta[n][k] for n in names]
-        if not any(d.any() for d in x):
-            continue
-        Gs = None if stats is None else [metric(stats[n], k, use) for n in names]
-        if Gs is not None and None in Gs or stats is None and x[0].dim() < 2 and not whole:
-            out[k] = sum(x)/len(x)
-            continue
-        chart, tol = g.chart([w + d for d in x] if whole else x, Gs), 1e-2 if Gs else 1e-10
-        mean = frechet_mean(chart.space, chart.points, [1.0]*len(names), tol=tol, warn=False)
-        m = chart.lift(mean.x)
-        out[k] = m - w if whole else m
+        if any(d.any() for d in x):
+            Gs = None if stats is None else [metric(stats[n], k, use) for n in names]
+            out[k] = mean_in(g, x, Gs, w if whole else None)
     return out
 
 
+def mean_in(g, x, Gs, w):
+    "The mean of differences, or of the weights w + difference less w."
+    lacks_metrics = Gs is not None and None in Gs
+    is_plain = Gs is None and x[0].dim() < 2 and w is None
+    if lacks_metrics or is_plain:
+        return sum(x)/len(x)
+    points, lift = g.chart(x if w is None else [w + d for d in x], Gs)
+    tol = 1e-2 if Gs else 1e-10
+    m = lift(frechet_mean(g, points, [1.0]*len(x), tol=tol, warn=False).x)
+    return m if w is None else m - w
+
+
 def metric(s, k, use):
+    "A tensor's metric in statistics, of both sides or of one; None if it has none."
     if k in s:
         return Diagonal(s[k])
-    return (
-        Kronecker(
-            (
-                s.get(f"{k}.left") if use != "inputs" else None,
-                s.get(f"{k}.right") if use != "outputs" else None,
-            )
-        )
-        if f"{k}.right" in s
-        else None
-    )
+    if f"{k}.right" not in s:
+        return None
+    left = None if use == "inputs" else s.get(f"{k}.left")
+    right = None if use == "outputs" else s.get(f"{k}.right")
+    return Kronecker((left, right))
 
 
 def difference(ex, state):
@@ -143,18 +134,13 @@ def peft(ex, kind, **how):
     from peft import PeftModel
     from transformers import AutoModel
 
-    model = PeftModel.from_pretrained(
-        AutoModel.from_pretrained(ex.base, **ex.options), str(ex.folders[0]), adapter_name="a0"
-    )
+    model = AutoModel.from_pretrained(ex.base, **ex.options)
+    model = PeftModel.from_pretrained(model, str(ex.folders[0]), adapter_name="a0")
     for i, f in enumerate(ex.folders[1:], 1):
         model.load_adapter(str(f), f"a{i}")
-    model.add_weighted_adapter(
-        [f"a{i}" for i in range(len(ex.names))],
-        [1/len(ex.names)]*len(ex.names),
-        "m",
-        combination_type=kind,
-        **how,
-    )
+    T = len(ex.names)
+    names = [f"a{i}" for i in range(T)]
+    model.add_weighted_adapter(names, [1/T]*T, "m", combination_type=kind, **how)
     model.set_adapter("m")
     return difference(ex, model.merge_and_unload().state_dict())
 
@@ -163,28 +149,12 @@ def mergekit(ex, command, method, **parameters):
     """What mergekit-pytorch writes of full checkpoints (adapters: put on the base by us before;
     mergekit-yaml 0.1.5 fails at encoders of this kind)."""
     with tempfile.TemporaryDirectory() as tmp:
-        tmp, models = Path(tmp), ex.folders
+        tmp = Path(tmp)
+        models = ex.folders
         if ex.adapters:
             models = [merge([f], LoRA(), bake=ex.base, out=tmp/f.name).out for f in ex.folders]
-        each = {k: parameters.pop(k) for k in [*parameters] if k in ("weight", "density")}
-        (tmp/"recipe.yml").write_text(
-            json.dumps(
-                {
-                    "models": [
-                        {"model": str(Path(m)/"model.safetensors"), "parameters": each}
-                        for m in models
-                    ],
-                    **(
-                        {}
-                        if method in ("linear", "karcher")
-                        else {"base_model": str(Path(ex.base)/"model.safetensors")}
-                    ),
-                    "merge_method": method,
-                    "parameters": parameters,
-                    "dtype": "float32",
-                }
-            )
-        )
+        recipe = mergekit_recipe(ex, models, method, **parameters)
+        (tmp/"recipe.yml").write_text(json.dumps(recipe))
         r = subprocess.run(
             [command, tmp/"recipe.yml", tmp/"out", "--quiet"],
             capture_output=True,
@@ -196,6 +166,16 @@ def mergekit(ex, command, method, **parameters):
         return difference(ex, load(tmp/"out"))
 
 
+def mergekit_recipe(ex, models, method, **parameters):
+    "Weights and densities are of each model, other parameters of the method."
+    each = {k: parameters.pop(k) for k in [*parameters] if k in ("weight", "density")}
+    files = [str(Path(m)/"model.safetensors") for m in models]
+    recipe = {"models": [{"model": f, "parameters": each} for f in files]}
+    if method not in ("linear", "karcher"):
+        recipe["base_model"] = str(Path(ex.base)/"model.safetensors")
+    return recipe | {"merge_method": method, "parameters": parameters, "dtype": "float32"}
+
+
 def ties_of(ex, names, density=0.2):
     out = {}
     for k in ex.W:
@@ -203,9 +183,8 @@ def ties_of(ex, names, density=0.2):
         if not any(x.any() for x in X):
             continue
         masks = ties(X, torch.tensor(max(1, int(density*X[0].numel()))), [1.0]*len(X))
-        out[k] = (sum(x*m for x, m in zip(X, masks))/sum(masks).clamp(min=1)).view(
-            ex.W[k].shape
-        )
+        kept = sum(x*m for x, m in zip(X, masks))/sum(masks).clamp(min=1)
+        out[k] = kept.view(ex.W[k].shape)
     return out
 
 
@@ -243,10 +222,10 @@ def total(ex, names):
 
 def every(delta, s):
     return {k: s*v for k, v in delta.items()}
-# means are affine in their anchor
 
 
 def between(delta, c):
+    "A mean on the line through two, since means are affine in their anchor."
     a, b = delta
     return {k: a[k] + c*(b[k] - a[k]) for k in a}
 
@@ -268,260 +247,193 @@ class Method(NamedTuple):
     lines: object = None
 
 
+INPUTS = ("kronecker", "pullback")
+
+
+def ours(name, needs, merge, grid=(), how=every, **more):
+    return Method(name, "frechet_merge", needs, merge, grid, how, **more)
+
+
 def core(ex, names, anchors=(4.0,), curve=()):
     """Methods that are run at every number of models; `curve` are anchors that only their accuracy
     is wanted of."""
-    T, ends = len(names), []
-    yield Method("mean", "frechet_merge", "–", lambda: every(total(ex, names), 1/T))
-    yield Method(
-        "task arithmetic", "frechet_merge", "scale", lambda: total(ex, names), (0.3, 0.42, 0.6)
-    )
-    yield Method("TIES 20 %", "frechet_merge", "scale", lambda: ties_of(ex, names), (1.0, 1.4, 2.0))
-    yield Method(
-        "TSV-M",
-        "frechet_merge",
-        "scale",
-        lambda: merged(ex, EpiMer(), names=names),
-        (1.0, 1.3, 1.7),
-        matrices,
+    yield from without_statistics(ex, names)
+    yield from anchored(ex, names, anchors, curve)
+    yield from by_outputs(ex, names)
+
+
+def without_statistics(ex, names):
+    T, grid = len(names), (0.3, 0.42, 0.6)
+    yield ours("mean", "–", lambda: every(total(ex, names), 1/T))
+    yield ours("task arithmetic", "scale", lambda: total(ex, names), grid)
+    yield ours("TIES 20 %", "scale", lambda: ties_of(ex, names), (1.0, 1.4, 2.0))
+    yield ours(
+        "TSV-M", "scale", lambda: merged(ex, EpiMer(), names=names), (1.0, 1.3, 1.7), matrices
     )
     yield Method("Iso-C", "here", "scale", lambda: iso_c(ex, names), (1.4, 2.0, 2.8), matrices)
 
-    def at(c):
-        return lambda S: merged(ex, pullback(c), S, names=names)
 
-    def line(S):
-        if not ends:
-            ends.extend(at(c)(S) for c in (0.0, 1.0))
-        return ends
+class Line:
+    "Pullback means by their anchor: those of anchors 0 and 1, which are found once."
 
+    def __init__(self, ex, names):
+        self.ex, self.names, self.ends = ex, names, None
+
+    def at(self, S, anchor, **how):
+        return merged(self.ex, pullback(anchor, **how), S, names=self.names)
+
+    def __call__(self, S):
+        if self.ends is None:
+            self.ends = [self.at(S, c) for c in (0.0, 1.0)]
+        return self.ends
+
+    def between(self, S, c):
+        return between(self(S), c)
+
+
+def anchored(ex, names, anchors, curve):
+    "Pullback means with these anchors, and with the best."
+    line = Line(ex, names)
     for c in anchors:
-        yield Method(
-            f"pullback(anchor={c:g})",
-            "frechet_merge",
-            "inputs",
-            at(c),
-            form=("kronecker", "pullback"),
-        )
+        yield ours(f"pullback(anchor={c:g})", "inputs", partial(line.at, anchor=c), form=INPUTS)
     for c in curve:
-        yield Method(
-            f"pullback(anchor={c:g})",
-            "frechet_merge",
-            "inputs",
-            lambda S, c=c: between(line(S), c),
-            form=("kronecker", "pullback"),
-        )
-    yield Method(
-        "pullback(), anchor tuned",
-        "frechet_merge",
-        "inputs, scale",
-        line,
-        (1.0, 2.0, 3.0, 4.0, 6.0, 8.0),
-        between,
-        ("kronecker", "pullback"),
-    )
-    yield Method(
+        yield ours(f"pullback(anchor={c:g})", "inputs", partial(line.between, c=c), form=INPUTS)
+    grid = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
+    yield ours("pullback(), anchor tuned", "inputs, scale", line, grid, between, form=INPUTS)
+
+
+def by_outputs(ex, names):
+    "What outputs choose, without labels: a scale, or an anchor and whose side is shared."
+    yield ours(
         "TSV-M, by outputs",
-        "frechet_merge",
         "inputs",
         lambda: merged(ex, EpiMer(), names=names),
-        lines=lambda d: {"": lambda s: matrices(d, s)},
+        lines=lambda d: {"": partial(matrices, d)},
     )
 
-    def sides(S, *which):
-        return {
-            share: [merged(ex, pullback(c, share=share), S, names=names) for c in (0.0, 1.0)]
-            for share in which
-        }
+    def sides(S, which):
+        line = Line(ex, names)
+        return {share: [line.at(S, c, share=share) for c in (0.0, 1.0)] for share in which}
 
     def along(found):
-        return {share: (lambda c, ends=ends: between(ends, c)) for share, ends in found.items()}
+        return {share: partial(between, ends) for share, ends in found.items()}
 
     for which in (("right",), ("left",), ("right", "left")):
-        yield Method(
+        yield ours(
             f"pullback(share={' or '.join(map(repr, which))}), by outputs",
-            "frechet_merge",
             "inputs",
-            lambda S, which=which: sides(S, *which),
-            form=("kronecker", "pullback"),
+            partial(sides, which=which),
+            form=INPUTS,
             lines=along,
         )
 
 
 def methods(ex, mergekit_pytorch=None):
+    "All methods, those that take longest last."
     yield from core(ex, ex.names, sorted({4.0, float(len(ex.names))}))
-    kron, empirical = ("kronecker", "pullback"), ("diagonal", "empirical")
-    yield Method(
-        "pullback(share='left')",
-        "frechet_merge",
-        "inputs",
-        lambda S: merged(ex, pullback(share="left"), S),
-        form=kron,
-    )
-    yield Method(
-        "pullback(2), outputs only",
-        "frechet_merge",
-        "inputs",
-        lambda S: merged(ex, pullback(2.0, share=None), S, "outputs"),
-        form=kron,
-    )
-    yield Method(
-        "pullback(), inputs only",
-        "frechet_merge",
-        "inputs",
-        lambda S: merged(ex, pullback(share=None), S, "inputs"),
-        form=kron,
-    )
-    scales, fisher = (1.4, 2.0, 2.8), Curved(normalise=True, damping=0.1)
-    yield Method(
-        "RegMean",
-        "frechet_merge",
-        "inputs, scale",
-        lambda S: merged(ex, fisher, S, "inputs"),
-        scales,
-        form=kron,
-    )
-    at32 = (0.8, 1.1, 1.5)
-    for c in ("labeled", "projected"):
-        yield Method(
-            f"EpiMer, k = 32, {c}, pullback",
-            "frechet_merge",
-            "inputs, scale",
-            lambda S, c=c: merged(ex, EpiMer(32, c, normalise=True, damping=0.05), S),
-            at32,
-            matrices,
-            kron,
-        )
-    yield Method(
-        "pullback(), true Fisher",
-        "frechet_merge",
-        "inputs",
-        lambda S: merged(ex, pullback(), S),
-        form=("kronecker", "true"),
-    )
-    yield Method(
-        "Fisher, diagonal",
-        "frechet_merge",
-        "inputs, scale",
-        lambda S: merged(ex, fisher, S),
-        scales,
-        form=("diagonal", "true"),
-    )
-    for c in ("labeled", "projected"):
-        yield Method(
-            f"EpiMer, k = 32, {c}, Fisher",
-            "frechet_merge",
-            "labels, scale",
-            lambda S, c=c: merged(ex, EpiMer(32, c, normalise=True, damping=0.05), S),
-            at32,
-            matrices,
-            empirical,
-        )
-    yield Method(
-        "TSV-M, k = 32", "frechet_merge", "scale", lambda: merged(ex, EpiMer(32)), at32, matrices
-    )
-    yield Method(
-        "Karcher mean of weights",
-        "frechet_merge",
-        "–",
-        lambda: merged(ex, Span(Sphere()), whole=True),
-    )
-    yield Method(
-        "Karcher mean of differences",
-        "frechet_merge",
-        "scale",
-        lambda: merged(ex, Span(Sphere())),
-        (1.0, 1.4, 2.0),
-    )
+    yield from with_statistics(ex)
+    yield ours("TSV-M, k = 32", "scale", lambda: merged(ex, EpiMer(32)), AT32, matrices)
+    yield ours("Karcher mean of weights", "–", lambda: merged(ex, Span(Sphere()), whole=True))
+    grid = (1.0, 1.4, 2.0)
+    yield ours("Karcher mean of differences", "scale", lambda: merged(ex, Span(Sphere())), grid)
     if ex.adapters:
-        r = max(load(f).adapter["r"] for f in ex.folders)
-        grid = (1.4, 2.0, 2.8)
-        for name, g in (
-            (f"LoRA(rank={r})", LoRA(rank=r)),
-            ("LoRA(metric='mix')", LoRA(metric="mix")),
-            ("LoRA(metric='wasserstein')", LoRA(metric="wasserstein")),
-            ("LoRA(pinned=0.02)", LoRA(pinned=0.02)),
-            ("KnOTS()", KnOTS()),
-            ("TSVM()", TSVM()),
-        ):
-            yield Method(name, "frechet_merge", "scale", lambda g=g: adapter(ex, g), grid)
-        for kind, how in (
-            ("linear", {}),
-            ("cat", {}),
-            ("svd", {"svd_rank": r}),
-            ("ties", {"density": 0.2}),
-        ):
-            yield Method(
-                f"PEFT {kind}",
-                "PEFT",
-                "scale",
-                lambda kind=kind, how=how: peft(ex, kind, **how),
-                grid,
-            )
+        yield from of_adapters(ex)
     if mergekit_pytorch:
-        for m, how in (
-            ("linear", {"weight": 1.0}),
-            ("karcher", {}),
-            ("task_arithmetic", {"weight": 1.0}),
-            ("ties", {"weight": 1.0, "density": 0.2}),
-            ("dare_ties", {"weight": 1.0, "density": 0.5}),
-            ("breadcrumbs", {"weight": 1.0, "density": 0.9}),
-            ("sce", {"select_topk": 0.2}),
-            ("model_stock", {}),
-        ):
-            yield Method(
-                f"mergekit {m}",
-                "mergekit",
-                "scale" if m not in ("linear", "karcher", "model_stock") else "–",
-                lambda m=m, how=how: mergekit(ex, mergekit_pytorch, m, **how),
-                (0.3, 0.42, 0.6) if m not in ("linear", "karcher", "model_stock") else (),
-            )
-    yield Method(
-        f"pullback(), {4 * SAMPLES} examples",
-        "frechet_merge",
-        "inputs",
-        lambda S: merged(ex, pullback(), S),
-        form=(*kron, 4*SAMPLES),
+        yield from of_mergekit(ex, mergekit_pytorch)
+    yield from with_more(ex)
+
+
+SCALES = (1.4, 2.0, 2.8)
+# scales with 32 directions a model
+AT32 = (0.8, 1.1, 1.5)
+FISHER = Curved(normalise=True, damping=0.1)
+
+
+def in_metrics(ex, g, use="both"):
+    return lambda S: merged(ex, g, S, use)
+
+
+def epimers(ex, what, needs, form):
+    for c in ("labeled", "projected"):
+        g = EpiMer(32, c, normalise=True, damping=0.05)
+        name = f"EpiMer, k = 32, {c}, {what}"
+        yield ours(name, needs, in_metrics(ex, g), AT32, matrices, form=form)
+
+
+def with_statistics(ex):
+    "Pullbacks of parts of their metrics, RegMean, EpiMer, and the Fisher means."
+    for name, g, use in (
+        ("pullback(share='left')", pullback(share="left"), "both"),
+        ("pullback(2), outputs only", pullback(2.0, share=None), "outputs"),
+        ("pullback(), inputs only", pullback(share=None), "inputs"),
+    ):
+        yield ours(name, "inputs", in_metrics(ex, g, use), form=INPUTS)
+    regmean = in_metrics(ex, FISHER, "inputs")
+    yield ours("RegMean", "inputs, scale", regmean, SCALES, form=INPUTS)
+    yield from epimers(ex, "pullback", "inputs, scale", INPUTS)
+    true = ("kronecker", "true")
+    yield ours("pullback(), true Fisher", "inputs", in_metrics(ex, pullback()), form=true)
+    diagonal = ("diagonal", "true")
+    fisher = in_metrics(ex, FISHER)
+    yield ours("Fisher, diagonal", "inputs, scale", fisher, SCALES, form=diagonal)
+    yield from epimers(ex, "Fisher", "labels, scale", ("diagonal", "empirical"))
+
+
+def of_adapters(ex):
+    "What reads the factors of adapters, ours and PEFT's."
+    r = max(load(f).adapter["r"] for f in ex.folders)
+    for name, g in (
+        (f"LoRA(rank={r})", LoRA(rank=r)),
+        ("LoRA(metric='mix')", LoRA(metric="mix")),
+        ("LoRA(metric='wasserstein')", LoRA(metric="wasserstein")),
+        ("LoRA(pinned=0.02)", LoRA(pinned=0.02)),
+        ("KnOTS()", KnOTS()),
+        ("TSVM()", TSVM()),
+    ):
+        yield ours(name, "scale", partial(adapter, ex, g), SCALES)
+    for kind, how in (
+        ("linear", {}),
+        ("cat", {}),
+        ("svd", {"svd_rank": r}),
+        ("ties", {"density": 0.2}),
+    ):
+        yield Method(f"PEFT {kind}", "PEFT", "scale", partial(peft, ex, kind, **how), SCALES)
+
+
+def of_mergekit(ex, command):
+    unscaled = ("linear", "karcher", "model_stock")
+    for m, how in (
+        ("linear", {"weight": 1.0}),
+        ("karcher", {}),
+        ("task_arithmetic", {"weight": 1.0}),
+        ("ties", {"weight": 1.0, "density": 0.2}),
+        ("dare_ties", {"weight": 1.0, "density": 0.5}),
+        ("breadcrumbs", {"weight": 1.0, "density": 0.9}),
+        ("sce", {"select_topk": 0.2}),
+        ("model_stock", {}),
+    ):
+        needs, grid = ("–", ()) if m in unscaled else ("scale", (0.3, 0.42, 0.6))
+        merge_it = partial(mergekit, ex, command, m, **how)
+        yield Method(f"mergekit {m}", "mergekit", needs, merge_it, grid)
+
+
+def with_more(ex):
+    "More examples, and sums of metrics that have no closed form."
+    more = (*INPUTS, 4*SAMPLES)
+    yield ours(
+        f"pullback(), {4 * SAMPLES} examples", "inputs", in_metrics(ex, pullback()), form=more
     )
-    yield Method(
-        "KFAC, pullback",
-        "frechet_merge",
-        "inputs, scale",
-        lambda S: merged(ex, fisher, S),
-        scales,
-        form=("kronecker", "pullback"),
-    )
-    yield Method(
-        "KFAC, true",
-        "frechet_merge",
-        "inputs, scale",
-        lambda S: merged(ex, fisher, S),
-        scales,
-        form=("kronecker", "true"),
-    )
-    yield Method(
-        "KFAC, empirical",
-        "frechet_merge",
-        "labels, scale",
-        lambda S: merged(ex, fisher, S),
-        scales,
-        form=("kronecker", "empirical"),
-    )
-    yield Method(
-        "pullback(share=None)",
-        "frechet_merge",
-        "inputs",
-        lambda S: merged(ex, pullback(share=None), S),
-        form=kron,
-    )
+    kfac = in_metrics(ex, FISHER)
+    for estimator in ("pullback", "true", "empirical"):
+        needs = "labels, scale" if estimator == "empirical" else "inputs, scale"
+        form = ("kronecker", estimator)
+        yield ours(f"KFAC, {estimator}", needs, kfac, SCALES, form=form)
+    yield ours("pullback(share=None)", "inputs", in_metrics(ex, pullback(share=None)), form=INPUTS)
 
 
 def resident(what):
-    return next(
-        int(line.split()[1])/1024
-        for line in Path("/proc/self/status").open()
-        if line.startswith(what)
-    )
+    lines = Path("/proc/self/status").open()
+    return next(int(line.split()[1])/1024 for line in lines if line.startswith(what))
 
 
 def peak(f, *args):
@@ -535,9 +447,8 @@ def peak(f, *args):
 
 
 def cpu():
-    return sum(
-        sum(resource.getrusage(w)[:2]) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    )
+    who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return sum(sum(resource.getrusage(w)[:2]) for w in who)
 
 
 def mean(c):
@@ -549,24 +460,30 @@ def run(ex, m, names, stats):
     S = [stats(*m.form)] if m.form else []
     start = cpu()
     first = m.merge(*S)
-    s = cpu() - start
+    seconds = cpu() - start
     if m.lines:
-        lines = m.lines(first)
-        found = {
-            name: nearest(lambda x, line=line: ex.lost(line(x), names))
-            for name, line in lines.items()
-        }
-        name = min(found, key=lambda k: min(found[k][1].values()))
-        x = found[name][0]
-        return (
-            x if len(lines) == 1 else f"{x:.3g} {name}",
-            ex.right(lines[name](x), 1, names),
-            min(found[name][1].values()),
-            s,
-        )
+        return (*nearest_on_lines(ex, m.lines(first), names), seconds)
     if not m.grid:
-        return None, ex.right(first, 1, names), None, s
-    tried = {v: mean(ex.right(m.how(first, v), 0, names)) for v in m.grid}
+        return None, ex.right(first, 1, names), None, seconds
+    tried = widened(m.grid, lambda v: mean(ex.right(m.how(first, v), 0, names)))
+    best = max(sorted(tried), key=tried.get)
+    return best, ex.right(m.how(first, best), 1, names), tried[best], seconds
+
+
+def nearest_on_lines(ex, lines, names):
+    "Setting, examples right, distance: of the line and the place on it that outputs choose."
+    found = {
+        name: nearest(lambda x, line=line: ex.lost(line(x), names)) for name, line in lines.items()
+    }
+    name = min(found, key=lambda k: min(found[k][1].values()))
+    x, tried = found[name]
+    setting = x if len(lines) == 1 else f"{x:.3g} {name}"
+    return setting, ex.right(lines[name](x), 1, names), min(tried.values())
+
+
+def widened(grid, judge):
+    "Setting → how good it is: a grid, widened until the best is inside of it."
+    tried = {v: judge(v) for v in grid}
     for _ in range(WIDER):
         order = sorted(tried)
         best = max(order, key=tried.get)
@@ -574,9 +491,8 @@ def run(ex, m, names, stats):
         if 0 < end < len(order) - 1:
             break
         new = best**2/order[1] if end == 0 else best**2/order[-2]
-        tried[new] = mean(ex.right(m.how(first, new), 0, names))
-    best = max(sorted(tried), key=tried.get)
-    return best, ex.right(m.how(first, best), 1, names), tried[best], s
+        tried[new] = judge(new)
+    return tried
 
 
 def bootstrap(cases, gen, groups):
@@ -584,7 +500,8 @@ def bootstrap(cases, gen, groups):
     sources of examples, the same in every case."""
     out = torch.zeros(BOOT)
     for t in dict.fromkeys(t for c in cases for t in c):
-        v, of = sum(c[t].float()/len(c)/len(cases) for c in cases if t in c), groups(t)
+        v = sum(c[t].float()/len(c)/len(cases) for c in cases if t in c)
+        of = groups(t)
         of = torch.arange(len(v)) if of is None else of.unique(return_inverse=True)[1]
         k = int(of.max()) + 1
         total, size = (torch.zeros(k).index_add(0, of, x) for x in (v, torch.ones(len(v))))
@@ -612,178 +529,235 @@ def minus(a, b):
     return {t: a[t].float() - b[t].float() for t in a}
 
 
-def family(
-    ex,
-    name,
-    cache,
-    command,
-    only=None,
-    mergekit_pytorch=None,
-    sizes=(),
-    subsets=3,
-    finished=False,
-    memory=False,
-):
-    kept, gen = (
-        torch.load(cache, weights_only=False) if cache.exists() else {},
-        torch.Generator().manual_seed(0),
-    )
+class Options(NamedTuple):
+    "What is run, and what is only written."
 
-    def keep(key, make):
-        if key not in kept:
-            kept[key] = make()
-            torch.save(kept, f"{cache}.part")
-            os.replace(f"{cache}.part", cache)
-        return kept[key]
+    methods: list | None = None  # only those whose name starts with one of these
+    mergekit: str | None = None  # path of mergekit-pytorch
+    sizes: tuple = ()  # numbers of models; none: all of them, by every method
+    subsets: int = 3  # of each size
+    finished: bool = False  # run nothing
+    memory: bool = False  # measure it
 
-    held, spent = {}, keep("statistics", dict)
+    def wants(self, m):
+        is_named = not self.methods or m.name.startswith(tuple(self.methods))
+        can = self.mergekit or m.code != "mergekit"
+        return not self.finished and is_named and can
 
-    def stats(*which):
-        if which not in held:
-            held.clear()
+
+class Result(NamedTuple):
+    "What `run` found, on examples that nobody was trained on."
+
+    setting: float | str | None
+    right: dict  # task → which examples
+    validation: float | None
+    seconds: float | None
+
+
+class Family:
+    "Experts, and what is kept of runs that are finished."
+
+    def __init__(self, ex, name, cache, command):
+        self.ex, self.name, self.cache = ex, name, cache
+        self.kept = torch.load(cache, weights_only=False) if cache.exists() else {}
+        self.gen = torch.Generator().manual_seed(0)
+        self.held = {}
+        self.spent = self.keep("statistics", dict)
+        judged = self.keep("experts", self.judge_experts)[1]
+        self.own = self.fresh(judged)
+        facts = dict(
+            tasks=ex.names,
+            samples=SAMPLES,
+            validation=VALIDATION,
+            reported={n: len(v) for n, v in judged.items()},
+        )
+        if self.keep("facts", lambda: facts) != facts:
+            raise SystemExit(f"{cache} is of other tasks or examples: delete it.")
+        facts["reported"] = {n: len(v) for n, v in self.own.items()}
+        self.said = about(command, threads=1, **facts)
+
+    def keep(self, key, make):
+        "What is kept under this key, made where it is not."
+        if key not in self.kept:
+            self.kept[key] = make()
+            torch.save(self.kept, f"{self.cache}.part")
+            os.replace(f"{self.cache}.part", self.cache)
+        return self.kept[key]
+
+    def judge_experts(self):
+        ex = self.ex
+        return [{n: ex.right(ex.delta[n], half, [n])[n] for n in ex.names} for half in (0, 1)]
+
+    def stats(self, *which):
+        "Statistics of every expert, of the last form that was asked for."
+        if which not in self.held:
+            self.held.clear()
             start = cpu()
-            held[which] = {n: ex.statistics(n, *which) for n in ex.names}
-            spent[", ".join(map(str, which))] = round((cpu() - start)/len(ex.names), 1)
-        return held[which]
+            self.held[which] = {n: self.ex.statistics(n, *which) for n in self.ex.names}
+            seconds = round((cpu() - start)/len(self.ex.names), 1)
+            self.spent[", ".join(map(str, which))] = seconds
+        return self.held[which]
 
-    def fresh(c):
-        return {n: v[ex.fresh(n)] for n, v in c.items()}
+    def fresh(self, c):
+        return {n: v[self.ex.fresh(n)] for n, v in c.items()}
 
-    judged = keep(
-        "experts",
-        lambda: [{n: ex.right(ex.delta[n], half, [n])[n] for n in ex.names} for half in (0, 1)],
-    )[1]
-    own = fresh(judged)
-    facts = dict(
-        tasks=ex.names,
-        samples=SAMPLES,
-        validation=VALIDATION,
-        reported={n: len(v) for n, v in judged.items()},
+    def done(self, key, m, names):
+        "A run, from what is kept if it is there."
+        setting, right, *rest = self.keep(key, lambda: run(self.ex, m, names, self.stats))
+        return Result(setting, self.fresh(right), *rest[:2])
+
+    def relative(self, c):
+        "Accuracy of each task, relative to its expert."
+        return [float(c[n].float().mean()/self.own[n].float().mean()) for n in c]
+
+    def se(self, cases):
+        return round(bootstrap(cases, self.gen, self.ex.groups), 4)
+
+    def raised(self, m):
+        "By how many MiB a merge raises the resident memory."
+        S = [self.stats(*m.form)] if m.form else []
+        return peak(m.merge, *S)
+
+
+def attempt(fam, m):
+    "A method's result on all experts; None if it is not ours and fails."
+    try:
+        r = fam.done(m.name, m, fam.ex.names)
+    except Exception as e:
+        if m.code == "frechet_merge":
+            raise
+        print(f"{m.name}: {type(e).__name__}: {str(e).splitlines()[-1][:160]}", flush=True)
+        return None
+    setting = r.setting if isinstance(r.setting, (str, type(None))) else round(r.setting, 3)
+    validation = None if r.validation is None else round(r.validation, 4)
+    print(
+        f"{m.name:32} {setting!s:6} validation {validation!s:6} reported {mean(r.right):.4f}  "
+        f"{r.seconds:.1f} s",
+        flush=True,
     )
-    if keep("facts", lambda: facts) != facts:
-        raise SystemExit(f"{cache} is of other tasks or examples: delete it.")
-    said = about(command, threads=1, **facts | {"reported": {n: len(v) for n, v in own.items()}})
+    return r
 
-    def relative(c):
-        return [float(c[n].float().mean()/own[n].float().mean()) for n in c]
 
-    if not sizes:
-        found = {
-            "base": ("", "–", (None, fresh(keep("base", lambda: ex.right({}, 1))), None, None)),
-            "experts": ("", "–", (None, own, None, None)),
-        }
-        old, about_old = earlier(
-            f"quality_{name}", {m: shown(c) for m, (_, _, (_, c, _, _)) in found.items()}
-        )
-        for m in methods(ex, mergekit_pytorch or "mergekit-pytorch"):
-            chosen = (
-                not finished
-                and (not only or m.name.startswith(tuple(only)))
-                and (mergekit_pytorch or m.code != "mergekit")
-            )
-            if chosen or m.name in kept:
-                try:
-                    r = keep(m.name, lambda m=m: run(ex, m, ex.names, stats))
-                except Exception as e:
-                    if m.code == "frechet_merge":
-                        raise
-                    print(
-                        f"{m.name}: {type(e).__name__}: {str(e).splitlines()[-1][:160]}", flush=True
-                    )
-                    continue
-                r = (r[0], fresh(r[1]), *r[2:4])
-                found[m.name], sec = (m.code, m.needs, r), r[3]
-                print(
-                    f"{m.name:32} "
-                    f"{r[0] if r[0] is None or isinstance(r[0], str) else round(r[0], 3)!s:6} "
-                    f"validation {r[2] if r[2] is None else round(r[2], 4)!s:6} reported "
-                    f"{mean(r[1]):.4f}  {sec:.1f} s",
-                    flush=True,
-                )
-            elif m.name in old:
-                found[m.name], sec = None, float(old[m.name]["cpu_s"])
-            else:
+def quality_row(fam, m, r, mib, tsvm):
+    "Of a result that is of method m; `tsvm` is what it is compared with."
+    setting = "" if r.setting is None else r.setting
+    if isinstance(setting, float):
+        setting = round(setting, 3)
+    row = {
+        "method": m.name,
+        "code": m.code,
+        "needs": m.needs,
+        "tuned": setting,
+        "mean": round(mean(r.right), 4),
+        "se": fam.se([r.right]),
+        "worst": round(min(fam.relative(r.right)), 3),
+        "normalised": round(sum(fam.relative(r.right))/len(r.right), 3),
+        "from_tsvm": "",
+        "se_from": "",
+        "cpu_s": "" if r.seconds is None else round(r.seconds, 2),
+        "MiB": mib,
+        **shown(r.right),
+    }
+    if tsvm is not None and m.name != "TSV-M":
+        d = minus(r.right, tsvm.right)
+        row |= {"from_tsvm": round(mean(d), 4), "se_from": fam.se([d])}
+    return row
+
+
+def run_methods(fam, options, old):
+    "Each method that is run, is kept, or has an earlier row, and its result: None for such a row."
+    for m in methods(fam.ex, options.mergekit or "mergekit-pytorch"):
+        if options.wants(m) or m.name in fam.kept:
+            r = attempt(fam, m)
+            if r is None:
                 continue
-            if memory and m.code != "mergekit" and sec < LONG:
-                print(
-                    f"{m.name:32} "
-                    f"{keep((m.name, 'MiB'), lambda m=m: peak(m.merge, *([stats(*m.form)] if m.form else []))):.0f} "
-                    "MiB",
-                    flush=True,
-                )
-        rows = []
-        for m, one in found.items():
-            mib = round(kept[m, "MiB"]) if (m, "MiB") in kept else old.get(m, {}).get("MiB", "")
-            if one is None:
-                rows.append(old[m] | {"MiB": mib})
-                continue
-            code, needs, (s, c, _, sec) = one
-            d = minus(c, found["TSV-M"][2][1]) if "TSV-M" in found and m != "TSV-M" else None
-            rows.append(
-                {
-                    "method": m,
-                    "code": code,
-                    "needs": needs,
-                    "tuned": "" if s is None else s if isinstance(s, str) else round(s, 3),
-                    "mean": round(mean(c), 4),
-                    "se": round(bootstrap([c], gen, ex.groups), 4),
-                    "worst": round(min(relative(c)), 3),
-                    "normalised": round(sum(relative(c))/len(c), 3),
-                    "from_tsvm": "" if d is None else round(mean(d), 4),
-                    "se_from": "" if d is None else round(bootstrap([d], gen, ex.groups), 4),
-                    "cpu_s": "" if sec is None else round(sec, 2),
-                    "MiB": mib,
-                    **shown(c),
-                }
-            )
-        write_rows(
-            f"quality_{name}",
-            rows,
-            said
-            | {
-                "statistics_cpu_s_per_task": about_old.get("statistics_cpu_s_per_task", {}) | spent,
-                "rows_of_earlier_runs": [m for m, one in found.items() if one is None],
-            },
-        )
-        return
+            seconds = r.seconds
+        elif m.name in old:
+            r, seconds = None, float(old[m.name]["cpu_s"])
+        else:
+            continue
+        if options.memory and m.code != "mergekit" and seconds < LONG:
+            mib = fam.keep((m.name, "MiB"), lambda m=m: fam.raised(m))
+            print(f"{m.name:32} {mib:.0f} MiB", flush=True)
+        yield m, r
+
+
+def quality(fam, options):
+    "Every method on all experts, and their rows."
+    base = fam.fresh(fam.keep("base", lambda: fam.ex.right({}, 1)))
+    first = {"base": base, "experts": fam.own}
+    old, about_old = earlier(f"quality_{fam.name}", {n: shown(c) for n, c in first.items()})
+    found = [(Method(n, "", "–", None), Result(None, c, None, None)) for n, c in first.items()]
+    found += run_methods(fam, options, old)
+    tsvm = {m.name: r for m, r in found}.get("TSV-M")
     rows = []
-    for T in sizes:
-        every_set = list(itertools.combinations(ex.names, T))
-        random.Random(T).shuffle(every_set)
+    for m, r in found:
+        mib = old.get(m.name, {}).get("MiB", "")
+        if (m.name, "MiB") in fam.kept:
+            mib = round(fam.kept[m.name, "MiB"])
+        if r is None:
+            rows.append(old[m.name] | {"MiB": mib})
+        else:
+            rows.append(quality_row(fam, m, r, mib, tsvm))
+    spent = about_old.get("statistics_cpu_s_per_task", {}) | fam.spent
+    more = {
+        "statistics_cpu_s_per_task": spent,
+        "rows_of_earlier_runs": [m.name for m, r in found if r is None],
+    }
+    write_rows(f"quality_{fam.name}", rows, fam.said | more)
+
+
+def sets_of(names, T, most):
+    "Some sets of T experts, the same in every run."
+    every_set = list(itertools.combinations(names, T))
+    random.Random(T).shuffle(every_set)
+    return every_set[:most]
+
+
+def settings(xs):
+    return "; ".join(f"{x:.3g}" if isinstance(x, float) else x for x in xs if x is not None)
+
+
+def sizes_row(fam, T, name, rs, size, tsvm):
+    "Of the results of one method on several sets of T models."
+    d = [minus(r.right, t.right) for r, t in zip(rs, tsvm)]
+    return {
+        "models": T,
+        "method": name,
+        "sets": len(rs),
+        "sum / weights, spectral": settings(size),
+        "tuned": settings(r.setting for r in rs),
+        "mean": round(sum(mean(r.right) for r in rs)/len(rs), 4),
+        "normalised": round(sum(sum(fam.relative(r.right))/T for r in rs)/len(rs), 4),
+        "from_tsvm": round(sum(map(mean, d))/len(d), 4),
+        "se_from": fam.se(d) if name != "TSV-M" else "",
+    }
+
+
+def sizes(fam, options):
+    "The core methods on sets of some of the experts, and their rows."
+    rows = []
+    for T in options.sizes:
         cases, size = {}, []
-        for names in every_set[:subsets]:
-            if finished and any(
-                (T, names, m.name) not in kept for m in core(ex, list(names), (), CURVE)
-            ):
+        for names in sets_of(fam.ex.names, T, options.subsets):
+            every_method = list(core(fam.ex, list(names), (), CURVE))
+            is_done = all((T, names, m.name) in fam.kept for m in every_method)
+            if options.finished and not is_done:
                 continue
-            size.append(keep((T, names), lambda names=names: spectral(ex, names)))
-            for m in core(ex, list(names), (), CURVE):
-                r = keep((T, names, m.name), lambda m=m, names=names: run(ex, m, names, stats))
-                cases.setdefault(m.name, []).append((r[0], fresh(r[1]), *r[2:4]))
-            print(T, names, {m: round(mean(r[-1][1]), 4) for m, r in cases.items()}, flush=True)
-
-        def settings(xs):
-            return "; ".join(f"{x:.3g}" if isinstance(x, float) else x for x in xs if x is not None)
-
-        for m, rs in cases.items():
-            d = [minus(r[1], t[1]) for r, t in zip(rs, cases["TSV-M"])]
-            rows.append(
-                {
-                    "models": T,
-                    "method": m,
-                    "sets": len(rs),
-                    "sum / weights, spectral": settings(size),
-                    "tuned": settings(r[0] for r in rs),
-                    "mean": round(sum(mean(r[1]) for r in rs)/len(rs), 4),
-                    "normalised": round(sum(sum(relative(r[1]))/T for r in rs)/len(rs), 4),
-                    "from_tsvm": round(sum(map(mean, d))/len(d), 4),
-                    "se_from": round(bootstrap(d, gen, ex.groups), 4) if m != "TSV-M" else "",
-                }
-            )
-    write_rows(f"sizes_{name}", rows, said | {"sets": subsets})
+            size.append(fam.keep((T, names), lambda names=names: spectral(fam.ex, names)))
+            for m in every_method:
+                r = fam.done((T, names, m.name), m, names)
+                cases.setdefault(m.name, []).append(r)
+            print(T, names, {m: round(mean(r[-1].right), 4) for m, r in cases.items()}, flush=True)
+        rows += [sizes_row(fam, T, m, rs, size, cases["TSV-M"]) for m, rs in cases.items()]
+    write_rows(f"sizes_{fam.name}", rows, fam.said | {"sets": options.subsets})
 
 
-if __name__ == "__main__":
+def report(fam, options):
+    (sizes if options.sizes else quality)(fam, options)
+
+
+def arguments():
     a = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -814,44 +788,50 @@ if __name__ == "__main__":
     a.add_argument("--subsets", type=int, default=3)
     a.add_argument("--cache", type=Path)
     a.add_argument("--mergekit")
-    args = a.parse_args()
+    return a.parse_args()
+
+
+def all_families(args):
+    "Train every family that is not there, and run all of it."
+    args.work.mkdir(parents=True, exist_ok=True)
+    command = "python bench/quality.py all WORK"
+    for name, ex in families(args.work, args.images):
+        for numbers in ((), (2, 3, 4)):
+            cache = args.work/f"{name}{'_sizes' if numbers else ''}.pt"
+            options = Options(mergekit=args.mergekit, sizes=numbers)
+            report(Family(ex, name, cache, command), options)
+
+
+def one_family(args):
+    only = args.only and args.only.split(",")
+    kind = {"text": Text, "images": Images}[args.kind]
+    ex = kind(args.folder, args.tasks, args.heads, args.base, only)
+    name = args.name or Path(args.folder).name
+    command = f"python bench/quality.py FOLDER --name {name} --kind {args.kind} --tasks TASKS"
+    if args.sizes:
+        command += f" --sizes {args.sizes} --subsets {args.subsets}"
+    if args.mergekit:
+        command += " --mergekit MERGEKIT-PYTORCH"
+    if args.memory:
+        command += " --memory"
+    options = Options(
+        methods=args.methods and args.methods.split(","),
+        mergekit=args.mergekit,
+        sizes=tuple(map(int, args.sizes.split(","))) if args.sizes else (),
+        subsets=args.subsets,
+        finished=args.finished,
+        memory=args.memory,
+    )
+    cache = args.cache or Path(f"{args.folder}.{'sizes' if args.sizes else 'quality'}.pt")
+    report(Family(ex, name, cache, command), options)
+
+
+if __name__ == "__main__":
+    args = arguments()
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     torch.set_num_threads(1)
-
-    def numbers(x):
-        return tuple(int(n) for n in x.split(",")) if x else ()
-
     if args.folder == "all":
-        args.work.mkdir(parents=True, exist_ok=True)
-        for name, ex in families(args.work, args.images):
-            for sizes in ((), (2, 3, 4)):
-                family(
-                    ex,
-                    name,
-                    args.work/f"{name}{'_sizes' if sizes else ''}.pt",
-                    "python bench/quality.py all WORK",
-                    None,
-                    args.mergekit,
-                    sizes,
-                )
+        all_families(args)
     else:
-        ex = {"text": Text, "images": Images}[args.kind](
-            args.folder, args.tasks, args.heads, args.base, args.only and args.only.split(",")
-        )
-        name = args.name or Path(args.folder).name
-        family(
-            ex,
-            name,
-            args.cache or Path(f"{args.folder}.{'sizes' if args.sizes else 'quality'}.pt"),
-            f"python bench/quality.py FOLDER --name {name} --kind {args.kind} --tasks TASKS"
-            + (f" --sizes {args.sizes} --subsets {args.subsets}" if args.sizes else "")
-            + " --mergekit MERGEKIT-PYTORCH"*bool(args.mergekit)
-            + " --memory"*args.memory,
-            args.methods and args.methods.split(","),
-            args.mergekit,
-            numbers(args.sizes),
-            args.subsets,
-            args.finished,
-            args.memory,
-        )
+        one_family(args)

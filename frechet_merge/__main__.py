@@ -1,4 +1,4 @@
 """`python -m frechet_merge` is the command `frechet-merge`."""
-from frechet_merge.cli import main
+from frechet_merge.cli.commands import main
 
 main()

@@ -10,13 +10,15 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from frechet_merge import FLAT, Euclidean, Point, check_geometry, frechet_mean
-from frechet_merge.factors import Factors, core, svd
+from frechet_merge.algebra.factors import Factors, core, svd
 from frechet_merge.geometries.baselines import NARROW, TSVM, KnOTS
 from frechet_merge.geometries.lora import LoRA
 from frechet_merge.geometries.pinned import Pinned, tangent_metric
 from frechet_merge.geometries.wasserstein import BuresWasserstein, Wasserstein
-from frechet_merge.laws import LAWS, mean_of
-from frechet_merge.metrics import Diagonal, Operator, SolveWarning, as_numbers
+from frechet_merge.geometries.laws import LAWS, mean_of
+from frechet_merge.metrics.kinds import Diagonal
+from frechet_merge.metrics.operator import Operator, SolveWarning
+from frechet_merge.metrics.units import as_numbers
 
 F64 = torch.float64
 
@@ -405,7 +407,7 @@ class TestWasserstein:
     def test_against_geomstats(self):
         import numpy as np
 
-        from frechet_merge.mean import import_geomstats
+        from frechet_merge.geometries.manifold import import_geomstats
 
         import_geomstats()
         from geomstats.geometry.spd_matrices import SPDBuresWassersteinMetric, SPDMatrices

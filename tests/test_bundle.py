@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy.linalg import expm
 
-from frechet_merge.factors import Factors
+from frechet_merge.algebra.factors import Factors
 from frechet_merge.geometries.bundle import (
     AdapterMetric,
     FactorPairs,
@@ -20,7 +20,7 @@ from frechet_merge.geometries.bundle import (
     gs,
 )
 from frechet_merge.geometries.quotient import Quotient
-from frechet_merge.mean import frechet_mean
+from frechet_merge.spaces.mean import frechet_mean
 from geomstats.geometry.general_linear import GeneralLinear
 from geomstats.learning.frechet_mean import FrechetMean
 from geomstats.test.random import RandomDataGenerator
@@ -242,7 +242,7 @@ def test_the_torch_kernel(kind, one_thread):
 
 def test_nothing_else_imports_geomstats():
     code = (
-        "import sys, frechet_merge, frechet_merge.mean, "
+        "import sys, frechet_merge, frechet_merge.spaces.mean, "
         "frechet_merge.geometries.lora; assert not any(m.startswith('geomstats') for "
         "m in sys.modules)"
     )

@@ -10,15 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from frechet_merge import curvature as module
-from frechet_merge.checkpoints import load
-from frechet_merge.curvature import (
-    Statistics,
-    curvature,
-    hessian_columns,
-    projected_diagonal,
-    projected_kronecker,
-)
+from frechet_merge.curvature import collecting as module
+from frechet_merge.files.open import load
+from frechet_merge.curvature.collecting import Statistics, curvature
+from frechet_merge.curvature.estimators import hessian_columns
+from frechet_merge.curvature.forms import projected_diagonal, projected_kronecker
 
 transformers = pytest.importorskip("transformers")
 IDS = torch.randint(3, 31, (5, 7), generator=torch.Generator().manual_seed(1))
@@ -496,7 +492,7 @@ def test_projections_of_metrics():
 
 
 def test_large_projection_in_pieces(monkeypatch):
-    from frechet_merge import forms
+    from frechet_merge.curvature import forms
 
     U, V, D = torch.randn(6, 7), torch.randn(5, 7), torch.rand(6, 5)
     whole = projected_diagonal(D, U, V)
@@ -510,7 +506,7 @@ def test_large_projection_in_pieces(monkeypatch):
 
 
 def test_wide_sides_are_diagonal(monkeypatch):
-    from frechet_merge import forms
+    from frechet_merge.curvature import forms
 
     model, batch = case("gpt2 untied")
     whole = curvature(model, [batch])

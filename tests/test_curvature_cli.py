@@ -13,10 +13,10 @@ from conftest import ROOT, cli, save
 from test_examples import ROWS, make, write
 
 from frechet_merge import load, merge
-from frechet_merge.checkpoints import MergeError
-from frechet_merge.curvature import Statistics
-from frechet_merge.demo import DATA, base_folder
-from frechet_merge.huggingface import collect
+from frechet_merge.messages import MergeError
+from frechet_merge.curvature.collecting import Statistics
+from frechet_merge.cli.demo import DATA, base_folder
+from frechet_merge.huggingface.models import collect
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def work(tmp_path_factory):
 
 def run(*args):
     "The command in this process, since starting one takes longer than these models."
-    from frechet_merge.cli import app
+    from frechet_merge.cli.commands import app
 
     app([str(a) for a in args], standalone_mode=False)
 
@@ -95,9 +95,9 @@ def says_what_was_done(out):
 def test_what_comes_out_is_what_the_collector_says(work, tmp_path):
     from transformers import AutoModelForSequenceClassification
 
-    from frechet_merge.curvature import curvature
-    from frechet_merge.examples import batches, examples
-    from frechet_merge.huggingface import open_model
+    from frechet_merge.curvature.collecting import curvature
+    from frechet_merge.huggingface.examples import batches, examples
+    from frechet_merge.huggingface.models import open_model
 
     module = AutoModelForSequenceClassification.from_pretrained(work/"bert").eval()
     tokenizer = open_model(work/"bert").tokenizer
@@ -206,7 +206,7 @@ def test_only_some_parameters(work, tmp_path):
 
 KILLED = """
 import os, signal
-import frechet_merge.curvature as c
+import frechet_merge.curvature.collecting as c
 from frechet_merge.cli import main
 
 save = c.State.save
@@ -286,7 +286,7 @@ def test_a_loop_that_was_killed_passes_over_what_is_finished(work, tmp_path, for
 
 @pytest.mark.filterwarnings("ignore:no metric for")
 def test_pairs_that_are_not_there_and_labels_between_classes(work, tmp_path):
-    from frechet_merge.examples import examples
+    from frechet_merge.huggingface.examples import examples
 
     rows = [
         {"sentence1": "cat dog", "sentence2": None if i % 2 else "dog", "label": i % 2 + 0.5}
@@ -367,7 +367,7 @@ def test_statistics_merge(work, tmp_path, kind, form):
 
 
 def test_the_packaged_experts(tmp_path):
-    from frechet_merge.demo import tasks
+    from frechet_merge.cli.demo import tasks
 
     task = "movie"
     write(tmp_path/"movie.jsonl", [{"text": t, "label": y} for t, y in tasks()[task]["test"][:8]])

@@ -19,76 +19,83 @@ FILES = sorted(
 )
 
 
-def undocumented(source, module):
-    "Names in `source`, the text of `module`, that are public and say too little."
-    comments = {
+def comments_of(source) -> dict[int, bool]:
+    "Line of every comment → does it stand alone?"
+    return {
         t.start[0]: t.line.lstrip().startswith("#")
         for t in tokenize.generate_tokens(io.StringIO(source).readline)
         if t.type == tokenize.COMMENT
     }
 
-    def said(node):
+
+class Undocumented:
+    "Names of a module that are public and say too little."
+
+    def __init__(self, source, module):
+        self.source, self.module = source, module
+        self.comments = comments_of(source)
+
+    def __iter__(self):
+        yield from self.body(ast.parse(self.source).body, self.module.__name__, self.module)
+
+    def said(self, node) -> bool:
         "A comment stands behind it, or on the line above."
-        above = comments.get(node.lineno - 1, False)
-        return above or any(n in comments for n in range(node.lineno, node.end_lineno + 1))
+        above = self.comments.get(node.lineno - 1, False)
+        return above or any(n in self.comments for n in range(node.lineno, node.end_lineno + 1))
 
-    def function(node, name, owner):
-        own = ast.get_docstring(node)
-        if not own and not inspect.getdoc(inspect.getattr_static(owner, node.name)):
-            yield f"{name}: no docstring"
-        # the parameters of what it overrides
-        if isinstance(owner, type) and any(
-            node.name in vars(c) for c in owner.__mro__[1:] if c is not object
-        ):
-            return
-        every = [
-            *node.args.posonlyargs,
-            *node.args.args,
-            *node.args.kwonlyargs,
-            node.args.vararg,
-            node.args.kwarg,
-        ]
-        yield from (
-            f"{name}({a.arg}): no annotation and no comment"
-            for a in every
-            if a and a.arg not in ("self", "cls") and not a.annotation and not said(a)
-        )
-
-    def body(nodes, prefix, owner):
+    def body(self, nodes, prefix, owner):
+        "Of a module or a class."
         for node in nodes:
-            name = f"{prefix}.{getattr(node, 'name', '')}"
             if isinstance(node, (ast.Assign, ast.AnnAssign)):
-                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-                inherited = isinstance(owner, type) and any(
-                    hasattr(c, t.id) or t.id in getattr(c, "__annotations__", ())
-                    for t in targets
-                    if isinstance(t, ast.Name)
-                    for c in owner.__mro__[1:]
-                )
-                for t in targets:
-                    if (
-                        isinstance(t, ast.Name)
-                        and not t.id.startswith("_")
-                        and not inherited
-                        and not said(node)
-                    ):
-                        yield f"{prefix}.{t.id}: no comment"
-            elif (
-                getattr(node, "name", "_").startswith("_")
-                and getattr(node, "name", "") != "__init__"
-            ):
-                continue
-            elif isinstance(node, ast.ClassDef):
-                if not ast.get_docstring(node):
-                    yield f"{name}: no docstring"
-                yield from body(node.body, name, getattr(owner, node.name))
-            # the class has it
-            elif node.name == "__init__":
-                yield from (u for u in function(node, prefix, owner) if "docstring" not in u)
-            else:
-                yield from function(node, name, owner)
+                yield from self.assigned(node, prefix, owner)
+            elif isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                yield from self.of_class(node, prefix, owner)
+            elif getattr(node, "name", "_") == "__init__":
+                # the class has the docstring
+                yield from self.parameters(node, prefix, owner)
+            elif not getattr(node, "name", "_").startswith("_"):
+                yield from self.of_function(node, f"{prefix}.{node.name}", owner)
 
-    yield from body(ast.parse(source).body, module.__name__, module)
+    def assigned(self, node, prefix, owner):
+        "A constant or a field; one that is inherited was said before."
+        if node.value is not None and "help=" in ast.unparse(node.value):
+            return  # an option of the command line says what it is
+        for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+            if not isinstance(target, ast.Name) or target.id.startswith("_"):
+                continue
+            if not self.said(node) and not inherits(owner, target.id):
+                yield f"{prefix}.{target.id}: no comment"
+
+    def of_class(self, node, prefix, owner):
+        name = f"{prefix}.{node.name}"
+        if not ast.get_docstring(node):
+            yield f"{name}: no docstring"
+        yield from self.body(node.body, name, getattr(owner, node.name))
+
+    def of_function(self, node, name, owner):
+        found = inspect.getattr_static(owner, node.name)
+        if not ast.get_docstring(node) and not inspect.getdoc(found):
+            yield f"{name}: no docstring"
+        yield from self.parameters(node, name, owner)
+
+    def parameters(self, node, name, owner):
+        "Those of what it overrides were said there."
+        if inherits(owner, node.name):
+            return
+        args = node.args
+        every = [*args.posonlyargs, *args.args, *args.kwonlyargs, args.vararg, args.kwarg]
+        for a in every:
+            if a is None or a.arg in ("self", "cls") or a.annotation or self.said(a):
+                continue
+            yield f"{name}({a.arg}): no annotation and no comment"
+
+
+def inherits(owner, name) -> bool:
+    "Does a class have it from another?"
+    if not isinstance(owner, type):
+        return False
+    others = [c for c in owner.__mro__[1:] if c is not object]
+    return any(name in vars(c) or name in vars(c).get("__annotations__", ()) for c in others)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE).with_suffix("")))
@@ -96,7 +103,7 @@ def test_documented(path):
     module = importlib.import_module(
         "frechet_merge." + ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
     )
-    found = list(undocumented(path.read_text(), module))
+    found = list(Undocumented(path.read_text(), module))
     assert not found, "\n".join(found)
 
 
@@ -114,7 +121,7 @@ def _h(x): pass
 def test_what_is_missing_is_found():
     module = types.ModuleType("m")
     exec(SAYS_TOO_LITTLE, module.__dict__)
-    assert [u.partition(":")[0] for u in undocumented(SAYS_TOO_LITTLE, module)] == [
+    assert [u.partition(":")[0] for u in Undocumented(SAYS_TOO_LITTLE, module)] == [
         "m.A",
         "m.B.x",
         "m.B.f",

@@ -11,16 +11,17 @@ import shutil
 import subprocess
 import sys
 import warnings
+from importlib import import_module
 
 import pytest
 import torch
 from conftest import ROOT, save
 
 from frechet_merge import load
-from frechet_merge.checkpoints import MergeError
-from frechet_merge.demo import DATA, base_folder
-from frechet_merge.examples import _of_datasets, _of_file, batches, columns, examples
-from frechet_merge.huggingface import open_model
+from frechet_merge.messages import MergeError
+from frechet_merge.cli.demo import DATA, base_folder
+from frechet_merge.huggingface.examples import _of_datasets, _of_file, batches, columns, examples
+from frechet_merge.huggingface.models import open_model
 
 WORDS = "the a cat dog sat ran on mat good bad film very".split()
 ROWS = [
@@ -183,8 +184,7 @@ def test_texts_that_look_like_dates_are_texts(tmp_path):
 
 def test_rows_are_not_held(tmp_path, monkeypatch):
     "Of a long file only the rows that are asked for are in memory."
-    import frechet_merge.examples as e
-
+    e = import_module("frechet_merge.huggingface.examples")
     path, alive = write(tmp_path/"a.jsonl", [{"text": "a"*1000}]*3000), []
 
     class Row(dict):
@@ -347,8 +347,9 @@ def test_reading_is_quiet_and_leaves_nothing(tmp_path):
         datasets.utils.logging.get_verbosity(),
         datasets.utils.are_progress_bars_disabled(),
     ) == before
+    code = "from frechet_merge.huggingface.examples import examples; examples('a.jsonl')"
     r = subprocess.run(
-        [sys.executable, "-c", "from frechet_merge.examples import examples; examples('a.jsonl')"],
+        [sys.executable, "-c", code],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -494,7 +495,8 @@ def test_pairs_and_chats(tmp_path):
 def break_(folder, kind):
     config = json.loads((folder/"config.json").read_text())
     if kind == "no tokenizer":
-        [f.unlink() for f in folder.glob("*token*")]
+        for file in folder.glob("*token*"):
+            file.unlink()
     if kind == "no config":
         (folder/"config.json").unlink()
     if kind == "seq2seq":

@@ -1,5 +1,5 @@
-"""A chart into a space, and what it needs: needs are held in every composition, and what was written
-for version 0.1 still works."""
+"""A chart into a space, and what it needs: needs are held in every composition, and what was
+written for version 0.1 still works."""
 
 import importlib
 import sys
@@ -13,17 +13,17 @@ from conftest import save
 import frechet_merge
 from frechet_merge import FLAT, Chart, Euclidean, Geometry, LoRA, Needs, Point, Space, Span, Sphere
 from frechet_merge import MergeError, check_geometry, frechet_mean, merge
-from frechet_merge.checkpoints import from_state_dict
-from frechet_merge.factors import Factors
+from frechet_merge.files.checkpoint import from_state_dict
+from frechet_merge.algebra.factors import Factors
 from frechet_merge.geometries.baselines import TSVM, KnOTS
 from frechet_merge.geometries.fisher import Curved, pullback
 from frechet_merge.geometries.pinned import Pinned
 from frechet_merge.geometries.quotient import Quotient
 from frechet_merge.geometries.subspace import EpiMer
 from frechet_merge.geometries.wasserstein import Wasserstein
-from frechet_merge.geometry import check_needs, space_of, written
-from frechet_merge.laws import mean_of
-from frechet_merge.tensors import MemoryTensor
+from frechet_merge.geometries.geometry import check_needs, space_of, written
+from frechet_merge.geometries.laws import mean_of
+from frechet_merge.files.tensors import MemoryTensor
 
 # as it stood in the tutorial of version 0.1, to the letter
 VERSION_01 = '''

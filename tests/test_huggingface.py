@@ -13,8 +13,8 @@ import yaml
 from conftest import cli, save, tensors
 
 from frechet_merge import Euclidean, LoRA, load, merge
-from frechet_merge.adapters import bake
-from frechet_merge.demo import DATA, base_folder, embed, tasks
+from frechet_merge.adapters.baking import bake
+from frechet_merge.cli.demo import DATA, base_folder, embed, tasks
 from frechet_merge.geometries.sphere import karcher
 
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from frechet_merge import FLAT, Euclidean, LoRA, Point, Span, Sphere, check_geometry
 from frechet_merge import frechet_mean, merge
 from frechet_merge.geometries.sphere import Cylinder, karcher
-from frechet_merge.laws import LAWS, mean_of
-from frechet_merge.mean import Manifold, import_geomstats
-from frechet_merge.merge import geometries
+from frechet_merge.geometries.laws import LAWS, mean_of
+from frechet_merge.geometries.manifold import Manifold, import_geomstats
+from frechet_merge.geometries.registry import geometries
 
 GEOMETRIES = {
     "Euclidean": Euclidean(),
@@ -241,7 +241,7 @@ class TestSphere:
     def test_against_geomstats_on_the_sphere_of_the_span(self):
         import numpy as np
 
-        from frechet_merge.span import coordinates, gram
+        from frechet_merge.algebra.gram import coordinates, gram
 
         import_geomstats()
         from geomstats.geometry.hypersphere import Hypersphere
@@ -272,7 +272,7 @@ class TestSphere:
 def test_importing_geomstats_leaks_nothing():
     import numpy as np
 
-    from frechet_merge.mean import import_geomstats
+    from frechet_merge.geometries.manifold import import_geomstats
 
     had = hasattr(np, "trapz")
     import_geomstats()
@@ -345,7 +345,7 @@ def test_spheres_of_sixteen_bits_are_computed_in_thirty_two():
 
 
 def test_a_law_that_has_no_number_is_still_named():
-    from frechet_merge.factors import Factors
+    from frechet_merge.algebra.factors import Factors
 
     gen = torch.Generator().manual_seed(0)
     far = [
@@ -373,7 +373,7 @@ def test_geometries_of_others_may_be_of_any_kind(monkeypatch):
     def free(**kw):
         return LoRA(**kw)
 
-    module = __import__("sys").modules["frechet_merge.merge"]
+    module = __import__("sys").modules["frechet_merge.geometries.registry"]
     known = {**module.geometries(), "broken": Entry(broken), "free": Entry(free)}
     monkeypatch.setattr(module, "geometries", lambda: known)
     assert module.spelled(LoRA(rank=3)) == "lora:rank=3" and module.geometry_named(

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from frechet_merge import check_geometry
-from frechet_merge.factors import Factors
+from frechet_merge.algebra.factors import Factors
 from frechet_merge.geometries.lora import LoRA
-from frechet_merge.laws import LAWS, mean_of
+from frechet_merge.geometries.laws import LAWS, mean_of
 
 
 def adapter(m, n, r, gen, s=1.0):
@@ -145,9 +145,9 @@ def test_no_dense_matrix_is_formed():
     MiB beyond the factors."""
     code = (
         "import resource, torch\n"
-        "from frechet_merge.factors import Factors\n"
+        "from frechet_merge.algebra.factors import Factors\n"
         "from frechet_merge import LoRA\n"
-        "from frechet_merge.laws import mean_of\n"
+        "from frechet_merge.geometries.laws import mean_of\n"
         "fs = [Factors(torch.randn(30000, 8), torch.randn(8, 30000)) for _ in "
         "range(4)]\n"
         "r0 = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"

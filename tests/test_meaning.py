@@ -105,7 +105,8 @@ class TestAbsent:
                 merge([a | rest, b | rest], absent=absent)
 
     def test_two_architectures_are_called_so(self):
-        a = layered(0) | {f"layers.{i}.experts.{k}.w": randn(4, 4) for i in (0, 1) for k in range(8)}
+        experts = [f"layers.{i}.experts.{k}.w" for i in (0, 1) for k in range(8)]
+        a = layered(0) | {name: randn(4, 4) for name in experts}
         b = layered(1) | {f"layers.{i}.mlp.w": randn(4, 4) for i in (0, 1)}
         with pytest.raises(MergeError, match="two architectures"):
             merge([a, b], absent="renormalise")
@@ -277,7 +278,7 @@ class TestFolders:
             (a/name).write_text("x")
         merge([a, b], out=tmp_path/"o")
         names = {f.name for f in (tmp_path/"o").iterdir()}
-        made = {"README.md", "model.safetensors", "config.json"}
+        made = {"README.md", "frechet_merge.json", "model.safetensors", "config.json"}
         assert names == made | {"LICENSE", "word_shape.json", "open_clip_config.json", "dict.txt"}
 
     def test_a_file_among_others_brings_no_strangers(self, tmp_path):
@@ -476,7 +477,8 @@ class TestPoolings:
 
     def test_a_projection_of_its_own_is_not_left_unmerged(self, tmp_path):
         mean = {"pooling_mode": "mean"}
-        a, b, c = (self.of(tmp_path/n, mean, 0, randn(2, 4, seed=k)) for n, k in zip("abc", (1, 1, 2)))
+        seeds = {"a": 1, "b": 1, "c": 2}
+        a, b, c = (self.of(tmp_path/n, mean, 0, randn(2, 4, seed=k)) for n, k in seeds.items())
         with pytest.raises(MergeError, match="other weights in '2_Dense'"):
             merge([a, c])
         with pytest.warns(UserWarning, match="copied as they are"):
@@ -506,7 +508,7 @@ class TestAdapters:
         return folder
 
     def updates(self, folder):
-        from frechet_merge.adapters import layers
+        from frechet_merge.adapters.peft import layers
 
         return {n: x.factors().delta() for n, x in layers(load(folder))[0].items()}
 
@@ -613,3 +615,55 @@ class TestAdapters:
         save_file(kept, file)
         out = merge([a], bake=tmp_path/"untied")
         torch.testing.assert_close(out.tensors["lm_head.weight"], emb)
+
+
+class TestRouters:
+    "PEFT adapts the parameter of a router of experts, and looks for a rank by that name."
+
+    def mixtral(self, folder):
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4}
+        config = AutoConfig.for_model("mixtral", vocab_size=48, **sizes, **heads)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        return folder
+
+    def adapter(self, folder, base, seed):
+        "As it was saved when routers were linear layers."
+        state = {}
+        for i in range(2):
+            for name, n in (("self_attn.q_proj", 16), ("self_attn.o_proj", 16), ("mlp.gate", 4)):
+                key = f"base_model.model.model.layers.{i}.{name}.lora_"
+                state[f"{key}A.weight"] = randn(3, 16, seed=seed + len(state))
+                state[f"{key}B.weight"] = randn(n, 3, seed=seed + len(state))
+        folder.mkdir()
+        save_file(state, folder/"adapter_model.safetensors")
+        said = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "task_type": "CAUSAL_LM"}
+        said |= {"target_modules": ["q_proj", "o_proj", "gate"]}
+        said |= {"base_model_name_or_path": str(base)}
+        (folder/"adapter_config.json").write_text(json.dumps(said))
+        return folder
+
+    def moved(self, base, adapter):
+        "What an adapter adds to each weight, as PEFT has it."
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+
+        before = AutoModelForCausalLM.from_pretrained(base).state_dict()
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+        after = model.merge_and_unload().state_dict()
+        return {n: after[n] - before[n] for n in before if ".gate." in n or "_proj.weight" in n}
+
+    def test_of_another_rank_than_the_rest(self, tmp_path):
+        base = self.mixtral(tmp_path/"base")
+        a, b = (self.adapter(tmp_path/n, base, s) for n, s in (("a", 0), ("b", 100)))
+        out = merge([a, b], LoRA(), out=tmp_path/"o").out
+        found, *both = (self.moved(base, f) for f in (out, a, b))
+        for name, delta in found.items():
+            want = (both[0][name] + both[1][name])/2
+            torch.testing.assert_close(delta, want, rtol=0, atol=1e-4)
+        assert any(".gate." in n and d.norm() > 0.1 for n, d in found.items())
+        again = merge([out, out], LoRA()).tensors  # we read what we write
+        assert again["base_model.model.model.layers.0.mlp.gate.lora_A.weight"].shape == (4, 16)

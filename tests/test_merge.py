@@ -17,11 +17,12 @@ from safetensors.torch import load_file, save_file, save_model
 
 from frechet_merge import Euclidean, LoRA, MergeError, load, merge
 from frechet_merge.matching.function import unlike
-from frechet_merge.tensors import FileTensor
-from frechet_merge.diagnostics import inspect
+from frechet_merge.files.tensors import FileTensor
+from frechet_merge.diagnostics.inspection import inspect
 from frechet_merge.geometries.sphere import karcher
-from frechet_merge.jobs import _mapper, _pool
-from frechet_merge.span import Stack, gram
+from frechet_merge.merging.run import mapper, pool
+from frechet_merge.algebra.gram import gram
+from frechet_merge.files.stack import Stack
 
 
 def floats(state):
@@ -139,32 +140,42 @@ def test_weights_by_name():
     assert torch.equal(m["emb.weight"], a["emb.weight"]) and torch.equal(m["q.bias"], b["q.bias"])
 
 
-def test_diagonal_metrics_from_files(tmp_path):
+@pytest.fixture
+def diagonals():
+    "Three models and a positive diagonal metric of each."
     g, states = torch.Generator().manual_seed(0), [tensors(i) for i in range(3)]
-    Fs = [{k: torch.rand(v.shape, generator=g) for k, v in floats(s).items()} for s in states]
-    paths = []
-    for i, f in enumerate(Fs):
-        save_file(f, tmp_path/f"f{i}.safetensors")
-        paths.append(tmp_path/f"f{i}.safetensors")
+    return states, [
+        {k: torch.rand(v.shape, generator=g) for k, v in floats(s).items()} for s in states
+    ]
+
+
+def test_diagonal_metrics_from_files(tmp_path, diagonals):
+    states, metrics = diagonals
+    paths = [tmp_path/f"f{i}.safetensors" for i in range(3)]
+    for path, f in zip(paths, metrics):
+        save_file(f, path)
     m = merge(states, metrics=paths, weights=[3, 2, 1])
-    for k in Fs[0]:
-        torch.testing.assert_close(
-            m.tensors[k],
-            sum(w*f[k]*s[k] for w, f, s in zip([3, 2, 1], Fs, states))
-            / sum(w*f[k] for w, f in zip([3, 2, 1], Fs)),
-        )
+    for k in metrics[0]:
+        pull = sum(w*f[k]*s[k] for w, f, s in zip([3, 2, 1], metrics, states))
+        total = sum(w*f[k] for w, f in zip([3, 2, 1], metrics))
+        torch.testing.assert_close(m.tensors[k], pull/total)
+
+
+def test_diagonal_metrics_that_say_nothing_or_nonsense(diagonals):
+    states, metrics = diagonals
+    fewer = [{k: v for k, v in f.items() if k != "q.bias"} for f in metrics]
     with pytest.warns(UserWarning, match="no metric for 1 .*q.bias"):
-        merge(states, metrics=[{k: v for k, v in f.items() if k != "q.bias"} for f in Fs])
-    with pytest.raises(ValueError, match="'q.bias' is missing"):
-        merge(states, metrics=[Fs[0], Fs[1], {k: v for k, v in Fs[2].items() if k != "q.bias"}])
-    with pytest.raises(ValueError, match="none of the tensors"):
-        merge(states, metrics=[{"x": torch.ones(1)}]*3)
-    with pytest.raises(ValueError, match="tensor 'q.bias'.*>= 0"):
-        merge(states, metrics=[Fs[0] | {"q.bias": -torch.ones(8)}, *Fs[1:]])
-    with pytest.raises(ValueError, match="2 metrics for 3"):
-        merge(states, metrics=Fs[:2])
+        merge(states, metrics=fewer)
+    for wrong, why in (
+        ([*metrics[:2], fewer[2]], "'q.bias' is missing"),
+        ([{"x": torch.ones(1)}]*3, "none of the tensors"),
+        ([metrics[0] | {"q.bias": -torch.ones(8)}, *metrics[1:]], "tensor 'q.bias'.*>= 0"),
+        (metrics[:2], "2 metrics for 3"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            merge(states, metrics=wrong)
     with pytest.raises(ValueError, match="one number per model"):
-        merge(states, karcher(), metrics=Fs)
+        merge(states, karcher(), metrics=metrics)
 
 
 def test_means_report():
@@ -179,7 +190,7 @@ def test_means_report():
 def test_chunks_agree_with_one_piece(monkeypatch):
     xs = [{"x": torch.randn(1000, generator=torch.Generator().manual_seed(i))} for i in range(3)]
     whole = {n: merge(xs, g).tensors["x"] for n, g in (("e", Euclidean()), ("s", karcher()))}
-    monkeypatch.setattr("frechet_merge.span.CHUNK", 64)
+    monkeypatch.setattr("frechet_merge.files.stack.CHUNK", 64)
     for n, g in (("e", Euclidean()), ("s", karcher())):
         torch.testing.assert_close(merge(xs, g).tensors["x"], whole[n], rtol=0, atol=3e-7)
 
@@ -203,7 +214,7 @@ def test_gram_matrix(n, T, seed, scale):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_tensor_whose_first_chunk_is_unlike_the_rest(monkeypatch, dtype, scale):
     "Reserved rows of an embedding hardly move; norms read off them say nothing about the others."
-    monkeypatch.setattr("frechet_merge.span.CHUNK", 64)
+    monkeypatch.setattr("frechet_merge.files.stack.CHUNK", 64)
     g = torch.Generator().manual_seed(0)
     xs = [torch.randn(1000, generator=g, dtype=torch.float64) for _ in range(3)]
     xs[0][:100] *= scale
@@ -359,6 +370,7 @@ class TestFolder:
                 "README.md",
                 "chat_template.jinja",
                 "config.json",
+                "frechet_merge.json",
                 "generation_config.json",
                 "model.safetensors",
                 "tokenizer.json",
@@ -429,7 +441,7 @@ class TestMemory:
     CODE = """
 import resource, sys, torch
 from frechet_merge import merge
-from frechet_merge.merge import geometry_named
+from frechet_merge.geometries.registry import geometry_named
 r0 = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 merge([f"b{i}" for i in range(8)], geometry_named(sys.argv[1]), out="out-" + sys.argv[1])
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - r0)/1024)
@@ -439,7 +451,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - r0)/1024)
     def test_eight_models(self, tmp_path, geometry):
         """Less than one tensor of 128 MiB, and no more for it than for one of 32 MiB, but for what
         varies from run to run."""
-        from frechet_merge.shards import ShardWriter
+        from frechet_merge.files.shards import ShardWriter
 
         peak = {}
         for n in (1 << 24, 1 << 26):
@@ -477,7 +489,7 @@ def test_the_import_is_light():
 
 def test_stack_of_differences_reads_one_model_at_a_time():
     base, xs = torch.randn(4, 5), [torch.randn(4, 5) for _ in range(3)]
-    from frechet_merge.tensors import MemoryTensor
+    from frechet_merge.files.tensors import MemoryTensor
 
     s = Stack([MemoryTensor(x) for x in xs], MemoryTensor(base))
     assert (
@@ -686,7 +698,7 @@ def test_a_taken_place_is_refused_before_anything_is_read(models, tmp_path, monk
     (tmp_path/"out"/"mine").write_text("mine")
     monkeypatch.setattr(FileTensor, "_pread", lambda *_: pytest.fail("a tensor was read"))
     monkeypatch.setattr(
-        "frechet_merge.output.fingerprint", lambda *_: pytest.fail("a file was hashed")
+        "frechet_merge.files.output.fingerprint", lambda *_: pytest.fail("a file was hashed")
     )
     with pytest.raises(MergeError, match="not an empty folder"):
         merge(models, out=tmp_path/"out", full_hash=True)
@@ -719,7 +731,7 @@ def test_merges_beside_each_other_give_the_threads_back():
 
     def other():
         begun.wait(10)
-        with _mapper("threads") as over:
+        with mapper("threads") as over:
             found["worker"] = [*over(lambda _: torch.get_num_threads(), range(3))]
             ended.wait(10)
         found["other"] = torch.get_num_threads()
@@ -727,7 +739,7 @@ def test_merges_beside_each_other_give_the_threads_back():
     t = threading.Thread(target=other)
     t.start()
     try:
-        with _mapper("threads") as over:
+        with mapper("threads") as over:
             begun.set()
             list(over(lambda _: torch.ones(9).sum(), range(3)))
             time.sleep(0.2)
@@ -742,31 +754,8 @@ def test_merges_beside_each_other_give_the_threads_back():
 
 def test_workers_are_as_many_as_the_process_may_use(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 3, 5}, raising=False)
-    with _pool() as pool:
-        assert pool._max_workers == 3
-
-
-def test_the_lock_of_a_merge_that_failed_meanwhile_is_none(tmp_path, monkeypatch):
-    """A waits with the folder open, whoever had it removes it, and a third makes it anew: A must
-    not empty that."""
-    import fcntl
-
-    from frechet_merge.output import staged
-
-    part, lock = tmp_path/".out.partial", fcntl.flock
-
-    def late(fd, how):
-        if not (tmp_path/"swapped").exists():
-            (tmp_path/"swapped").touch()
-            part.rmdir()
-            part.mkdir()
-            (part/"theirs").write_text("x")
-        lock(fd, how)
-
-    monkeypatch.setattr(fcntl, "flock", late)
-    with pytest.raises(MergeError, match="another merge is writing it"), staged(tmp_path/"out"):
-        pass
-    assert (part/"theirs").exists()
+    with pool() as threads:
+        assert threads._max_workers == 3
 
 
 def llama(folder, seed, tied, **config):

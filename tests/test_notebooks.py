@@ -1,11 +1,14 @@
 """Every notebook runs, and its assertions hold. The outputs that are committed are not compared
-with those of this run."""
+with those of this run. Tutorials run in the environment that the README names for notebooks, and
+the commands that they show in the one that it names for commands."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
+from environment import command, environment, variables
 
 NOTEBOOKS = sorted(
     p for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts
@@ -21,8 +24,24 @@ def own_settings():
     torch.set_num_threads(threads)
 
 
+def run_as_a_reader(path):
+    "A tutorial in [notebooks], whose commands are run in [demo]."
+    home = environment("notebooks")
+    command(home/"bin", environment("demo")/"bin"/"python")
+    r = subprocess.run(
+        [home/"bin"/"jupyter-execute", path.name],
+        cwd=path.parent,
+        env=variables(home),
+        capture_output=True,
+        text=True,
+    )
+    assert r.returncode == 0, r.stdout[-2000:] + r.stderr[-5000:]
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: str(p.relative_to(ROOT/"nbs")))
 def test_notebook(path, monkeypatch):
+    if path.parent.name == "tutorials":
+        return run_as_a_reader(path)
     from nbdev.test import test_nb
 
     monkeypatch.chdir(path.parent)

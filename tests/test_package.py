@@ -159,11 +159,14 @@ from pathlib import Path
 from torch import Tensor, nn, ones
 from typing_extensions import assert_type
 import frechet_merge
-from frechet_merge import Euclidean, Geometry, LoRA, Mean, Merged, Point, Span, Sphere, check_geometry, frechet_mean, load, merge
+from frechet_merge import Euclidean, Geometry, LoRA, Mean, Merged, Point, Span, Sphere
+from frechet_merge import check_geometry, frechet_mean, load, merge
 from frechet_merge.curvature import curvature
 
-assert_type(merge(["a", Path("b")], Span(Sphere()), base="c", weights=[1, 2], scale=0.5, out="d"), Merged)
-assert_type(frechet_merge.merge([{"w": ones(3)}, nn.Linear(2, 2).state_dict()]).tensors, Mapping[str, Tensor])
+found = merge(["a", Path("b")], Span(Sphere()), base="c", weights=[1, 2], scale=0.5, out="d")
+assert_type(found, Merged)
+found = frechet_merge.merge([{"w": ones(3)}, nn.Linear(2, 2).state_dict()])
+assert_type(found.tensors, Mapping[str, Tensor])
 merged = merge(["a", "b"], LoRA(rank=8), metrics=None)
 assert_type(merged.means, dict[str, Mean])
 assert_type(load("a")["w"], Tensor)
@@ -261,56 +264,74 @@ def test_entry_points_exist():
         assert callable(getattr(importlib.import_module(module), name)), e
 
 
-def layers():
-    "The rows of ARCHITECTURE's table: layer → modules."
+def folders():
+    "The rows of ARCHITECTURE's table, top first: folder → its modules."
     text = (ROOT/"ARCHITECTURE.md").read_text()
-    rows = [
-        [c.strip() for c in r.strip("|").split("|")]
-        for r in re.search(r"\| layer \| modules .*?\n\n", text, re.S)[0].splitlines()
-        if r
-    ]
-    every = {
-        ".".join(p.relative_to(ROOT/"frechet_merge").with_suffix("").parts)
-        for p in (ROOT/"frechet_merge").rglob("*.py")
-        if not p.stem.startswith("_")
-    }
-
-    def modules(w):
-        return {m for m in every if m.startswith(w[:-1])} if w.endswith("*") else {w}
-
-    return [
-        (name, set().union(*map(modules, re.findall(r"`([^`]+)`", names))))
-        for name, names, _ in rows[2:]
-    ], every
+    table = re.search(r"\| folder \| modules .*?\n\n", text, re.S)[0]
+    rows = [row.strip("|").split("|") for row in table.splitlines()[2:] if row]
+    return {row[0].strip(" `"): set(re.findall(r"`([^`]+)`", row[1])) for row in rows}
 
 
-def test_every_module_has_its_layer_and_imports_only_from_there_up():
-    table, every = layers()
-    rank = {m: i for i, (_, ms) in enumerate(table) for m in ms}
-    assert sum(len(ms) for _, ms in table) == len(rank) and set(rank) == every
-    for m in every:
-        path = ROOT/"frechet_merge"/(m.replace(".", "/") + ".py")
+def modules():
+    "Every module by the folder that it is in; one that is in none is its own."
+    found = {}
+    for path in (ROOT/"frechet_merge").rglob("*.py"):
+        parts = path.relative_to(ROOT/"frechet_merge").with_suffix("").parts
+        if not parts[-1].startswith("_"):
+            found.setdefault(parts[0], set()).update(parts[1:])
+    return found
+
+
+def test_the_architecture_has_every_module():
+    assert folders() == modules()
+
+
+def test_a_module_imports_only_from_its_own_folder_and_those_above():
+    order = list(folders())
+    for path in (ROOT/"frechet_merge").rglob("*/*.py"):
+        parts = path.relative_to(ROOT/"frechet_merge").with_suffix("").parts
         for node in ast.parse(path.read_text()).body:
             if not isinstance(node, ast.ImportFrom) or not node.level:
                 continue
-            to = ".".join([*m.split(".")[: -node.level], *(node.module or "").split(".")])
-            assert rank[to] <= rank[m], (
-                f"{m} ({table[rank[m]][0]}) imports {to} ({table[rank[to]][0]})"
-            )
+            to = [*parts[: -node.level], *(node.module or "").split(".")][0]
+            above = order.index(to) <= order.index(parts[0])
+            assert above, f"{'.'.join(parts)} imports {to}, which is below {parts[0]}"
 
 
 def test_the_architecture_names_what_exists():
     text = (ROOT/"ARCHITECTURE.md").read_text()
-    for ref in re.findall(r"<b>(\w+\.\w+)</b>", text):
-        module, _, name = ref.partition(".")
-        if module == "Geometry":
-            assert hasattr(frechet_merge.Geometry, name)
-        else:
-            assert hasattr(importlib.import_module(f"frechet_merge.{module}"), name), ref
+    refs = re.findall(r"<b>([\w.]+\.\w+)</b>", text)
+    assert len(refs) > 5
+    for ref in refs:
+        module, _, name = ref.rpartition(".")
+        at = frechet_merge.Geometry
+        if module != "Geometry":
+            at = importlib.import_module(f"frechet_merge.{module}")
+        assert hasattr(at, name), ref
     for name in ("ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "RELEASING.md"):
         prose = re.sub(r"```.*?```", "", (ROOT/name).read_text(), flags=re.S)
         for link in re.findall(r"\]\((?!https?:|#)([^)]+)\)", prose):
             assert (ROOT/link).exists(), f"{name}: {link}"
+
+
+def is_defined_in(x, module) -> bool:
+    return getattr(x, "__module__", None) == module.__name__
+
+
+def test_former_modules_are_found_with_a_note():
+    from frechet_merge._former import BECAME
+
+    for old, homes in BECAME.items():
+        name = f"frechet_merge.{old}"
+        sys.modules.pop(name, None)
+        with pytest.warns(DeprecationWarning, match=re.escape(f"{name} is frechet_merge.")):
+            module = importlib.import_module(name)
+        for home in homes:
+            found = importlib.import_module(f"frechet_merge.{home}")
+            public = next(n for n, x in vars(found).items() if is_defined_in(x, found))
+            assert getattr(module, public) is getattr(found, public)
+        with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+            _ = module.nothing
 
 
 def test_llms_txt_is_the_sidebar():
@@ -332,26 +353,28 @@ def test_llms_txt_is_the_sidebar():
     assert {f"{url}/api.html.md"} | twins == set(re.findall(rf"\(({url}/\S+?)\)", text))
 
 
-def test_issue_forms_ask_for_what_runs():
-    forms = {
-        p.stem: yaml.safe_load(p.read_text())
-        for p in (ROOT/".github"/"ISSUE_TEMPLATE").glob("*.yml")
-    }
+@pytest.fixture(scope="module")
+def forms():
+    "The issue forms, by name."
+    paths = (ROOT/".github"/"ISSUE_TEMPLATE").glob("*.yml")
+    return {p.stem: yaml.safe_load(p.read_text()) for p in paths}
+
+
+def test_issue_forms_ask_for_what_runs(forms):
     assert {"bug", "merge", "geometry", "config"} == set(forms)
     commands = run("python", "-m", "frechet_merge", "--help", cwd=ROOT)
     for form in (f for n, f in forms.items() if n != "config"):
-        assert (
-            form["name"]
-            and form["description"]
-            and all({"label"} <= set(b["attributes"]) and b["id"] for b in form["body"])
-        )
+        assert form["name"] and form["description"]
         for b in form["body"]:
+            assert "label" in b["attributes"] and b["id"]
             for c in re.findall(r"`frechet-merge (\w+)", b["attributes"].get("description", "")):
                 assert c in commands
-    versions = next(b for b in forms["bug"]["body"] if b["id"] == "versions")["attributes"][
-        "description"
-    ]
-    line = re.search(r"`(python -c .*)`", versions)[1].replace("python", f"'{sys.executable}'", 1)
+
+
+def test_the_bug_form_asks_for_versions_with_a_line_that_prints_them(forms):
+    versions = next(b for b in forms["bug"]["body"] if b["id"] == "versions")
+    line = re.search(r"`(python -c .*)`", versions["attributes"]["description"])[1]
+    line = line.replace("python", f"'{sys.executable}'", 1)
     said = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True).stdout
     assert f"frechet_merge=={frechet_merge.__version__}" in said and "torch==" in said
 

@@ -6,7 +6,6 @@ import json
 import math
 import re
 import shutil
-import sys
 import warnings
 
 import peft
@@ -19,7 +18,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from frechet_merge import LoRA, MergeError, Span, Sphere, load, merge
-from frechet_merge.adapters import layers
+from frechet_merge.adapters.peft import layers
 from frechet_merge.geometries.baselines import KnOTS, TSVM
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -415,12 +414,11 @@ def test_scale_and_patterns(make, tmp_path):
 
 
 def test_batches_do_not_change_the_result(make, monkeypatch):
-    import sys
 
     folders = [make(f"a{i}", i) for i in range(3)]
     for g in (LoRA(), LoRA(metric="wasserstein"), TSVM()):
         one = merge(folders, g).tensors
-        monkeypatch.setattr(sys.modules["frechet_merge.merge"], "BATCH", 1)
+        monkeypatch.setattr("frechet_merge.merging.plan.BATCH", 1)
         for k, x in merge(folders, g, executor="serial").tensors.items():
             torch.testing.assert_close(x, one[k], msg=k)
         monkeypatch.undo()
@@ -643,7 +641,7 @@ def test_a_tied_embedding_is_not_adapted_alone(tmp_path):
 def test_an_adapter_brings_its_classes(base_labels, tmp_path):
     "RoBERTa's head has two layers; the config beside the weights is the base's."
     import transformers
-    from frechet_merge.adapters import bake
+    from frechet_merge.adapters.baking import bake
 
     cfg, own = (
         dict(
@@ -758,7 +756,7 @@ def test_heads_of_two_adapters_and_half_a_head_are_refused():
         c.lazy = {k.replace("model.l.", "model.layer."): x for k, x in c.lazy.items()}
         return c
 
-    from frechet_merge.adapters import bake
+    from frechet_merge.adapters.baking import bake
 
     a3, a5 = adapter(3), adapter(5)
     three = load(
@@ -775,7 +773,7 @@ def test_heads_of_two_adapters_and_half_a_head_are_refused():
 
 
 def test_the_config_of_another_number_of_classes(tmp_path):
-    from frechet_merge.companions import write_companions
+    from frechet_merge.merging.companions import write_companions
 
     (tmp_path/"base").mkdir()
     for cfg in (
@@ -828,11 +826,9 @@ def test_whether_it_fits_is_known_before_the_merge(make, tmp_path, monkeypatch):
         {k: torch.zeros(7, 7) if k == "q.weight" else v for k, v in toy().state_dict().items()},
         tmp_path/"odd.safetensors",
     )
-    monkeypatch.setattr(
-        sys.modules["frechet_merge.merge"],
-        "carry_out",
-        lambda *_, **__: pytest.fail("the merge was made"),
-    )
+    for way in ("in_memory", "into_folder"):
+        made = f"frechet_merge.merging.merge.{way}"
+        monkeypatch.setattr(made, lambda *_, **__: pytest.fail("the merge was made"))
     with pytest.raises(MergeError, match="does not fit 'q.weight'"):
         merge([a, a], bake=tmp_path/"odd.safetensors", out=tmp_path/"out")
 

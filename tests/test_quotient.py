@@ -10,10 +10,10 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from frechet_merge import check_geometry, frechet_mean
-from frechet_merge.factors import Factors
+from frechet_merge.algebra.factors import Factors
 from frechet_merge.geometries.lora import LoRA
 from frechet_merge.geometries.quotient import FixedRank, Quotient, norm, regauge, speed2, sqrtm
-from frechet_merge.laws import LAWS, mean_of
+from frechet_merge.geometries.laws import LAWS, mean_of
 
 D, METRICS = torch.float64, ("mix", "inv")
 both = pytest.mark.parametrize("metric", METRICS)

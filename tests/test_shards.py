@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from frechet_merge.shards import CODES, MergeError, ShardWriter, plan, read_header
+from frechet_merge.files.shards import CODES, ShardWriter, plan, read_header
+from frechet_merge.messages import MergeError
 
 
 def test_safetensors_reads_what_we_write(tmp_path):

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as hs
 
 from frechet_merge import MergeError, check_geometry, merge
-from frechet_merge.factors import Factors
-from frechet_merge.forms import projected_diagonal, projected_kronecker
+from frechet_merge.algebra.factors import Factors
+from frechet_merge.curvature.forms import projected_diagonal, projected_kronecker
 from frechet_merge.geometries.baselines import TSVM
 from frechet_merge.geometries.lora import LoRA
 from frechet_merge.geometries.subspace import (
@@ -24,10 +24,14 @@ from frechet_merge.geometries.subspace import (
     labeled_basis,
     top_svd,
 )
-from frechet_merge.geometry import Euclidean, Point
-from frechet_merge.laws import mean_of
-from frechet_merge.metrics import Dense, Diagonal, Kronecker, MetricWarning, Operator, as_metric
-from frechet_merge.span import Stack
+from frechet_merge.geometries.geometry import Euclidean
+from frechet_merge.spaces.space import Point
+from frechet_merge.geometries.laws import mean_of
+from frechet_merge.metrics.kinds import Dense, Diagonal
+from frechet_merge.metrics.kronecker import Kronecker
+from frechet_merge.metrics.operator import Operator
+from frechet_merge.metrics.units import MetricWarning, as_metric
+from frechet_merge.files.stack import Stack
 
 SHAPES = [(9, 9), (14, 8), (8, 14)]
 

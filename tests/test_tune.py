@@ -4,6 +4,7 @@ what is left behind."""
 import math
 import shutil
 import warnings
+from importlib import import_module
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from test_examples import make, write
 
 from frechet_merge import load, merge
-from frechet_merge.checkpoints import MergeError
-from frechet_merge.huggingface import collect, open_model
-from frechet_merge.tune import SKETCH, OutputDistance, _sketch, nearest, tune
+from frechet_merge.messages import MergeError
+from frechet_merge.huggingface.models import collect, open_model
+from frechet_merge.files.output import OURS
+from frechet_merge.tuning.tune import SKETCH, OutputDistance, _sketch, nearest, tune
 
 WORDS = ["cat", "dog", "bird", "fish"]
 
@@ -219,8 +221,9 @@ def test_what_adapters_save_whole_has_no_scale(tmp_path, work):
 
 
 def test_folders_of_runs_that_were_killed_go(work, tmp_path):
-    (tmp_path/".out.tune-999999999-x").mkdir()
-    (tmp_path/".out.tune-999999999-x"/"m").write_text("half")
+    (tmp_path/".out.k3l5m7_x.partial").mkdir()
+    (tmp_path/".out.k3l5m7_x.partial"/"lock").write_bytes(OURS)
+    (tmp_path/".out.k3l5m7_x.partial"/"m").write_text("half")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tune(
@@ -367,8 +370,7 @@ def test_search_survives_what_is_not_finite():
 def test_it_asks_what_the_metrics_have_not_seen(work, tmp_path, monkeypatch):
     """With the metrics' own seed, since the command line's may differ; seen ones only if there are
     no others, and with a word."""
-    import frechet_merge.tune as t
-
+    t = import_module("frechet_merge.tuning.tune")
     rows = [{"text": f"{a} {b} {c}"} for a in WORDS for b in WORDS for c in WORDS[:2]]
     data = write(tmp_path/"d.jsonl", rows)
     s = tmp_path/"s.safetensors"

@@ -16,6 +16,7 @@ training examples of each task are left out, and can test; OUT/seen.json says ho
 import argparse
 import gzip
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,9 +25,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer
 
-from frechet_merge.demo import BASE_ID, REVISION, TOKENS, base_folder, embed
+from frechet_merge.cli.demo import BASE_ID, REVISION, TOKENS, base_folder, embed
 
-HERE, OUT = Path(__file__).parent, Path(__file__).parents[2]/"frechet_merge"/"demo_data"
+HERE = Path(__file__).parent
+OUT = Path(__file__).parents[2]/"frechet_merge"/"demo_data"
 SHOTS, TESTS, EPOCHS, BATCH, LR, FULL_LR, RANK = 8, 200, 3, 16, 2e-3, 1e-4, 4
 
 
@@ -38,57 +40,63 @@ def batches(tok, rows, gen):
         for i in range(0, len(order), 8*BATCH)
     ]
     cut = [p[i : i + BATCH] for p in pools for i in range(0, len(p), BATCH)]
+    how = dict(truncation=True, max_length=TOKENS, padding=True, return_tensors="pt")
     for k in torch.randperm(len(cut), generator=gen).tolist():
-        x = tok(
-            [rows[j][0] for j in cut[k]],
-            truncation=True,
-            max_length=TOKENS,
-            padding=True,
-            return_tensors="pt",
-        )
-        yield x, torch.tensor([rows[j][1] for j in cut[k]])
+        texts, labels = zip(*(rows[j] for j in cut[k]))
+        yield tok(list(texts), **how), torch.tensor(labels)
 
 
 def head(enc, tok, task):
     "Nearest centroids as a linear layer, scaled so that logits have a standard deviation of 2."
-    feats = [
-        embed(enc, tok, [t for t, y in task["train"] if y == k][:SHOTS])
-        for k in range(len(task["labels"]))
-    ]
+    classes = range(len(task["labels"]))
+    shots = [[t for t, y in task["train"] if y == k][:SHOTS] for k in classes]
+    feats = [embed(enc, tok, texts) for texts in shots]
     C = torch.stack([f.mean(0) for f in feats])
     mu = C.mean(0)
-    W, b = C - mu, -0.5*(C.pow(2).sum(1) - mu.pow(2).sum())
+    W = C - mu
+    b = -0.5*(C.pow(2).sum(1) - mu.pow(2).sum())
     s = 2/F.linear(torch.cat(feats), W, b).std()
     return (W*s).contiguous(), (b*s).contiguous()
 
 
-def train(base, tok, rows, W, b, rank, targets, epochs, seed):
-    "An adapter of this rank, or without a rank all of the encoder's layers (not the embeddings)."
-    torch.manual_seed(seed)
-    gen = torch.Generator().manual_seed(seed)
+@dataclass(frozen=True)
+class How:
+    "How experts are trained."
+
+    rank: int | None  # of an adapter; None: all of the encoder's layers (not the embeddings)
+    targets: list[str]  # of an adapter
+    epochs: int
+    seed: int
+
+
+def fresh(base, how):
+    "The base, with what is to be trained."
     model = AutoModel.from_pretrained(base, add_pooling_layer=False)
-    if rank:
-        model = get_peft_model(
-            model, LoraConfig(r=rank, lora_alpha=2*rank, target_modules=targets)
-        )
-        (
-            model.peft_config["default"].base_model_name_or_path,
-            model.peft_config["default"].revision,
-        ) = BASE_ID, REVISION
-    else:
+    if how.rank is None:
         model.embeddings.requires_grad_(False)
-    opt = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=LR if rank else FULL_LR,
-        weight_decay=0.01,
-    )
-    steps = epochs*-(-len(rows)//BATCH)
+        return model
+    config = LoraConfig(r=how.rank, lora_alpha=2*how.rank, target_modules=how.targets)
+    model = get_peft_model(model, config)
+    model.peft_config["default"].base_model_name_or_path = BASE_ID
+    model.peft_config["default"].revision = REVISION
+    return model
+
+
+def train(base, tok, rows, W, b, how):
+    "An expert on texts and labels, before the head (W, b)."
+    torch.manual_seed(how.seed)
+    gen = torch.Generator().manual_seed(how.seed)
+    model = fresh(base, how)
+    live = [p for p in model.parameters() if p.requires_grad]
+    opt = torch.optim.AdamW(live, lr=LR if how.rank else FULL_LR, weight_decay=0.01)
+    steps = how.epochs*-(-len(rows)//BATCH)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         opt, lambda s: min(1, (s + 1)/(0.1*steps))*max(0, 1 - s/steps)
     )
-    for _ in range(epochs):
+    for _ in range(how.epochs):
         for x, y in batches(tok, rows, gen):
-            h, mask = model(**x).last_hidden_state, x["attention_mask"][..., None]
+            h = model(**x).last_hidden_state
+            mask = x["attention_mask"][..., None]
             loss = F.cross_entropy(F.linear((h*mask).sum(1)/mask.sum(1), W, b), y)
             opt.zero_grad()
             loss.backward()
@@ -98,7 +106,31 @@ def train(base, tok, rows, W, b, rank, targets, epochs, seed):
     return model
 
 
-if __name__ == "__main__":
+def save(model, tok, folder, how):
+    "A model with its tokenizer, or an adapter in half precision."
+    model.save_pretrained(folder)
+    if how.rank is None:
+        tok.save_pretrained(folder)
+    else:
+        file = folder/"adapter_model.safetensors"
+        save_file(
+            {k: v.half() for k, v in load_file(file).items()}, file, metadata={"format": "pt"}
+        )
+    (folder/"README.md").unlink(missing_ok=True)
+
+
+def save_tests(tasks, file):
+    "The first test texts of each task, as the demo has them."
+    small = {
+        name: {k: task[k] for k in ("labels", "source", "license")}
+        | {"test": task["test"][:TESTS]}
+        for name, task in tasks.items()
+    }
+    with gzip.GzipFile(file, "wb", mtime=0) as f:
+        f.write(json.dumps(small, ensure_ascii=False, separators=(",", ":")).encode())
+
+
+def arguments():
     a = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -111,53 +143,32 @@ if __name__ == "__main__":
     a.add_argument("--seed", type=int, default=0)
     a.add_argument("--tasks", type=Path, default=HERE/"tasks.json.gz")
     a.add_argument("--heads", type=Path, help="use these fixed heads")
-    args = a.parse_args()
-    tasks, base = json.load(gzip.open(args.tasks, "rt")), base_folder()
-    tok, enc, heads = (
-        AutoTokenizer.from_pretrained(base),
-        AutoModel.from_pretrained(base, add_pooling_layer=False).eval(),
-        load_file(args.heads) if args.heads else {},
-    )
+    return a.parse_args()
+
+
+def main():
+    args = arguments()
+    tasks = json.load(gzip.open(args.tasks, "rt"))
+    base = base_folder()
+    tok = AutoTokenizer.from_pretrained(base)
+    encoder = AutoModel.from_pretrained(base, add_pooling_layer=False).eval()
+    heads = load_file(args.heads) if args.heads else {}
+    how = How(None if args.full else args.rank, args.targets.split(","), args.epochs, args.seed)
     args.out.mkdir(exist_ok=True, parents=True)
     seen = {name: round(args.share*len(task["train"])) for name, task in tasks.items()}
     for name, task in tasks.items():
         if not args.heads:
-            heads[f"{name}.weight"], heads[f"{name}.bias"] = head(enc, tok, task)
+            heads[f"{name}.weight"], heads[f"{name}.bias"] = head(encoder, tok, task)
         W, b = heads[f"{name}.weight"], heads[f"{name}.bias"]
-        train(
-            base,
-            tok,
-            task["train"][: seen[name]],
-            W,
-            b,
-            None if args.full else args.rank,
-            args.targets.split(","),
-            args.epochs,
-            args.seed,
-        ).save_pretrained(args.out/name)
-        if args.full:
-            tok.save_pretrained(args.out/name)
-        else:
-            factors = load_file(args.out/name/"adapter_model.safetensors")
-            save_file(
-                {k: v.half() for k, v in factors.items()},
-                args.out/name/"adapter_model.safetensors",
-                metadata={"format": "pt"},
-            )
-        (args.out/name/"README.md").unlink(missing_ok=True)
+        model = train(base, tok, task["train"][: seen[name]], W, b, how)
+        save(model, tok, args.out/name, how)
         print(name, "done", flush=True)
     save_file(heads, args.out/"heads.safetensors")
     if args.share < 1:
         (args.out/"seen.json").write_text(json.dumps(seen))
     if args.out == OUT:
-        small = {
-            k: {
-                "labels": v["labels"],
-                "source": v["source"],
-                "license": v["license"],
-                "test": v["test"][:TESTS],
-            }
-            for k, v in tasks.items()
-        }
-        with gzip.GzipFile(args.out/"tests.json.gz", "wb", mtime=0) as f:
-            f.write(json.dumps(small, ensure_ascii=False, separators=(",", ":")).encode())
+        save_tests(tasks, args.out/"tests.json.gz")
+
+
+if __name__ == "__main__":
+    main()

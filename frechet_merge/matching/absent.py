@@ -11,9 +11,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..checkpoints import HEAD, Checkpoint, MergeError
+from ..files.checkpoint import HEAD, Checkpoint
+from ..messages import MergeError
 from .views import head_of
-from ..tensors import LazyTensor
+from ..files.tensors import LazyTensor
 
 # %% ../../nbs/matching/absent.ipynb #a66ab56c
 # tensors that libraries compute, and that training does not change
@@ -40,7 +41,7 @@ class Names:
     ours: list[str]  # only the one has them
     theirs: list[str]  # only the other has them
 
-
+# %% ../../nbs/matching/absent.ipynb #1c51911b
 def apart(c: Checkpoint, d: Checkpoint) -> Names:
     "The tensors of layers that only one of two models has."
 
@@ -49,7 +50,7 @@ def apart(c: Checkpoint, d: Checkpoint) -> Names:
 
     return Names(only(c, d), only(d, c))
 
-
+# %% ../../nbs/matching/absent.ipynb #4f80bc47
 def _is_aside(name: str, x: LazyTensor) -> bool:
     "What a model may lack and be the same architecture."
     # what an adapter saved whole beside its updates is no layout

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from ..checkpoints import Checkpoint, MergeError
+from ..files.checkpoint import Checkpoint
+from ..messages import MergeError
 
 # %% ../../nbs/matching/codes.ipynb #19f5d29d
 # the ends of tensor names → the format that writes them

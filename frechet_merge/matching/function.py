@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import Checkpoint, MergeError, read_json, token_rows
+from ..files.checkpoint import Checkpoint, json_in, read_json, token_rows
+from ..messages import MergeError
 from .views import head_of
 from .vocabulary import refuse_other_tokens
 
@@ -51,21 +52,26 @@ def refuse_other_labels(models: Sequence[Checkpoint]) -> None:
             )
 
 # %% ../../nbs/matching/function.ipynb #46c303f6
+def _listed(home: Path) -> list[dict[str, Any]]:
+    "The modules that a folder of sentence-transformers lists."
+    found = json_in(home/"modules.json")
+    return [part for part in found if isinstance(part, dict)] if isinstance(found, list) else []
+
+# %% ../../nbs/matching/function.ipynb #9f706094
 def pooling(c: Checkpoint) -> list[str] | None:
     "The modules behind the transformer, with how they pool; None if the folder does not say."
     home = next((h for h in c.homes if (h/"modules.json").is_file()), None)
     if home is None:
         return None
-    parts = read_json(home/"modules.json", list)
     found = []
-    for part in parts[1:]:
+    for part in _listed(home)[1:]:
         kind = str(part.get("type")).rpartition(".")[2]
         config = home/str(part.get("path"))/"config.json"
         held = read_json(config) if kind == "Pooling" and config.is_file() else {}
         found.append(kind + _how(held))
     return found
 
-
+# %% ../../nbs/matching/function.ipynb #a1380167
 def _how(config: dict[str, Any]) -> str:
     "How a pooling pools, in either spelling of its config."
     modes = [k.removeprefix("pooling_mode_") for k, v in config.items() if v is True]
@@ -101,12 +107,12 @@ def _modules(c: Checkpoint) -> dict[str, list[Path]]:
     home = next((h for h in c.homes if (h/"modules.json").is_file()), None)
     if home is None:
         return {}
-    paths = [str(part.get("path") or "") for part in read_json(home/"modules.json", list)]
+    paths = [str(part.get("path") or "") for part in _listed(home)]
     folders = {path: home/path for path in paths if path}
     found = {p: [f for kind in WEIGHTS for f in sorted(d.glob(kind))] for p, d in folders.items()}
     return {path: files for path, files in found.items() if files}
 
-
+# %% ../../nbs/matching/function.ipynb #b59f6a49
 WEIGHTS = ("*.safetensors", "*.bin")  # files of weights
 
 

@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 
-from ..checkpoints import HEAD, Checkpoint, MergeError, token_rows
+from ..files.checkpoint import HEAD, Checkpoint, token_rows
+from ..messages import MergeError
 
 # %% ../../nbs/matching/views.ipynb #9362e36b
 def renamed(
@@ -139,7 +140,7 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     spelled = (name, name.removeprefix("base_model.model."))
     return any(fnmatchcase(n, p) for n in spelled for p in patterns)
 
-
+# %% ../../nbs/matching/views.ipynb #9cf3cfb9
 def without(
     c: Checkpoint,
     patterns: Sequence[str],  # of names; * is a wildcard

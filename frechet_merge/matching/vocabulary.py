@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import Checkpoint, MergeError, read_json
+from ..files.checkpoint import Checkpoint, read_json
+from ..messages import MergeError
+from ..files.shards import read_bytes
 
 # %% ../../nbs/matching/vocabulary.ipynb #954ae0ae
 def _of_tokenizer(held: Mapping[str, Any]) -> dict[str, int]:
@@ -35,7 +37,7 @@ def _read(folder: Path) -> dict[str, int] | None:
     if (folder/"vocab.json").is_file():
         return {**read_json(folder/"vocab.json"), **more}
     if (folder/"vocab.txt").is_file():
-        lines = (folder/"vocab.txt").read_text(encoding="utf-8").split("\n")
+        lines = read_bytes(folder/"vocab.txt").decode().split("\n")
         tokens = [line.rstrip("\r") for line in lines]
         return {**{t: i for i, t in enumerate(tokens) if t or i + 1 < len(tokens)}, **more}
     return None
@@ -88,9 +90,9 @@ def _bytes(c: Checkpoint) -> list[bytes]:
     "The tokenizer files of a checkpoint, unread."
     names = (*FILES, "added_tokens.json")
     files = [home/n for home in c.homes for n in names]
-    return [f.read_bytes() if f.is_file() else b"" for f in files]
+    return [read_bytes(f) if f.is_file() else b"" for f in files]
 
-
+# %% ../../nbs/matching/vocabulary.ipynb #f6fd6e8d
 def distinct(every: list[Checkpoint]) -> list[Checkpoint]:
     "One checkpoint for each set of tokenizer files."
     found: dict[tuple[bytes, ...], Checkpoint] = {}

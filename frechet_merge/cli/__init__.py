@@ -1,0 +1,4 @@
+"""Turns words into calls."""
+from .commands import app, main
+
+__all__ = ["app", "main"]
