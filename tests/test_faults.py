@@ -11,7 +11,9 @@ import signal
 import struct
 import subprocess
 import sys
+import tracemalloc
 import warnings
+from importlib.metadata import EntryPoint
 
 import pytest
 import torch
@@ -19,8 +21,11 @@ from conftest import save, tensors
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from frechet_merge import MergeError, load, merge
+from frechet_merge import MergeError, Sphere, load, merge
 from frechet_merge.files import output
+from frechet_merge.geometries import registry
+from frechet_merge.matching.views import in_front
+from frechet_merge.messages import warn
 from frechet_merge.cli.commands import main
 from frechet_merge.curvature.collecting import Statistics
 from frechet_merge.merging.companions import write_companions
@@ -710,3 +715,32 @@ class TestPatterns:
                 module = f"model.layers.{i}.{part}"
                 theirs = get_pattern_key([pattern], module) == pattern
                 assert is_meant(pattern, module) == theirs, module
+
+
+class TestHostileNames:
+    "What files call their tensors reaches neither the memory nor the terminal."
+
+    def test_a_name_of_many_dots(self):
+        "Nothing is kept of each of its endings."
+        tracemalloc.start()
+        try:
+            assert in_front({"w"}, {"."*20_000}) is None
+            assert tracemalloc.get_traced_memory()[1] < 10_000_000
+        finally:
+            tracemalloc.stop()
+
+    def test_escape_sequences_are_shown(self):
+        error = MergeError("\x1b[2J'größer'\nsecond line")
+        assert str(error) == "\\x1b[2J'größer'\nsecond line"
+        with pytest.warns(UserWarning) as said:
+            warn("\x1b]0;owned\x07")
+        assert str(said[0].message) == "\\x1b]0;owned\\x07"
+
+    def test_a_geometry_that_nobody_asked_for_is_not_imported(self, monkeypatch):
+        def leave(self):
+            raise SystemExit(7)
+
+        entry = EntryPoint("leaving", "elsewhere:Leaving", "frechet_merge.geometries")
+        monkeypatch.setattr(EntryPoint, "load", leave)
+        monkeypatch.setattr(registry, "geometries", lambda: {"leaving": entry})
+        assert registry.spelled(Sphere()) == repr(Sphere())

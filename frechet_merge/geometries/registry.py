@@ -111,7 +111,11 @@ def _spelled_as(name: str, entry: EntryPoint, g: Geometry) -> str | None:
 def spelled(g: Geometry) -> str:  # as `geometry_named` reads it; its repr if it cannot
     "LoRA(rank=16, metric='mix') → 'lora:rank=16,metric=mix': the shortest way to type a geometry."
     found = []
+    package = type(g).__module__.partition(".")[0]
     for name, entry in geometries().items():
+        # what was not asked for is not imported
+        if entry.module.partition(".")[0] != package:
+            continue
         try:
             found.append(_spelled_as(name, entry, g))
         # geometries of other packages may be of any kind

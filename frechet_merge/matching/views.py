@@ -60,12 +60,11 @@ def in_front(
 # %% ../../nbs/matching/views.ipynb #dc854e6e
 def _lead(names: set[str], others: set[str]) -> str:
     "What most names lack in front of them, to be others; empty if nothing, or if two parts fit."
-    leads: dict[str, list[str]] = {}
+    votes: Counter[str] = Counter()
     for other in others:
-        for i, letter in enumerate(other):
-            if letter == ".":
-                leads.setdefault(other[i + 1 :], []).append(other[: i + 1])
-    votes = Counter(lead for n in names for lead in leads.get(n, []))
+        dots = (i for i, letter in enumerate(other) if letter == ".")
+        # no ending is kept: a hostile name has many
+        votes.update(other[: i + 1] for i in dots if other[i + 1 :] in names)
     (lead, most), (_, second) = [*votes.most_common(2), ("", 0), ("", 0)][:2]
     return lead if most > max(second, len(names)/2) else ""
 
