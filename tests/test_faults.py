@@ -31,7 +31,8 @@ from frechet_merge.curvature.collecting import Statistics
 from frechet_merge.merging.companions import write_companions
 from frechet_merge.merging.block import Job
 from frechet_merge.merging.recipe import Run
-from frechet_merge.merging.run import Plan, in_memory, into_folder
+from frechet_merge.huggingface.models import open_model
+from frechet_merge.merging.run import Plan, in_memory, into_folder, mapper
 from frechet_merge.files.output import OURS, free, staged, staged_file
 from frechet_merge.adapters.patterns import is_meant, matches
 from frechet_merge.files.shards import ShardWriter, read_header, save_tensors
@@ -744,3 +745,41 @@ class TestHostileNames:
         monkeypatch.setattr(EntryPoint, "load", leave)
         monkeypatch.setattr(registry, "geometries", lambda: {"leaving": entry})
         assert registry.spelled(Sphere()) == repr(Sphere())
+
+
+class TestWhatIsRun:
+    "No code of a model, and the same arithmetic by every executor."
+
+    def test_no_code_of_a_model_is_run(self, tmp_path, monkeypatch):
+        "Nor is anybody asked whether it may be."
+        config = {"model_type": "own", "auto_map": {"AutoConfig": "own.C", "AutoModel": "own.M"}}
+        folder = save(tmp_path/"m", {"w": torch.ones(2)}, config)
+        (folder/"own.py").write_text(f"open({str(tmp_path/'ran')!r}, 'w')\nclass C: pass\n")
+        (folder/"vocab.txt").write_text("a\n")
+        monkeypatch.setattr("builtins.input", lambda *_: "y")
+        with pytest.raises(MergeError, match="transformers cannot open it"):
+            open_model(folder)
+        assert not (tmp_path/"ran").exists()
+
+    @pytest.mark.parametrize("executor", ["serial", "threads"])
+    def test_torch_has_one_thread_in_a_job(self, executor, monkeypatch):
+        "Sums in another order would be other bytes."
+        before, seen = torch.get_num_threads(), []
+        with mapper(executor) as over:
+            assert [*over(lambda _: seen.append(torch.get_num_threads()), range(2))]
+        assert seen == [1, 1] and torch.get_num_threads() == before
+
+    @pytest.mark.parametrize(
+        "odd, says",
+        [
+            (torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), "quantised"),
+            (torch.ones(3, device="meta"), "on the meta device"),
+            (torch.ones(3).to_sparse(), "sparse_coo"),
+        ],
+        ids=lambda x: x if isinstance(x, str) else "",
+    )
+    def test_pickles_of_other_tensors(self, odd, says, tmp_path):
+        "A quantised one ended the process."
+        torch.save({"w": odd}, tmp_path/"pytorch_model.bin")
+        with pytest.raises(MergeError, match=f"tensor 'w' is {says}"):
+            load(tmp_path, allow_pickle=True)

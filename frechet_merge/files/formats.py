@@ -134,6 +134,15 @@ def _open_pickles(files: list[Path], promised: set, source: str) -> Checkpoint:
         )
     return c.view(folder=files[0].parent, files=tuple(files))
 
+# %% ../../nbs/files/formats.ipynb #0b1c0e12
+def _odd(x: Tensor) -> str:
+    "What a tensor is whose numbers cannot be read as they lie; empty for a plain one."
+    if x.is_quantized:
+        return "quantised"
+    if x.is_meta:
+        return "on the meta device"
+    return "" if x.layout == torch.strided else str(x.layout).removeprefix("torch.")
+
 # %% ../../nbs/files/formats.ipynb #a371b0d8
 def _plain(held: Any, file: Path) -> Mapping[str, Tensor]:
     "The tensors of a pickle, which must be all that it holds."
@@ -145,4 +154,10 @@ def _plain(held: Any, file: Path) -> Mapping[str, Tensor]:
                 f"under {inner!r}.\nSave them alone: torch.save(torch.load(FILE, "
                 f"weights_only=True)[{inner!r}], OTHER)."
             )
+        for name, x in held.items():
+            if isinstance(x, Tensor) and (kind := _odd(x)):
+                raise MergeError(
+                    f"{file}: tensor {name!r} is {kind}, and no plain numbers.\n"
+                    "Save the model as safetensors with the library that made it."
+                )
     return held

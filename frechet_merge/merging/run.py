@@ -112,26 +112,35 @@ class Memory(dict):
         "`MergeError` if a tensor was not written to its end."
         self.ledger.close()
 
-# %% ../../nbs/merging/run.ipynb #d6855252
-# how many threads torch had, once for each pool that there is
+# %% ../../nbs/merging/run.ipynb #0a1c0e12
+# how many threads torch had, once for each merge that runs
 _before, _lock = [], threading.Lock()
 
 
 @contextmanager
-def pool() -> Iterator[ThreadPoolExecutor]:
-    """A thread for each core that this process may use, in which torch has one; a thread that began
-    while another merge ran gets torch's own back, too."""
+def restored() -> Iterator[None]:
+    """Torch has the threads that it had before; a thread that began while another merge ran gets
+    torch's own back, too."""
     with _lock:
         _before.append(_before[0] if _before else torch.get_num_threads())
+    try:
+        yield
+    finally:
+        with _lock:
+            torch.set_num_threads(_before.pop())
+
+# %% ../../nbs/merging/run.ipynb #d6855252
+@contextmanager
+def pool() -> Iterator[ThreadPoolExecutor]:
+    "A thread for each core that this process may use, in which torch has one."
     has_affinity = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
     threads = ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,))
-    try:
-        yield threads
-    finally:
-        threads.shutdown(cancel_futures=True)
-        with _lock:
-            torch.set_num_threads(_before.pop())
+    with restored():
+        try:
+            yield threads
+        finally:
+            threads.shutdown(cancel_futures=True)
 
 # %% ../../nbs/merging/run.ipynb #9510d1b7
 FILES = 65536  # descriptors that are open at once: models × shards
@@ -157,7 +166,9 @@ def mapper(executor: str | Callable) -> Iterator[Callable]:
     if callable(executor):
         yield executor
     elif executor == "serial":
-        yield map
+        with restored():
+            torch.set_num_threads(1)
+            yield map
     elif executor == "threads":
         with pool() as threads:
             yield threads.map
