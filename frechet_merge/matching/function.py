@@ -166,7 +166,11 @@ def refuse_other_depths(models: Sequence[Checkpoint]) -> None:
                 )
 
 # %% ../../nbs/matching/function.ipynb #970d80b9
-def refuse_other_meanings(models: Sequence[Checkpoint], base: Checkpoint | None = None) -> None:
+def refuse_other_meanings(
+    models: Sequence[Checkpoint],
+    base: Checkpoint | None = None,
+    tokens: bool = True,  # False: their rows are of one vocabulary already
+) -> None:
     "`MergeError` if what is said beside the weights makes their mean a model of nobody."
     every = [*([] if base is None else [base]), *models]
     if len(every) < 2:
@@ -175,7 +179,7 @@ def refuse_other_meanings(models: Sequence[Checkpoint], base: Checkpoint | None 
     refuse_other_labels(models)
     refuse_other_poolings(models)
     refuse_other_modules(models)
-    if any(token_rows(c.lazy, c.config) for c in every):
+    if tokens and any(token_rows(c.lazy, c.config) for c in every):
         refuse_other_tokens(every)
 
 # %% ../../nbs/matching/function.ipynb #e4ee9280

@@ -101,7 +101,10 @@ def distinct(every: list[Checkpoint]) -> list[Checkpoint]:
     return [*found.values()]
 
 # %% ../../nbs/matching/vocabulary.ipynb #c2405691
-def refuse_other_tokens(every: list[Checkpoint]) -> None:
+def refuse_other_tokens(
+    every: list[Checkpoint],
+    remedy: str = "",  # what the error says behind it
+) -> None:
     "`MergeError` names two checkpoints, a number, and the tokens that they give it."
     different = distinct(every)
     if len(different) < 2:
@@ -115,11 +118,11 @@ def refuse_other_tokens(every: list[Checkpoint]) -> None:
                 number, token, other = found
                 raise MergeError(
                     f"{c.source} and {d.source} use token number {number} for {token!r} and for "
-                    f"{other!r}: the mean of their embeddings would be of no token."
+                    f"{other!r}: the mean of their embeddings would be of no token.{remedy}"
                 )
             if found := moved(ours, theirs):
                 token, number, other = found
                 raise MergeError(
                     f"{c.source} and {d.source} have token {token!r} under the numbers {number} "
-                    f"and {other}: the mean of their embeddings would be of no token."
+                    f"and {other}: the mean of their embeddings would be of no token.{remedy}"
                 )

@@ -68,6 +68,7 @@ class Dress:
     dtype: torch.dtype | None = None  # what the config is to say; None: if all are of one, that one
     classes: int | None = None  # of a head that an adapter brought
     alone: bool = False  # the last home is the place of a file
+    tokens: Path | None = None  # whose tokenizer comes along; None: the homes'
 
     def put(self, folder: Path, plan: Plan) -> None:
         "Companions, and an adapter's config."
@@ -80,6 +81,7 @@ class Dress:
             self.classes,
             untied=any(map(HEAD.search, plan.layout)),
             alone=self.alone,
+            tokens=self.tokens,
         )
         if plan.config is not None:
             text = json.dumps(plan.config, indent=2, default=str) + "\n"
@@ -90,7 +92,8 @@ def dress_of(opened: Opened, output: Output) -> Dress:
     "What stands beside the weights of a merge that is put on nothing."
     main = main_of([*opened.models, *([] if opened.base is None else [opened.base])])
     alone = main is not None and Path(main.source).is_file()
-    return Dress(homes_of(main), output.dtype, classes(opened.models[0]), alone)
+    tokens = None if opened.tokens is None else opened.tokens.folder
+    return Dress(homes_of(main), output.dtype, classes(opened.models[0]), alone, tokens)
 
 # %% ../../nbs/merging/merge.ipynb #28f58f8d
 @dataclass
@@ -199,6 +202,9 @@ def merge(
     # the default); full models: refused
     absent: str | None = None,
     any_base: bool = False,  # merge adapters whose configs name different bases
+    # whose tokens full models of other vocabularies are merged in: "union", "base", or a model as
+    # it is named
+    tokenizer: str | os.PathLike[str] | None = None,
     allow_nonfinite: bool = False,  # copy NaN and Inf through, instead of refusing them
     allow_pickle: bool = False,  # accept .bin files (plain tensors only)
     shard_size: int = 5*10**9,  # bytes of a file, at most, unless one tensor is larger
@@ -220,6 +226,7 @@ def merge(
         [drop] if isinstance(drop, str) else [*drop],
         absent,
         any_base,
+        None if tokenizer is None else str(tokenizer),
         allow_nonfinite,
         allow_pickle,
     )
