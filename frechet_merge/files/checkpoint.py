@@ -149,7 +149,7 @@ def vocabulary_size(config: Mapping[str, Any]) -> int | None:
             return said["vocab_size"]
     return None
 
-
+# %% ../../nbs/files/checkpoint.ipynb #334785aa
 def token_rows(
     lazy: dict[str, LazyTensor],
     config: dict,  # config.json

@@ -14,7 +14,7 @@ from typing import Any
 from ..files.checkpoint import Checkpoint, json_in, read_json, token_rows
 from ..messages import MergeError
 from .views import head_of
-from .vocabulary import refuse_other_tokens
+from .vocabulary import CHOOSE, refuse_other_tokens
 
 # %% ../../nbs/matching/function.ipynb #0384c5e1
 def labels(c: Checkpoint) -> list[str] | None:
@@ -180,7 +180,7 @@ def refuse_other_meanings(
     refuse_other_poolings(models)
     refuse_other_modules(models)
     if tokens and any(token_rows(c.lazy, c.config) for c in every):
-        refuse_other_tokens(every)
+        refuse_other_tokens(every, CHOOSE)
 
 # %% ../../nbs/matching/function.ipynb #e4ee9280
 # what a config says of the function that weights of the same shapes are

@@ -163,7 +163,7 @@ def with_tokens_of(
         return config
     return _with_numbers(config, read_json(tokens/file.name))
 
-
+# %% ../../nbs/merging/companions.ipynb #d9ace6a4
 def _with_numbers(config: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     "Their number of tokens and their special ones, in parts of the config as well."
     found = dict(config)
