@@ -8,7 +8,7 @@ __all__ = ['TOKENIZER', 'MODULES', 'MODEL', 'NOT_CARRIED', 'carried', 'with_toke
 # %% ../../nbs/merging/companions.ipynb #4c0b384d
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -121,10 +121,12 @@ def _copied(source: Path, file: Path, to: Path):
         shutil.copyfileobj(f, g)
 
 # %% ../../nbs/merging/companions.ipynb #acc20fbc
-def _copy_folder(source: Path, folder: Path, to: Path):
+def _copy_folder(source: Path, folder: Path, to: Path, but: Sequence[str] = ()):
     "Copy a folder of a checkpoint, file by file; links to folders are left out, with a warning."
     to.mkdir()
     for f in sorted(folder.iterdir()):
+        if not f.is_dir() and _is(f, but):
+            continue
         if not f.is_dir():
             _copied(source, f, to/f.name)
         elif not f.is_symlink():
@@ -219,6 +221,7 @@ def write_companions(
     untied: bool = False,  # the output layer is stored, and is not the embedding
     alone: bool = False,  # as for `carried`
     tokens: Path | None = None,  # as for `carried`: numbers of tokens are its, too
+    merged: Collection[str] = (),  # folders of modules whose weights are not copied
 ) -> None:
     "Copy config, tokenizer, and what else stands beside the weights."
     for f in carried(homes, alone, tokens):
@@ -232,6 +235,9 @@ def write_companions(
     for home, d in _parts(homes):
         if d.resolve().parent != home.resolve() or d.parent != home:
             warn(f"{d}: is not a folder in that of the model, and is not copied")
+            continue
+        if d.name in merged:
+            _copy_folder(home, d, out/d.name, NOT_CARRIED)
             continue
         _copy_folder(home, d, out/d.name)
         if any(d.glob("*.safetensors")) or any(d.glob("*.bin")):
