@@ -475,14 +475,45 @@ class TestPoolings:
         out = merge(models, out=tmp_path/"o").out
         assert json.loads((out/"1_Pooling"/"config.json").read_text()) == old
 
-    def test_a_projection_of_its_own_is_not_left_unmerged(self, tmp_path):
+    def test_a_projection_of_its_own_is_merged(self, tmp_path):
         mean = {"pooling_mode": "mean"}
-        seeds = {"a": 1, "b": 1, "c": 2}
-        a, b, c = (self.of(tmp_path/n, mean, 0, randn(2, 4, seed=k)) for n, k in seeds.items())
+        x, y = randn(2, 4, seed=1), randn(2, 4, seed=2)
+        a, b = self.of(tmp_path/"a", mean, 0, x), self.of(tmp_path/"b", mean, 0, y)
+        m = merge([a, b], weights=[1, 3], out=tmp_path/"o")
+        found = load_file(tmp_path/"o"/"2_Dense"/"model.safetensors")["linear.weight"]
+        torch.testing.assert_close(found, (x + 3*y)/4)
+        assert "2_Dense/linear.weight" in m.means
+
+    def test_a_projection_that_has_no_place_is_not_left_unmerged(self, tmp_path):
+        mean = {"pooling_mode": "mean"}
+        a = self.of(tmp_path/"a", mean, 0, randn(2, 4, seed=1))
+        b = self.of(tmp_path/"b", mean, 0, randn(2, 4, seed=2))
         with pytest.raises(MergeError, match="other weights in '2_Dense'"):
-            merge([a, c])
-        with pytest.warns(UserWarning, match="copied as they are"):
-            merge([a, b], out=tmp_path/"o")
+            merge([a, b])
+        ones = {n: torch.ones_like(x) for n, x in layered(0).items()}
+        with pytest.raises(MergeError, match="other weights in '2_Dense'"):
+            merge([a, b], metrics=[ones, ones], out=tmp_path/"o")
+        with pytest.raises(MergeError, match="by name do not reach the module '2_Dense'"):
+            merge([a, b], weights={"*": [1, 2]}, out=tmp_path/"o")
+        assert not (tmp_path/"o").exists()
+
+    def test_a_projection_that_one_lacks(self, tmp_path):
+        mean = {"pooling_mode": "mean"}
+        a = self.of(tmp_path/"a", mean, 0, randn(2, 4, seed=1))
+        b = self.of(tmp_path/"b", mean, 0)
+        for models in ([a, b], [b, a]):
+            with pytest.raises(MergeError, match="Dense"):
+                merge(models, out=tmp_path/"o")
+
+    def test_a_projection_from_its_base(self, tmp_path):
+        mean = {"pooling_mode": "mean"}
+        z, x, y = (randn(2, 4, seed=i) for i in range(3))
+        base, a, b = (
+            self.of(tmp_path/n, mean, 0, w) for n, w in (("z", z), ("a", x), ("b", y))
+        )
+        merge([a, b], base=base, scale=0.5, out=tmp_path/"o")
+        found = load_file(tmp_path/"o"/"2_Dense"/"model.safetensors")["linear.weight"]
+        torch.testing.assert_close(found, z + ((x + y)/2 - z)/2)
 
 
 def test_another_depth_in_the_config(tmp_path):

@@ -114,7 +114,7 @@ class TestTakingAModelAway:
 
     def test_models(self, tmp_path, whole):
         base, a, b = whole
-        with pytest.raises(ValueError, match="whole models need their base="):
+        with pytest.raises(ValueError, match="whole models with their base"):
             merge([a, b], base=base, weights=[1, -1])
         minus = merge([b], base=base, scale=-1, out=tmp_path/"minus").out
         found = merge([a, minus], base=base, scale=2)

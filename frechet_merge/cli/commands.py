@@ -124,6 +124,14 @@ Drop = Annotated[
         show_default=False,
     ),
 ]
+Vocabulary = Annotated[
+    Optional[str],
+    typer.Option(
+        "--tokenizer",
+        help="Whose tokens the result has, where models have others: union, base, or a MODEL.",
+        show_default=False,
+    ),
+]
 Nonfinite = Annotated[
     bool, typer.Option("--allow-nonfinite", help="Copy NaN and Inf through.")
 ]
@@ -149,6 +157,7 @@ def merge_command(
     drop: Drop = None,
     absent: Absent = None,
     any_base: AnyBase = False,
+    tokenizer: Vocabulary = None,
     allow_nonfinite: Nonfinite = False,
     allow_pickle: Pickle = False,
     full_hash: FullHash = False,
@@ -174,6 +183,7 @@ def merge_command(
         drop=drop or (),
         absent=absent,
         any_base=any_base,
+        tokenizer=tokenizer,
         allow_nonfinite=allow_nonfinite,
         allow_pickle=allow_pickle,
         full_hash=full_hash,

@@ -142,7 +142,8 @@ def _how_to_match(name: str) -> str:
             f"(drop={head!r}, --drop '{head}')."
         )
     return (
-        "Merge models of one architecture; for embeddings, resize the vocabularies to match first."
+        "Merge models of one architecture; for embeddings of other vocabularies, with the "
+        "config.json of each beside it."
     )
 
 # %% ../../nbs/matching/blocks.ipynb #defda887

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['POOLS', 'WEIGHTS', 'DEPTHS', 'FUNCTION', 'labels', 'refuse_other_labels', 'pooling', 'refuse_other_poolings',
-           'refuse_other_modules', 'depths', 'refuse_other_depths', 'refuse_other_meanings', 'function', 'unlike']
+           'modules', 'refuse_other_modules', 'depths', 'refuse_other_depths', 'refuse_other_meanings', 'function',
+           'unlike']
 
 # %% ../../nbs/matching/function.ipynb #22762523
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from typing import Any
 from ..files.checkpoint import Checkpoint, json_in, read_json, token_rows
 from ..messages import MergeError
 from .views import head_of
-from .vocabulary import refuse_other_tokens
+from .vocabulary import CHOOSE, refuse_other_tokens
 
 # %% ../../nbs/matching/function.ipynb #0384c5e1
 def labels(c: Checkpoint) -> list[str] | None:
@@ -101,14 +102,20 @@ def refuse_other_poolings(models: Sequence[Checkpoint]) -> None:
                     f"{' → '.join(ours) or 'no pooling'}, and {' → '.join(theirs) or 'none'}."
                 )
 
+# %% ../../nbs/matching/function.ipynb #d81c0e11
+def _is_in(home: Path, path: str) -> bool:
+    "Whether a module's folder stands in that of the model, links followed."
+    folder = home/path
+    return bool(path) and folder.parent == home and folder.resolve().parent == home.resolve()
+
 # %% ../../nbs/matching/function.ipynb #c844ee72
-def _modules(c: Checkpoint) -> dict[str, list[Path]]:
-    "The files of weights in the folders of its modules, by folder."
+def modules(c: Checkpoint) -> dict[str, list[Path]]:
+    "The files of weights in the folders of its modules, by folder; only folders in its own."
     home = next((h for h in c.homes if (h/"modules.json").is_file()), None)
     if home is None:
         return {}
     paths = [str(part.get("path") or "") for part in _listed(home)]
-    folders = {path: home/path for path in paths if path}
+    folders = {path: home/path for path in paths if _is_in(home, path)}
     found = {p: [f for kind in WEIGHTS for f in sorted(d.glob(kind))] for p, d in folders.items()}
     return {path: files for path, files in found.items() if files}
 
@@ -119,9 +126,9 @@ WEIGHTS = ("*.safetensors", "*.bin")  # files of weights
 def refuse_other_modules(models: Sequence[Checkpoint]) -> None:
     "`MergeError` names a module with weights of its own that are not the same in all models."
     first, *others = models
-    ours = _modules(first)
+    ours = modules(first)
     for c in others:
-        theirs = _modules(c)
+        theirs = modules(c)
         for path, files in ours.items():
             same = [f.read_bytes() for f in files] == [f.read_bytes() for f in theirs.get(path, [])]
             if not same and path in theirs:
@@ -166,7 +173,11 @@ def refuse_other_depths(models: Sequence[Checkpoint]) -> None:
                 )
 
 # %% ../../nbs/matching/function.ipynb #970d80b9
-def refuse_other_meanings(models: Sequence[Checkpoint], base: Checkpoint | None = None) -> None:
+def refuse_other_meanings(
+    models: Sequence[Checkpoint],
+    base: Checkpoint | None = None,
+    tokens: bool = True,  # False: their rows are of one vocabulary already
+) -> None:
     "`MergeError` if what is said beside the weights makes their mean a model of nobody."
     every = [*([] if base is None else [base]), *models]
     if len(every) < 2:
@@ -174,9 +185,8 @@ def refuse_other_meanings(models: Sequence[Checkpoint], base: Checkpoint | None 
     refuse_other_depths(every)
     refuse_other_labels(models)
     refuse_other_poolings(models)
-    refuse_other_modules(models)
-    if any(token_rows(c.lazy, c.config) for c in every):
-        refuse_other_tokens(every)
+    if tokens and any(token_rows(c.lazy, c.config) for c in every):
+        refuse_other_tokens(every, CHOOSE)
 
 # %% ../../nbs/matching/function.ipynb #e4ee9280
 # what a config says of the function that weights of the same shapes are

@@ -21,13 +21,14 @@ from ..files.open import load
 from ..geometries.lora import LoRA
 from ..geometries.geometry import Euclidean, Geometry, check_needs
 from ..matching.function import refuse_other_meanings, unlike
+from ..matching.rows import lined_up
 from ..matching.views import without
 from ..spaces.mean import normalise
 from .block import Copy, How, Job, MeanOf, weights_of
 from .recipe import Recipe
 from .run import Plan
 from .update import UpdateOf
-from ..messages import warn
+from ..messages import MergeError, warn
 from ..matching.statistics import Coupled, statistics
 from ..files.tensors import LazyTensor, MemoryTensor, as_device
 from ..adapters.updates import BATCH, Update, align_updates, batches, bias_key
@@ -42,6 +43,8 @@ class Opened:
     models: list[Checkpoint]  # at least one
     base: Checkpoint | None = None  # what they were trained from
     onto: Checkpoint | None = None  # what the merged adapter is put on
+    # whose tokens the rows are, if the models had others; None: all had the same
+    tokens: Checkpoint | None = None
 
     @property
     def are_adapters(self) -> bool:
@@ -63,7 +66,7 @@ def open_recipe(recipe: Recipe) -> Opened:
     base = None if recipe.base is None else load(recipe.base, pickles, "base")
     onto = None if recipe.bake is None else load(recipe.bake, pickles, "bake")
     opened = Opened(recipe, models, base, onto)
-    return _dropped(opened) if recipe.drop else opened
+    return _in_one_vocabulary(_dropped(opened) if recipe.drop else opened)
 
 # %% ../../nbs/merging/plan.ipynb #ace289df
 def _dropped(opened: Opened) -> Opened:
@@ -75,6 +78,40 @@ def _dropped(opened: Opened) -> Opened:
     models = [without(c, patterns) for c in opened.models]
     base = None if opened.base is None else without(opened.base, patterns)
     return replace(opened, models=models, base=base)
+
+# %% ../../nbs/merging/plan.ipynb #a91c0e12
+def _in_one_vocabulary(opened: Opened) -> Opened:
+    "With rows of the same tokens; `ValueError` or `MergeError` where that is not to be had."
+    recipe, base = opened.recipe, opened.base
+    if opened.are_adapters:
+        if recipe.tokenizer is not None:
+            raise ValueError("tokenizer= is for full models: name adapters as BASE+ADAPTER.")
+        return opened
+    if recipe.tokenizer == "base" and base is None:
+        raise ValueError("tokenizer = 'base' is the tokenizer of a base: give base= (--base) too.")
+    bases = [] if base is None else [base]
+    seen, tokens = lined_up(
+        opened.every,
+        [*(["base"] if bases else []), *map(str, recipe.models)],
+        [*(None for _ in bases), *_shares(recipe)],
+        recipe.tokenizer,
+    )
+    if tokens is not None and recipe.metrics is not None:
+        raise MergeError(
+            "metrics are of rows in each model's own order, and the models have other "
+            "vocabularies: merge them without metrics."
+        )
+    models = seen[len(bases) :]
+    return replace(opened, models=models, base=seen[0] if bases else None, tokens=tokens)
+
+# %% ../../nbs/merging/plan.ipynb #a91c0e13
+def _shares(recipe: Recipe) -> Sequence[float]:
+    "How much each model has to say in rows that others lack."
+    ws = recipe.weights
+    ok = isinstance(ws, Sequence) and len(ws) == len(recipe.models)
+    if not ok or not all(isinstance(w, (int, float)) and w >= 0 for w in ws):
+        return [1.0]*len(recipe.models)
+    return ws
 
 # %% ../../nbs/merging/plan.ipynb #b1b6a75b
 def check_recipe(opened: Opened, name: str | None = None) -> None:
@@ -124,8 +161,8 @@ def _refuse_negative(ws: Sequence[float] | None) -> None:
     if ws is not None and any(w < 0 for w in ws):
         raise ValueError(
             f"weights {[*ws]} must not be negative. To take a model away, merge it alone with "
-            "scale=-1 (--scale -1; whole models need their base= too), and what that wrote with "
-            "the others: with scale=2, two of them are added."
+            "scale=-1 (--scale -1; whole models with their base), and what that wrote with the "
+            "others: with scale=2, two of them are added."
         )
 
 # %% ../../nbs/merging/plan.ipynb #0d64004b
@@ -207,7 +244,7 @@ def plan_models(
     "Full checkpoints → full checkpoint; `MergeError` if they do not match."
     recipe, base = opened.recipe, opened.base
     blocks, tied = align(opened.models, base, recipe.absent)
-    refuse_other_meanings(opened.models, base)
+    refuse_other_meanings(opened.models, base, tokens=opened.tokens is None)
     _say_what_is_odd(opened, blocks)
     given = numbers_for((b.name for b in blocks), recipe)
     metrics = _metrics_for(opened, blocks, device)

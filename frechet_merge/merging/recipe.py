@@ -41,6 +41,8 @@ class Recipe:
     drop: Sequence[str] = ()  # patterns of tensors to leave out
     absent: str | None = None  # of what some lack: "renormalise", "zero"; None: the default
     any_base: bool = False  # merge adapters whose configs name different bases
+    # whose tokens the result has: "union", "base", or a model as it is named; None: all agree
+    tokenizer: str | None = None
     allow_nonfinite: bool = False  # copy NaN and Inf through
     allow_pickle: bool = False  # open pickles (plain tensors only)
 
@@ -208,6 +210,7 @@ def command(recipe: Recipe, output: Output) -> str | None:
         *flag("weights", ",".join(map(typed, weights or []))),
         *flag("scale", "" if scale == 1 else typed(scale)),
         *flag("dtype", "" if output.dtype is None else typed_dtype(output.dtype)),
+        *flag("tokenizer", said.get("tokenizer")),
     ]
     for switch in ("drop", "absent", "any_base", "allow_nonfinite", "allow_pickle"):
         words += flag(switch, said.get(switch))

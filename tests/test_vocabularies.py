@@ -1,0 +1,231 @@
+"""Models of different vocabularies: rows are matched by token, and transformers opens the result.
+
+The oracle is the mean of the state dicts, written out token by token.
+"""
+import json
+
+import pytest
+import torch
+from conftest import cli, save
+from safetensors.torch import load_file
+from test_meaning import randn
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from frechet_merge import load, merge
+from frechet_merge.merging.merge import make
+from frechet_merge.merging.record import Record
+from frechet_merge.messages import MergeError
+
+SIZES = dict(
+    hidden_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=8,
+    intermediate_size=24,
+)
+EMBEDDING = "model.embed_tokens.weight"
+WORDS = [f"w{i}" for i in range(30)]
+
+
+def model(folder, seed, vocab, rows=None, **config):
+    "A tiny language model with a tokenizer, whose last token ends a text."
+    torch.manual_seed(seed)
+    n = len(vocab) if rows is None else rows
+    said = {**SIZES, "vocab_size": n, "eos_token_id": len(vocab) - 1, **config}
+    LlamaForCausalLM(LlamaConfig(**said)).save_pretrained(folder)
+    numbers = {t: i for i, t in enumerate(vocab)}
+    (folder/"tokenizer.json").write_text(json.dumps({"model": {"vocab": numbers}}))
+    return folder
+
+
+def states(*folders):
+    "The tensors that transformers finds in folders, nothing missing."
+    found = []
+    for f in folders:
+        m, info = AutoModelForCausalLM.from_pretrained(f, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        found.append(m.state_dict())
+    return found
+
+
+def config(folder):
+    return json.loads((folder/"config.json").read_text())
+
+
+class TestLonger:
+    "One vocabulary goes on where the other ends: nothing is to be chosen."
+
+    @pytest.mark.parametrize("tied", [False, True])
+    @pytest.mark.parametrize("first", ["short", "long"])
+    def test_known_rows_are_averaged_and_new_ones_kept(self, tmp_path, first, tied):
+        short = model(tmp_path/"short", 0, WORDS, tie_word_embeddings=tied)
+        long = model(tmp_path/"long", 1, [*WORDS, "<a>", "<b>"], tie_word_embeddings=tied)
+        order = [short, long] if first == "short" else [long, short]
+        with pytest.warns(UserWarning, match="a row that some models lack"):
+            merge(order, out=tmp_path/"o")
+        a, b, m = states(short, long, tmp_path/"o")
+        for name in m:
+            x = torch.cat([a[name], b[name][30:]]) if len(a[name]) == 30 else a[name]
+            torch.testing.assert_close(m[name], (x + b[name])/2, msg=name)
+        assert config(tmp_path/"o")["vocab_size"] == 32
+        assert config(tmp_path/"o")["eos_token_id"] == 31
+        assert "<b>" in (tmp_path/"o"/"tokenizer.json").read_text()
+
+    def test_weights_of_those_who_know(self, tmp_path):
+        models = [
+            model(tmp_path/"a", 0, WORDS),
+            model(tmp_path/"b", 1, [*WORDS, "<x>"]),
+            model(tmp_path/"c", 2, [*WORDS, "<x>"]),
+        ]
+        with pytest.warns(UserWarning, match="a row that some models lack"):
+            m = merge(models, weights=[5, 1, 3]).tensors
+        _, b, c = states(*models)
+        want = (b[EMBEDDING][30] + 3*c[EMBEDDING][30])/4
+        torch.testing.assert_close(m[EMBEDDING][30], want)
+
+    def test_a_row_that_the_base_lacks_is_not_scaled(self, tmp_path):
+        base = model(tmp_path/"base", 0, WORDS)
+        a, b = model(tmp_path/"a", 1, WORDS), model(tmp_path/"b", 2, [*WORDS, "<x>"])
+        with pytest.warns(UserWarning, match="a row that some models lack"):
+            merge([a, b], base=base, scale=0.5, out=tmp_path/"o")
+        z, x, y, m = states(base, a, b, tmp_path/"o")
+        torch.testing.assert_close(m[EMBEDDING][30], y[EMBEDDING][30])
+        mean = (x[EMBEDDING][:30] + y[EMBEDDING][:30])/2
+        torch.testing.assert_close(m[EMBEDDING][:30], (z[EMBEDDING] + mean[:30])/2)
+
+    def test_padding(self, tmp_path):
+        "Rows without a token are matched by number."
+        a, b = model(tmp_path/"a", 0, WORDS, rows=32), model(tmp_path/"b", 1, WORDS, rows=40)
+        with pytest.warns(UserWarning, match="a row that some models lack"):
+            merge([a, b], out=tmp_path/"o")
+        x, y, m = states(a, b, tmp_path/"o")
+        torch.testing.assert_close(m[EMBEDDING][:32], (x[EMBEDDING] + y[EMBEDDING][:32])/2)
+        torch.testing.assert_close(m[EMBEDDING][32:], y[EMBEDDING][32:])
+
+    @pytest.mark.parametrize("geometry", ["sphere", "euclidean", "epimer"])
+    def test_every_geometry(self, tmp_path, geometry):
+        base = model(tmp_path/"base", 0, WORDS)
+        a, b = model(tmp_path/"a", 1, WORDS), model(tmp_path/"b", 2, [*WORDS, "<x>"])
+        given = {"base": base} if geometry == "epimer" else {}
+        with pytest.warns(UserWarning, match="a row that some models lack"):
+            m = merge([a, b], geometry, out=tmp_path/"o", **given)
+        assert m.tensors[EMBEDDING].shape == (31, 16)
+        states(tmp_path/"o")
+
+    def test_biases_of_an_output_layer(self, tmp_path):
+        "BART has one in a row of its own."
+        sizes = dict(
+            d_model=8,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=1,
+            decoder_attention_heads=1,
+            encoder_ffn_dim=12,
+            decoder_ffn_dim=12,
+            max_position_embeddings=9,
+        )
+        for i, n in enumerate((50, 53)):
+            torch.manual_seed(i)
+            m = BartForConditionalGeneration(BartConfig(vocab_size=n, **sizes))
+            m.final_logits_bias += torch.arange(n)
+            m.save_pretrained(tmp_path/f"m{i}")
+        with pytest.warns(UserWarning, match="a row that some models lack"):
+            merge([tmp_path/"m0", tmp_path/"m1"], out=tmp_path/"o")
+        m = BartForConditionalGeneration.from_pretrained(tmp_path/"o")
+        assert m.model.shared.weight.shape == (53, 8)
+        torch.testing.assert_close(m.final_logits_bias, torch.arange(53.0)[None])
+
+
+class TestChosen:
+    "Vocabularies that contradict each other."
+
+    @pytest.fixture
+    def two(self, tmp_path):
+        "The second has the words the other way round, and a token more."
+        return model(tmp_path/"a", 0, WORDS), model(tmp_path/"b", 1, [*WORDS[::-1], "<x>"])
+
+    @pytest.mark.parametrize("choice", ["a", "b", "union"])
+    def test_rows_of_one_token_are_averaged(self, two, tmp_path, choice):
+        a, b = two
+        named = {"a": a, "b": b, "union": "union"}[choice]
+        m = merge([a, b], tokenizer=named, out=tmp_path/"o").tensors
+        x, y, m = states(a, b, tmp_path/"o")
+        vocab = WORDS if choice == "a" else [*WORDS[::-1], "<x>"]
+        for name in (EMBEDDING, "lm_head.weight"):
+            assert len(m[name]) == len(vocab)
+            for i, token in enumerate(vocab):
+                at = [[*WORDS].index(token)] if token in WORDS else []
+                rows = [y[name][[*WORDS[::-1], "<x>"].index(token)], *x[name][at]]
+                torch.testing.assert_close(m[name][i], sum(rows)/len(rows), msg=token)
+        norm = "model.norm.weight"
+        torch.testing.assert_close(m[norm], (x[norm] + y[norm])/2)
+        saved = config(tmp_path/"o")
+        assert saved["eos_token_id"] == len(vocab) - 1 and saved["vocab_size"] == len(vocab)
+        tokenizer = json.loads((tmp_path/"o"/"tokenizer.json").read_text())
+        assert [*tokenizer["model"]["vocab"]] == vocab
+
+    def test_the_base(self, two, tmp_path):
+        base = model(tmp_path/"base", 2, WORDS)
+        merge([*two], base=base, tokenizer="base", out=tmp_path/"o")
+        merge([*two], base=base, tokenizer=two[0], out=tmp_path/"p")
+        for name, x in load_file(tmp_path/"o"/"model.safetensors").items():
+            torch.testing.assert_close(load(tmp_path/"p")[name], x)
+
+    def test_without_a_choice_the_error_says_how(self, two, tmp_path):
+        reverse = model(tmp_path/"c", 2, WORDS[::-1])
+        for other in (two[1], reverse):
+            with pytest.raises(MergeError, match="number 0 for 'w0' and for 'w29'") as e:
+                merge([two[0], other])
+            assert "--tokenizer" in str(e.value)
+        code, _, said = cli("merge", "a", "b", "-o", "o", "--tokenizer", "a", cwd=tmp_path)
+        assert code == 0, said
+        states(tmp_path/"o")
+
+    def test_no_model_knows_all(self, two, tmp_path):
+        c = model(tmp_path/"c", 3, [*WORDS, "<y>"])
+        with pytest.raises(MergeError, match="no model knows the tokens of all") as e:
+            merge([two[1], c], tokenizer="union")
+        named = str(e.value).split("tokenizer='")[1].split("'")[0]
+        merge([two[1], c], tokenizer=named)
+
+    def test_a_record_says_it(self, two, tmp_path):
+        merge([*two], tokenizer=two[1], out=tmp_path/"o")
+        again = make(Record.read(tmp_path/"o").again()).tensors
+        for name, x in load_file(tmp_path/"o"/"model.safetensors").items():
+            assert torch.equal(again[name], x), name
+
+    @pytest.mark.parametrize(
+        "choice, says", [("nobody", "is none of"), ("base", "give base=")]
+    )
+    def test_other_names(self, two, choice, says):
+        with pytest.raises(ValueError, match=says):
+            merge([*two], tokenizer=choice)
+
+    def test_a_model_without_a_tokenizer(self, two):
+        (two[1]/"tokenizer.json").unlink()
+        with pytest.raises(MergeError, match="no tokenizer of a kind"):
+            merge([*two], tokenizer=two[0])
+
+    def test_metrics_are_of_other_rows(self, two, tmp_path):
+        ones = {n: torch.ones_like(x) for n, x in load(two[0]).items()}
+        more = {n: torch.ones_like(x) for n, x in load(two[1]).items()}
+        with pytest.raises(MergeError, match="metrics are of rows"):
+            merge([*two], metrics=[ones, more], tokenizer=two[0])
+
+    def test_a_matrix_of_which_nobody_knows(self, tmp_path):
+        "A number of rows is not left to be a coincidence."
+        folders = []
+        for i, vocab in enumerate((["a", "b", "c"], ["c", "b", "a"])):
+            state = {"wte.weight": randn(3, 2, seed=i), "odd.weight": randn(3, 5, seed=i)}
+            f = save(tmp_path/str(i), state, {"vocab_size": 3})
+            (f/"vocab.json").write_text(json.dumps({t: i for i, t in enumerate(vocab)}))
+            folders.append(f)
+        with pytest.raises(MergeError, match="'odd.weight' has 3 rows"):
+            merge(folders, tokenizer=folders[0])
