@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from frechet_merge import load, merge
+from frechet_merge.diagnostics.inspection import inspect
 from frechet_merge.merging.merge import make
 from frechet_merge.merging.record import Record
 from frechet_merge.messages import MergeError
@@ -229,3 +230,13 @@ class TestChosen:
             folders.append(f)
         with pytest.raises(MergeError, match="'odd.weight' has 3 rows"):
             merge(folders, tokenizer=folders[0])
+
+
+def test_inspect_compares_rows_of_one_token(tmp_path):
+    "As `merge` merges them."
+    models = [model(tmp_path/"a", 0, WORDS), model(tmp_path/"b", 1, [*WORDS, "<x>"])]
+    with pytest.warns(UserWarning, match="a row that some models lack"):
+        found = inspect(models)
+    assert found.mergeable and not found.shapes
+    other = model(tmp_path/"c", 2, WORDS[::-1])
+    assert not inspect([models[0], other]).mergeable

@@ -26,8 +26,9 @@ from ..files.open import load
 from ..messages import MergeError
 from ..matching.codes import refuse_codes
 from ..matching.function import refuse_other_meanings, unlike
+from ..matching.rows import lined_up
 from ..matching.views import alike
-from ..messages import Notes, warn
+from ..messages import Notes, shown, warn
 from ..algebra.factors import core
 from ..geometries.geometry import Geometry, check_needs
 from ..merging.run import bar
@@ -74,7 +75,7 @@ def _table(title: str, columns: dict[str, list[str]]) -> Table:
     t = Table(*columns, title=title)
     # names are no markup
     for row in zip(*columns.values()):
-        t.add_row(*map(Text, row))
+        t.add_row(*(Text(shown(x)) for x in row))
     return t
 
 # %% ../../nbs/diagnostics/inspection.ipynb #e08b1d04
@@ -245,8 +246,8 @@ class Inspection(JupyterMixin):
             yield tensors
         if (changes := eta_table(self, top)) is not None:
             yield changes
-            yield Text(self.verdict)
-        yield from map(Text, obstacles(self))
+            yield Text(shown(self.verdict))
+        yield from (Text(shown(said)) for said in obstacles(self))
         can = "These can be merged." if self.mergeable else "These cannot be merged as they are."
         yield Text(can)
 
@@ -372,7 +373,7 @@ def inspect(
     # as `merge` does
     found.refused = _refusals(every[-len(models) :], every[0] if base is not None else None)
     found.unlike = unlike(every)
-    every = alike(every, every[-len(models) :])
+    every = _as_merged(every, len(models), rows=not found.refused)
     comparable = compare_headers(found, every, numbers)
     if numbers:
         measure(found, comparable, progress)
@@ -385,6 +386,18 @@ def inspect(
         tuned = every[len(every) - len(models) :]
         found.eta = etas(tuned, metrics, weights, damping, allow_pickle, progress)
     return found
+
+# %% ../../nbs/diagnostics/inspection.ipynb #0c1c0e12
+def _as_merged(
+    every: list[Checkpoint],
+    n: int,  # of them, the last, are models; what is before them is the base
+    rows: bool,  # line up rows of tokens, too
+) -> list[Checkpoint]:
+    "Every checkpoint by the names and in the rows by which `merge` compares them."
+    if rows:
+        shares = [*(None for _ in every[:-n]), *(1.0 for _ in every[-n:])]
+        every, _ = lined_up(every, [], shares, None)
+    return alike(every, every[-n:])
 
 # %% ../../nbs/diagnostics/inspection.ipynb #a6ebef5d
 def summary(every: list[Checkpoint]) -> Inspection:
