@@ -783,3 +783,11 @@ class TestWhatIsRun:
         torch.save({"w": odd}, tmp_path/"pytorch_model.bin")
         with pytest.raises(MergeError, match=f"tensor 'w' is {says}"):
             load(tmp_path, allow_pickle=True)
+
+    @pytest.mark.parametrize("version", ["2.5.1", "2.9.1+cpu"])
+    def test_pickles_with_a_torch_that_may_run_them(self, version, tmp_path, monkeypatch):
+        torch.save({"w": torch.ones(2)}, tmp_path/"pytorch_model.bin")
+        assert "w" in load(tmp_path, allow_pickle=True)
+        monkeypatch.setattr(torch, "__version__", version)
+        with pytest.raises(MergeError, match="Install torch 2.10 or later"):
+            load(tmp_path, allow_pickle=True)

@@ -111,9 +111,23 @@ def _open_files(files: list[Path], promised: set, source: str, config: dict) -> 
         )
     return Checkpoint(lazy, source, files[0].parent, tied_names(lazy, meta, config), files=files)
 
+# %% ../../nbs/files/formats.ipynb #1a1c0e12
+SAFE = (2, 10)  # the first version of torch that keeps its promise about pickles
+
+
+def _refuse_old_torch(files: list[Path]) -> None:
+    "`MergeError` for pickles where torch would not open them safely."
+    version = torch.__version__.split(".")
+    if tuple(int(part) for part in version[:2]) < SAFE:
+        raise MergeError(
+            f"{files[0]}: is a pickle, and torch {torch.__version__} may run what it holds.\n"
+            "Install torch 2.10 or later, or save the model as safetensors."
+        )
+
 # %% ../../nbs/files/formats.ipynb #e34bed0e
 def _open_pickles(files: list[Path], promised: set, source: str) -> Checkpoint:
     c, tensors = from_state_dict({}, source), {}
+    _refuse_old_torch(files)
     for f in files:
         try:
             os.close(open_file(f))
