@@ -361,6 +361,8 @@ def test_a_law_that_has_no_number_is_still_named():
 
 def test_geometries_of_others_may_be_of_any_kind(monkeypatch):
     class Entry:
+        module = "frechet_merge.of_others"
+
         def __init__(self, made):
             self.made = made
 
