@@ -504,6 +504,22 @@ class TestPoolings:
         for models in ([a, b], [b, a]):
             with pytest.raises(MergeError, match="Dense"):
                 merge(models, out=tmp_path/"o")
+        c = self.of(tmp_path/"c", mean, 0, randn(2, 4, seed=1))
+        (c/"2_Dense"/"model.safetensors").unlink()
+        for models in ([a, c], [c, a]):
+            with pytest.raises(MergeError, match="only one of them has weights in '2_Dense'"):
+                merge(models, out=tmp_path/"o")
+
+    def test_a_projection_under_another_spelling_of_its_path(self, tmp_path):
+        x, y = randn(2, 4, seed=1), randn(2, 4, seed=2)
+        mean = {"pooling_mode": "mean"}
+        a, b = self.of(tmp_path/"a", mean, 0, x), self.of(tmp_path/"b", mean, 0, y)
+        for f in (a, b):
+            file = f/"modules.json"
+            file.write_text(file.read_text().replace('"2_Dense"', '"./2_Dense"'))
+        merge([a, b], out=tmp_path/"o")
+        found = load_file(tmp_path/"o"/"2_Dense"/"model.safetensors")["linear.weight"]
+        torch.testing.assert_close(found, (x + y)/2)
 
     def test_a_projection_from_its_base(self, tmp_path):
         mean = {"pooling_mode": "mean"}

@@ -101,6 +101,48 @@ class TestLonger:
         mean = (x[EMBEDDING][:30] + y[EMBEDDING][:30])/2
         torch.testing.assert_close(m[EMBEDDING][:30], (z[EMBEDDING] + mean[:30])/2)
 
+    def test_a_row_that_only_the_base_has_stays(self, tmp_path):
+        "Neither scaled away nor zero, whoever asks for it."
+        base = model(tmp_path/"base", 0, [*WORDS, "<x>"])
+        a, b = model(tmp_path/"a", 1, WORDS), model(tmp_path/"b", 2, WORDS)
+        for i, given in enumerate(({}, {"tokenizer": "base"}, {"geometry": "sphere"})):
+            with pytest.warns(UserWarning, match="a row that some models lack"):
+                merge([a, b], base=base, out=tmp_path/f"o{i}", **given)
+            z, m = states(base, tmp_path/f"o{i}")
+            torch.testing.assert_close(m[EMBEDDING][30], z[EMBEDDING][30])
+
+    def test_padding_is_no_token(self, tmp_path):
+        "Two matrices of one size: what one has in a row that the other left free is a token."
+        a, b = model(tmp_path/"a", 0, WORDS, rows=32), model(tmp_path/"b", 1, [*WORDS, "<x>"], 32)
+        for order in ([a, b], [b, a]):
+            with pytest.warns(UserWarning, match="a row that some models lack"):
+                m = merge(order, out=tmp_path/order[0].name/"o").out
+            x, y, found = states(a, b, m)
+            torch.testing.assert_close(found[EMBEDDING][30], y[EMBEDDING][30])
+            torch.testing.assert_close(found[EMBEDDING][31], (x[EMBEDDING] + y[EMBEDDING])[31]/2)
+            assert "<x>" in (m/"tokenizer.json").read_text()
+
+    def test_the_most_rows_are_not_the_most_tokens(self, tmp_path):
+        a, b = model(tmp_path/"a", 0, WORDS, rows=40), model(tmp_path/"b", 1, [*WORDS, "<x>"])
+        with pytest.warns(UserWarning, match="a row that some models lack"):
+            merge([a, b], out=tmp_path/"o")
+        y, m = states(b, tmp_path/"o")
+        torch.testing.assert_close(m[EMBEDDING][30], y[EMBEDDING][30])
+        assert len(m[EMBEDDING]) == 31
+
+    def test_more_rows_of_which_nobody_knows(self, tmp_path):
+        a, b = model(tmp_path/"a", 0, WORDS), model(tmp_path/"b", 1, WORDS, rows=40)
+        (b/"tokenizer.json").unlink()
+        with pytest.raises(MergeError, match="no tokenizer beside it says"):
+            merge([a, b])
+
+    def test_each_has_a_token_that_the_other_lacks(self, tmp_path):
+        a, b = model(tmp_path/"a", 0, [*WORDS, "<x>"], 33), model(tmp_path/"b", 1, WORDS, 33)
+        numbers = {**{t: i for i, t in enumerate(WORDS)}, "<y>": 31}
+        (b/"tokenizer.json").write_text(json.dumps({"model": {"vocab": numbers}}))
+        with pytest.raises(MergeError, match="no model knows the tokens of all"):
+            merge([a, b])
+
     def test_padding(self, tmp_path):
         "Rows without a token are matched by number."
         a, b = model(tmp_path/"a", 0, WORDS, rows=32), model(tmp_path/"b", 1, WORDS, rows=40)

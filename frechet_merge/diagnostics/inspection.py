@@ -371,9 +371,8 @@ def inspect(
     for c in every:
         refuse_codes(c)
     # as `merge` does
-    found.refused = _refusals(every[-len(models) :], every[0] if base is not None else None)
     found.unlike = unlike(every)
-    every = _as_merged(every, len(models), rows=not found.refused)
+    every, found.refused = _as_merged(every, len(models))
     comparable = compare_headers(found, every, numbers)
     if numbers:
         measure(found, comparable, progress)
@@ -391,13 +390,18 @@ def inspect(
 def _as_merged(
     every: list[Checkpoint],
     n: int,  # of them, the last, are models; what is before them is the base
-    rows: bool,  # line up rows of tokens, too
-) -> list[Checkpoint]:
-    "Every checkpoint by the names and in the rows by which `merge` compares them."
-    if rows:
-        shares = [*(None for _ in every[:-n]), *(1.0 for _ in every[-n:])]
-        every, _ = lined_up(every, [], shares, None)
-    return alike(every, every[-n:])
+) -> tuple[list[Checkpoint], list[str]]:
+    """Every checkpoint by the names and in the rows by which `merge` compares them; and why their
+    mean would be a model of nobody, in words."""
+    bases, models = every[:-n], every[-n:]
+    shares = [*(None for _ in bases), *(1.0 for _ in models)]
+    refused = []
+    try:
+        refuse_other_meanings(models, *bases)
+        every, _ = lined_up(every, [c.source for c in every], shares, None)
+    except MergeError as e:
+        refused = [str(e).splitlines()[0]]
+    return alike(every, every[-n:]), refused
 
 # %% ../../nbs/diagnostics/inspection.ipynb #a6ebef5d
 def summary(every: list[Checkpoint]) -> Inspection:
@@ -408,15 +412,6 @@ def summary(every: list[Checkpoint]) -> Inspection:
         [sorted({str(x.dtype).removeprefix("torch.") for x in c.lazy.values()}) for c in every],
         adapters=[c.source for c in every if c.adapter is not None],
     )
-
-# %% ../../nbs/diagnostics/inspection.ipynb #086916e6
-def _refusals(models: list[Checkpoint], base: Checkpoint | None) -> list[str]:
-    "Why the mean of models would be a model of nobody, in words; empty if it would not."
-    try:
-        refuse_other_meanings(models, base)
-    except MergeError as e:
-        return [str(e).splitlines()[0]]
-    return []
 
 # %% ../../nbs/diagnostics/inspection.ipynb #c2bb3648
 def inspect_adapters(

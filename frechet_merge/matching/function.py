@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files.checkpoint import Checkpoint, json_in, read_json, token_rows
+from ..files.checkpoint import Checkpoint, json_in, read_json
 from ..messages import MergeError
 from .views import head_of
-from .vocabulary import CHOOSE, refuse_other_tokens
+
 
 # %% ../../nbs/matching/function.ipynb #0384c5e1
 def labels(c: Checkpoint) -> list[str] | None:
@@ -115,7 +115,7 @@ def modules(c: Checkpoint) -> dict[str, list[Path]]:
     if home is None:
         return {}
     paths = [str(part.get("path") or "") for part in _listed(home)]
-    folders = {path: home/path for path in paths if _is_in(home, path)}
+    folders = {(home/path).name: home/path for path in paths if _is_in(home, path)}
     found = {p: [f for kind in WEIGHTS for f in sorted(d.glob(kind))] for p, d in folders.items()}
     return {path: files for path, files in found.items() if files}
 
@@ -173,11 +173,7 @@ def refuse_other_depths(models: Sequence[Checkpoint]) -> None:
                 )
 
 # %% ../../nbs/matching/function.ipynb #970d80b9
-def refuse_other_meanings(
-    models: Sequence[Checkpoint],
-    base: Checkpoint | None = None,
-    tokens: bool = True,  # False: their rows are of one vocabulary already
-) -> None:
+def refuse_other_meanings(models: Sequence[Checkpoint], base: Checkpoint | None = None) -> None:
     "`MergeError` if what is said beside the weights makes their mean a model of nobody."
     every = [*([] if base is None else [base]), *models]
     if len(every) < 2:
@@ -185,8 +181,7 @@ def refuse_other_meanings(
     refuse_other_depths(every)
     refuse_other_labels(models)
     refuse_other_poolings(models)
-    if tokens and any(token_rows(c.lazy, c.config) for c in every):
-        refuse_other_tokens(every, CHOOSE)
+
 
 # %% ../../nbs/matching/function.ipynb #e4ee9280
 # what a config says of the function that weights of the same shapes are

@@ -126,6 +126,7 @@ class Work:
             dress.put(part, plan, self.parts)
             found = {}
             for path, one in plans.items():
+                (part/path).mkdir(exist_ok=True)
                 of_one = into_folder(one, part/path, self.output.shard_size, self.run)
                 found |= {f"{path}/{n}" if path else n: m for n, m in of_one.items()}
             means = found if means is None else means

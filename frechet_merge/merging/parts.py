@@ -23,11 +23,12 @@ def parts_of(opened: Opened) -> dict[str, Opened]:  # folder in that of the mode
     if opened.are_adapters:
         return {}
     first, *others = opened.models
-    found = {}
-    for path in modules(first):
-        if lacks := next((c for c in others if path not in modules(c)), None):
-            raise MergeError(f"{first.source} has the module {path!r}, which {lacks.source} lacks.")
-        found[path] = _part(opened, path)
+    for c in others:
+        if odd := modules(first).keys() ^ modules(c).keys():
+            raise MergeError(
+                f"{first.source} and {c.source}: only one of them has weights in {min(odd)!r}."
+            )
+    found = {path: _part(opened, path) for path in modules(first)}
     if found and opened.recipe.metrics is not None:
         refuse_other_modules(opened.models)
     return found

@@ -16,7 +16,7 @@ import torch
 
 from ..adapters.baking import bake
 from ..matching.blocks import Block, align, by_name
-from ..files.checkpoint import Checkpoint
+from ..files.checkpoint import Checkpoint, vocabulary_size
 from ..files.open import load
 from ..geometries.lora import LoRA
 from ..geometries.geometry import Euclidean, Geometry, check_needs
@@ -96,7 +96,8 @@ def _in_one_vocabulary(opened: Opened) -> Opened:
         [*(None for _ in bases), *_shares(recipe)],
         recipe.tokenizer,
     )
-    if tokens is not None and recipe.metrics is not None:
+    counts = {vocabulary_size(c.config) for c in opened.every}
+    if recipe.metrics is not None and (recipe.tokenizer is not None or len(counts) > 1):
         raise MergeError(
             "metrics are of rows in each model's own order, and the models have other "
             "vocabularies: merge them without metrics."
@@ -244,7 +245,7 @@ def plan_models(
     "Full checkpoints → full checkpoint; `MergeError` if they do not match."
     recipe, base = opened.recipe, opened.base
     blocks, tied = align(opened.models, base, recipe.absent)
-    refuse_other_meanings(opened.models, base, tokens=opened.tokens is None)
+    refuse_other_meanings(opened.models, base)
     _say_what_is_odd(opened, blocks)
     given = numbers_for((b.name for b in blocks), recipe)
     metrics = _metrics_for(opened, blocks, device)
