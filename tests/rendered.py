@@ -322,7 +322,8 @@ class Walk:
             self.find("request failed", request.url)
 
     def answer(self, response):
-        if response.status >= 400:
+        # what leaves the site is found when it is asked for, whatever a proxy answers and when
+        if response.status >= 400 and self.is_here(response.url):
             self.find("request failed", f"{response.status} {response.url}")
 
     def open(self, page):
