@@ -318,7 +318,8 @@ class Walk:
             self.find("request leaves the site", request.url)
 
     def fail(self, request):
-        if self.is_here(request.url):
+        # a browser that goes on to the next page gives up what it no longer needs
+        if self.is_here(request.url) and request.failure != "net::ERR_ABORTED":
             self.find("request failed", request.url)
 
     def answer(self, response):

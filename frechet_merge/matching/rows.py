@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..files.checkpoint import Checkpoint, token_rows, vocabulary_size
 from ..files.tensors import LazyTensor
+from .absent import refuse_other_layouts
 from .views import alike
 from .vocabulary import CHOOSE, distinct, is_reserved, refuse_other_tokens
 from .vocabulary import vocabulary
@@ -284,14 +285,18 @@ def _places(
     return found
 
 # %% ../../nbs/matching/rows.ipynb #2a1c0e12
-def _differ(every: Sequence[Checkpoint]) -> bool:
-    "Whether models have other rows of tokens; `MergeError` where they contradict each other."
+def _may_differ(every: Sequence[Checkpoint]) -> bool:
+    "Whether models have rows of tokens, and other numbers of them or other tokenizer files."
     if not any(token_rows(c.lazy, c.config) for c in every):
         return False
-    refuse_other_tokens([*every], CHOOSE)
+    return len({vocabulary_size(c.config) for c in every}) > 1 or len(distinct([*every])) > 1
+
+# %% ../../nbs/matching/rows.ipynb #2b1c0e12
+def _are_one(every: Sequence[Checkpoint], known: Sequence[Mapping[str, int] | None]) -> bool:
+    "Whether rows of one number are one token in all, as far as is known."
     counts = {vocabulary_size(c.config) for c in every}
-    known = [v for c in distinct([*every]) if (v := vocabulary(c)) is not None]
-    return None not in counts and (len(counts) > 1 or any(v != known[0] for v in known))
+    vocabularies = [v for v in known if v is not None]
+    return None in counts or len(counts) == 1 and all(v == vocabularies[0] for v in vocabularies)
 
 # %% ../../nbs/matching/rows.ipynb #53a1716a
 def lined_up(
@@ -302,9 +307,14 @@ def lined_up(
 ) -> tuple[list[Checkpoint], Checkpoint | None]:
     """Every checkpoint in the rows of one, and which one it is; None: all had the same, and nothing
     was chosen. `MergeError` where vocabularies contradict each other."""
-    if choice is None and not _differ(every):
+    if choice is None and not _may_differ(every):
         return [*every], None
-    known = [vocabulary(c) for c in every]
-    target = chosen(every, known, names, choice)
     views = alike(every, [c for c, w in zip(every, weights) if w is not None])
+    refuse_other_layouts([c for c, w in zip(views, weights) if w is not None])
+    known = [vocabulary(c) for c in every]
+    if choice is None:
+        refuse_other_tokens([*every], CHOOSE)
+        if _are_one(every, known):
+            return [*every], None
+    target = chosen(every, known, names, choice)
     return on_rows_of(target, views, known, weights), every[target]
