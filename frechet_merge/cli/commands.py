@@ -132,6 +132,15 @@ Vocabulary = Annotated[
         show_default=False,
     ),
 ]
+LossName = Annotated[
+    Optional[str],
+    typer.Option(
+        "--loss",
+        help="For models of which some may be bad: median, huber or cauchy, as huber:k=2; "
+        "of whole models, or with per=block of each tensor.",
+        show_default=False,
+    ),
+]
 Nonfinite = Annotated[
     bool, typer.Option("--allow-nonfinite", help="Copy NaN and Inf through.")
 ]
@@ -158,6 +167,7 @@ def merge_command(
     absent: Absent = None,
     any_base: AnyBase = False,
     tokenizer: Vocabulary = None,
+    loss: LossName = None,
     allow_nonfinite: Nonfinite = False,
     allow_pickle: Pickle = False,
     full_hash: FullHash = False,
@@ -184,6 +194,7 @@ def merge_command(
         absent=absent,
         any_base=any_base,
         tokenizer=tokenizer,
+        loss=loss,
         allow_nonfinite=allow_nonfinite,
         allow_pickle=allow_pickle,
         full_hash=full_hash,

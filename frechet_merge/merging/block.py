@@ -43,6 +43,7 @@ def _together(means: list[Mean]) -> Mean:
         variance=sum(m.variance for m in means),
         unique=False if False in unique else None if None in unique else True,
         lost=lost,
+        squares=tuple(map(math.fsum, zip(*(m.squares for m in means)))),
     )
 
 # %% ../../nbs/merging/block.ipynb #a65e22b4
@@ -105,9 +106,24 @@ class Job(ABC):
     # numbers that it goes through: the largest go first, so that no thread is left with one
     size: int
 
+    # which model each of its versions is of; empty: it has no mean
+    who: Sequence[int] = ()
+
+    @property
+    def names(self) -> Sequence[str]:
+        "Of the means that it makes."
+        return [self.name]
+
     @abstractmethod
     def run(self, write: Write) -> dict[str, Mean]:
         "Do it, and say what is known about each mean."
+
+    def counting(self, shares: Sequence[float]) -> "Job":
+        "The job in which each model keeps a share of its weight; `shares` are of all models."
+        if not self.who:
+            return self
+        ws = [w*shares[i] for w, i in zip(self.weights, self.who)]  # type: ignore
+        return replace(self, weights=ws)  # type: ignore
 
 # %% ../../nbs/merging/block.ipynb #4acb2308
 @dataclass(frozen=True)
@@ -160,6 +176,7 @@ class MeanOf(Job):
     sources: tuple[str, ...] = ()  # of the versions, and last of the base, for messages
     name = property(lambda self: self.block.name)  # type: ignore
     size = property(lambda self: self.block.first.numel)  # type: ignore
+    who = property(lambda self: self.block.who)  # type: ignore
 
     def run(self, write):
         averaged = is_statistic(self.name)

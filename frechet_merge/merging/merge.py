@@ -30,6 +30,8 @@ from .plan import Opened, open_recipe, plan_models, plan_recipe
 from .recipe import Model, Output, Recipe, Run, as_dtype
 from .record import Record, begun, came_of, card
 from .run import Plan, disk_errors, in_memory, into_folder, report
+from .robust import counting
+from ..spaces.robust import Loss, loss_named
 from ..messages import heard
 from ..files.output import free, staged
 
@@ -182,7 +184,11 @@ def make(
             output = replace(output, folder=free(output.folder))
         plan = plan_recipe(opened, output.dtype, run.device, name)
         parts = parts_for(opened, output, run)
-        work = Work(opened, output, run, begun(opened, output), said, since, parts)
+        record = begun(opened, output)
+        if recipe.loss is not None:
+            plan, parts, counted = counting(plan, parts, recipe, run)
+            record = replace(record, counted=counted)
+        work = Work(opened, output, run, record, said, since, parts)
         if opened.onto is not None:
             return _put_on(work, plan)
         if output.folder is None:
@@ -224,6 +230,9 @@ def merge(
     # whose tokens full models of other vocabularies are merged in: "union", "base", or a model as
     # it is named
     tokenizer: str | os.PathLike[str] | None = None,
+    # of distances, where some models may be bad: "median", "huber", "cauchy", or a `Loss`;
+    # default: their squares
+    loss: Loss | str | None = None,
     allow_nonfinite: bool = False,  # copy NaN and Inf through, instead of refusing them
     allow_pickle: bool = False,  # accept .bin files (plain tensors only)
     shard_size: int = 5*10**9,  # bytes of a file, at most, unless one tensor is larger
@@ -246,6 +255,7 @@ def merge(
         absent,
         any_base,
         None if tokenizer is None else str(tokenizer),
+        loss_named(loss) if isinstance(loss, str) else loss,
         allow_nonfinite,
         allow_pickle,
     )

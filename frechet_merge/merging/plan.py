@@ -291,12 +291,10 @@ def _layout(
     return {**factors, **biases}
 
 # %% ../../nbs/merging/plan.ipynb #2411cf90
-def _versions(u: Update, ws: list[float], absent: str | None) -> list[float]:
-    "The weights of an update's versions, and last those of adapters in which it is zero."
-    if absent == "renormalise":
-        return weights_of(u.name, ws, u.who)
-    others = [i for i in range(len(ws)) if i not in u.who]
-    return [ws[i] for i in (*u.who, *others)]
+def _versions(u: Update, T: int, absent: str | None) -> list[int]:
+    "Which adapters an update's versions are of, and last those in which it is zero."
+    others = [i for i in range(T) if i not in u.who]
+    return [*u.who, *([] if absent == "renormalise" else others)]
 
 # %% ../../nbs/merging/plan.ipynb #e1c5cc1c
 def _plan_whole(opened: Opened, whole: Sequence[Block], given: Numbers, dtype, device) -> Plan:
@@ -349,10 +347,14 @@ def plan_adapters(
         return tuple(given.weights[name]), given.scale[name], ranks[name]
 
     jobs: list[Job] = []
-    for batch in batches(updates, in_common, BATCH if g.needs.stacks else 1):
+    # a loss of blocks weighs each layer by itself
+    alone = recipe.loss is not None and recipe.loss.per == "block"
+    for batch in batches(updates, in_common, BATCH if g.needs.stacks and not alone else 1):
         first = batch[0]
-        ws = _versions(first, given.weights[first.name], recipe.absent)
-        jobs.append(UpdateOf(batch, g, ws, given.scale[first.name], ranks[first.name], device))
+        who = _versions(first, len(opened.models), recipe.absent)
+        ws = weights_of(first.name, given.weights[first.name], who)
+        scale = given.scale[first.name]
+        jobs.append(UpdateOf(batch, g, ws, scale, ranks[first.name], device, who))
     rest = _plan_whole(opened, whole, given, dtype, device)
     return Plan(
         {**_layout(updates, ranks, dtype), **rest.layout},

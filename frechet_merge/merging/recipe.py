@@ -21,6 +21,7 @@ from ..files.checkpoint import Checkpoint
 from ..messages import MergeError
 from ..geometries.registry import as_data, from_data, spelled
 from ..geometries.geometry import Euclidean, Geometry
+from ..spaces.robust import Loss, loss_named, loss_spelled
 
 # %% ../../nbs/merging/recipe.ipynb #debd840a
 # a folder, file, hub id or "base+adapter", or tensors by name (a `Checkpoint` is such)
@@ -43,6 +44,7 @@ class Recipe:
     any_base: bool = False  # merge adapters whose configs name different bases
     # whose tokens the result has: "union", "base", or a model as it is named; None: all agree
     tokenizer: str | None = None
+    loss: Loss | None = None  # of distances; None: their squares
     allow_nonfinite: bool = False  # copy NaN and Inf through
     allow_pickle: bool = False  # open pickles (plain tensors only)
 
@@ -51,6 +53,8 @@ class Recipe:
             raise ValueError("models must be a list of models, not one.")
         if not self.models:
             raise ValueError("there is nothing to merge: name at least one model.")
+        if not isinstance(self.loss, (Loss, type(None))):
+            raise ValueError(f"loss = {self.loss!r}: pass a Loss, such as Huber(), or a name.")
         if not isinstance(self.geometry, Geometry):
             raise ValueError(
                 f"{self.geometry!r} is not a Geometry: pass an instance, such as Euclidean(), or "
@@ -71,6 +75,8 @@ class Recipe:
         if strange := next((k for k in data if k not in known), None):
             raise MergeError(f"a recipe has no {strange!r}: it was made by another version.")
         given = {k: from_data(v) if k == "geometry" else _named(k, v) for k, v in data.items()}
+        if "loss" in given:
+            given["loss"] = loss_named(given["loss"])
         return cls(**given)
 
 # %% ../../nbs/merging/recipe.ipynb #fec128f3
@@ -81,6 +87,8 @@ def _plain(field: str, value: Any) -> Any:
     "A field of a recipe as plain data."
     if field == "geometry":
         return as_data(value)
+    if isinstance(value, Loss):
+        return loss_spelled(value)
     if field in MODELS:
         several = isinstance(value, Sequence) and not isinstance(value, str)
         return [_name(m) for m in value] if several else _name(value)
@@ -211,6 +219,7 @@ def command(recipe: Recipe, output: Output) -> str | None:
         *flag("scale", "" if scale == 1 else typed(scale)),
         *flag("dtype", "" if output.dtype is None else typed_dtype(output.dtype)),
         *flag("tokenizer", said.get("tokenizer")),
+        *flag("loss", said.get("loss")),
     ]
     for switch in ("drop", "absent", "any_base", "allow_nonfinite", "allow_pickle"):
         words += flag(switch, said.get(switch))

@@ -43,6 +43,8 @@ class Record:
     inputs: dict[str, list[dict]] = field(default_factory=dict)
     means: dict[str, dict] = field(default_factory=dict)  # what is known of each
     doubtful: str = ""  # what about means needs a look
+    # under a loss of whole models: their shares and distances, and in how many rounds
+    counted: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)  # what was said on the way
     seconds: float = 0.0  # from the first look at the models
     versions: dict[str, str] = field(default_factory=dict)  # of what made it
@@ -111,7 +113,11 @@ def begun(opened: Opened, output: Output) -> Record:
 # %% ../../nbs/merging/record.ipynb #ae01d03a
 def known(mean: Mean) -> dict[str, Any]:
     "What is known of a mean, without its coordinates."
-    return {k: v for k, v in vars(mean).items() if k != "x"}
+    said = {k: v for k, v in vars(mean).items() if k not in ("x", "counted")}
+    said["squares"] = [*mean.squares]
+    if mean.counted is not None:
+        said["shares"] = [round(float(q), 4) for q in mean.counted.shares]
+    return said
 
 # %% ../../nbs/merging/record.ipynb #485e6657
 def came_of(means: dict[str, Mean], start: str, said: list[str], seconds: float) -> dict[str, Any]:

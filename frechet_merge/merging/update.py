@@ -72,12 +72,18 @@ class UpdateOf(Job):
     scale: float  # of the mean
     rank: int  # that is written; singular values beyond it are zero
     device: Any = None  # where it is computed
+    who: Sequence[int] = ()  # which model each weight is of
 
     @property
     def name(self) -> str:  # type: ignore
         "The first layer's, and how many there are beside it."
         others = len(self.batch) - 1
         return self.batch[0].name + (f" and {others} like it" if others else "")
+
+    @property
+    def names(self) -> list[str]:
+        "Of its layers."
+        return [u.name for u in self.batch]
 
     @property
     def size(self) -> int:  # type: ignore

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..metrics.kronecker import is_number
 from ..metrics.units import as_metric
 from ..messages import warn as say
+from .robust import Loss, Settled, settle
 from .space import Point, Space
 
 # %% ../../nbs/spaces/mean.ipynb #de95cc43
@@ -46,6 +47,9 @@ class Mean:
     # models to which no single shortest path leads from where the solver started, and so stayed;
     # residual and variance are then NaN
     lost: int = 0
+    # d² of each model, in the units of the metric; empty: not known
+    squares: tuple[float, ...] = field(default=(), repr=False)
+    counted: Settled | None = None  # what each model counted for under a loss
 
     def __repr__(self) -> str:
         "Three digits, and beyond them what is not as usual."
@@ -147,6 +151,7 @@ class Pull:
     variance: np.ndarray  # (N,) Σ w ⟨v, G v⟩
     far: np.ndarray  # (N,) max ‖v‖
     lost: np.ndarray  # (N,) models to which no single shortest path leads
+    squares: list = field(default_factory=list)  # (N,) ⟨v, G v⟩ of each point
 
     @cached_property
     def residual(self) -> np.ndarray:
@@ -167,6 +172,7 @@ class Pull:
         self.strength += w*(way if Gv is v else lengths(Gv, N))
         self.reach += w*way
         self.variance += w*squares
+        self.squares.append(squares)
         if w > 0:
             self.far = np.maximum(self.far, way)
 
@@ -186,15 +192,19 @@ class Springs:
     ws: list[float]  # their weights
     Gs: list  # their metrics
     N: int = 1  # how many problems there are; more than one are the first dimension of all tensors
+    T: int = 0  # how many models there are, each with one point or several
 
     @classmethod
     def of(cls, space: Space, points: Sequence[Point], ws: Any, N: int = 1) -> "Springs":
         "Weights as for `frechet_mean`, metrics as they are on the points."
-        return cls(space, points, _of_points(ws, points), [as_metric(p.G) for p in points], N)
+        P = len(points)
+        T = len(ws) if ws is not None and len(ws) and P % len(ws) == 0 else P
+        return cls(space, points, _of_points(ws, points), [as_metric(p.G) for p in points], N, T)
 
     def at(self, m: Tensor) -> Pull:
         "The pull at a point."
-        found = Pull(None, *np.zeros((5, self.N)))
+        strength, reach, variance, far, lost = np.zeros((5, self.N))
+        found = Pull(None, strength, reach, variance, far, lost)
         for p, G, w in zip(self.points, self.Gs, self.ws):
             v = self.space.log(m, p.x)
             found.add(w, v, G @ v)
@@ -341,12 +351,19 @@ def _solve(springs: Springs, tol: float, maxiter: int) -> tuple[Tensor, list[Mea
             springs, m, at, step, moves.astype(float), small, eps, maxiter - steps
         )
         steps, stuck = steps + tried, stuck | given_up
-    return m, _reports(at, steps, done, space.radius)
+    return m, _reports(at, steps, done, space.radius, springs.T)
 
 # %% ../../nbs/spaces/mean.ipynb #d7f38fa3
-def _reports(at: Pull, steps: int, done: np.ndarray, radius: float | None) -> list[Mean]:
+def _reports(
+    at: Pull,
+    steps: int,
+    done: np.ndarray,
+    radius: float | None,  # of the space
+    T: int,  # models
+) -> list[Mean]:
     "What is known about N means; nothing where a model is left out."
     found = []
+    squares = np.stack(at.squares).reshape(-1, T, len(at.lost)).sum(0)
     for i, lost in enumerate(at.lost.astype(int).tolist()):
         if lost:
             # without a radius, too, it is known that this is no mean
@@ -354,8 +371,29 @@ def _reports(at: Pull, steps: int, done: np.ndarray, radius: float | None) -> li
             continue
         unique = None if radius is None else bool(at.far[i] < radius)
         residual, variance = float(at.residual[i]), float(at.variance[i])
-        found.append(Mean(None, residual, steps, bool(done[i]), variance, unique))
+        each = tuple(squares[:, i].tolist())
+        found.append(Mean(None, residual, steps, bool(done[i]), variance, unique, 0, each))
     return found
+
+# %% ../../nbs/spaces/mean.ipynb #b0b5a001
+def _robust(
+    springs: Springs, loss: Loss, tol: float, maxiter: int
+) -> tuple[Tensor, list[Mean]]:
+    "Where one bead comes to rest under a loss, and what is known about it."
+    if springs.N > 1:
+        raise ValueError("a loss is of one problem: leave batch out.")
+    ws = np.reshape(springs.ws, (-1, springs.T))
+    found: list = []
+
+    def squares(shares: np.ndarray) -> np.ndarray:
+        weights = normalise((ws*shares).ravel().tolist(), ws.size)
+        found[:] = _solve(replace(springs, ws=weights), tol, maxiter)
+        # of a model that is lost nothing is known
+        return np.array(found[1][0].squares or np.zeros(springs.T))
+
+    # rounds are cheap where no file is read
+    counted = settle(loss, squares, normalise(ws[0].tolist(), springs.T), 1e-6, 1000)
+    return found[0], [replace(found[1][0], counted=counted)]
 
 # %% ../../nbs/spaces/mean.ipynb #f745252c
 @overload
@@ -367,6 +405,7 @@ def frechet_mean(
     maxiter: int = ...,
     warn: bool = ...,
     batch: None = None,
+    loss: Loss | None = None,
 ) -> Mean: ...
 @overload
 def frechet_mean(
@@ -406,6 +445,7 @@ def frechet_mean(
     maxiter: int = 500,  # steps tried, halved ones too
     warn: bool = True,  # a `ConvergenceWarning` if the result has a `problem`
     batch: int | None = None,  # N: the first dimension of every point counts N problems
+    loss: Loss | None = None,  # of distances, of one problem; None: their squares
 ) -> Mean | list[Mean]:  # with `batch`, one for each problem
     """The point at which the weighted squared distance to `points` is stationary (Karcher 1977);
     `ValueError` for no points, and for weights or metrics that have no mean."""
@@ -416,7 +456,11 @@ def frechet_mean(
     # the tolerance of 16 bits would be met by any point
     computes = torch.float32 if dtype.itemsize < 4 else dtype
     points = [replace(p, x=p.x.detach().to(computes)) for p in points]
-    x, found = _solve(Springs.of(space, points, ws, batch or 1), tol, maxiter)
+    springs = Springs.of(space, points, ws, batch or 1)
+    if loss is not None:
+        x, found = _robust(springs, loss, tol, maxiter)
+    else:
+        x, found = _solve(springs, tol, maxiter)
     x = x.to(dtype)
     found = [replace(f, x=y) for f, y in zip(found, x if batch else [x])]
     for f in found:
