@@ -34,10 +34,13 @@ class Stack(Sequence[Tensor]):
         # treat NaN and Inf as zeros; `nonfinite` says where they are
         allow_nonfinite: bool = False,
         role: str = "rows",  # two stacks that are read in turn need a buffer each
+        # of the differences, one per version: -1 reflects it about the base; default: none is
+        signs: Sequence[float] | None = None,
     ):
         self.lazy, self.base = lazy, base
         self.device = as_device(device)
         self.name, self.sources, self.role = name, sources, role
+        self.signs = signs
         self.allow_nonfinite = allow_nonfinite
         self.shape, self.numel = lazy[0].shape, lazy[0].numel
         self.dtype = (lazy[0] if base is None else base).dtype
@@ -71,6 +74,7 @@ class Stack(Sequence[Tensor]):
             (*self.sources[t : t + 1], *self.sources[len(self) :]),
             self.allow_nonfinite,
             self.role,
+            None if self.signs is None else self.signs[t : t + 1],
         )
         out = torch.empty(self.numel, dtype=self.computes, device=self.device)
         for i, j in self.spans():
@@ -105,6 +109,9 @@ class Stack(Sequence[Tensor]):
         X = self.raw(i, j)
         if self.base is not None:
             X -= self.base_row(i, j)
+        for row, sign in zip(X, self.signs or ()):
+            if sign < 0:
+                row.neg_()
         return X.nan_to_num_(0, 0, 0) if self.allow_nonfinite else X
 
     def nonfinite(self, i: int, j: int) -> Tensor:
