@@ -75,16 +75,15 @@ def at_depth(
         return values[i]
     return values[i] + (place - i)*(values[i + 1] - values[i])
 
-# %% ../../nbs/merging/coefficients.ipynb #b87264d2
+# %% ../../nbs/merging/coefficients.ipynb #914f0c68
 def refuse_negative(ws: Sequence[float]) -> None:
     "`ValueError` for shares of a mean that are negative, with what takes a model away."
     if any(w < 0 for w in ws):
         said = ",".join(f"{w:g}" for w in ws)
         raise ValueError(
             f"weights {[*ws]} must not be negative: they are shares of a mean.\n"
-            "To add up and take away what models changed, give coefficients: "
-            f"sum=[{said}], --sum {said} (whole models with their base, --base; geometries that "
-            "are sums themselves take a model away that was merged alone with --scale -1)."
+            f"To add up and take away what models changed, give coefficients: --sum {said} "
+            f"(sum=[{said}]); whole models with their base (--base)."
         )
 
 # %% ../../nbs/merging/coefficients.ipynb #e1c4d248
@@ -202,13 +201,14 @@ def numbers_for(
     given, weights = ({n: both[i] for n, both in found.items()} for i in (0, 1))
     return Numbers(weights, scale, given, is_sum)
 
-# %% ../../nbs/merging/coefficients.ipynb #0c549bef
+# %% ../../nbs/merging/coefficients.ipynb #5c5d9dcc
 def refuse_sum_of(g: Any, name: str) -> None:  # g: a `Geometry`
     "`ValueError` for coefficients in a geometry that is a sum already."
     if 3 in g.waives:
         raise ValueError(
             f"{name} adds up what models changed by itself, and sum= (--sum) would do it twice.\n"
-            "Give it weights and a scale (--weights, --scale), or leave the geometry out."
+            "Give it weights and a scale (--weights, --scale). A model is taken away by merging it "
+            "alone with --scale -1, and what that wrote with the others."
         )
 
 # %% ../../nbs/merging/coefficients.ipynb #aee57c2c
@@ -260,7 +260,7 @@ def as_used(given: Numbers) -> list[dict[str, Any]]:
 def _listed(xs: Sequence[float]) -> str:
     return ",".join(f"{x:.4g}" for x in xs)
 
-# %% ../../nbs/merging/coefficients.ipynb #834be8eb
+# %% ../../nbs/merging/coefficients.ipynb #5a9a74a3
 MOST = 6  # sets of numbers that are told; the record has all
 
 
@@ -274,7 +274,8 @@ def told(used: Sequence[Mapping[str, Any]]) -> list[str]:  # lines
             line += f", scale {group['scale']:.4g}"
         if len(used) > 1:
             more = " …" if group["tensors"] > 1 else ""
-            line += f": {group['tensors']} tensors, {group['first']}{more}"
+            many = "1 tensor" if group["tensors"] == 1 else f"{group['tensors']} tensors"
+            line += f": {many}, {group['first']}{more}"
         asked = group.get("given", [1.0])
         if not noted and abs(sum(asked) - 1) > 1e-9 and len({*asked}) > 1:
             noted = True
