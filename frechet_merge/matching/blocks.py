@@ -214,8 +214,8 @@ def by_name(
     default: Any,  # for names that no pattern matches
     what: str,  # what messages call the values
 ) -> dict[str, Any]:  # one for each name
-    """Expand {pattern: value} over names, first match first; `ValueError` for a pattern that matches
-    none, or none that is left."""
+    """Expand {pattern: value} over names, first match first; `ValueError` for a pattern that
+    matches none, or none that is left."""
     names = list(names)
     if not isinstance(value, Mapping):
         return dict.fromkeys(names, default if value is None else value)

@@ -17,9 +17,10 @@ from .block import is_statistic, weights_of
 from ..messages import MergeError, warn
 from ..spaces.mean import normalise
 
-# %% ../../nbs/merging/coefficients.ipynb #efcb987f
-# a number between the dots of a name; in LoRAs of diffusion models, between underscores
+# %% ../../nbs/merging/coefficients.ipynb #497b7e00
+# a number between the dots of a name
 NUMBER = re.compile(r"(?:^|[.])(\d+)(?=[.]|$)")
+# in LoRAs of diffusion models, between underscores
 NUMBER_OF_KOHYA = re.compile(r"_(\d+)(?=[._]|$)")
 
 
@@ -100,14 +101,14 @@ def are_shares(cs: Sequence[float]) -> bool:
     "Whether coefficients are shares of a mean: none is negative, and they sum to 1."
     return min(cs) >= 0 and abs(sum(cs) - 1) < 1e-9
 
-# %% ../../nbs/merging/coefficients.ipynb #56f15295
+# %% ../../nbs/merging/coefficients.ipynb #af31ec02
 @dataclass(frozen=True)
 class Share:
     "What the versions of one tensor get."
 
     weights: list[float]  # one for each, >= 0
     scale: float = 1.0  # of the difference from the base
-    signs: list[float] | None = None  # -1: reflected about the base; None: none is
+    signs: Sequence[float] = ()  # of each: -1 is reflected about the base; (): none is
 
 # %% ../../nbs/merging/coefficients.ipynb #9419efa0
 @dataclass(frozen=True)
@@ -167,7 +168,23 @@ def _weighed(cs: Sequence[float], T: int, is_sum: bool) -> list[float]:
     refuse_negative(cs)
     return normalise(cs, T)
 
-# %% ../../nbs/merging/coefficients.ipynb #c5b9acc3
+# %% ../../nbs/merging/coefficients.ipynb #b5179ced
+def _finite(scale: float) -> float:
+    if not math.isfinite(scale):
+        raise ValueError(f"scale {scale} is not finite.")
+    return scale
+
+# %% ../../nbs/merging/coefficients.ipynb #6fbc8a77
+def _refuse_without_coefficients(values: Mapping[str, Any]) -> None:
+    "`ValueError` for a tensor that no pattern of a sum reaches."
+    without = next((name for name, value in values.items() if value is None), None)
+    if without is not None:
+        raise ValueError(
+            f"sum: no pattern gives coefficients to {without!r}.\n"
+            "Give the others theirs: {…, '*': [1, 1]} (--sum 1,1, one per model)."
+        )
+
+# %% ../../nbs/merging/coefficients.ipynb #b085d0a6
 def numbers_for(
     names: Iterable[str],
     recipe: Any,  # a `Recipe`
@@ -179,11 +196,8 @@ def numbers_for(
     if isinstance(asked, str) or isinstance(recipe.scale, str):
         raise ValueError(f"{what} = {asked!r} and scale = {recipe.scale!r} must be numbers.")
     values, scales = by_name(asked, names, None, what), by_name(recipe.scale, names, 1.0, "scale")
-    if is_sum and (without := [n for n in names if values[n] is None]):
-        raise ValueError(
-            f"sum: no pattern gives coefficients to {without[0]!r}.\n"
-            "Give the others theirs: {…, '*': [1, 1]} (--sum 1,1, one per model)."
-        )
+    if is_sum:
+        _refuse_without_coefficients(values)
     over_depth = _is_over_depth(asked, False) or _is_over_depth(recipe.scale, True)
     depth = _depths_for(names, over_depth)
     # what many tensors have in common is computed once
@@ -194,10 +208,7 @@ def numbers_for(
             cs = _of_models(values[name], depth[name], T, what)
             once[key] = cs, _weighed(cs, T, is_sum)
     found = {n: once[id(values[n]), depth[n]] for n in names}
-    scale = {n: at_depth(scales[n], depth[n]) for n in names}
-    for x in scale.values():
-        if not math.isfinite(x):
-            raise ValueError(f"scale {x} is not finite.")
+    scale = {n: _finite(at_depth(scales[n], depth[n])) for n in names}
     given, weights = ({n: both[i] for n, both in found.items()} for i in (0, 1))
     return Numbers(weights, scale, given, is_sum)
 

@@ -7,8 +7,7 @@ __all__ = ['Opened', 'open_recipe', 'check_recipe', 'as_written', 'stem_of', 'pl
            'check_fit', 'plan_recipe']
 
 # %% ../../nbs/merging/plan.ipynb #89ad6d33
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -245,7 +244,7 @@ def _has_negative(value: Any) -> bool:
 
 # %% ../../nbs/merging/plan.ipynb #fdfb9c8d
 def _check_sum(opened: Opened, blocks: Sequence[Block], given: Numbers) -> None:
-    "`ValueError` or `MergeError` for a sum that needs a base which is not there; says what has none."
+    "`ValueError` or `MergeError` for a sum without the base that it needs; says what has none."
     merged = [b for b in blocks if b.mergeable]
     of_these = replace(given, given={b.name: given.given[b.name] for b in merged})
     if opened.base is None:
@@ -323,7 +322,7 @@ def _versions(u: Update, given: Numbers, absent: str | None) -> tuple[Update, li
     T = len(given.weights[u.name])
     others = [] if absent == "renormalise" else [i for i in range(T) if i not in u.who]
     share = given.of(u.name, [*u.who, *others])
-    if share.signs is not None:
+    if share.signs:
         reflected = [replace(v, s=sign*v.s) for v, sign in zip(u.versions, share.signs)]
         u = replace(u, versions=reflected)
     return u, share.weights, share.scale

@@ -125,6 +125,8 @@ def numbers_of(value: Any) -> Any:
 # %% ../../nbs/merging/recipe.ipynb #c0c474cb
 def _named(field: str, value: Any) -> Any:
     "A field of a recipe from plain data; `MergeError` for a model that was in memory."
+    if field == "calibrate" and isinstance(value, dict):
+        return Calibration(**value)
     every = value if isinstance(value, list) else [value]
     for model in every if field in MODELS else []:
         if isinstance(model, Mapping):
@@ -132,8 +134,6 @@ def _named(field: str, value: Any) -> Any:
                 f"this recipe merged tensors in memory ({model.get('in memory')!r}), which it "
                 "cannot name.\nGive them again, as models=."
             )
-    if field == "calibrate" and value is not None:
-        return Calibration(**value)
     return value
 
 # %% ../../nbs/merging/recipe.ipynb #248f1069
