@@ -207,6 +207,14 @@ def named_by(
     form = f"lora_*_{pattern.replace('.', '_')}"
     return [n for n in names if fnmatchcase(n, form) or fnmatchcase(n, f"{form}_*")]
 
+# %% ../../nbs/matching/blocks.ipynb #5d1e07aa
+def _nearest(pattern: str, names: Sequence[str]) -> str:
+    "The name that a pattern is likest to, whole or a part of it; empty if there are no names."
+    parts = dict.fromkeys(part for n in names for part in n.split(".") if not part.isdigit())
+    found = get_close_matches(pattern, names, 1, 0.7)
+    found = found or get_close_matches(pattern.strip("*."), parts, 1, 0.6)
+    return (found or [*get_close_matches(pattern, names, 1, 0), ""])[0]
+
 # %% ../../nbs/matching/blocks.ipynb #31e037c4
 def by_name(
     value: Any,  # for every name, or {pattern: value}; None: the default
@@ -223,8 +231,8 @@ def by_name(
     for pattern, of_these in value.items():
         meant = named_by(pattern, names)
         if not meant:
-            near = get_close_matches(pattern, names, 1, 0)
-            hint = f"\nThe nearest name is {near[0]!r}." if near else ""
+            near = _nearest(pattern, names)
+            hint = f"\nThe nearest name is {near!r}." if near else ""
             raise ValueError(f"the {what} pattern {pattern!r} matches no tensor.{hint}")
         left = [n for n in meant if n not in found]
         if not left:
