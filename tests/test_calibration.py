@@ -52,7 +52,7 @@ class TestAModule:
         m[4].eval()
         modes = [x.training for x in m.modules()]
         before = {n: p.clone() for n, p in m.named_parameters()}
-        recalibrate(m, {"input": x} for x in torch.randn(2, 4, 3, 9, 9))
+        recalibrate(m, ({"input": x} for x in torch.randn(2, 4, 3, 9, 9)))
         assert [x.training for x in m.modules()] == modes
         assert (m[1].momentum, m[5].momentum) == (0.1, None)
         assert all(torch.equal(p, before[n]) for n, p in m.named_parameters())
@@ -160,7 +160,7 @@ def measured(folder, data, size=32):
 def test_what_is_written_are_the_statistics_of_the_merged_model(here, tmp_path, kind):
     models = [here/f"{kind}_a", here/f"{kind}_b"]
     asked = Calibration(str(here/"data"), batch_size=64)
-    merge(models, calibrate=asked, out=tmp_path/"o", shard_size=5000)
+    merge(models, calibrate=asked, out=tmp_path/"o", shard_size=2000)
     plain = merge(models).tensors
     shards = sorted((tmp_path/"o").glob("*.safetensors"))
     found = {n: x for f in shards for n, x in load_file(f).items()}
