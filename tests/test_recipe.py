@@ -104,23 +104,31 @@ class TestTakingAModelAway:
     "No mean has a negative weight; the message says what to do instead, and that is right."
 
     def test_adapters(self, tmp_path, adapters):
-        with pytest.raises(ValueError, match="merge it alone with scale=-1.*with scale=2"):
+        with pytest.raises(ValueError, match="must not be negative.*\n.*--sum 1,-1 "):
             merge(adapters, LoRA(), weights=[1, -1])
-        minus = merge(adapters[1:], LoRA(), scale=-1, out=tmp_path/"minus").out
-        found = merge([adapters[0], minus], LoRA(), scale=2, out=tmp_path/"o").out
+        found = merge(adapters, LoRA(), sum=[1, -1], out=tmp_path/"o").out
         a, b, out = (updates_of(f) for f in (*adapters, found))
         for name in a:
             torch.testing.assert_close(out[name], a[name] - b[name], rtol=0, atol=1e-5)
 
-    def test_models(self, tmp_path, whole):
+    def test_models(self, whole):
         base, a, b = whole
         with pytest.raises(ValueError, match="whole models with their base"):
             merge([a, b], base=base, weights=[1, -1])
-        minus = merge([b], base=base, scale=-1, out=tmp_path/"minus").out
-        found = merge([a, minus], base=base, scale=2)
+        found = merge([a, b], base=base, sum=[1, -1])
         for name in ("embed.weight", "layers.0.q.bias"):
             want = load(base)[name] + load(a)[name] - load(b)[name]
             torch.testing.assert_close(found.tensors[name], want, rtol=0, atol=1e-5)
+
+    def test_a_sum_by_itself(self, tmp_path, adapters):
+        "TSV-M is one already: a model is taken away in two steps, which its message names."
+        with pytest.raises(ValueError, match="alone with --scale -1"):
+            merge(adapters, "tsvm", sum=[1, -1])
+        minus = merge(adapters[1:], "tsvm", scale=-1, out=tmp_path/"minus").out
+        a, b, out = (updates_of(f) for f in (adapters[0], adapters[1], minus))
+        assert merge([adapters[0], minus], "tsvm").means
+        for name in b:
+            torch.testing.assert_close(out[name], -b[name], rtol=0, atol=1e-5)
 
 
 def updates_of(folder):

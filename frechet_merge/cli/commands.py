@@ -15,6 +15,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from math import fsum
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -26,7 +27,7 @@ from ..messages import MergeError, warn
 from .options import Absent, AnyBase, Base, BatchSize, MaxLength, Metrics, Models
 from .options import PairColumn, Pickle, Quiet, Split, TextColumn, Tokenizer
 from .options import Weights
-from .options import names, numbers, pair_of, picture_path, size
+from .options import by_pattern, names, numbers, pair_of, picture_path, size
 
 # %% ../../nbs/cli/commands.ipynb #01e69ee9
 # the commands
@@ -95,9 +96,42 @@ Geometry = Annotated[
         "or an installed one."
     ),
 ]
+Shares = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        "--weights",
+        help="One per model, as 0.5,0.3,0.2, divided by their sum; default equal. By name as "
+        "'PATTERN=1,0', over depth as 1:0,0:1; may be given several times.",
+        show_default=False,
+    ),
+]
+Sum = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        help="In the place of weights: add up what models changed by these coefficients, as "
+        "0.7,0.4 or 1,-1; whole models with their base. By name and over depth as weights.",
+        show_default=False,
+    ),
+]
 Scale = Annotated[
-    float,
-    typer.Option(help="Multiplies the merged update (adapters), or difference from the base."),
+    Optional[list[str]],
+    typer.Option(
+        help="Multiplies the merged update (adapters), or difference from the base. By name as "
+        "'PATTERN=0.5', over depth as 0.5:1; may be given several times.",
+        show_default="1",
+    ),
+]
+Calibrate = Annotated[
+    Optional[str],
+    typer.Option(
+        help="Run the merged image classifier on these pictures, and collect the statistics of "
+        "its BatchNorm: a folder, a file, or a hub data set[:config].",
+        show_default=False,
+    ),
+]
+CalibrateSplit = Annotated[str, typer.Option(help="Split of the pictures, or a slice of one.")]
+CalibrateSamples = Annotated[
+    int, typer.Option(help="Pictures: a random subset of this size.", min=2)
 ]
 WrittenType = Annotated[
     Optional[str],
@@ -148,6 +182,19 @@ FullHash = Annotated[
     bool, typer.Option("--full-hash", help="Hash every byte of the inputs for the model card.")
 ]
 
+# %% ../../nbs/cli/commands.ipynb #2ce11a71
+def _print_numbers(record: Any) -> None:
+    "Weights, coefficients and scales as they were used, and on what statistics were collected."
+    from frechet_merge.merging.coefficients import told
+
+    for line in told(record.coefficients):
+        print(line)
+    if known := record.calibrated:
+        print(
+            f"calibrated: {known['layers']} BatchNorm layers on {known['examples']:,} pictures of "
+            f"{known['data']}"
+        )
+
 # %% ../../nbs/cli/commands.ipynb #a9152c4c
 @app.command("merge")
 def merge_command(
@@ -155,8 +202,9 @@ def merge_command(
     out: MergedFolder,
     geometry: Geometry = "euclidean",
     base: Base = None,
-    weights: Weights = None,
-    scale: Scale = 1.0,
+    weights: Shares = None,
+    sum: Sum = None,
+    scale: Scale = None,
     metrics: Metrics = None,
     dtype: WrittenType = None,
     executor: Executor = "threads",
@@ -168,21 +216,28 @@ def merge_command(
     any_base: AnyBase = False,
     tokenizer: Vocabulary = None,
     loss: LossName = None,
+    calibrate: Calibrate = None,
+    calibrate_split: CalibrateSplit = "train",
+    calibrate_samples: CalibrateSamples = 1024,
     allow_nonfinite: Nonfinite = False,
     allow_pickle: Pickle = False,
     full_hash: FullHash = False,
     quiet: Quiet = False,
 ):
     "Merge MODELS into the folder OUT."
+    from frechet_merge.curvature.calibration import Calibration
     from frechet_merge.merging.merge import merge
 
-    start = time.time()
-    merge(
+    start, feed = time.time(), None
+    if calibrate is not None:
+        feed = Calibration(calibrate, calibrate_split, calibrate_samples)
+    scales = by_pattern(scale, "scale", alone=True)
+    record = merge(
         models,
         geometry,
         base,
-        numbers(weights, "weights"),
-        scale,
+        by_pattern(weights, "weights"),
+        1.0 if scales is None else scales,
         names(metrics),
         out,
         dtype,
@@ -195,18 +250,21 @@ def merge_command(
         any_base=any_base,
         tokenizer=tokenizer,
         loss=loss,
+        sum=by_pattern(sum, "sum"),
+        calibrate=feed,
         allow_nonfinite=allow_nonfinite,
         allow_pickle=allow_pickle,
         full_hash=full_hash,
         progress=not quiet and sys.stderr.isatty(),
-    )
+    ).record
     _warn_of_few(models, alone=bake is None and base is None)
     written = load(out).lazy
-    n = sum(x.numel for x in written.values())
+    n = fsum(x.numel for x in written.values())
     print(
-        f"{out}: {len(models)} models merged, {len(written)} tensors, {_count(n)} "
+        f"{out}: {len(models)} models merged, {len(written)} tensors, {_count(int(n))} "
         f"parameters, {time.time() - start:.1f} s"
     )
+    _print_numbers(record)
 
 # %% ../../nbs/cli/commands.ipynb #0058635f
 @app.command("inspect")

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Models', 'Base', 'Weights', 'Metrics', 'Pickle', 'Absent', 'AnyBase', 'Quiet', 'TextColumn', 'PairColumn', 'Split',
-           'BatchSize', 'MaxLength', 'Tokenizer', 'UNITS', 'size', 'numbers', 'pair_of', 'names', 'picture_path']
+           'BatchSize', 'MaxLength', 'Tokenizer', 'UNITS', 'size', 'numbers', 'by_pattern', 'pair_of', 'names',
+           'picture_path']
 
 # %% ../../nbs/cli/options.ipynb #8ef7f9e7
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -105,6 +106,38 @@ def numbers(
         return None if text is None else [float(x) for x in text.split(",")]
     except ValueError:
         raise ValueError(f"{what} {text!r} are not numbers: write them as 0.5,0.3,0.2.") from None
+
+# %% ../../nbs/cli/options.ipynb #bfa56292
+def _spread(
+    text: str,  # such as 0.5, or 0:0.5:1
+    what: str,
+) -> float | list[float]:
+    "A number, or several over depth, read."
+    found = numbers(text.replace(":", ","), what) or []
+    return found if ":" in text else found[0]
+
+# %% ../../nbs/cli/options.ipynb #2eaf22e6
+def by_pattern(
+    given: list[str] | None,  # such as ["0.6,0.4", "visual.*=1,0"]
+    what: str,  # they are, for the messages
+    alone: bool = False,  # one number, and not one per model
+) -> Any:  # None if nothing was said
+    "Numbers for all tensors or by pattern, read; `ValueError` if they are none, or given twice."
+    found: dict[str, Any] = {}
+    for text in given or ():
+        pattern, _, row = text.rpartition("=")
+        values = [_spread(x, what) for x in ([row] if alone else row.split(","))]
+        if pattern in found:
+            raise ValueError(
+                f"{what}: {pattern or 'all tensors'} are given twice.\n"
+                "Give one for all tensors, and others by pattern: 'PATTERN=…'."
+            )
+        found[pattern] = values[0] if alone else values
+    if found.keys() <= {""}:
+        return found.get("")
+    # what has no pattern comes last
+    others = {"*": found.pop("")} if "" in found else {}
+    return {**found, **others}
 
 # %% ../../nbs/cli/options.ipynb #c96e0cf1
 def pair_of(

@@ -21,6 +21,7 @@ class Stack(Sequence[Tensor]):
     one."""
 
     separable = True  # a range of a tensor of metrics is a metric of that range
+    signs: Sequence[float] = ()  # of the differences, one per version; -1: reflected
 
     def __init__(
         self,
@@ -71,11 +72,16 @@ class Stack(Sequence[Tensor]):
             (*self.sources[t : t + 1], *self.sources[len(self) :]),
             self.allow_nonfinite,
             self.role,
-        )
+        ).reflected(self.signs[t : t + 1])
         out = torch.empty(self.numel, dtype=self.computes, device=self.device)
         for i, j in self.spans():
             out[i:j] = one.check(one.rows(i, j), i)[0]
         return out.view(self.shape)
+
+    def reflected(self, signs: Sequence[float]) -> "Stack":
+        "Itself, with the differences of some versions reflected about the base: those of sign -1."
+        self.signs = signs
+        return self
 
     def spans(self) -> Iterator[tuple[int, int]]:
         "The ranges (start, stop) in which chunks are read: larger ones where each call costs more."
@@ -105,6 +111,9 @@ class Stack(Sequence[Tensor]):
         X = self.raw(i, j)
         if self.base is not None:
             X -= self.base_row(i, j)
+        for row, sign in zip(X, self.signs):
+            if sign < 0:
+                row.neg_()
         return X.nan_to_num_(0, 0, 0) if self.allow_nonfinite else X
 
     def nonfinite(self, i: int, j: int) -> Tensor:

@@ -174,6 +174,7 @@ class MeanOf(Job):
     scale: float = 1.0  # of the difference from the base, if there is one
     metrics: Stack | Coupled | None = None  # of the versions; None: none
     sources: tuple[str, ...] = ()  # of the versions, and last of the base, for messages
+    signs: Sequence[float] = ()  # of the versions: -1 is reflected about the base; (): none
     name = property(lambda self: self.block.name)  # type: ignore
     size = property(lambda self: self.block.first.numel)  # type: ignore
     who = property(lambda self: self.block.who)  # type: ignore
@@ -183,7 +184,7 @@ class MeanOf(Job):
         how, base = self.how, None if averaged else self.block.base
         stack = Stack(
             self.block.lazy, base, how.device, self.name, self.sources, how.allow_nonfinite
-        )
+        ).reflected(() if base is None else self.signs)
         g = Euclidean() if averaged else how.geometry
         try:
             mean = merge_block(

@@ -4,20 +4,22 @@
 
 # %% auto #0
 __all__ = ['Model', 'MODELS', 'DTYPES', 'Recipe', 'numbers_of', 'Output', 'Run', 'as_dtype', 'typed_dtype', 'flag', 'typed',
-           'command']
+           'typed_numbers', 'command']
 
 # %% ../../nbs/merging/recipe.ipynb #c9d2f7b2
 import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..curvature.calibration import Calibration
 from ..files.checkpoint import Checkpoint
+from .coefficients import in_a_row
 from ..messages import MergeError
 from ..geometries.registry import as_data, from_data, spelled
 from ..geometries.geometry import Euclidean, Geometry
@@ -35,8 +37,10 @@ class Recipe:
     models: Sequence[Model]  # full checkpoints, or adapters of one base
     geometry: Geometry = Euclidean()  # what a distance is
     base: Model | None = None  # what the models were trained from
-    weights: Any = None  # one per model, or {pattern: one per model}; None: equal
-    scale: Any = 1.0  # of the merged difference: a number, or {pattern: number}
+    # shares: one per model, each a number or a list over depth, or {pattern: these}; None: equal
+    weights: Any = None
+    # of the merged difference: a number, a list over depth, or {pattern: these}
+    scale: Any = 1.0
     metrics: Sequence[Model] | None = None  # statistics, one per model
     bake: Model | None = None  # a full model to put the merged adapter on
     drop: Sequence[str] = ()  # patterns of tensors to leave out
@@ -47,6 +51,10 @@ class Recipe:
     loss: Loss | None = None  # of distances; None: their squares
     allow_nonfinite: bool = False  # copy NaN and Inf through
     allow_pickle: bool = False  # open pickles (plain tensors only)
+    # in the place of weights: coefficients of the differences from the base, of any sign and sum
+    sum: Any = None
+    # on what running statistics are collected anew; None: they are averaged
+    calibrate: Calibration | None = None
 
     def __post_init__(self):
         if isinstance(self.models, (str, os.PathLike, Mapping)):
@@ -59,6 +67,10 @@ class Recipe:
             raise ValueError(
                 f"{self.geometry!r} is not a Geometry: pass an instance, such as Euclidean(), or "
                 "a name."
+            )
+        if self.sum is not None and self.weights is not None:
+            raise ValueError(
+                "weights= are shares of a mean, and sum= coefficients of a sum: give one of them."
             )
 
     def as_data(self) -> dict[str, Any]:
@@ -92,7 +104,9 @@ def _plain(field: str, value: Any) -> Any:
     if field in MODELS:
         several = isinstance(value, Sequence) and not isinstance(value, str)
         return [_name(m) for m in value] if several else _name(value)
-    if field in ("weights", "scale"):
+    if field == "calibrate":
+        return None if value is None else asdict(value)
+    if field in ("weights", "sum", "scale"):
         return numbers_of(value)
     return list(value) if isinstance(value, (list, tuple)) else value
 
@@ -112,12 +126,15 @@ def numbers_of(value: Any) -> Any:
         return {k: numbers_of(x) for k, x in value.items()}
     if value is None or isinstance(value, str):
         return value
-    in_a_row = hasattr(value, "__len__") and getattr(value, "ndim", 1)
-    return [float(x) for x in value] if in_a_row else float(value)
+    if not in_a_row(value):
+        return float(value)
+    return [float(x) if isinstance(x, str) else numbers_of(x) for x in value]
 
 # %% ../../nbs/merging/recipe.ipynb #c0c474cb
 def _named(field: str, value: Any) -> Any:
     "A field of a recipe from plain data; `MergeError` for a model that was in memory."
+    if field == "calibrate" and isinstance(value, dict):
+        return Calibration(**value)
     every = value if isinstance(value, list) else [value]
     for model in every if field in MODELS else []:
         if isinstance(model, Mapping):
@@ -187,6 +204,25 @@ def typed(x: float) -> str:
     "A number with as few digits as it takes."
     return f"{x:g}" if float(f"{x:g}") == x else repr(float(x))
 
+# %% ../../nbs/merging/recipe.ipynb #7c49d937
+def _typed_row(value: Any, alone: bool) -> str:
+    "Numbers of models, split by commas, each over depth split by colons; a scale is `alone`."
+    if alone:
+        return ":".join(map(typed, value)) if in_a_row(value) else typed(value)
+    return ",".join(_typed_row(x, True) for x in value)
+
+# %% ../../nbs/merging/recipe.ipynb #0f43176d
+def typed_numbers(
+    value: Any,  # weights, a sum or a scale, as `numbers_of` makes them
+    alone: bool = False,  # a scale, which is one number and not one per model
+) -> list[str]:  # the values of an option that may be given several times
+    "Numbers, alone or by pattern, as a command line says them."
+    if value is None:
+        return []
+    if not isinstance(value, Mapping):
+        return [_typed_row(value, alone)]
+    return [f"{pattern}={_typed_row(x, alone)}" for pattern, x in value.items()]
+
 # %% ../../nbs/merging/recipe.ipynb #29fe6a00
 def _can_be_typed(recipe: Recipe, name: str) -> bool:
     "Whether a command line can say this recipe."
@@ -195,8 +231,11 @@ def _can_be_typed(recipe: Recipe, name: str) -> bool:
     names = [x for x in named if x is not None]
     if not all(isinstance(x, str) and not x.startswith("-") and "," not in x for x in names):
         return False
-    by_pattern = isinstance(recipe.weights, Mapping) or isinstance(recipe.scale, Mapping)
-    return name != repr(recipe.geometry) and not by_pattern
+    feed = recipe.calibrate
+    unusual = feed is not None and feed != Calibration(feed.data, feed.split, feed.max_samples)
+    by_name = [v for v in (recipe.weights, recipe.sum, recipe.scale) if isinstance(v, Mapping)]
+    unsaid = unusual or any(None in v.values() for v in by_name)
+    return name != repr(recipe.geometry) and not unsaid
 
 # %% ../../nbs/merging/recipe.ipynb #1b4aa679
 def command(recipe: Recipe, output: Output) -> str | None:
@@ -206,7 +245,7 @@ def command(recipe: Recipe, output: Output) -> str | None:
         return None
     said = recipe.as_data()
     out = "OUT" if output.folder is None else output.folder.name
-    weights, scale = said.get("weights"), said.get("scale", 1.0)
+    feed = said.get("calibrate") or {}
     words = [
         *said["models"],
         "-o",
@@ -215,12 +254,17 @@ def command(recipe: Recipe, output: Output) -> str | None:
         *flag("bake", said.get("bake")),
         *flag("metrics", ",".join(said.get("metrics") or [])),
         *flag("geometry", "" if name == "euclidean" else name),
-        *flag("weights", ",".join(map(typed, weights or []))),
-        *flag("scale", "" if scale == 1 else typed(scale)),
+        *flag("weights", typed_numbers(said.get("weights"))),
+        *flag("sum", typed_numbers(said.get("sum"))),
+        *flag("scale", typed_numbers(said.get("scale"), alone=True)),
         *flag("dtype", "" if output.dtype is None else typed_dtype(output.dtype)),
         *flag("tokenizer", said.get("tokenizer")),
         *flag("loss", said.get("loss")),
+        *flag("calibrate", feed.get("data")),
     ]
+    for name in ("split", "max_samples"):
+        if feed and feed[name] != getattr(Calibration, name):
+            words += flag(f"calibrate_{name.removeprefix('max_')}", str(feed[name]))
     for switch in ("drop", "absent", "any_base", "allow_nonfinite", "allow_pickle"):
         words += flag(switch, said.get(switch))
     return shlex.join(["frechet-merge", "merge", *words])

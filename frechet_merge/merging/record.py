@@ -47,6 +47,9 @@ class Record:
     counted: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)  # what was said on the way
     seconds: float = 0.0  # from the first look at the models
+    # as they are used: each set of numbers, and how many tensors get it
+    coefficients: list[dict] = field(default_factory=list)
+    calibrated: dict | None = None  # on what running statistics were collected, and how many
     versions: dict[str, str] = field(default_factory=dict)  # of what made it
 
     def write(self, folder: Path) -> None:
@@ -153,9 +156,10 @@ def in_short(record: Record) -> dict[str, Any]:
     "A record as a card shows it."
     recipe = record.recipe
     weights = recipe.get("weights") or [1.0]*len(recipe["models"])
+    shares = {"sum": recipe["sum"]} if "sum" in recipe else {"weights": weights}
     said: dict[str, Any] = {"command": record.command, "geometry": record.geometry}
     said["models"] = [{"model": c["name"], "files": c["files"]} for c in record.inputs["models"]]
-    said |= {"weights": weights, "scale": recipe.get("scale", 1.0)}
+    said |= {**shares, "scale": recipe.get("scale", 1.0), "calibrated": record.calibrated}
     for role in ("base", "bake"):
         for c in record.inputs.get(role, []):
             said[role] = {"model": c["name"], "files": c["files"]}

@@ -41,6 +41,7 @@ class Plan:
     stem: str = "model"  # what names of files begin with
     allow_nonfinite: bool = False  # NaN and Inf are written where inputs have them
     start: str = ""  # where the solver begins, in words, where it is of use to know
+    given: Any = None  # `Numbers`: weights and scale of every tensor, as they are used
 
     @property
     def nbytes(self) -> int:
