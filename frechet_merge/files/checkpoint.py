@@ -24,7 +24,13 @@ from .tensors import LazyTensor, MemoryTensor
 def json_in(path: Path) -> Any:
     "What a JSON file holds; `MergeError` if it is missing, damaged or no file."
     try:
-        return json.loads(read_bytes(path))
+        held = read_bytes(path)
+        if held.startswith(b"version https://git-lfs"):
+            raise MergeError(
+                f"{path}: is a pointer of git LFS, and not the file that it points to.\n"
+                "Fetch it: git lfs pull."
+            )
+        return json.loads(held)
     except MergeError:
         raise
     except (OSError, ValueError, RecursionError) as e:
@@ -92,6 +98,8 @@ class Checkpoint(Mapping[str, Tensor]):
         files: Iterable[Path] = (),  # what it reads
         # folders of adapters on it, whose tokenizer and modules are those of the whole
         brings: Iterable[Path] = (),
+        # folder in its own → what is in it, if it is a folder of models and not one
+        parts: "Mapping[str, Checkpoint] | None" = None,
     ):
         self.lazy = lazy
         self.source = source
@@ -100,6 +108,7 @@ class Checkpoint(Mapping[str, Tensor]):
         self.adapter = adapter
         self.files = tuple(files)
         self.brings = tuple(brings)
+        self.parts = dict(parts or {})
 
     def view(self, **changes: Any) -> "Checkpoint":
         "The same checkpoint with other tensors, names, or source."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['POOLS', 'WEIGHTS', 'DEPTHS', 'FUNCTION', 'labels', 'refuse_other_labels', 'pooling', 'refuse_other_poolings',
-           'modules', 'refuse_other_modules', 'depths', 'refuse_other_depths', 'refuse_other_meanings', 'function',
-           'unlike']
+           'modules', 'refuse_other_modules', 'depths', 'refuse_other_depths', 'refuse_other_classes',
+           'refuse_other_meanings', 'function', 'unlike']
 
 # %% ../../nbs/matching/function.ipynb #22762523
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files.checkpoint import Checkpoint, json_in, read_json
+from ..files.folders import components
 from ..messages import MergeError
 from .views import head_of
 
@@ -102,20 +103,13 @@ def refuse_other_poolings(models: Sequence[Checkpoint]) -> None:
                     f"{' → '.join(ours) or 'no pooling'}, and {' → '.join(theirs) or 'none'}."
                 )
 
-# %% ../../nbs/matching/function.ipynb #d81c0e11
-def _is_in(home: Path, path: str) -> bool:
-    "Whether a module's folder stands in that of the model, links followed."
-    folder = home/path
-    return bool(path) and folder.parent == home and folder.resolve().parent == home.resolve()
-
 # %% ../../nbs/matching/function.ipynb #c844ee72
 def modules(c: Checkpoint) -> dict[str, list[Path]]:
     "The files of weights in the folders of its modules, by folder; only folders in its own."
     home = next((h for h in c.homes if (h/"modules.json").is_file()), None)
     if home is None:
         return {}
-    paths = [str(part.get("path") or "") for part in _listed(home)]
-    folders = {(home/path).name: home/path for path in paths if _is_in(home, path)}
+    folders = {path: home/path for path in components(home)}
     found = {p: [f for kind in WEIGHTS for f in sorted(d.glob(kind))] for p, d in folders.items()}
     return {path: files for path, files in found.items() if files}
 
@@ -172,6 +166,19 @@ def refuse_other_depths(models: Sequence[Checkpoint]) -> None:
                     "layers of models of other depths have no mean."
                 )
 
+# %% ../../nbs/matching/function.ipynb #afeec1d8
+def refuse_other_classes(models: Sequence[Checkpoint]) -> None:
+    "`MergeError` names two models whose configs say that they are of other classes."
+    first, *others = models
+    for c in others:
+        for key in ("_class_name", "architecture"):
+            ours, theirs = first.config.get(key), c.config.get(key)
+            if ours is not None and theirs is not None and ours != theirs:
+                raise MergeError(
+                    f"{first.source} and {c.source} are a {ours} and a {theirs}: models of other "
+                    "classes have no mean."
+                )
+
 # %% ../../nbs/matching/function.ipynb #970d80b9
 def refuse_other_meanings(models: Sequence[Checkpoint], base: Checkpoint | None = None) -> None:
     "`MergeError` if what is said beside the weights makes their mean a model of nobody."
@@ -179,6 +186,7 @@ def refuse_other_meanings(models: Sequence[Checkpoint], base: Checkpoint | None 
     if len(every) < 2:
         return
     refuse_other_depths(every)
+    refuse_other_classes(every)
     refuse_other_labels(models)
     refuse_other_poolings(models)
 

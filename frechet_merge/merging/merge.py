@@ -18,15 +18,14 @@ from torch import Tensor
 
 from ..adapters.baking import bake as put_on
 from ..adapters.baking import classes
-from ..files.checkpoint import HEAD, Checkpoint
-from ..files.open import load
+from ..files.checkpoint import HEAD, Checkpoint, from_state_dict
+from ..files.open import PICKLES, load
 from .companions import write_companions
-from ..matching.function import refuse_other_modules
 from ..geometries.registry import geometry_named
 from ..geometries.geometry import Euclidean, Geometry
 from ..spaces.mean import Mean
-from .parts import plan_parts
-from .plan import Opened, open_recipe, plan_models, plan_recipe
+from .parts import parts_of, plan_root, refuse_parts_without_place
+from .plan import Opened, open_recipe, plan_models
 from .recipe import Model, Output, Recipe, Run, as_dtype
 from .record import Record, begun, came_of, card
 from .run import Plan, disk_errors, in_memory, into_folder, report
@@ -71,9 +70,10 @@ class Dress:
     classes: int | None = None  # of a head that an adapter brought
     alone: bool = False  # the last home is the place of a file
     tokens: Path | None = None  # whose tokenizer comes along; None: the homes'
+    read: tuple[Path, ...] = ()  # files whose weights are in what is written
 
     def put(self, folder: Path, plan: Plan, merged: Collection[str] = ()) -> None:
-        "Companions, without the weights of merged modules, and an adapter's config."
+        "Companions, without those of merged parts, and an adapter's config."
         kinds = {d for _, d in plan.layout.values() if d.is_floating_point}
         one = kinds.pop() if len(kinds) == 1 else None
         write_companions(
@@ -85,6 +85,7 @@ class Dress:
             alone=self.alone,
             tokens=self.tokens,
             merged=merged,
+            read=self.read,
         )
         if plan.config is not None:
             text = json.dumps(plan.config, indent=2, default=str) + "\n"
@@ -96,7 +97,9 @@ def dress_of(opened: Opened, output: Output) -> Dress:
     main = main_of([*opened.models, *([] if opened.base is None else [opened.base])])
     alone = main is not None and Path(main.source).is_file()
     tokens = None if opened.tokens is None else opened.tokens.folder
-    return Dress(homes_of(main), output.dtype, classes(opened.models[0]), alone, tokens)
+    read = tuple(f for c in opened.every for f in c.files)
+    heads = classes(opened.models[0])
+    return Dress(homes_of(main), output.dtype, heads, alone, tokens, read)
 
 # %% ../../nbs/merging/merge.ipynb #28f58f8d
 @dataclass
@@ -109,7 +112,8 @@ class Work:
     record: Record  # what it is
     said: list[str]  # warnings so far
     since: float  # when it began, in seconds of `time.monotonic`
-    parts: dict[str, Plan] = field(default_factory=dict)  # folder in that of the model → its plan
+    # place in the folder of the model → what is merged there, and its plan
+    parts: dict[str, tuple[Opened, Plan]] = field(default_factory=dict)
 
     def done(self, means: dict[str, Mean], start: str) -> Record:
         "Its record, with what came of it."
@@ -121,23 +125,39 @@ class Work:
         "The tensors of a plan in a folder; `means` are of the merge, if the plan is not it."
         out, start = self.output.folder, plan.start
         assert out is not None
-        plans = {"": plan, **self.parts}
-        with disk_errors(out, sum(p.nbytes for p in plans.values())), staged(out) as part:
+        nbytes = plan.nbytes + sum(p.nbytes for _, p in self.parts.values())
+        with disk_errors(out, nbytes), staged(out) as part:
             dress.put(part, plan, self.parts)
-            found = {}
-            for path, one in plans.items():
-                (part/path).mkdir(exist_ok=True)
-                of_one = into_folder(one, part/path, self.output.shard_size, self.run)
-                found |= {f"{path}/{n}" if path else n: m for n, m in of_one.items()}
+            found = self._fill(plan, part) if plan.layout else {}
+            for path, (opened, one) in self.parts.items():
+                if (part/path).suffix not in PICKLES:
+                    (part/path).mkdir(parents=True, exist_ok=True)
+                    dress_of(opened, self.output).put(part/path, one)
+                of_one = self._fill(one, part/path)
+                found |= {f"{path}/{n}": m for n, m in of_one.items()}
             means = found if means is None else means
             record = self.done(means, start)
             record.write(part)
             (part/"README.md").write_text(card(record, out.name, plan.config))
         return Merged(load(out), means, out, record)
 
-    def keep(self, plan: Plan) -> Merged:
-        "The tensors of a plan in memory."
+    def _fill(self, plan: Plan, place: Path) -> dict[str, Mean]:
+        "The tensors of a plan in a folder, or in a file that has to be a pickle."
+        if place.suffix not in PICKLES:
+            return into_folder(plan, place, self.output.shard_size, self.run)
         tensors, means = in_memory(plan, self.run)
+        torch.save(dict(tensors), place)
+        return means
+
+    def keep(self, plan: Plan) -> Merged:
+        "The tensors of a plan in memory, those of parts under the names of their places."
+        tensors, means = in_memory(plan, self.run)
+        held = dict(tensors)
+        for path, (_, one) in self.parts.items():
+            of_one, its_means = in_memory(one, self.run)
+            held |= {f"{path}/{n}": x for n, x in of_one.items()}
+            means |= {f"{path}/{n}": m for n, m in its_means.items()}
+        tensors = from_state_dict(held, "the merge") if self.parts else tensors
         return Merged(tensors, means, None, self.done(means, plan.start))
 
 # %% ../../nbs/merging/merge.ipynb #ea3a0acc
@@ -156,16 +176,17 @@ def _put_on(work: Work, plan: Plan) -> Merged:
         tensors, _ = in_memory(whole, work.run)
         return Merged(tensors, means, None, work.done(means, plan.start))
     homes = homes_of(onto, opened.models)
-    return work.write(whole, Dress(homes, work.output.dtype, classes(full)), means)
+    dress = Dress(homes, work.output.dtype, classes(full), read=onto.files)
+    return work.write(whole, dress, means)
 
 # %% ../../nbs/merging/merge.ipynb #e81c0e12
-def parts_for(opened: Opened, output: Output, run: Run) -> dict[str, Plan]:
-    "The plans of modules that are written beside the model; `MergeError` if they have no place."
-    if output.folder is not None:
-        return plan_parts(opened, dtype=output.dtype, device=run.device)
-    if not opened.are_adapters:
-        refuse_other_modules(opened.models)
-    return {}
+def parts_for(opened: Opened, output: Output, run: Run) -> dict[str, tuple[Opened, Plan]]:
+    "Parts that are written beside the model, and their plans; `MergeError` if they have no place."
+    if output.folder is None and not opened.are_folders:
+        refuse_parts_without_place(opened)
+        return {}
+    found = parts_of(opened)
+    return {path: (o, plan_models(o, output.dtype, run.device)) for path, o in found.items()}
 
 # %% ../../nbs/merging/merge.ipynb #6d952bea
 def make(
@@ -180,7 +201,7 @@ def make(
         opened = open_recipe(recipe)
         if output.folder is not None:
             output = replace(output, folder=free(output.folder))
-        plan = plan_recipe(opened, output.dtype, run.device, name)
+        plan = plan_root(opened, output.dtype, run.device, name)
         parts = parts_for(opened, output, run)
         work = Work(opened, output, run, begun(opened, output), said, since, parts)
         if opened.onto is not None:
