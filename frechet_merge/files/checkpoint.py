@@ -98,8 +98,6 @@ class Checkpoint(Mapping[str, Tensor]):
         files: Iterable[Path] = (),  # what it reads
         # folders of adapters on it, whose tokenizer and modules are those of the whole
         brings: Iterable[Path] = (),
-        # folder in its own → what is in it, if it is a folder of models and not one
-        parts: "Mapping[str, Checkpoint] | None" = None,
     ):
         self.lazy = lazy
         self.source = source
@@ -108,11 +106,16 @@ class Checkpoint(Mapping[str, Tensor]):
         self.adapter = adapter
         self.files = tuple(files)
         self.brings = tuple(brings)
-        self.parts = dict(parts or {})
+        # folder in its own → what is in it, if it is a folder of models and not one
+        self.parts: dict[str, Checkpoint] = {}
 
     def view(self, **changes: Any) -> "Checkpoint":
-        "The same checkpoint with other tensors, names, or source."
-        return Checkpoint(**{**vars(self), **changes})
+        "The same checkpoint with other tensors, names, source, or parts."
+        said = {**vars(self), **changes}
+        parts = said.pop("parts")
+        made = Checkpoint(**said)
+        made.parts = parts
+        return made
 
     @property
     def homes(self) -> list[Path]:

@@ -86,6 +86,7 @@ TRAINING = (
     "zero_to_fp32.py",
     "latest",
 )
+# folders that training or its tools leave there
 TRAINING_FOLDERS = (
     "checkpoint-*",
     "global_step*",

@@ -138,7 +138,7 @@ def _of_parts(parts: Mapping[str, Checkpoint], folder: Path, source: str) -> Che
         lazy |= {f"{path}/{n}": x for n, x in part.lazy.items()}
         tied |= {f"{path}/{n}": f"{path}/{k}" for n, k in part.tied.items()}
         files += part.files
-    return Checkpoint(lazy, source, folder, tied, files=files, parts=parts)
+    return Checkpoint(lazy, source, folder, tied, files=files).view(parts=dict(parts))
 
 # %% ../../nbs/files/open.ipynb #3646c068
 def _open(path: Path, allow_pickle: bool, source: str) -> Checkpoint:

@@ -103,7 +103,7 @@ def _held(file: Path) -> Any:
     return _without_objects(file, names, set())
 
 # %% ../../nbs/files/pickles.ipynb #9147d1af
-# what training loops call the state dict in a checkpoint, and their averages of it
+# what training loops call the state dict in a checkpoint
 WRAPS = (
     "state_dict",
     "model_state_dict",
@@ -115,6 +115,7 @@ WRAPS = (
     "weights",
     "generator",
 )
+# what they call an average of it over training
 AVERAGES = (
     "params_ema",
     "state_dict_ema",

@@ -20,7 +20,7 @@ from ..adapters.baking import bake as put_on
 from ..adapters.baking import classes
 from ..files.checkpoint import HEAD, Checkpoint, from_state_dict
 from ..files.open import PICKLES, load
-from .companions import write_companions
+from .companions import carry_the_rest, write_companions
 from ..geometries.registry import geometry_named
 from ..geometries.geometry import Euclidean, Geometry
 from ..spaces.mean import Mean
@@ -85,8 +85,9 @@ class Dress:
             alone=self.alone,
             tokens=self.tokens,
             merged=merged,
-            read=self.read,
         )
+        if self.homes and not self.alone:
+            carry_the_rest(folder, self.homes[-1], merged, self.read)
         if plan.config is not None:
             text = json.dumps(plan.config, indent=2, default=str) + "\n"
             (folder/"adapter_config.json").write_text(text)

@@ -135,16 +135,13 @@ def _refuse_other_class(first: Checkpoint, other: Checkpoint) -> None:
                 f"{theirs[path][1]}: models of other classes have no mean."
             )
 
-# %% ../../nbs/merging/parts.ipynb #a8810c41
+# %% ../../nbs/merging/parts.ipynb #07b283fa
 def _refuse_other_tokenizers(every: Sequence[Checkpoint]) -> None:
     "`MergeError` names two pipelines whose text encoders have other tokens in the same rows."
-    for folder in ("tokenizer", "tokenizer_2", "tokenizer_3"):
-        there = [c.view(brings=[c.folder/folder]) for c in every if _has(c, folder)]
+    homes = [(c, c.folder) for c in every if c.folder is not None]
+    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        there = [c.view(brings=[home/name]) for c, home in homes if (home/name).is_dir()]
         refuse_other_tokens(there)
-
-
-def _has(c: Checkpoint, folder: str) -> bool:
-    return c.folder is not None and (c.folder/folder).is_dir()
 
 # %% ../../nbs/merging/parts.ipynb #b1ea4de8
 def _say_what_schedulers_differ_in(every: Sequence[Checkpoint]) -> None:
@@ -180,6 +177,13 @@ def _seen(c: Checkpoint, path: str) -> Checkpoint:
     tied = {n: k for n, k in part.tied.items() if f"{path}/{n}" in c.tied}
     return part.view(lazy=lazy, tied=tied)
 
+# %% ../../nbs/merging/parts.ipynb #d2933f3b
+def _of_those(weights: Any, who: list[int], T: int) -> Any:
+    "The weights of some of T models, which may be given by name; wrong numbers are left as given."
+    if isinstance(weights, Mapping):
+        return {n: _of_those(ws, who, T) for n, ws in weights.items()}
+    return weights if weights is None or len(weights) != T else [weights[i] for i in who]
+
 # %% ../../nbs/merging/parts.ipynb #8b84032a
 def _in_place(opened: Opened, path: str) -> Opened:
     "A part of all models that have it, and of the base."
@@ -191,14 +195,12 @@ def _in_place(opened: Opened, path: str) -> Opened:
     models = [_seen(opened.models[i], path) for i in who]
     theirs = _seen(base, path) if base is not None and path in base.parts else None
     weights = _by_part(recipe.weights, path, first, None, "weights")
-    if weights is not None and not isinstance(weights, Mapping):
-        weights = [weights[i] for i in who] if len(weights) == len(opened.models) else weights
     scale = _by_part(recipe.scale, path, first, 1.0, "scale")
     has_tokens = any(vocabulary(c) is not None for c in models)
     alone = replace(
         recipe,
         models=[recipe.models[i] for i in who],
-        weights=weights,
+        weights=_of_those(weights, who, len(opened.models)),
         scale=1.0 if base is not None and theirs is None else scale,
         tokenizer=recipe.tokenizer if has_tokens else None,
         drop=(),
