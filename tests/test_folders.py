@@ -575,3 +575,82 @@ def test_code_and_folders_of_it_come_along(tmp_path):
     found = {str(f.relative_to(out)) for f in out.rglob("*") if f.is_file()}
     made = {"README.md", "frechet_merge.json", "model.safetensors", "config.json"}
     assert found == made | {"layers/attention.py", "modeling_own.py"}
+
+
+class TestOtherFunctions:
+    "Tensors of one shape that are not one function, or whose rows are not of one word."
+
+    def static(self, folder, words, seed=0):
+        "A sentence encoder that is a table."
+        from sentence_transformers import SentenceTransformer
+        from sentence_transformers import models as st
+        from tokenizers import Tokenizer
+        from tokenizers.models import WordLevel
+
+        torch.manual_seed(seed)
+        table = Tokenizer(WordLevel({w: i for i, w in enumerate(words)}, "[UNK]"))
+        SentenceTransformer(modules=[st.StaticEmbedding(table, embedding_dim=4)]).save_pretrained(
+            str(folder)
+        )
+        return folder
+
+    def test_a_table_of_other_words(self, tmp_path):
+        a = self.static(tmp_path/"a", ["x", "y", "[UNK]"])
+        b = self.static(tmp_path/"b", ["y", "x", "[UNK]"], 1)
+        with pytest.raises(MergeError, match="token number 0 for 'x' and for 'y'"):
+            merge([a, b], out=tmp_path/"o")
+
+    @pytest.mark.parametrize("words", [["w0", "w2", "w1"], ["w0", "w1", "w3"]])
+    def test_a_table_of_other_words_of_a_list(self, tmp_path, words):
+        folders = []
+        for n, vocab in (("a", ["w0", "w1", "w2"]), ("b", words)):
+            part = tmp_path/n/"0_WordEmbeddings"
+            save(part, {"emb_layer.weight": torch.randn(3, 2)})
+            (part/"whitespacetokenizer_config.json").write_text(json.dumps({"vocab": vocab}))
+            listed = [{"path": "0_WordEmbeddings", "type": "models.WordEmbeddings"}]
+            (tmp_path/n/"modules.json").write_text(json.dumps(listed))
+            folders.append(tmp_path/n)
+        with pytest.raises(MergeError, match="embeddings of other words"):
+            merge(folders, out=tmp_path/"o")
+
+    def test_another_pooling_behind_a_transformer_in_a_folder(self, tmp_path):
+        for n, mode in (("a", "mean"), ("b", "cls")):
+            save(tmp_path/n/"0_Transformer", {"w": torch.ones(2)}, {"model_type": "toy"})
+            (tmp_path/n/"1_Pooling").mkdir()
+            (tmp_path/n/"1_Pooling"/"config.json").write_text(json.dumps({"pooling_mode": mode}))
+            listed = [{"path": p, "type": f"models.{p[2:]}"} for p in ("0_Transformer", "1_Pooling")]
+            (tmp_path/n/"modules.json").write_text(json.dumps(listed))
+        with pytest.raises(MergeError, match="Pooling of mean, and Pooling of cls"):
+            merge([tmp_path/"a", tmp_path/"b"], out=tmp_path/"o")
+
+    def test_a_vae_of_another_scale(self, tmp_path):
+        for n, scale in (("a", 0.18), ("b", 0.13)):
+            said = {"_class_name": "AutoencoderKL", "scaling_factor": scale, "_name_or_path": n}
+            save(tmp_path/n, {"w": torch.ones(2)}, said)
+        with pytest.warns(UserWarning, match="scaling_factor = 0.18 and 0.13"):
+            merge([tmp_path/"a", tmp_path/"b"], out=tmp_path/"o")
+
+    def test_another_activation_or_input_of_open_clip(self, tmp_path):
+        for n, gelu in (("a", True), ("b", False)):
+            save(tmp_path/n, {"w": torch.ones(2)})
+            said = {"model_cfg": {"quick_gelu": gelu}, "preprocess_cfg": {"mean": [0.5]}}
+            (tmp_path/n/"open_clip_config.json").write_text(json.dumps(said))
+        with pytest.warns(UserWarning, match="quick_gelu = True and False"):
+            merge([tmp_path/"a", tmp_path/"b"], out=tmp_path/"o")
+
+    def test_another_rate_of_sounds(self, tmp_path):
+        for n, rate in (("a", 16000), ("b", 8000)):
+            save(tmp_path/n, {"w": torch.ones(2)}, {"model_type": "toy"})
+            (tmp_path/n/"preprocessor_config.json").write_text(json.dumps({"sampling_rate": rate}))
+        with pytest.warns(UserWarning, match="sampling_rate = 16000 and 8000"):
+            merge([tmp_path/"a", tmp_path/"b"], out=tmp_path/"o")
+
+    def test_several_controls(self, tmp_path):
+        for i, n in enumerate("ab"):
+            for part in ("controlnet", "controlnet_1"):
+                save(tmp_path/n/part, {"w": torch.full((2,), float(i))})
+            said = {"controlnet": ["diffusers", "MultiControlNetModel"]}
+            (tmp_path/n/"model_index.json").write_text(json.dumps(said))
+        merge([tmp_path/"a", tmp_path/"b"], out=tmp_path/"o")
+        found = load(tmp_path/"o")
+        assert {n: x[0].item() for n, x in found.items()} == {"controlnet/w": 0.5, "controlnet_1/w": 0.5}

@@ -47,7 +47,12 @@ def pipeline_parts(home: Path) -> dict[str, list[Any]]:  # folder → library an
     if not file.is_file():
         return {}
     listed = {k: v for k, v in read_json(file).items() if isinstance(v, list)}
-    return {k: v for k, v in listed.items() if len(v) == 2 and None not in v}
+    found = {k: v for k, v in listed.items() if len(v) == 2 and None not in v}
+    for k, v in [*found.items()]:
+        # of several ControlNets the second is in controlnet_1, and is not listed
+        if str(v[1]).startswith("Multi"):
+            found |= {d.name: v for d in home.glob(f"{k}_[0-9]") if d.is_dir()}
+    return found
 
 # %% ../../nbs/files/folders.ipynb #4ccc4150
 def _is_inside(home: Path, path: str) -> bool:
