@@ -618,7 +618,8 @@ class TestOtherFunctions:
             save(tmp_path/n/"0_Transformer", {"w": torch.ones(2)}, {"model_type": "toy"})
             (tmp_path/n/"1_Pooling").mkdir()
             (tmp_path/n/"1_Pooling"/"config.json").write_text(json.dumps({"pooling_mode": mode}))
-            listed = [{"path": p, "type": f"models.{p[2:]}"} for p in ("0_Transformer", "1_Pooling")]
+            parts = ("0_Transformer", "1_Pooling")
+            listed = [{"path": p, "type": f"models.{p[2:]}"} for p in parts]
             (tmp_path/n/"modules.json").write_text(json.dumps(listed))
         with pytest.raises(MergeError, match="Pooling of mean, and Pooling of cls"):
             merge([tmp_path/"a", tmp_path/"b"], out=tmp_path/"o")
@@ -653,4 +654,54 @@ class TestOtherFunctions:
             (tmp_path/n/"model_index.json").write_text(json.dumps(said))
         merge([tmp_path/"a", tmp_path/"b"], out=tmp_path/"o")
         found = load(tmp_path/"o")
-        assert {n: x[0].item() for n, x in found.items()} == {"controlnet/w": 0.5, "controlnet_1/w": 0.5}
+        held = {n: x[0].item() for n, x in found.items()}
+        assert held == {"controlnet/w": 0.5, "controlnet_1/w": 0.5}
+
+
+class TestSingleFiles:
+    "Checkpoints of programs that make pictures: one file, whose header says what it is."
+
+    def test_say_of_the_function_what_all_say(self, tmp_path):
+        from safetensors import safe_open
+
+        for n in "ab":
+            said = {"architecture": "stable-diffusion-v1", "prediction_type": "v", "title": n}
+            meta = {f"modelspec.{k}": v for k, v in said.items()} | {"modelspec.hash_sha256": n}
+            file = tmp_path/n/"m.safetensors"
+            file.parent.mkdir()
+            save_file({"model.diffusion_model.w": torch.ones(2)}, file, meta)
+            (tmp_path/n/"own.py").write_text("of somebody")
+        out = merge([tmp_path/n/"m.safetensors" for n in "ab"], out=tmp_path/"o").out
+        found = safe_open(out/"model.safetensors", "pt").metadata()
+        spec = {"modelspec.architecture": "stable-diffusion-v1", "modelspec.prediction_type": "v"}
+        assert found == {"format": "pt", **spec}
+        assert not (out/"own.py").exists()
+
+    def test_do_not_say_what_only_one_says(self, tmp_path):
+        from safetensors import safe_open
+
+        for n in ("epsilon", "v"):
+            meta = {"modelspec.prediction_type": n}
+            save_file({"w": torch.ones(2)}, tmp_path/f"{n}.safetensors", meta)
+        files = [tmp_path/f"{n}.safetensors" for n in ("epsilon", "v")]
+        with pytest.warns(UserWarning, match="prediction_type = 'epsilon' and 'v'"):
+            out = merge(files, out=tmp_path/"o").out
+        assert safe_open(out/"model.safetensors", "pt").metadata() == {"format": "pt"}
+
+
+@pytest.mark.parametrize(
+    "file, held, library",
+    [
+        ("model_index.json", {"unet": ["diffusers", "UNet2DModel"]}, "diffusers"),
+        ("modules.json", [], "sentence-transformers"),
+        ("open_clip_config.json", {}, "open_clip"),
+        ("config.json", {"architecture": "resnet18"}, "timm"),
+        ("config.json", {"model_type": "bert"}, "transformers"),
+    ],
+)
+def test_the_card_names_the_library(tmp_path, file, held, library):
+    for n in "ab":
+        save(tmp_path/n/"unet" if "index" in file else tmp_path/n, {"w": torch.ones(2)})
+        (tmp_path/n/file).write_text(json.dumps(held))
+    out = merge([tmp_path/"a", tmp_path/"b"], out=tmp_path/"o").out
+    assert f"library_name: {library}\n" in (out/"README.md").read_text()

@@ -257,7 +257,11 @@ def _beside(c: Checkpoint) -> dict[str, Any]:
     found = {}
     for name, parts in BESIDE.items():
         file = None if c.folder is None else c.folder/name
-        held = read_json(file) if file is not None and file.is_file() else {}
+        try:
+            held = read_json(file) if file is not None and file.is_file() else {}
+        # it is carried along as it is, and nothing here depends on it
+        except MergeError:
+            held = {}
         inner = [held[p] for p in parts if isinstance(held.get(p), dict)] if parts else [held]
         for part in inner:
             found |= {k: part[k] for k in INPUTS if part.get(k) is not None}

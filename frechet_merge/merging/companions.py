@@ -84,10 +84,12 @@ def carried(
     for patterns, home in groups.items():
         if home is not None:
             yield from (f for f in sorted(home.iterdir()) if not f.is_dir() and _is(f, patterns))
+    # code beside a file without a config is of somebody else
+    has_config = bool(homes) and (homes[-1]/"config.json").is_file()
     for f in sorted(homes[-1].iterdir()) if homes else []:
         known = _is(f, TOKENIZER) or _is(f, MODULES)
         if not f.is_dir() and not known and not _is(f, NOT_CARRIED):
-            if not alone or _is(f, MODEL):
+            if not alone or (has_config and _is(f, MODEL)):
                 yield f
 
 # %% ../../nbs/merging/companions.ipynb #76e5e163

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..adapters.baking import bake as put_on
 from ..adapters.baking import classes
 from ..files.checkpoint import HEAD, Checkpoint, from_state_dict
+from ..files.folders import library_of
 from ..files.open import PICKLES, load
 from .companions import carry_the_rest, write_companions
 from ..geometries.registry import geometry_named
@@ -139,7 +140,8 @@ class Work:
             means = found if means is None else means
             record = self.done(means, start)
             record.write(part)
-            (part/"README.md").write_text(card(record, out.name, plan.config))
+            text = card(record, out.name, plan.config, library_of(part))
+            (part/"README.md").write_text(text)
         return Merged(load(out), means, out, record)
 
     def _fill(self, plan: Plan, place: Path) -> dict[str, Mean]:

@@ -18,7 +18,7 @@ import torch
 from ..adapters.baking import bake
 from ..matching.blocks import Block, align, by_name
 from ..files.checkpoint import Checkpoint, vocabulary_size
-from ..files.formats import SHARD, STEMS
+from ..files.formats import SHARD, STEMS, spec_of
 from ..files.open import load
 from ..geometries.lora import LoRA
 from ..geometries.geometry import Euclidean, Geometry, check_needs
@@ -294,6 +294,7 @@ def plan_models(
         tied,
         [b.name for b in blocks],
         stem=stem_of([*opened.models, *opened.every]),
+        spec=spec_of(opened.models),
         allow_nonfinite=recipe.allow_nonfinite,
     )
 
