@@ -215,6 +215,47 @@ class TestPlaces:
         assert not (out/"original").exists()
 
 
+    def test_a_run_that_ended(self, tmp_path):
+        save(tmp_path/"checkpoint-5", state(5))
+        save(tmp_path/"final", state())
+        says("final does", tmp_path)
+
+    def test_a_run_of_lightning(self, tmp_path):
+        folder = tmp_path/"lightning_logs"/"version_0"/"checkpoints"
+        folder.mkdir(parents=True)
+        torch.save({"state_dict": state()}, folder/"epoch=1.ckpt")
+        said = says("but epoch=1.ckpt", tmp_path)
+        named = said.split(", as ")[1].split(", with")[0]
+        assert same(load(named, allow_pickle=True), state())
+
+    def test_a_text_beside_the_model(self, tmp_path):
+        save(tmp_path, state(), {"model_type": "toy"})
+        said = says("is a text beside a model", tmp_path/"config.json")
+        assert same(load(said.split("folder, ")[1].removesuffix(".")), state())
+
+    def test_one_shard_is_not_all(self, tmp_path):
+        shards(tmp_path, "model", state())
+        with pytest.warns(UserWarning, match="is one of 2 files of a model"):
+            load(tmp_path/"model-00001-of-00002.safetensors")
+
+    def test_a_full_model_where_an_adapter_was(self, tmp_path):
+        for n in "ab":
+            save(tmp_path/n, state(), {"model_type": "toy"})
+            (tmp_path/n/"adapter_config.json").write_text('{"peft_type": "LORA", "r": 2}')
+        assert load(tmp_path/"a").adapter is None
+        out = merge([tmp_path/"a", tmp_path/"b"], out=tmp_path/"o").out
+        assert same(load(out), state()) and not (out/"adapter_config.json").exists()
+
+    def test_a_part_of_several_files(self, tmp_path):
+        for n in ("one", "two"):
+            save_file(state(), save(tmp_path/"vae", state())/f"{n}.safetensors")
+        (tmp_path/"vae"/"model.safetensors").unlink()
+        (tmp_path/"model_index.json").write_text('{"vae": ["diffusers", "AutoencoderKL"]}')
+        says("(?s)vae: holds 2.*Leave one of them", tmp_path)
+        (tmp_path/"vae"/"two.safetensors").unlink()
+        assert set(load(tmp_path)) == {"vae/a.weight", "vae/b.weight"}
+
+
 class TestFormats:
     "Files that are not tensors of torch."
 
@@ -229,6 +270,7 @@ class TestFormats:
             ("openvino_model.bin", "OpenVINO"),
             ("ggml-base.bin", "GGML"),
             ("model.nemo", "NeMo"),
+            ("model.onnx_data", "ONNX"),
         ],
     )
     def test_of_others_are_called_by_their_names(self, tmp_path, name, says_):
@@ -295,6 +337,36 @@ class TestPickles:
             self.of(tmp_path, {"model": state(1), "net": state(2)})
         alone = torch.load(tmp_path/"m.pt", weights_only=True)["model"]
         assert same(self.of(tmp_path, alone, "alone.pt"), state(1))
+
+    def test_under_a_name_that_nobody_knows(self, tmp_path):
+        with pytest.raises(MergeError, match="tensors under 'teacher', 'student'"):
+            self.of(tmp_path, {"teacher": state(1), "student": state(2), "epoch": 1})
+        alone = torch.load(tmp_path/"m.pt", weights_only=True)["teacher"]
+        assert same(self.of(tmp_path, alone, "alone.pt"), state(1))
+
+    def test_two_levels_down(self, tmp_path):
+        assert same(self.of(tmp_path, {"model": {"state_dict": state(), "n": 1}}), state())
+
+    def test_with_a_number_among_its_tensors(self, tmp_path):
+        with pytest.raises(MergeError, match="(?s)'epoch' is a int.*isinstance"):
+            self.of(tmp_path, {**state(), "epoch": 3})
+        held = torch.load(tmp_path/"m.pt", weights_only=True)
+        held = {n: x for n, x in held.items() if isinstance(x, torch.Tensor)}
+        assert same(self.of(tmp_path, held, "alone.pt"), state())
+
+    def test_the_remedy_where_there_are_objects(self, tmp_path):
+        held = {"state_dict": state(1), "ema": state(2), "hyper_parameters": Settings(lr=1)}
+        with pytest.warns(UserWarning, match=r"weights_only=False\)\['ema'\].*if you trust it"):
+            assert same(self.of(tmp_path, held), state(1))
+        alone = torch.load(tmp_path/"m.pt", weights_only=False)["ema"]
+        assert same(self.of(tmp_path, alone, "alone.pt"), state(2))
+
+    def test_safetensors_under_its_name(self, tmp_path):
+        save_file(state(), tmp_path/"pytorch_model.bin")
+        said = says("safetensors under another name", tmp_path, allow_pickle=True)
+        name = said.split("Rename it: ")[1].removesuffix(".")
+        (tmp_path/"pytorch_model.bin").rename(tmp_path/name)
+        assert same(load(tmp_path), state())
 
     def test_settings_that_are_objects_are_not_made(self, tmp_path):
         held = {"state_dict": state(), "hyper_parameters": Settings(lr=0.1), "args": Filled(x=1)}

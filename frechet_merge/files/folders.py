@@ -159,14 +159,17 @@ def is_weights(file: Path) -> bool:
     return is_named(file.name, WEIGHTS) and not is_named(file.name, TRAINING)
 
 # %% ../../nbs/files/folders.ipynb #6185215b
-def weights_in(folder: Path) -> Iterator[Path]:
+def weights_in(
+    folder: Path,
+    but: Iterable[str] = TRAINING_FOLDERS,  # folders in it that are not looked into
+) -> Iterator[Path]:
     "Files of weights in a folder and in those in it, but not behind links or in what a run left."
     for f in sorted(folder.iterdir()):
         if not f.is_dir():
             if is_weights(f):
                 yield f
-        elif not f.is_symlink() and not is_named(f.name, TRAINING_FOLDERS):
-            yield from weights_in(f)
+        elif not f.is_symlink() and not is_named(f.name, but):
+            yield from weights_in(f, but)
 
 # %% ../../nbs/files/folders.ipynb #386d931b
 def snapshot_of(path: Path) -> Path:

@@ -15,9 +15,9 @@ from torch import Tensor
 from .checkpoint import Checkpoint, FACTOR, from_state_dict, read_json
 from .astray import foreign, no_weights
 from .folders import components, pipeline_parts, snapshot_of
-from .formats import INDEX, _of_index, _open_files, weight_files
+from .formats import INDEX, SHARD, STEMS, _of_index, _open_files, weight_files
 from .pickles import _open_pickles
-from ..messages import MergeError
+from ..messages import MergeError, warn
 
 # %% ../../nbs/files/open.ipynb #c76f6df9
 def parts_of(
@@ -76,16 +76,27 @@ def _from_hub(repo: str, allow_pickle: bool) -> Path:
             "Check the path or the id, and the network or HF_HUB_OFFLINE."
         ) from None
 
+# %% ../../nbs/files/open.ipynb #b9eb2d4c
+def _refuse_no_model(file: Path) -> None:
+    "`MergeError` for a file that is no tensors; a warning for one that is a part of them."
+    if why := foreign(file):
+        raise MergeError(f"{file}: {why}")
+    if file.suffix == ".json":
+        raise MergeError(f"{file}: is a text beside a model.\nName its folder, {file.parent}.")
+    shard = SHARD.fullmatch(file.stem)
+    if shard and int(shard[3]) > 1:
+        warn(f"{file}: is one of {int(shard[3])} files of a model; name their folder to merge all")
+
 # %% ../../nbs/files/open.ipynb #bcb18b2b
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")  # ends of files that torch pickles
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".th")  # ends of files that torch pickles
 
 
 def _files_of(path: Path, allow_pickle: bool) -> tuple[list[Path], set[str]]:
     "The files to open for a path, and what its index promises; `MergeError` if there are none."
     if INDEX.search(path.name):
         return _of_index(path)
-    if path.is_file() and (why := foreign(path)):
-        raise MergeError(f"{path}: {why}")
+    if path.is_file():
+        _refuse_no_model(path)
     files, promised = weight_files(path) if path.is_dir() else ([path], set())
     if not files:
         files, promised = weight_files(path, "bin")
@@ -103,11 +114,15 @@ def _files_of(path: Path, allow_pickle: bool) -> tuple[list[Path], set[str]]:
 def _adapter_config(path: Path, files: list[Path], names: Iterable[str]) -> dict | None:
     "The PEFT config of what was opened, empty if it is not known; None: it is no adapter."
     folder = files[0].parent
+    is_factors = any(FACTOR.search(n) for n in names)
+    # full weights in the place where an adapter was
+    if files[0].stem in STEMS and not files[0].stem.startswith("adapter") and not is_factors:
+        return None
     beside = folder/"adapter_config.json"
     alone = not (folder/"config.json").exists() or files[0].stem.startswith("adapter")
     if beside.exists() and (path.is_dir() or alone):
         return read_json(beside)
-    if any(FACTOR.search(n) for n in names):
+    if is_factors:
         return read_json(beside) if beside.exists() else {}
     return None
 
@@ -121,12 +136,23 @@ def _is_of_parts(folder: Path) -> bool:
     has_weights = any(weight_files(folder, kind)[0] for kind in ("safetensors", "bin"))
     return not has_weights
 
+# %% ../../nbs/files/open.ipynb #a3fc7e05
+def _has_weights(part: Path) -> bool:
+    "Whether a part of a model has weights; `MergeError` if it is not clear which."
+    try:
+        return any(weight_files(part, kind)[0] for kind in ("safetensors", "bin"))
+    except MergeError as e:
+        what, _, remedy = str(e).partition("\n")
+        if "instead of the folder" in remedy:
+            remedy = "Leave one of them in this folder, the one that its library is to read."
+        raise MergeError(f"{what}\n{remedy}") from None
+
 # %% ../../nbs/files/open.ipynb #43d949a5
 def _parts(folder: Path, allow_pickle: bool, source: str) -> dict[str, Checkpoint]:
     "The parts of a folder that is several models; none if it is one."
     found = {}
     for part in components(folder) if _is_of_parts(folder) else ():
-        if any(weight_files(folder/part, kind)[0] for kind in ("safetensors", "bin")):
+        if _has_weights(folder/part):
             found[part] = _open(folder/part, allow_pickle, f"{source}: {part}")
     return found
 

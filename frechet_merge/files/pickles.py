@@ -42,6 +42,11 @@ def _kind_of(file: Path) -> str:
     "zip or legacy, the two kinds that torch writes; `MergeError` for a file of neither."
     with open(open_file(file), "rb") as f:
         head = f.read(512)
+    if head[8:10] == b'{"':
+        raise MergeError(
+            f"{file}: is safetensors under another name.\n"
+            f"Rename it: {file.with_suffix('.safetensors').name}."
+        )
     kind = next((k for start, k in BEGINNINGS.items() if head.startswith(start)), "")
     if kind:
         return kind
@@ -96,13 +101,17 @@ def _without_objects(file: Path, names: list[str], filled: set[str]) -> Any:
             raise
     return _without_objects(file, names, filled | more)
 
+# %% ../../nbs/files/pickles.ipynb #10abbf7b
+def _objects(file: Path) -> list[str]:
+    "What torch would have to import to open a zip of its own as it is."
+    return torch.serialization.get_unsafe_globals_in_checkpoint(str(file))
+
 # %% ../../nbs/files/pickles.ipynb #27f27345
 def _held(file: Path) -> Any:
     "What a pickle holds, without what is no plain data; an exception of torch's own otherwise."
     if _kind_of(file) == "legacy":
         return torch.load(file, map_location="cpu", weights_only=True)
-    names = torch.serialization.get_unsafe_globals_in_checkpoint(str(file))
-    return _without_objects(file, names, set())
+    return _without_objects(file, _objects(file), set())
 
 # %% ../../nbs/files/pickles.ipynb #9147d1af
 # what training loops call the state dict in a checkpoint
@@ -140,24 +149,33 @@ def _unwrapped(held: Any, file: Path) -> Any:
         return held
     found = [k for k in WRAPS if _is_state(held.get(k))]
     means = [k for k in AVERAGES if _is_state(held.get(k))]
-    if len(found) > 1 or (not found and len(means) > 1):
-        several = found or means
+    if found or means:
+        return held[_chosen(found, means, file)]
+    deeper = [k for k in WRAPS if isinstance(held.get(k), Mapping) and held[k]]
+    return _unwrapped(held[deeper[0]], file) if len(deeper) == 1 else held
+
+# %% ../../nbs/files/pickles.ipynb #a2b824d0
+def _chosen(found: list[str], means: list[str], file: Path) -> str:
+    "Which set of tensors is read; `MergeError` if several could be, a warning for an average."
+    several = found or means
+    if len(several) > 1:
         raise MergeError(
             f"{file}: holds several sets of tensors, {', '.join(map(repr, several))}.\n"
-            f"Save one alone: {_alone(several[0])}"
+            f"Save one alone: {_alone(several[0], file)}"
         )
     if found and means:
         warn(
             f"{file}: {found[0]!r} is read, and not {', '.join(map(repr, means))}, an average "
-            f"over training; to merge that, save it alone: {_alone(means[0])}"
+            f"over training; to merge that, save it alone: {_alone(means[0], file)}"
         )
-    chosen = [*found, *means][:1]
-    return held[chosen[0]] if chosen else held
+    return several[0]
 
 # %% ../../nbs/files/pickles.ipynb #08c98ac0
-def _alone(key: str) -> str:
+def _alone(key: str, file: Path) -> str:
     "What to type to have one part of a pickle in a file of its own."
-    return f"torch.save(torch.load(FILE, weights_only=True)[{key!r}], OTHER)."
+    has_objects = _kind_of(file) == "zip" and bool(_objects(file))
+    said = f"torch.save(torch.load(FILE, weights_only={not has_objects})[{key!r}], OTHER)"
+    return f"{said}, if you trust it." if has_objects else f"{said}."
 
 # %% ../../nbs/files/pickles.ipynb #a5338de9
 def _odd(x: Tensor) -> str:
@@ -168,6 +186,19 @@ def _odd(x: Tensor) -> str:
         return "on the meta device"
     return "" if x.layout == torch.strided else str(x.layout).removeprefix("torch.")
 
+# %% ../../nbs/files/pickles.ipynb #2aee3190
+def _no_tensor(held: Mapping[Any, Any], name: Any, file: Path) -> str:
+    "What stands in the place of a tensor, and where tensors are."
+    what = f"{file}: cannot be loaded as plain tensors: {name!r} is a {type(held[name]).__name__}"
+    sets = [k for k, v in held.items() if _is_state(v)]
+    if sets:
+        some = ", ".join(map(repr, sets[:3]))
+        one = _alone(sets[0], file)
+        return f"{what}, and there are tensors under {some}.\nSave one alone: {one}"
+    alone = "{n: x for n, x in STATE.items() if isinstance(x, torch.Tensor)}"
+    said = "Save the tensors alone, where STATE is what it holds"
+    return f"{what}.\n{said}: torch.save({alone}, OTHER)."
+
 # %% ../../nbs/files/pickles.ipynb #803b291b
 def _plain(held: Any, file: Path) -> Mapping[str, Tensor]:
     "The tensors of a pickle, which must be all that it holds, or stand under one name in it."
@@ -177,8 +208,15 @@ def _plain(held: Any, file: Path) -> Mapping[str, Tensor]:
             f"{file}: holds a whole model as an object, which only its own code can make.\n"
             "Save its tensors alone where that code is: torch.save(model.state_dict(), OTHER)."
         )
-    for name, x in held.items() if isinstance(held, Mapping) else ():
-        if isinstance(x, Tensor) and (kind := _odd(x)):
+    if not isinstance(held, Mapping):
+        raise MergeError(
+            f"{file}: cannot be loaded as plain tensors: it holds a {type(held).__name__}.\n"
+            "Save a dict of names and tensors, such as model.state_dict()."
+        )
+    for name, x in held.items():
+        if not isinstance(x, Tensor):
+            raise MergeError(_no_tensor(held, name, file))
+        if kind := _odd(x):
             raise MergeError(
                 f"{file}: tensor {name!r} is {kind}, and no plain numbers.\n"
                 "Save the model as safetensors with the library that made it."
@@ -193,7 +231,7 @@ def _unreadable(file: Path, why: Exception) -> MergeError:
             f"{file}: is a program of TorchScript.\nSave its tensors alone: "
             "torch.save(torch.jit.load(FILE).state_dict(), OTHER)."
         )
-    if isinstance(why, EOFError) or "central directory" in str(why):
+    if isinstance(why, EOFError) or "ailed finding" in str(why) or "central directory" in str(why):
         return MergeError(
             f"{file}: ends before its end.\n"
             "The file is damaged or incomplete: download or save it again."

@@ -72,6 +72,12 @@ def _first_with(homes: Sequence[Path], patterns: Sequence[str]) -> Path | None:
             return home
     return None
 
+# %% ../../nbs/merging/companions.ipynb #6d1df375
+def _is_of_file(file: Path) -> bool:
+    "Whether what stands beside a file that was named alone says what that file does."
+    # code beside a file without a config is of somebody else
+    return _is(file, MODEL) and (file.parent/"config.json").is_file()
+
 # %% ../../nbs/merging/companions.ipynb #15149c55
 def carried(
     homes: Sequence[Path],  # folders, of which the first that has a group of files brings it
@@ -84,13 +90,10 @@ def carried(
     for patterns, home in groups.items():
         if home is not None:
             yield from (f for f in sorted(home.iterdir()) if not f.is_dir() and _is(f, patterns))
-    # code beside a file without a config is of somebody else
-    has_config = bool(homes) and (homes[-1]/"config.json").is_file()
     for f in sorted(homes[-1].iterdir()) if homes else []:
         known = _is(f, TOKENIZER) or _is(f, MODULES)
-        if not f.is_dir() and not known and not _is(f, NOT_CARRIED):
-            if not alone or (has_config and _is(f, MODEL)):
-                yield f
+        if not f.is_dir() and not known and (_is_of_file(f) if alone else not _is(f, NOT_CARRIED)):
+            yield f
 
 # %% ../../nbs/merging/companions.ipynb #76e5e163
 def _is_of(source: Path, file: Path) -> bool:
