@@ -288,16 +288,6 @@ class TestFolders:
         merge([tmp_path/"a.safetensors", tmp_path/"b.safetensors"], out=tmp_path/"o")
         assert not (tmp_path/"o"/"notes.txt").exists()
 
-    def test_a_checkpoint_of_a_training_run(self, tmp_path):
-        state = {"w": randn(3)}
-        torch.save({"state_dict": state, "epoch": 1}, tmp_path/"run.pt")
-        with pytest.raises(MergeError, match="(?s)under 'state_dict'.*torch.save"):
-            load(tmp_path/"run.pt", allow_pickle=True)
-        # the remedy
-        held = torch.load(tmp_path/"run.pt", weights_only=True)["state_dict"]
-        torch.save(held, tmp_path/"alone.pt")
-        assert torch.equal(load(tmp_path/"alone.pt", allow_pickle=True)["w"], state["w"])
-
 
 class TestCodes:
     "Codes have no mean, and are refused by the name of their format."

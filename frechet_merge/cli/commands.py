@@ -65,7 +65,11 @@ def _count(n: int) -> str:
 def _place(model: str) -> str:
     "Where a model is: the first of its files, if it is here."
     path = Path(model).expanduser()
-    files = weight_files(path)[0] if path.is_dir() else []
+    try:
+        files = weight_files(path)[0] if path.is_dir() else []
+    # a folder of parts may hold other files as well
+    except MergeError:
+        files = []
     return os.path.realpath(files[0] if files else path) if path.exists() else model
 
 # %% ../../nbs/cli/commands.ipynb #01ec3b68

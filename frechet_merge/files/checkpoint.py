@@ -24,7 +24,13 @@ from .tensors import LazyTensor, MemoryTensor
 def json_in(path: Path) -> Any:
     "What a JSON file holds; `MergeError` if it is missing, damaged or no file."
     try:
-        return json.loads(read_bytes(path))
+        held = read_bytes(path)
+        if held.startswith(b"version https://git-lfs"):
+            raise MergeError(
+                f"{path}: is a pointer of git LFS, and not the file that it points to.\n"
+                "Fetch it: git lfs pull."
+            )
+        return json.loads(held)
     except MergeError:
         raise
     except (OSError, ValueError, RecursionError) as e:
@@ -100,10 +106,16 @@ class Checkpoint(Mapping[str, Tensor]):
         self.adapter = adapter
         self.files = tuple(files)
         self.brings = tuple(brings)
+        # folder in its own → what is in it, if it is a folder of models and not one
+        self.parts: dict[str, Checkpoint] = {}
 
     def view(self, **changes: Any) -> "Checkpoint":
-        "The same checkpoint with other tensors, names, or source."
-        return Checkpoint(**{**vars(self), **changes})
+        "The same checkpoint with other tensors, names, source, or parts."
+        said = {**vars(self), **changes}
+        parts = said.pop("parts")
+        made = Checkpoint(**said)
+        made.parts = parts
+        return made
 
     @property
     def homes(self) -> list[Path]:

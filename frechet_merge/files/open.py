@@ -13,8 +13,11 @@ from pathlib import Path
 from torch import Tensor
 
 from .checkpoint import Checkpoint, FACTOR, from_state_dict, read_json
-from .formats import _of_index, _open_files, _open_pickles, weight_files
-from ..messages import MergeError
+from .astray import foreign, no_weights
+from .folders import components, pipeline_parts, snapshot_of
+from .formats import INDEX, SHARD, STEMS, _of_index, _open_files, weight_files
+from .pickles import _open_pickles
+from ..messages import MergeError, warn
 
 # %% ../../nbs/files/open.ipynb #c76f6df9
 def parts_of(
@@ -59,7 +62,10 @@ def _from_hub(repo: str, allow_pickle: bool) -> Path:
         "*.spm",
         "*.codes",
         "*.tiktoken",
-        *(["*.bin"] if allow_pickle else []),
+        "*.yaml",
+        "*.vocab",
+        "LICENSE*",
+        *(["*.bin", "*_linear.pt"] if allow_pickle else []),
     ]
     try:
         return Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted))
@@ -70,34 +76,32 @@ def _from_hub(repo: str, allow_pickle: bool) -> Path:
             "Check the path or the id, and the network or HF_HUB_OFFLINE."
         ) from None
 
-# %% ../../nbs/files/open.ipynb #1dc1d6da
-def _inside(folder: Path) -> Path | None:
-    "The last checkpoint that a Trainer left in a folder."
-
-    def number(d):
-        return int(n) if (n := d.name.rpartition("-")[2]).isdigit() else -1
-
-    for d in sorted(folder.glob("checkpoint-*"), key=number, reverse=True):
-        try:
-            if d.is_dir() and weight_files(d)[0]:
-                return d
-        except (MergeError, OSError):
-            pass
-    return None
+# %% ../../nbs/files/open.ipynb #b9eb2d4c
+def _refuse_no_model(file: Path) -> None:
+    "`MergeError` for a file that is no tensors; a warning for one that is a part of them."
+    if why := foreign(file):
+        raise MergeError(f"{file}: {why}")
+    if file.suffix == ".json":
+        raise MergeError(f"{file}: is a text beside a model.\nName its folder, {file.parent}.")
+    shard = SHARD.fullmatch(file.stem)
+    if shard and int(shard[3]) > 1:
+        warn(f"{file}: is one of {int(shard[3])} files of a model; name their folder to merge all")
 
 # %% ../../nbs/files/open.ipynb #bcb18b2b
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")  # ends of files that torch pickles
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".th")  # ends of files that torch pickles
 
 
 def _files_of(path: Path, allow_pickle: bool) -> tuple[list[Path], set[str]]:
     "The files to open for a path, and what its index promises; `MergeError` if there are none."
-    if path.name.endswith(".index.json"):
+    if INDEX.search(path.name):
         return _of_index(path)
+    if path.is_file():
+        _refuse_no_model(path)
     files, promised = weight_files(path) if path.is_dir() else ([path], set())
     if not files:
         files, promised = weight_files(path, "bin")
     if not files:
-        raise MergeError(_no_weights(path))
+        raise MergeError(no_weights(path))
     if files[0].suffix in PICKLES and not allow_pickle:
         raise MergeError(
             f"{files[0]}: is a pickle, which can run code when it is opened.\n"
@@ -106,31 +110,61 @@ def _files_of(path: Path, allow_pickle: bool) -> tuple[list[Path], set[str]]:
         )
     return files, promised
 
-# %% ../../nbs/files/open.ipynb #3bba9912
-def _no_weights(folder: Path) -> str:
-    "What to name instead of a folder without weights."
-    if inner := _inside(folder):
-        return f"{folder}: holds no weights, but {inner} does.\nName that folder."
-    named = [d for d in sorted(folder.iterdir()) if (d/"adapter_config.json").is_file()]
-    if named:
-        some = ", ".join(str(d) for d in named[:3])
-        return f"{folder}: holds no weights, but folders of adapters: {some}.\nName one of them."
-    return (
-        f"{folder}: holds no safetensors weights.\n"
-        "Name a folder with model.safetensors, an index, or an adapter."
-    )
-
 # %% ../../nbs/files/open.ipynb #625fe405
 def _adapter_config(path: Path, files: list[Path], names: Iterable[str]) -> dict | None:
     "The PEFT config of what was opened, empty if it is not known; None: it is no adapter."
     folder = files[0].parent
+    is_factors = any(FACTOR.search(n) for n in names)
+    # full weights in the place where an adapter was
+    if files[0].stem in STEMS and not files[0].stem.startswith("adapter") and not is_factors:
+        return None
     beside = folder/"adapter_config.json"
     alone = not (folder/"config.json").exists() or files[0].stem.startswith("adapter")
     if beside.exists() and (path.is_dir() or alone):
         return read_json(beside)
-    if any(FACTOR.search(n) for n in names):
+    if is_factors:
         return read_json(beside) if beside.exists() else {}
     return None
+
+# %% ../../nbs/files/open.ipynb #def8f309
+def _is_of_parts(folder: Path) -> bool:
+    "Whether the weights of a model are in folders in its folder, and none of it in its own."
+    if pipeline_parts(folder):
+        return True
+    if not (folder/"modules.json").is_file():
+        return False
+    has_weights = any(weight_files(folder, kind)[0] for kind in ("safetensors", "bin"))
+    return not has_weights
+
+# %% ../../nbs/files/open.ipynb #a3fc7e05
+def _has_weights(part: Path) -> bool:
+    "Whether a part of a model has weights; `MergeError` if it is not clear which."
+    try:
+        return any(weight_files(part, kind)[0] for kind in ("safetensors", "bin"))
+    except MergeError as e:
+        what, _, remedy = str(e).partition("\n")
+        if "instead of the folder" in remedy:
+            remedy = "Leave one of them in this folder, the one that its library is to read."
+        raise MergeError(f"{what}\n{remedy}") from None
+
+# %% ../../nbs/files/open.ipynb #43d949a5
+def _parts(folder: Path, allow_pickle: bool, source: str) -> dict[str, Checkpoint]:
+    "The parts of a folder that is several models; none if it is one."
+    found = {}
+    for part in components(folder) if _is_of_parts(folder) else ():
+        if _has_weights(folder/part):
+            found[part] = _open(folder/part, allow_pickle, f"{source}: {part}")
+    return found
+
+# %% ../../nbs/files/open.ipynb #2db30cf9
+def _of_parts(parts: Mapping[str, Checkpoint], folder: Path, source: str) -> Checkpoint:
+    "Parts as one checkpoint, in which the names of tensors begin with those of the folders."
+    lazy, tied, files = {}, {}, []
+    for path, part in parts.items():
+        lazy |= {f"{path}/{n}": x for n, x in part.lazy.items()}
+        tied |= {f"{path}/{n}": f"{path}/{k}" for n, k in part.tied.items()}
+        files += part.files
+    return Checkpoint(lazy, source, folder, tied, files=files).view(parts=dict(parts))
 
 # %% ../../nbs/files/open.ipynb #3646c068
 def _open(path: Path, allow_pickle: bool, source: str) -> Checkpoint:
@@ -138,6 +172,8 @@ def _open(path: Path, allow_pickle: bool, source: str) -> Checkpoint:
     from frechet_merge.adapters.dialects import refusal
     from frechet_merge.matching.views import unwrapped
 
+    if path.is_dir() and (parts := _parts(path, allow_pickle, source)):
+        return _of_parts(parts, path, source)
     files, promised = _files_of(path, allow_pickle)
     config = files[0].parent/"config.json"
     if files[0].suffix in PICKLES:
@@ -175,7 +211,7 @@ def load(
     path = Path(source).expanduser()
     if not path.exists() and len(parts := parts_of(str(source))) > 1:
         return _on_its_base(parts, allow_pickle)
-    here = path if path.exists() else _from_hub(str(source), allow_pickle)
+    here = snapshot_of(path) if path.exists() else _from_hub(str(source), allow_pickle)
     return _open(here, allow_pickle, str(source))
 
 # %% ../../nbs/files/open.ipynb #94a6e039

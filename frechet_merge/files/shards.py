@@ -277,6 +277,14 @@ def plan(
     return {f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors": g for i, g in enumerate(groups, 1)}
 
 
+def index_name(stem: str) -> str:
+    "The index of shards, which for a variant (model.fp16) has the variant's name behind it."
+    name, _, variant = stem.partition(".")
+    if variant and name in ("model", "diffusion_pytorch_model"):
+        return f"{name}.safetensors.index.{variant}.json"
+    return f"{stem}.safetensors.index.json"
+
+
 class Ledger:
     "How much of each tensor was written: no range may leave its tensor, and none may be missing."
 
@@ -413,9 +421,7 @@ class ShardWriter:
                 "metadata": {"total_size": sum(e.nbytes for e in self.entries.values())},
                 "weight_map": {name: file for file, group in files.items() for name in group},
             }
-            (folder/f"{stem}.safetensors.index.json").write_text(
-                json.dumps(index, indent=2) + "\n"
-            )
+            (folder/index_name(stem)).write_text(json.dumps(index, indent=2) + "\n")
 
     def _lay_out(self, path, group, metadata):
         "Write the header of one file, and reserve the space of its tensors."

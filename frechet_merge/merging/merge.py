@@ -20,20 +20,19 @@ from torch import Tensor
 
 from ..adapters.baking import bake as put_on
 from ..adapters.baking import classes
-from ..files.checkpoint import HEAD, Checkpoint
-from ..files.open import load
-from .companions import write_companions
-from ..matching.function import refuse_other_modules
-from ..geometries.registry import geometry_named
+from ..files.checkpoint import HEAD, Checkpoint, from_state_dict
+from ..files.folders import library_of
+from ..files.open import PICKLES, load
+from .companions import carry_the_rest, write_companions
 from ..geometries.geometry import Euclidean, Geometry
 from ..spaces.mean import Mean
-from .parts import plan_parts
-from .plan import Opened, open_recipe, plan_models, plan_recipe
+from .parts import parts_of, plan_root, refuse_parts_without_place
+from .plan import Opened, open_recipe, plan_models
 from .recipe import Model, Output, Recipe, Run, as_dtype
 from .record import Record, begun, came_of, card
 from .run import Plan, disk_errors, in_memory, into_folder, report
 from .robust import counting
-from ..spaces.robust import Loss, loss_named
+from ..spaces.robust import Loss
 from ..messages import heard
 from ..files.output import free, staged
 from .coefficients import as_used
@@ -77,9 +76,10 @@ class Dress:
     classes: int | None = None  # of a head that an adapter brought
     alone: bool = False  # the last home is the place of a file
     tokens: Path | None = None  # whose tokenizer comes along; None: the homes'
+    read: tuple[Path, ...] = ()  # files whose weights are in what is written
 
     def put(self, folder: Path, plan: Plan, merged: Collection[str] = ()) -> None:
-        "Companions, without the weights of merged modules, and an adapter's config."
+        "Companions, without those of merged parts, and an adapter's config."
         kinds = {d for _, d in plan.layout.values() if d.is_floating_point}
         one = kinds.pop() if len(kinds) == 1 else None
         write_companions(
@@ -92,6 +92,8 @@ class Dress:
             tokens=self.tokens,
             merged=merged,
         )
+        if self.homes and not self.alone:
+            carry_the_rest(folder, self.homes[-1], merged, self.read)
         if plan.config is not None:
             text = json.dumps(plan.config, indent=2, default=str) + "\n"
             (folder/"adapter_config.json").write_text(text)
@@ -102,7 +104,9 @@ def dress_of(opened: Opened, output: Output) -> Dress:
     main = main_of([*opened.models, *([] if opened.base is None else [opened.base])])
     alone = main is not None and Path(main.source).is_file()
     tokens = None if opened.tokens is None else opened.tokens.folder
-    return Dress(homes_of(main), output.dtype, classes(opened.models[0]), alone, tokens)
+    read = tuple(f for c in opened.every for f in c.files)
+    heads = classes(opened.models[0])
+    return Dress(homes_of(main), output.dtype, heads, alone, tokens, read)
 
 # %% ../../nbs/merging/merge.ipynb #28f58f8d
 @dataclass
@@ -115,7 +119,8 @@ class Work:
     record: Record  # what it is
     said: list[str]  # warnings so far
     since: float  # when it began, in seconds of `time.monotonic`
-    parts: dict[str, Plan] = field(default_factory=dict)  # folder in that of the model → its plan
+    # place in the folder of the model → what is merged there, and its plan
+    parts: dict[str, tuple[Opened, Plan]] = field(default_factory=dict)
     # collects running statistics of what was written in a folder, and says on what; None: nothing
     calibrate: Callable[[Path], dict[str, Any]] | None = None
 
@@ -129,24 +134,41 @@ class Work:
         "The tensors of a plan in a folder; `means` are of the merge, if the plan is not it."
         out, start = self.output.folder, plan.start
         assert out is not None
-        plans = {"": plan, **self.parts}
-        with disk_errors(out, sum(p.nbytes for p in plans.values())), staged(out) as part:
+        nbytes = plan.nbytes + sum(p.nbytes for _, p in self.parts.values())
+        with disk_errors(out, nbytes), staged(out) as part:
             dress.put(part, plan, self.parts)
-            found = {}
-            for path, one in plans.items():
-                (part/path).mkdir(exist_ok=True)
-                of_one = into_folder(one, part/path, self.output.shard_size, self.run)
-                found |= {f"{path}/{n}" if path else n: m for n, m in of_one.items()}
+            found = self._fill(plan, part) if plan.layout else {}
+            for path, (opened, one) in self.parts.items():
+                if (part/path).suffix not in PICKLES:
+                    (part/path).mkdir(parents=True, exist_ok=True)
+                    dress_of(opened, self.output).put(part/path, one)
+                of_one = self._fill(one, part/path)
+                found |= {f"{path}/{n}": m for n, m in of_one.items()}
             means = found if means is None else means
             known = None if self.calibrate is None else self.calibrate(part)
             record = replace(self.done(means, start), calibrated=known)
             record.write(part)
-            (part/"README.md").write_text(card(record, out.name, plan.config))
+            text = card(record, out.name, plan.config, library_of(part))
+            (part/"README.md").write_text(text)
         return Merged(load(out), means, out, record)
 
-    def keep(self, plan: Plan) -> Merged:
-        "The tensors of a plan in memory."
+    def _fill(self, plan: Plan, place: Path) -> dict[str, Mean]:
+        "The tensors of a plan in a folder, or in a file that has to be a pickle."
+        if place.suffix not in PICKLES:
+            return into_folder(plan, place, self.output.shard_size, self.run)
         tensors, means = in_memory(plan, self.run)
+        torch.save(dict(tensors), place)
+        return means
+
+    def keep(self, plan: Plan) -> Merged:
+        "The tensors of a plan in memory, those of parts under the names of their places."
+        tensors, means = in_memory(plan, self.run)
+        held = dict(tensors)
+        for path, (_, one) in self.parts.items():
+            of_one, its_means = in_memory(one, self.run)
+            held |= {f"{path}/{n}": x for n, x in of_one.items()}
+            means |= {f"{path}/{n}": m for n, m in its_means.items()}
+        tensors = from_state_dict(held, "the merge") if self.parts else tensors
         return Merged(tensors, means, None, self.done(means, plan.start))
 
 # %% ../../nbs/merging/merge.ipynb #ea3a0acc
@@ -165,16 +187,17 @@ def _put_on(work: Work, plan: Plan) -> Merged:
         tensors, _ = in_memory(whole, work.run)
         return Merged(tensors, means, None, work.done(means, plan.start))
     homes = homes_of(onto, opened.models)
-    return work.write(whole, Dress(homes, work.output.dtype, classes(full)), means)
+    dress = Dress(homes, work.output.dtype, classes(full), read=onto.files)
+    return work.write(whole, dress, means)
 
 # %% ../../nbs/merging/merge.ipynb #e81c0e12
-def parts_for(opened: Opened, output: Output, run: Run) -> dict[str, Plan]:
-    "The plans of modules that are written beside the model; `MergeError` if they have no place."
-    if output.folder is not None:
-        return plan_parts(opened, dtype=output.dtype, device=run.device)
-    if not opened.are_adapters:
-        refuse_other_modules(opened.models)
-    return {}
+def parts_for(opened: Opened, output: Output, run: Run) -> dict[str, tuple[Opened, Plan]]:
+    "Parts that are written beside the model, and their plans; `MergeError` if they have no place."
+    if output.folder is None and not opened.are_folders:
+        refuse_parts_without_place(opened)
+        return {}
+    found = parts_of(opened)
+    return {path: (o, plan_models(o, output.dtype, run.device)) for path, o in found.items()}
 
 # %% ../../nbs/merging/merge.ipynb #1d4c3cbb
 def coefficients_of(recipe: Recipe, plan: Plan) -> list[dict[str, Any]]:
@@ -222,12 +245,14 @@ def make(
         opened = open_recipe(recipe)
         if output.folder is not None:
             output = replace(output, folder=free(output.folder))
-        plan = plan_recipe(opened, output.dtype, run.device, name)
+        plan = plan_root(opened, output.dtype, run.device, name)
         parts = parts_for(opened, output, run)
         record = replace(begun(opened, output), coefficients=coefficients_of(recipe, plan))
         feed = calibration_for(opened, output)
         if recipe.loss is not None:
-            plan, parts, counted = counting(plan, parts, recipe, run)
+            plans = {"": plan, **{path: one for path, (_, one) in parts.items()}}
+            plans, counted = counting(plans, recipe, run)
+            plan, parts = plans[""], {path: (o, plans[path]) for path, (o, _) in parts.items()}
             record = replace(record, counted=counted)
         work = Work(opened, output, run, record, said, since, parts, feed)
         if opened.onto is not None:
@@ -291,19 +316,19 @@ def merge(
     they cannot be, and then `out` is untouched; a `ConvergenceWarning` names means that are in
     doubt."""
     name = geometry if isinstance(geometry, str) else None
-    recipe = Recipe(
+    recipe = Recipe.of(
         models,
-        geometry_named(geometry) if isinstance(geometry, str) else geometry,
+        geometry,
         base,
         weights,
         scale,
         metrics,
         bake,
-        [drop] if isinstance(drop, str) else [*drop],
+        drop,
         absent,
         any_base,
-        None if tokenizer is None else str(tokenizer),
-        loss_named(loss) if isinstance(loss, str) else loss,
+        tokenizer,
+        loss,
         allow_nonfinite,
         allow_pickle,
         sum,

@@ -171,12 +171,17 @@ def in_short(record: Record) -> dict[str, Any]:
     return {k: v for k, v in said.items() if v is not None}
 
 # %% ../../nbs/merging/record.ipynb #7659c8c0
-def card(record: Record, title: str, config: dict | None = None) -> str:
+def card(
+    record: Record,
+    title: str,
+    config: dict | None = None,  # of a merged adapter
+    library: str = "transformers",  # that opens it, as the hub calls it
+) -> str:
     "README.md: a model card whose body is the recipe, as YAML."
     import yaml
 
     about = {k: v for k, v in head(record, config).items() if v}
-    words = {"library_name": "transformers", **about, "tags": ["merge", "frechet_merge"]}
+    words = {"library_name": library, **about, "tags": ["merge", "frechet_merge"]}
     front = yaml.safe_dump(words, sort_keys=False)
     body = yaml.safe_dump(in_short(record), sort_keys=False, allow_unicode=True, width=1000)
     return (

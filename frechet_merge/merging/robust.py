@@ -128,23 +128,21 @@ def _say(recipe: Recipe, counted: Settled) -> None:
 
 # %% ../../nbs/merging/robust.ipynb #ac4f69ed
 def counting(
-    plan: Plan,
-    parts: dict[str, Plan],  # folder → plan of what is written beside the model
+    plans: dict[str, Plan],  # of the model, and of what is written beside it
     recipe: Recipe,  # with a loss
     run: Run = Run(),
-) -> tuple[Plan, dict[str, Plan], dict[str, Any]]:  # and what a record says of it
+) -> tuple[dict[str, Plan], dict[str, Any]]:  # and what a record says of it
     "The plans in which models count for what the loss says; `ValueError` for less than three."
     loss, T = recipe.loss, len(recipe.models)
     assert loss is not None
     if T < 3:
         raise ValueError("loss is for three models or more: two have no majority.")
     if loss.per == "block":
-        return _of_blocks(plan, loss), {k: _of_blocks(p, loss) for k, p in parts.items()}, {}
+        return {k: _of_blocks(p, loss) for k, p in plans.items()}, {}
     given = recipe.weights if isinstance(recipe.weights, Sequence) else [1.0]*T
     total = sum(given)
-    counted = _of_models({"": plan, **parts}, loss, [w/total for w in given], run)
-    if loss.per == "model":
-        _say(recipe, counted)
+    counted = _of_models(plans, loss, [w/total for w in given], run)
+    _say(recipe, counted)
     shares = counted.shares.tolist()
     said = {
         "shares": [round(q, 4) for q in shares],
@@ -152,4 +150,4 @@ def counting(
         "rounds": counted.rounds,
         "rests": counted.rests,
     }
-    return _shared(plan, shares), {k: _shared(p, shares) for k, p in parts.items()}, said
+    return {k: _shared(p, shares) for k, p in plans.items()}, said
