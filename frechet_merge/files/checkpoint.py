@@ -92,6 +92,8 @@ class Checkpoint(Mapping[str, Tensor]):
         files: Iterable[Path] = (),  # what it reads
         # folders of adapters on it, whose tokenizer and modules are those of the whole
         brings: Iterable[Path] = (),
+        # names that others have and it need not: a model of text beside one that also sees
+        lacks: Iterable[str] = (),
     ):
         self.lazy = lazy
         self.source = source
@@ -100,6 +102,7 @@ class Checkpoint(Mapping[str, Tensor]):
         self.adapter = adapter
         self.files = tuple(files)
         self.brings = tuple(brings)
+        self.lacks = frozenset(lacks)
 
     def view(self, **changes: Any) -> "Checkpoint":
         "The same checkpoint with other tensors, names, or source."

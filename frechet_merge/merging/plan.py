@@ -22,6 +22,7 @@ from ..geometries.lora import LoRA
 from ..geometries.geometry import Euclidean, Geometry, check_needs
 from ..matching.function import refuse_other_meanings, unlike
 from ..matching.rows import lined_up
+from ..matching.towers import in_one_layout
 from ..matching.views import without
 from ..spaces.mean import normalise
 from .block import Copy, How, Job, MeanOf, weights_of
@@ -65,6 +66,7 @@ def open_recipe(recipe: Recipe) -> Opened:
         models.append(load(model, pickles, f"models[{i}]"))
     base = None if recipe.base is None else load(recipe.base, pickles, "base")
     onto = None if recipe.bake is None else load(recipe.bake, pickles, "bake")
+    models, base = in_one_layout(models, base)
     opened = Opened(recipe, models, base, onto)
     return _in_one_vocabulary(_dropped(opened) if recipe.drop else opened)
 
