@@ -26,6 +26,7 @@ from ..matching.towers import in_one_layout
 from ..matching.views import without
 from ..spaces.mean import normalise
 from .block import Copy, How, Job, MeanOf, weights_of
+from .experts import by_expert, fusions, is_fused
 from .recipe import Recipe
 from .run import Plan
 from .update import UpdateOf
@@ -253,11 +254,14 @@ def plan_models(
     metrics = _metrics_for(opened, blocks, device)
     how = How(recipe.geometry, device, recipe.allow_nonfinite)
 
+    has_fused = any(is_fused(b.name, b.first.shape) for b in blocks)
+    fused = fusions(opened.models[0]) if has_fused else {}
+
     def job(b: Block) -> Job:
         if not b.mergeable:
             return Copy(b.name, b.first, "" if base is None else base.source, how.allow_nonfinite)
         sources = [opened.models[i].source for i in b.who]
-        return MeanOf(
+        whole = MeanOf(
             b,
             how,
             weights_of(b.name, given.weights[b.name], b.who),
@@ -265,6 +269,7 @@ def plan_models(
             metrics.get(b.name),
             (*sources, *([] if base is None else [base.source])),
         )
+        return by_expert(whole, fused)
 
     return Plan(
         {b.name: (b.first.shape, as_written(b.first.dtype, dtype)) for b in blocks},
