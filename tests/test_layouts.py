@@ -282,11 +282,11 @@ def test_weight_norm_in_both_spellings(tmp_path):
     )
     cls = "Wav2Vec2ForCTC"
     a, b = (made(cls, config, k) for k in (0, 1))
+    spelled = ("parametrizations.weight.original0", "weight_g")
+    again = ("parametrizations.weight.original1", "weight_v")
     for old_one in (0, 1):
         home = tmp_path/str(old_one)
         folders = [saved(home/n, m, "module") for n, m in zip("ab", (a, b))]
-        spelled = ("parametrizations.weight.original0", "weight_g")
-        again = ("parametrizations.weight.original1", "weight_v")
         names = {*load(folders[0])}
         assert any(n.endswith(spelled[0]) for n in names)
         rewritten(folders[old_one], lambda n: n.replace(*spelled).replace(*again))

@@ -81,6 +81,9 @@ def read_json(path: Path) -> dict[str, Any]:
 class Checkpoint(Mapping[str, Tensor]):
     "Names → tensors, read on look-up (`KeyError` for other names); what `load` returns."
 
+    # names that others have and it need not: of a model of text beside one that also sees
+    lacks: frozenset[str] = frozenset()
+
     def __init__(
         self,
         lazy: dict[str, LazyTensor],  # each tensor once, in file order
@@ -92,8 +95,6 @@ class Checkpoint(Mapping[str, Tensor]):
         files: Iterable[Path] = (),  # what it reads
         # folders of adapters on it, whose tokenizer and modules are those of the whole
         brings: Iterable[Path] = (),
-        # names that others have and it need not: a model of text beside one that also sees
-        lacks: Iterable[str] = (),
     ):
         self.lazy = lazy
         self.source = source
@@ -102,11 +103,14 @@ class Checkpoint(Mapping[str, Tensor]):
         self.adapter = adapter
         self.files = tuple(files)
         self.brings = tuple(brings)
-        self.lacks = frozenset(lacks)
 
     def view(self, **changes: Any) -> "Checkpoint":
         "The same checkpoint with other tensors, names, or source."
-        return Checkpoint(**{**vars(self), **changes})
+        held = {**vars(self), **changes}
+        lacks = held.pop("lacks", self.lacks)
+        seen = Checkpoint(**held)
+        seen.lacks = lacks
+        return seen
 
     @property
     def homes(self) -> list[Path]:

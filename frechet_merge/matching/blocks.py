@@ -86,8 +86,7 @@ def _block(name: str, every: list[Checkpoint], has_base: bool, absent: str | Non
     found = [(c, get(c, name)) for c in every]
     there = [(c, x) for c, x in found if x is not None]
     first, *others = there
-    lacking = any(x is None and name not in c.lacks for c, x in found)
-    if lacking and not is_constant(name, first[1]):
+    if _is_lacking(name, found) and not is_constant(name, first[1]):
         _refuse_absent(name, found, has_base, absent)
     for other in others:
         _check_alike(name, first, other)
@@ -101,6 +100,11 @@ def _block(name: str, every: list[Checkpoint], has_base: bool, absent: str | Non
     for other in others if not is_counter(name) else []:
         _check_equal(name, first, other)
     return Block(name, [first[1]], [], base)
+
+# %% ../../nbs/matching/blocks.ipynb #f8641360
+def _is_lacking(name: str, found: list[tuple[Checkpoint, LazyTensor | None]]) -> bool:
+    "Whether a model has no tensor of this name, and should."
+    return any(x is None and name not in c.lacks for c, x in found)
 
 # %% ../../nbs/matching/blocks.ipynb #89353774
 def _refuse_absent(

@@ -41,6 +41,7 @@ class Joined(LazyTensor):
 
     @property
     def shape(self):
+        "As of its parts, but for the one dimension."
         first = tuple(self.parts[0].shape)
         along = sum(x.shape[self.dim] for x in self.parts)
         return (*first[: self.dim], along, *first[self.dim + 1 :])
@@ -82,6 +83,7 @@ class Part(LazyTensor):
 
     @property
     def shape(self):
+        "As of the whole, but for the one dimension."
         whole = tuple(self.of.shape)
         return (*whole[: self.dim], self.count, *whole[self.dim + 1 :])
 

@@ -116,10 +116,10 @@ def bare(
         names = {n.removeprefix(lead) for n in c}
         is_known = "model_type" in c.config and _looks_for(c)
         if any(2*len(names & {*o}) > len(names) for o in others) and not is_known:
-            return renamed(c, lambda n: n.removeprefix(lead))
+            return renamed(c, lambda n, lead=lead: n.removeprefix(lead))
     return c
 
-
+# %% ../../nbs/matching/towers.ipynb #1a7bbd45
 def _looks_for(c: Checkpoint) -> bool:
     model = skeleton(c)
     state = {} if model is None else model.state_dict()

@@ -48,7 +48,7 @@ def unwrapped(c: Checkpoint) -> Checkpoint:
         return unwrapped(renamed(c, lambda n: COMPILED.sub(r"\1", n)))
     for lead in AROUND if c.adapter is None else AROUND[:1]:
         if names and all(n.startswith(lead) for n in names):
-            return unwrapped(renamed(c, lambda n: n.removeprefix(lead)))
+            return unwrapped(renamed(c, lambda n, lead=lead: n.removeprefix(lead)))
     # a trainer's module that holds a model of transformers as `model`
     is_held = any(n.startswith("model.model.") for n in names)
     if is_held and all(n.startswith("model.") for n in names):

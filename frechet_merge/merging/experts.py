@@ -45,7 +45,7 @@ def fusions(c: Checkpoint) -> dict[str, int]:
                 found[t.target_patterns[0].lstrip("^.")] = len(t.source_patterns)
     return found
 
-
+# %% ../../nbs/merging/experts.ipynb #7bf66414
 def _is_fusion(t: Any) -> bool:
     "Whether a rule stacks experts, and puts matrices of each below one another."
     ops = [(type(op).__name__, getattr(op, "dim", None)) for op in getattr(t, "operations", [])]
