@@ -246,7 +246,8 @@ def _stored_name(name: str, how: Layout) -> str:
 
     # rules that the file's own names did not need are not reversed
     used = [t for t in how.table if isinstance(t, WeightRenaming) and t.was_used()]
-    stored = apply_renamings(name, [t.reverse_transform() for t in reversed(used)])
+    back: list[Any] = [t.reverse_transform() for t in reversed(used)]
+    stored = apply_renamings(name, back)
     return stored if apply_renamings(stored, used) == name else name
 
 # %% ../../nbs/matching/layouts.ipynb #8d33f212
