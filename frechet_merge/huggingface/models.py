@@ -312,7 +312,7 @@ def _alone(c: Checkpoint) -> Iterator[str]:  # a folder, as long as it is needed
             refuse_another(x.entry.path, x.entry.stamp, os.stat(x.entry.path))
 
 # %% ../../nbs/huggingface/models.ipynb #2cff5b4f
-def _weight_map(files: tuple[Path, ...]) -> dict[str, str]:
+def _weight_map(files: Sequence[Path]) -> dict[str, str]:
     "Tensor → the name of the file that has it, as an index says it."
     if files[0].suffix == ".safetensors":
         return {name: f.name for f in files for name in read_header(f)[0]}

@@ -55,7 +55,8 @@ class Merged:
 # %% ../../nbs/merging/merge.ipynb #5acefc5f
 def main_of(every: Sequence[Checkpoint]) -> Checkpoint | None:
     "Whose folder the result's is like: the first that has a config, or a folder at all."
-    placed = [c for c in every if c.folder is not None]
+    # but no model of text, where others also see
+    placed = sorted((c for c in every if c.folder is not None), key=lambda c: bool(c.lacks))
     whole = [c for c in placed if c.folder and (c.folder/"config.json").exists()]
     return next(iter([*whole, *placed]), None)
 
@@ -76,7 +77,7 @@ class Dress:
     classes: int | None = None  # of a head that an adapter brought
     alone: bool = False  # the last home is the place of a file
     tokens: Path | None = None  # whose tokenizer comes along; None: the homes'
-    read: tuple[Path, ...] = ()  # files whose weights are in what is written
+    read: Sequence[Path] = ()  # files whose weights are in what is written
 
     def put(self, folder: Path, plan: Plan, merged: Collection[str] = ()) -> None:
         "Companions, without those of merged parts, and an adapter's config."

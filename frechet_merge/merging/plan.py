@@ -23,11 +23,13 @@ from ..geometries.lora import LoRA
 from ..geometries.geometry import Euclidean, Geometry, check_needs
 from ..matching.function import refuse_other_meanings, unlike
 from ..matching.rows import Rows, lined_up
+from ..matching.towers import in_one_layout
 from ..matching.views import without
 from .block import Copy, How, Job, MeanOf, is_statistic
 from .coefficients import Numbers, in_a_row, numbers_for, refuse_sum_of
 from .coefficients import refuse_without_base, refuse_without_difference
 from .coefficients import say_of_statistics
+from .experts import by_expert, fusions, is_fused
 from .recipe import Recipe
 from .run import Plan
 from .update import UpdateOf
@@ -73,6 +75,7 @@ def open_recipe(recipe: Recipe) -> Opened:
         models.append(load(model, pickles, f"models[{i}]"))
     base = None if recipe.base is None else load(recipe.base, pickles, "base")
     onto = None if recipe.bake is None else load(recipe.bake, pickles, "bake")
+    models, base = in_one_layout(models, base)
     opened = Opened(recipe, models, base, onto)
     return _in_one_vocabulary(_dropped(opened) if recipe.drop else opened)
 
@@ -280,6 +283,34 @@ def _check_sum(opened: Opened, blocks: Sequence[Block], given: Numbers) -> None:
             refuse_without_difference(b.name, why, given.given[b.name])
     say_of_statistics(of_these)
 
+# %% ../../nbs/merging/plan.ipynb #f0f0ab01
+def _jobs(opened: Opened, blocks: Sequence[Block], given: Numbers, device: Any) -> list[Job]:
+    "A job for each block."
+    recipe, base = opened.recipe, _reference(opened)
+    metrics = _metrics_for(opened, blocks, device)
+    how = How(recipe.geometry, device, recipe.allow_nonfinite)
+    has_fused = any(is_fused(b.name, b.first.shape) for b in blocks)
+    fused = fusions(opened.models[0]) if has_fused else {}
+    of_base = "" if base is None else base.source
+
+    def job(b: Block) -> Job:
+        if not b.mergeable:
+            return Copy(b.name, b.first, of_base, how.allow_nonfinite)
+        sources = [opened.models[i].source for i in b.who]
+        share = given.of(b.name, b.who)
+        whole = MeanOf(
+            b,
+            how,
+            share.weights,
+            share.scale,
+            metrics.get(b.name),
+            (*sources, *([of_base] if of_base else [])),
+            share.signs,
+        )
+        return by_expert(whole, fused)
+
+    return [job(b) for b in blocks]
+
 # %% ../../nbs/merging/plan.ipynb #e01ea898
 def plan_models(
     opened: Opened,
@@ -294,27 +325,9 @@ def plan_models(
     given = numbers_for((b.name for b in blocks), recipe)
     if recipe.sum is not None:
         _check_sum(opened, blocks, given)
-    metrics = _metrics_for(opened, blocks, device)
-    how = How(recipe.geometry, device, recipe.allow_nonfinite)
-
-    def job(b: Block) -> Job:
-        if not b.mergeable:
-            return Copy(b.name, b.first, "" if base is None else base.source, how.allow_nonfinite)
-        sources = [opened.models[i].source for i in b.who]
-        share = given.of(b.name, b.who)
-        return MeanOf(
-            b,
-            how,
-            share.weights,
-            share.scale,
-            metrics.get(b.name),
-            (*sources, *([] if base is None else [base.source])),
-            share.signs,
-        )
-
     return Plan(
         {b.name: (b.first.shape, as_written(b.first.dtype, dtype)) for b in blocks},
-        [job(b) for b in blocks],
+        _jobs(opened, blocks, given, device),
         tied,
         [b.name for b in blocks],
         stem=stem_of([*opened.models, *opened.every]),
