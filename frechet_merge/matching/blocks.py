@@ -7,17 +7,18 @@ __all__ = ['Block', 'get', 'align', 'is_counter', 'tied_in_all', 'by_name']
 
 # %% ../../nbs/matching/blocks.ipynb #58c737d8
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
-from ..files.checkpoint import Checkpoint
-from ..messages import MergeError
+from ..files.checkpoint import HEAD, Checkpoint
+from ..messages import MergeError, warn
 from .absent import is_constant, missing, refuse_another_base
 from .absent import refuse_lost_output, refuse_other_counts
 from .absent import refuse_other_layouts
 from .codes import refuse_codes
+from .ties import is_untied, untied_names
 from .views import alike, head_of
 from ..files.tensors import LazyTensor
 
@@ -67,7 +68,9 @@ def align(
         refuse_another_base(every[0], every[1:])
     tied = tied_in_all(every)
     names = dict.fromkeys(n for c in every for n in (*c.lazy, *c.tied) if n not in tied)
-    return [_block(n, every, base is not None, absent) for n in names], tied
+    blocks = [_block(n, every, base is not None, absent) for n in names]
+    config = next((c.config for c in (*models, *bases) if c.config), {})
+    return _with_own(blocks, tied, every, config)
 
 # %% ../../nbs/matching/blocks.ipynb #c65cfc0e
 def _refuse_what_has_no_mean(c: Checkpoint) -> None:
@@ -79,6 +82,26 @@ def _refuse_what_has_no_mean(c: Checkpoint) -> None:
             "defined up to GL(r).\n"
             f"Merge full models: name it as BASE+{c.source}."
         )
+
+# %% ../../nbs/matching/blocks.ipynb #92e531a7
+def _with_own(
+    blocks: list[Block],
+    tied: dict[str, str],
+    every: Sequence[Checkpoint],
+    config: Mapping[str, Any],  # of the result
+) -> tuple[list[Block], dict[str, str]]:
+    "With a tensor for each name that the model no longer ties, if its output layer is untied."
+    layout = {b.name: tuple(b.first.shape) for b in blocks}
+    if not is_untied(layout, config):
+        return blocks, tied
+    if ties := next((c for c in every if any(map(HEAD.search, c.tied))), None):
+        warn(
+            f"{ties.source} ties its output layer to its embedding, and others have their own: "
+            "the result has its own, and its config says so (tie_word_embeddings: false)"
+        )
+    own, of = untied_names(layout, config), {b.name: b for b in blocks}
+    further = [replace(of[k], name=n) for n, k in own.items()]
+    return [*blocks, *further], {n: k for n, k in tied.items() if n not in own}
 
 # %% ../../nbs/matching/blocks.ipynb #7d9774e0
 def _block(name: str, every: list[Checkpoint], has_base: bool, absent: str | None) -> Block:

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from ..adapters.baking import bake as put_on
 from ..adapters.baking import classes
-from ..files.checkpoint import HEAD, Checkpoint
+from ..files.checkpoint import Checkpoint
 from ..files.open import load
-from .companions import write_companions
+from .companions import config_of, write_companions
 from ..matching.function import refuse_other_modules
+from ..matching.ties import is_untied
 from ..geometries.registry import geometry_named
 from ..geometries.geometry import Euclidean, Geometry
 from ..spaces.mean import Mean
@@ -81,7 +82,7 @@ class Dress:
             self.homes,
             self.dtype or one,
             self.classes,
-            untied=any(map(HEAD.search, plan.layout)),
+            untied=is_untied({n: s for n, (s, _) in plan.layout.items()}, config_of(self.homes)),
             alone=self.alone,
             tokens=self.tokens,
             merged=merged,
