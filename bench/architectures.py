@@ -19,6 +19,7 @@ import argparse
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -44,12 +45,13 @@ TASKS = (
     "FOR_CTC",
 )
 LAST = ("FOR_PRETRAINING", "")
+PART = "has no model class of its own: a part of another model"
 # processors of images, and names under which a model is listed again
 NO_TASKS = ("FOR_IMAGE", "FOR_BACKBONE", "FOR_TEXT_ENCODING")
 
 
 def classes():
-    "Model type → name of a model class, or None."
+    "Model type → names of model classes, the best first."
     from transformers.models.auto import modeling_auto
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -63,12 +65,20 @@ def classes():
     others = [t for t in tasks if t not in (*TASKS, *LAST, *NO_TASKS)]
     order = [*TASKS, *others, *LAST]
 
-    def first(kind):
-        names = (tasks[t][kind] for t in order if kind in tasks.get(t, {}))
-        found = next(names, None)
-        return found if found is None or isinstance(found, str) else found[0]
+    def found(kind):
+        names = [tasks[t][kind] for t in order if kind in tasks.get(t, {})]
+        return [n for some in names for n in ([some] if isinstance(some, str) else some)]
 
-    return {kind: first(kind) for kind in CONFIG_MAPPING_NAMES}
+    return {kind: found(kind) for kind in CONFIG_MAPPING_NAMES}
+
+
+def class_of(config_class, names):
+    "The first class that has this config as its own."
+    import transformers
+
+    every = [c for n in names if (c := getattr(transformers, n, None)) is not None]
+    own = [c for c in every if getattr(c, "config_class", None) is config_class]
+    return next(iter([*own, *every]), None)
 
 
 def state_of(model):
@@ -170,7 +180,8 @@ def wrong_files(out, a):
 
 
 def said_of(e):
-    return f"{type(e).__name__}: {str(e).strip()}".split("\n")[0][:200]
+    said = " ".join(f"{type(e).__name__}: {e}".split())
+    return re.sub(r"/tmp/\S*", "…", said)[:200]
 
 
 def judged(cls, models, folder, layout):
@@ -183,36 +194,41 @@ def judged(cls, models, folder, layout):
             save(model, place, its)
         (xa, ta, oa), (xb, _, ob) = opened(cls, a), opened(cls, b)
     except Exception as e:
-        return "not made", f"transformers does not open what it saved: {said_of(e)}"
+        return "not made", f"transformers does not open what it saved ({said_of(e)})"
+    if oa or ob:
+        return "not made", f"transformers does not open all that it saved ({str(oa or ob)[:150]})"
     try:
         merge([a, b], out=out)
     except MergeError as e:
         return "refused", str(e).replace(str(folder), "").split("\n")[0]
     merged, tied, odd = opened(cls, out)
-    if odd != oa or odd != ob:
+    if odd:
         return "wrong", f"does not load: {odd}"
     if tied != ta:
         return "wrong", f"other ties: {sorted(map(sorted, tied ^ ta))[:2]}"
     found = wrong_state(merged, xa, xb) or wrong_files(out, a)
-    return ("wrong", found) if found else ("right", f"loads with {odd}" if odd else "")
+    return ("wrong", found) if found else ("right", "")
 
 
-def tried(kind, name):
+def tried(kind, names):
     "The row of one architecture."
-    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    if name is None:
-        return {"verdict": "not made", "why": "a part of another model, or no model"}
-    cls = getattr(transformers, name)
-    config_class = transformers.models.auto.configuration_auto.CONFIG_MAPPING[kind]
+    if not names:
+        return {"verdict": "not made", "why": PART}
+    config_class = CONFIG_MAPPING[kind]
+    cls = class_of(config_class, names)
+    if cls is None:
+        return {"verdict": "not made", "why": f"transformers does not export {names[0]}"}
+    row = {"class": cls.__name__}
     config, how = tiny.tiny(config_class, cls)
     if config is None:
-        return {"verdict": "not made", "why": how.split("\n")[0]}
+        return row | {"verdict": "not made", "why": how[:200]}
     try:
         models = [tiny.scattered(cls(config), seed) for seed in (1, 2)]
     except Exception as e:
-        return {"verdict": "not made", "why": said_of(e)}
-    row = {"numbers": sum(p.numel() for p in models[0].parameters()), "config": how}
+        return row | {"verdict": "not made", "why": said_of(e)}
+    row |= {"numbers": sum(p.numel() for p in models[0].parameters()), "config": how}
     done = []
     with tempfile.TemporaryDirectory() as d:
         try:
@@ -232,7 +248,7 @@ def tried(kind, name):
     return row | {"verdict": verdict, "layouts": " ".join(done)}
 
 
-def in_a_fork(kind, name, seconds):
+def in_a_fork(kind, names, seconds):
     "`tried`, in a process of its own that has the modules already, and so much time."
     read, write = os.pipe()
     child = os.fork()
@@ -240,7 +256,7 @@ def in_a_fork(kind, name, seconds):
         os.close(read)
         signal.alarm(seconds)
         try:
-            row = tried(kind, name)
+            row = tried(kind, names)
         except Exception as e:
             row = {"verdict": "wrong", "why": said_of(e)}
         with os.fdopen(write, "w") as f:
@@ -251,7 +267,7 @@ def in_a_fork(kind, name, seconds):
         said = f.read()
     os.waitpid(child, 0)
     row = json.loads(said) if said else {"verdict": "not made", "why": f"took {seconds} s"}
-    return dict.fromkeys(FIELDS, "") | {"model type": kind, "class": name or ""} | row
+    return dict.fromkeys(FIELDS, "") | {"model type": kind} | row
 
 
 def quiet():

@@ -131,7 +131,7 @@ def tiny(config_class, model_class):
             tokens_fit(config)
             size = size_of(model_class, config)
         except Exception as e:
-            why = why or f"{type(e).__name__}: {e}"
+            why = why or " ".join(f"{type(e).__name__}: {e}".split())
             continue
         if size <= LIMIT:
             return config, attempt

@@ -111,6 +111,9 @@ def _block(name: str, every: list[Checkpoint], has_base: bool, absent: str | Non
     first, *others = there
     if len(there) < len(every) and not is_constant(name, first[1]):
         _refuse_absent(name, found, has_base, absent)
+    if is_constant(name, first[1]) and (odd := _unlike(first, others)):
+        _say_that_it_is_copied(name, first, odd)
+        return Block(name, [first[1]], [], None)
     for other in others:
         _check_alike(name, first, other)
 
@@ -120,9 +123,39 @@ def _block(name: str, every: list[Checkpoint], has_base: bool, absent: str | Non
         return Block(name, list(versions.values()), list(versions), base)
 
     # No mean: integers, or a tensor that only the base has. All versions are one, and it is copied.
-    for other in others if not is_counter(name) else []:
+    for other in others:
         _check_equal(name, first, other)
     return Block(name, [first[1]], [], base)
+
+# %% ../../nbs/matching/blocks.ipynb #1c950d68
+def _unlike(
+    first: tuple[Checkpoint, LazyTensor],
+    others: Sequence[tuple[Checkpoint, LazyTensor]],
+) -> tuple[Checkpoint, LazyTensor] | None:
+    "The first version of a constant that is none: of another shape or kind, or other integers."
+    x = first[1]
+    for c, y in others:
+        kinds = x.dtype.is_floating_point, y.dtype.is_floating_point
+        if x.shape != y.shape or kinds[0] != kinds[1]:
+            return c, y
+        if not kinds[0] and (x.dtype != y.dtype or not x.same(y)):
+            return c, y
+    return None
+
+# %% ../../nbs/matching/blocks.ipynb #f1f82a89
+def _say_that_it_is_copied(
+    name: str,
+    first: tuple[Checkpoint, LazyTensor],
+    odd: tuple[Checkpoint, LazyTensor],
+) -> None:
+    if is_counter(name):
+        return
+    (c, x), (d, y) = first, odd
+    shapes = f"{list(x.shape)} {x.dtype} and {list(y.shape)} {y.dtype}"
+    warn(
+        f"{name}: is computed and not trained, and differs between {c.source} and {d.source} "
+        f"({shapes}): that of {c.source} is copied"
+    )
 
 # %% ../../nbs/matching/blocks.ipynb #89353774
 def _refuse_absent(

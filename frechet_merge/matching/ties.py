@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LAYERS', 'MANY', 'LAYER', 'headed', 'Known', 'known_of', 'spelled', 'tied_by_class', 'written', 'tied_by_copies',
-           'without_copies', 'tied_alike', 'is_untied', 'untied_names']
+           'is_untied', 'without_doubles', 'untied_names', 'without_copies', 'tied_alike']
 
 # %% ../../nbs/matching/ties.ipynb #3048bb50
 import json
@@ -215,6 +215,59 @@ def tied_by_copies(c: Checkpoint, every: Sequence[Checkpoint]) -> Checkpoint:
             tied[name] = c.tied.get(twin, twin)
     return c.view(tied=tied)
 
+# %% ../../nbs/matching/ties.ipynb #7d031615
+def _heads(layout: Mapping[str, Sequence[int]]) -> list[str]:
+    "Names of output layers beside another matrix of their shape."
+    shapes = [tuple(s) for n, s in layout.items() if len(s) == 2 and not HEAD.search(n)]
+    return [n for n, s in layout.items() if HEAD.search(n) and tuple(s) in shapes]
+
+# %% ../../nbs/matching/ties.ipynb #2a4a12ce
+def is_untied(
+    layout: Mapping[str, Sequence[int]],  # name of a tensor that is written → its shape
+    config: Mapping[str, Any],  # config.json of the result, as it was
+) -> bool:
+    "Whether an output layer is written that the config ties to the embedding beside it."
+    heads = _heads(layout)
+    if not heads or not ties(config):
+        return False
+    known = known_of(config)
+    if known is None:
+        count = vocabulary_size(config)
+        return any(count in (None, layout[n][0]) for n in heads)
+    stored = [_stored(g, known, layout.keys()) for g in known.groups]
+    return any(len(s) > 1 and any(n in heads for n in s) for s in stored)
+
+# %% ../../nbs/matching/ties.ipynb #d5367ab0
+def without_doubles(c: Checkpoint) -> Checkpoint:
+    "c with a tie in place of an exact copy of its output layer, if its class has one there."
+    layout = {n: tuple(x.shape) for n, x in c.lazy.items()}
+    known = known_of(c.config) if is_untied(layout, c.config) else None
+    lazy, tied = dict(c.lazy), dict(c.tied)
+    for group in known.groups if known else ():
+        first, *others = _stored(group, known, c.lazy.keys()) or [""]
+        for name in others:
+            x, y = c.lazy[first], c.lazy[name]
+            if (x.shape, x.dtype) == (y.shape, y.dtype) and x.same(y):
+                del lazy[name]
+                tied[name] = first
+    return c.view(lazy=lazy, tied=tied)
+
+# %% ../../nbs/matching/ties.ipynb #c44851e8
+def untied_names(
+    layout: Mapping[str, Sequence[int]],  # as for `is_untied`
+    config: Mapping[str, Any],
+) -> dict[str, str]:  # name that must be written as well → the tensor that it is
+    "Names that were tied, and of which an untied model needs its own."
+    known = known_of(config) if is_untied(layout, config) else None
+    found = {}
+    for group in known.groups if known else ():
+        names = _stored(group, known, layout.keys())
+        stored = sorted(names, key=lambda n: bool(HEAD.search(n)))
+        if stored:
+            lacks = [n for n in group if spelled(n, layout.keys(), known.names) is None]
+            found |= dict.fromkeys(lacks, stored[0])
+    return found
+
 # %% ../../nbs/matching/ties.ipynb #0443c148
 def without_copies(c: Checkpoint, every: Sequence[Checkpoint]) -> Checkpoint:
     "c with ties in place of exact copies, where another model has ties."
@@ -240,42 +293,4 @@ def tied_alike(every: Sequence[Checkpoint]) -> list[Checkpoint]:
     for see in (tied_by_class, tied_by_copies, written):
         if any(_lacking(c, found) for c in found):
             found = [see(c, found) for c in found]
-    return [without_copies(c, found) for c in found]
-
-# %% ../../nbs/matching/ties.ipynb #7d031615
-def _heads(layout: Mapping[str, Sequence[int]]) -> list[str]:
-    "Names of output layers beside another matrix of their shape."
-    shapes = [tuple(s) for n, s in layout.items() if len(s) == 2 and not HEAD.search(n)]
-    return [n for n, s in layout.items() if HEAD.search(n) and tuple(s) in shapes]
-
-# %% ../../nbs/matching/ties.ipynb #2a4a12ce
-def is_untied(
-    layout: Mapping[str, Sequence[int]],  # name of a tensor that is written → its shape
-    config: Mapping[str, Any],  # config.json of the result, as it was
-) -> bool:
-    "Whether an output layer is written that the config ties to the embedding beside it."
-    heads = _heads(layout)
-    if not heads or not ties(config):
-        return False
-    known = known_of(config)
-    if known is None:
-        count = vocabulary_size(config)
-        return any(count in (None, layout[n][0]) for n in heads)
-    stored = [_stored(g, known, layout.keys()) for g in known.groups]
-    return any(len(s) > 1 and any(n in heads for n in s) for s in stored)
-
-# %% ../../nbs/matching/ties.ipynb #c44851e8
-def untied_names(
-    layout: Mapping[str, Sequence[int]],  # as for `is_untied`
-    config: Mapping[str, Any],
-) -> dict[str, str]:  # name that must be written as well → the tensor that it is
-    "Names that were tied, and of which an untied model needs its own."
-    known = known_of(config) if is_untied(layout, config) else None
-    found = {}
-    for group in known.groups if known else ():
-        names = _stored(group, known, layout.keys())
-        stored = sorted(names, key=lambda n: bool(HEAD.search(n)))
-        if stored:
-            lacks = [n for n in group if spelled(n, layout.keys(), known.names) is None]
-            found |= dict.fromkeys(lacks, stored[0])
-    return found
+    return [without_copies(c, found) for c in map(without_doubles, found)]
