@@ -217,7 +217,10 @@ def tried(kind, names):
     if not names:
         return {"verdict": "not made", "why": PART}
     config_class = CONFIG_MAPPING[kind]
-    cls = class_of(config_class, names)
+    try:
+        cls = class_of(config_class, names)
+    except ImportError as e:
+        return {"verdict": "not made", "why": said_of(e)}
     if cls is None:
         return {"verdict": "not made", "why": f"transformers does not export {names[0]}"}
     row = {"class": cls.__name__}

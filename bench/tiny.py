@@ -30,7 +30,7 @@ WIDTHS = [
     (r"(head_dim|head_size|d_kv|d_head|dim_head|rotary_dim|kv_channels)$", 8),
     (r"lora_rank$|state_size$|d_state$", 8),
     (r"ffn|intermediate|d_ff$|dff$|dim_ff$|mlp_dim|feedforward|d_inner|feed_forward_size", 64),
-    (r"hidden_size|hidden_dim|d_model|n_embd|embed_dim|embedding_(size|dim)|emb_dim|emb_size", 32),
+    (r"hidden_size|hidden_dim|d_model|d_latents|n_embd|embed_dim|embedding_(size|dim)|emb_dim|emb_size", 32),
     (r"projection_dim|projector|(^|_)dim$|_dims?$|width$|channels?$|units$|_size_global", 32),
     (r"(output|latent|retrieval_vector|prediction_head|prompt|fusion|feature|reduce)_size$", 32),
 ]
@@ -38,7 +38,44 @@ ATTEMPTS = {"small": COUNTS + WIDTHS, "narrow": COUNTS, "as it is": []}
 KEPT = re.compile(r"num_channels|in_channels|window_size|patch_size|image_channels|n_mels|mel_bins")
 
 # architectures that need values of their own, by their model type
-OWN: dict[str, dict] = {}
+HEAD = {"head_dim": 8}
+AHEAD = {"prediction_length": 4}
+FEW = {"num_filters": 4, "hidden_size": 32}
+OWN: dict[str, dict] = {
+    "autoformer": AHEAD,
+    "chameleon": {"vocabulary_map": {"<image>": 90}},
+    "cosmos3_edge_text": {"rope_parameters": {"mrope_section": [2, 1, 1]}},
+    "detr": {"encoder_attention_heads": 8, "decoder_attention_heads": 8},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "emu3": {"vocabulary_map": {"<image>": 90}},
+    "esm": {"vocab_size": 33},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "glm5_next_text": {"num_key_value_heads": 4},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granite_speech5_encoder": {"max_position_embeddings": 512},
+    "hunyuan_v1_dense": HEAD,
+    "hunyuan_v1_moe": HEAD,
+    "hunyuan_vl_text": HEAD,
+    "informer": AHEAD,
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 8, "head_dim": 8},
+    "mimi": {"upsample_groups": 32},
+    "ministral": HEAD,
+    "nemotron": HEAD | {"num_key_value_heads": 4},
+    "neomme_text": {"head_dim": 16},
+    "time_series_transformer": AHEAD,
+    "vibevoice_acoustic_tokenizer": FEW,
+    "vibevoice_acoustic_tokenizer_decoder": FEW,
+    "vibevoice_acoustic_tokenizer_encoder": FEW,
+    "wav2vec2-bert": {"vocab_size": 33},
+    "wav2vec2-conformer": {"vocab_size": 33},
+    "zamba": {
+        "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+        "num_hidden_layers": 3,
+    },
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"]},
+}
 
 
 def value_for(name, value, rules):
