@@ -30,8 +30,9 @@ WIDTHS = [
     (r"(head_dim|head_size|d_kv|d_head|dim_head|rotary_dim|kv_channels)$", 8),
     (r"lora_rank$|state_size$|d_state$", 8),
     (r"ffn|intermediate|d_ff$|dff$|dim_ff$|mlp_dim|feedforward|d_inner|feed_forward_size", 64),
-    (r"hidden_size|hidden_dim|d_model|d_latents|n_embd|embed_dim|embedding_(size|dim)|emb_dim|emb_size", 32),
-    (r"projection_dim|projector|(^|_)dim$|_dims?$|width$|channels?$|units$|_size_global", 32),
+    (r"hidden_size|hidden_dim|d_model|d_latents|n_embd|_size_global", 32),
+    (r"embed_dim|embedding_(size|dim)|emb_dim|emb_size", 32),
+    (r"projection_dim|projector|(^|_)dim$|_dims?$|width$|channels?$|units$", 32),
     (r"(output|latent|retrieval_vector|prediction_head|prompt|fusion|feature|reduce)_size$", 32),
 ]
 ATTEMPTS = {"small": COUNTS + WIDTHS, "narrow": COUNTS, "as it is": []}

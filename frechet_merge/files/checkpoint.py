@@ -170,6 +170,8 @@ def ties(config: Mapping[str, Any]) -> bool | None:
     for said in (config, text if isinstance(text, Mapping) else {}):
         if said.get("tie_word_embeddings") is not None:
             return bool(said["tie_word_embeddings"])
+    if "model_type" not in config:
+        return None
     try:
         from transformers import AutoConfig
 

@@ -18,7 +18,7 @@ from .absent import is_constant, missing, refuse_another_base
 from .absent import refuse_lost_output, refuse_other_counts
 from .absent import refuse_other_layouts
 from .codes import refuse_codes
-from .ties import is_untied, untied_names
+from .ties import is_of_t5, is_untied, untied_names
 from .views import alike, head_of
 from ..files.tensors import LazyTensor
 
@@ -95,9 +95,12 @@ def _with_own(
     if not is_untied(layout, config):
         return blocks, tied
     if ties := next((c for c in every if any(map(HEAD.search, c.tied))), None):
+        said = "its config says so (tie_word_embeddings: false)"
+        if is_of_t5(config):
+            said = "only transformers from version 5 on reads it"
         warn(
             f"{ties.source} ties its output layer to its embedding, and others have their own: "
-            "the result has its own, and its config says so (tie_word_embeddings: false)"
+            f"the result has its own, and {said}"
         )
     own, of = untied_names(layout, config), {b.name: b for b in blocks}
     further = [replace(of[k], name=n) for n, k in own.items()]

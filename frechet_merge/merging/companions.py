@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ..files.checkpoint import json_in, read_json
+from ..matching.ties import is_of_t5
 from ..messages import MergeError
 from ..messages import warn
 from ..files.shards import open_file
@@ -144,6 +145,9 @@ def config_of(homes: Sequence[Path]) -> dict[str, Any]:
 # %% ../../nbs/merging/companions.ipynb #1ddb3509
 def _untied(config: dict[str, Any]) -> dict[str, Any]:
     "What says that the output layer is no embedding, wherever versions of libraries look for it."
+    # there it says something else
+    if is_of_t5(config):
+        return {}
     text = config.get("text_config")
     said: dict[str, Any] = {"tie_word_embeddings": False}
     return said | ({"text_config": text | said} if isinstance(text, dict) else {})
