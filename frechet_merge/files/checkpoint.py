@@ -179,7 +179,7 @@ def ties(config: Mapping[str, Any]) -> bool | None:
     except (ImportError, KeyError, ValueError, AttributeError, TypeError):
         return None
 
-# %% ../../nbs/files/checkpoint.ipynb #662214a6
+# %% ../../nbs/files/checkpoint.ipynb #13a00bc7
 # embeddings, of which others are copies
 EMBEDDING = re.compile(r"embed|wte|shared|(^|[._])emb([._]|$)")
 
@@ -189,7 +189,7 @@ def _counts(config: Mapping[str, Any]) -> set[Any]:
     parts = [v for v in config.values() if isinstance(v, Mapping)]
     return {config.get("vocab_size")}.union(*map(_counts, parts)) - {None}
 
-
+# %% ../../nbs/files/checkpoint.ipynb #14868a30
 def _rows_of_any(lazy: dict[str, LazyTensor], config: Mapping[str, Any]) -> list[str]:
     "As `token_rows`, of any vocabulary in the config."
     counts = _counts(config)
@@ -198,11 +198,11 @@ def _rows_of_any(lazy: dict[str, LazyTensor], config: Mapping[str, Any]) -> list
         key=lambda n: bool(HEAD.search(n)),
     )
 
-
+# %% ../../nbs/files/checkpoint.ipynb #15c3b66a
 def _are_one(a: LazyTensor, b: LazyTensor) -> bool:
     return (a.shape, a.dtype) == (b.shape, b.dtype) and a.same(b)
 
-
+# %% ../../nbs/files/checkpoint.ipynb #662214a6
 def tied_names(
     lazy: dict[str, LazyTensor],  # loses the copies
     # of a safetensors file: further name → stored name, among other things

@@ -77,7 +77,7 @@ def _hollow(config: dict[str, Any]) -> Any:
         if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
             return None
         with _in_silence(), torch.device("meta"):
-            return cls(cls.config_class.from_dict(config))
+            return cls(cls.config_class.from_dict(config))  # type: ignore
     # whatever a library raises for a config that it does not understand
     except Exception:
         return None
@@ -153,10 +153,9 @@ def tied_by_class(c: Checkpoint, every: Sequence[Checkpoint]) -> Checkpoint:
     names, tied = {n for m in every for n in m}, dict(c.tied)
     for group in known.groups:
         members = _stored(group, known, names)
-        ours = next((n for n in members if n in c), None)
-        for name in members if ours else []:
-            if name in lacks and _fits(lacks[name], _get(c, ours)):
-                tied[name] = c.tied.get(ours, ours)
+        for ours in [n for n in members if n in c][:1]:
+            fitting = [n for n in members if n in lacks and _fits(lacks[n], _get(c, ours))]
+            tied |= dict.fromkeys(fitting, c.tied.get(ours, ours))
     return c.view(tied=tied)
 
 # %% ../../nbs/matching/ties.ipynb #a12c7530
@@ -242,8 +241,10 @@ def without_doubles(c: Checkpoint) -> Checkpoint:
     "c with a tie in place of an exact copy of its output layer, if its class has one there."
     layout = {n: tuple(x.shape) for n, x in c.lazy.items()}
     known = known_of(c.config) if is_untied(layout, c.config) else None
+    if known is None:
+        return c
     lazy, tied = dict(c.lazy), dict(c.tied)
-    for group in known.groups if known else ():
+    for group in known.groups:
         first, *others = _stored(group, known, c.lazy.keys()) or [""]
         for name in others:
             x, y = c.lazy[first], c.lazy[name]
@@ -268,8 +269,10 @@ def untied_names(
     "Names that were tied, and of which an untied model needs its own."
     is_said = is_untied(layout, config) and not is_of_t5(config)
     known = known_of(config) if is_said else None
+    if known is None:
+        return {}
     found = {}
-    for group in known.groups if known else ():
+    for group in known.groups:
         names = _stored(group, known, layout.keys())
         stored = sorted(names, key=lambda n: bool(HEAD.search(n)))
         if stored:
