@@ -19,16 +19,18 @@ from ..files.tensors import LazyTensor
 # %% ../../nbs/matching/absent.ipynb #a66ab56c
 # tensors that libraries compute, and that training does not change
 CONSTANT = re.compile(
-    r"(^|[.])(position_ids|inv_freq|original_inv_freq|masked_bias|num_batches_tracked"
-    r"|relative_position_index|relative_coords_table|attn_mask|causal_mask)$"
+    r"(^|[.])(position_ids|token_type_ids|(original_|local_|global_)?inv_freq|masked_bias"
+    r"|num_batches_tracked|relative_position_index|relative_coords_table|attn_mask|causal_mask"
+    r"|(cos|sin)_cached|freqs_cis|mel_filters|_float_tensor)$"
 )
 
 
 def is_constant(name: str, x: LazyTensor) -> bool:
-    "Whether a tensor is no weight: by its name, or as the causal mask that GPT-2 stores."
+    "Whether a tensor is no weight: by its name, or as the causal mask that GPTs store."
     shape = tuple(x.shape)
     is_mask = len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3]
-    return bool(CONSTANT.search(name)) or (is_mask and name.endswith("attn.bias"))
+    is_of_attention = name.endswith(("attn.bias", "attention.bias"))
+    return bool(CONSTANT.search(name)) or (is_mask and is_of_attention)
 
 # %% ../../nbs/matching/absent.ipynb #69ef058d
 NUMBER = re.compile(r"(^|[.])\d+([.]|$)")  # of a layer, in the name of a tensor

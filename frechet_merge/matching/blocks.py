@@ -7,17 +7,18 @@ __all__ = ['Block', 'get', 'align', 'is_counter', 'tied_in_all', 'named_by', 'by
 
 # %% ../../nbs/matching/blocks.ipynb #58c737d8
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
-from ..files.checkpoint import Checkpoint
-from ..messages import MergeError
+from ..files.checkpoint import HEAD, Checkpoint
+from ..messages import MergeError, warn
 from .absent import is_constant, missing, refuse_another_base
 from .absent import refuse_lost_output, refuse_other_counts
 from .absent import refuse_other_layouts
 from .codes import refuse_codes
+from .ties import is_of_t5, is_untied, untied_names
 from .views import alike, head_of
 from ..files.tensors import LazyTensor
 
@@ -67,7 +68,9 @@ def align(
         refuse_another_base(every[0], every[1:])
     tied = tied_in_all(every)
     names = dict.fromkeys(n for c in every for n in (*c.lazy, *c.tied) if n not in tied)
-    return [_block(n, every, base is not None, absent) for n in names], tied
+    blocks = [_block(n, every, base is not None, absent) for n in names]
+    config = next((c.config for c in (*models, *bases) if c.config), {})
+    return _with_own(blocks, tied, every, config)
 
 # %% ../../nbs/matching/blocks.ipynb #c65cfc0e
 def _refuse_what_has_no_mean(c: Checkpoint) -> None:
@@ -80,6 +83,29 @@ def _refuse_what_has_no_mean(c: Checkpoint) -> None:
             f"Merge full models: name it as BASE+{c.source}."
         )
 
+# %% ../../nbs/matching/blocks.ipynb #92e531a7
+def _with_own(
+    blocks: list[Block],
+    tied: dict[str, str],
+    every: Sequence[Checkpoint],
+    config: Mapping[str, Any],  # of the result
+) -> tuple[list[Block], dict[str, str]]:
+    "With a tensor for each name that the model no longer ties, if its output layer is untied."
+    layout = {b.name: tuple(b.first.shape) for b in blocks}
+    if not is_untied(layout, config):
+        return blocks, tied
+    if ties := next((c for c in every if any(map(HEAD.search, c.tied))), None):
+        said = "its config says so (tie_word_embeddings: false)"
+        if is_of_t5(config):
+            said = "only transformers from version 5 on reads it"
+        warn(
+            f"{ties.source} ties its output layer to its embedding, and others have their own: "
+            f"the result has its own, and {said}"
+        )
+    own, of = untied_names(layout, config), {b.name: b for b in blocks}
+    further = [replace(of[k], name=n) for n, k in own.items()]
+    return [*blocks, *further], {n: k for n, k in tied.items() if n not in own}
+
 # %% ../../nbs/matching/blocks.ipynb #7d9774e0
 def _block(name: str, every: list[Checkpoint], has_base: bool, absent: str | None) -> Block:
     "One tensor's versions, held to each other; if there is a base, it is the first of `every`."
@@ -88,6 +114,9 @@ def _block(name: str, every: list[Checkpoint], has_base: bool, absent: str | Non
     first, *others = there
     if _is_lacking(name, found) and not is_constant(name, first[1]):
         _refuse_absent(name, found, has_base, absent)
+    if is_constant(name, first[1]) and (odd := _unlike(first, others)):
+        _say_that_it_is_copied(name, first, odd)
+        return Block(name, [first[1]], [], None)
     for other in others:
         _check_alike(name, first, other)
 
@@ -97,9 +126,39 @@ def _block(name: str, every: list[Checkpoint], has_base: bool, absent: str | Non
         return Block(name, list(versions.values()), list(versions), base)
 
     # No mean: integers, or a tensor that only the base has. All versions are one, and it is copied.
-    for other in others if not is_counter(name) else []:
+    for other in others:
         _check_equal(name, first, other)
     return Block(name, [first[1]], [], base)
+
+# %% ../../nbs/matching/blocks.ipynb #1c950d68
+def _unlike(
+    first: tuple[Checkpoint, LazyTensor],
+    others: Sequence[tuple[Checkpoint, LazyTensor]],
+) -> tuple[Checkpoint, LazyTensor] | None:
+    "The first version of a constant that is none: of another shape or kind, or other integers."
+    x = first[1]
+    for c, y in others:
+        kinds = x.dtype.is_floating_point, y.dtype.is_floating_point
+        if x.shape != y.shape or kinds[0] != kinds[1]:
+            return c, y
+        if not kinds[0] and (x.dtype != y.dtype or not x.same(y)):
+            return c, y
+    return None
+
+# %% ../../nbs/matching/blocks.ipynb #f1f82a89
+def _say_that_it_is_copied(
+    name: str,
+    first: tuple[Checkpoint, LazyTensor],
+    odd: tuple[Checkpoint, LazyTensor],
+) -> None:
+    if is_counter(name):
+        return
+    (c, x), (d, y) = first, odd
+    shapes = f"{list(x.shape)} {x.dtype} and {list(y.shape)} {y.dtype}"
+    warn(
+        f"{name}: is computed and not trained, and differs between {c.source} and {d.source} "
+        f"({shapes}): that of {c.source} is copied"
+    )
 
 # %% ../../nbs/matching/blocks.ipynb #f8641360
 def _is_lacking(name: str, found: list[tuple[Checkpoint, LazyTensor | None]]) -> bool:

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from ..adapters.baking import bake as put_on
 from ..adapters.baking import classes
-from ..files.checkpoint import HEAD, Checkpoint, from_state_dict
+from ..files.checkpoint import Checkpoint, from_state_dict
 from ..files.folders import library_of
 from ..files.open import PICKLES, load
-from .companions import carry_the_rest, write_companions
+from .companions import carry_the_rest, config_of, write_companions
+from ..matching.ties import is_untied
 from ..geometries.geometry import Euclidean, Geometry
 from ..spaces.mean import Mean
 from .parts import parts_of, plan_root, refuse_parts_without_place
@@ -88,7 +89,7 @@ class Dress:
             self.homes,
             self.dtype or one,
             self.classes,
-            untied=any(map(HEAD.search, plan.layout)),
+            untied=is_untied({n: s for n, (s, _) in plan.layout.items()}, config_of(self.homes)),
             alone=self.alone,
             tokens=self.tokens,
             merged=merged,

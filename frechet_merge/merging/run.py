@@ -23,7 +23,7 @@ from torch import Tensor
 from ..files.checkpoint import Checkpoint, from_state_dict
 from ..messages import MergeError
 from ..spaces.mean import ConvergenceWarning, Mean
-from .block import Job, Write
+from .block import Job, may_be_infinite, Write
 from .recipe import Run, typed_dtype
 from ..messages import Notes, warn
 from ..files.shards import Ledger, ShardWriter
@@ -92,7 +92,7 @@ def cast_into(plan: Plan, sink: Any) -> Write:
     def write(name: str, i: int, x: Tensor) -> None:
         y = x.to(plan.layout[name][1])
         if _may_overflow(x, y):
-            overflow(name, x, y, plan.allow_nonfinite)
+            overflow(name, x, y, plan.allow_nonfinite or may_be_infinite(name))
         sink.write(name, i, y)
 
     return write
