@@ -36,7 +36,7 @@ from ..matching.views import alike, head_of, without
 from ..messages import MergeError, warn
 from ..metrics.units import clipped
 
-# %% ../../nbs/adapters/extract.ipynb #dbf3679c
+# %% ../../nbs/adapters/extract.ipynb #df96d83a
 @dataclass(frozen=True)
 class Place:
     "Where a stored tensor is in the model that a library makes of it."
@@ -46,6 +46,8 @@ class Place:
     # "linear", "conv1d" (stored as (inputs, outputs)), "conv", "embedding", "other"; "none": the
     # model has no such tensor, since it is fused with others on loading
     kind: str
+    # (module, role, kind) under which the model has the same numbers once more, as a tied head
+    twins: tuple[tuple[str, str, str], ...] = ()
 
 
 ADAPTED = ("linear", "conv1d", "conv")  # kinds whose weight has a low-rank update in PEFT
@@ -125,7 +127,21 @@ def _by_shape(name: str, c: Checkpoint) -> Place:
         kind = "conv"
     return Place(module, role, kind)
 
-# %% ../../nbs/adapters/extract.ipynb #0cb36a20
+# %% ../../nbs/adapters/extract.ipynb #e86dae18
+def _split(name: str) -> tuple[str, str]:
+    "A parameter's module and its name in it."
+    module, _, role = name.rpartition(".")
+    return module, role
+
+
+def _shared(model: torch.nn.Module) -> dict[str, list[str]]:
+    "Name of a parameter → all names that it has in the model."
+    groups: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(p), []).append(name)
+    return {n: group for group in groups.values() for n in group}
+
+# %% ../../nbs/adapters/extract.ipynb #d05365ec
 def places(c: Checkpoint) -> tuple[dict[str, Place], dict[str, str]]:
     "Of every tensor; and all modules of the model with their kinds."
     model = _hollow(c)
@@ -133,11 +149,14 @@ def places(c: Checkpoint) -> tuple[dict[str, Place], dict[str, str]]:
         found = {n: _by_shape(n, c) for n in c}
         return found, {p.module: p.kind for p in found.values() if p.role == "weight"}
     kinds = {n: _kind(m) for n, m in model.named_modules()}
+    shared = _shared(model)
     found = {}
     for name, loaded in _loaded_names(model, [*c]).items():
-        module, _, role = (loaded or name).rpartition(".")
+        module, role = _split(loaded or name)
         kind = kinds.get(module, "other") if loaded else "none"
-        found[name] = Place(module, role, kind)
+        others = [_split(n) for n in shared.get(loaded or "", ()) if n != loaded]
+        twins = tuple((m, r, kinds.get(m, "other")) for m, r in others)
+        found[name] = Place(module, role, kind, twins)
     return found, kinds
 
 # %% ../../nbs/adapters/extract.ipynb #422b59fe
@@ -367,7 +386,7 @@ def factor_tensors(
         f"{stem}.lora_B.weight": B.to(dtype).contiguous().cpu(),
     }
 
-# %% ../../nbs/adapters/extract.ipynb #a4fafd5b
+# %% ../../nbs/adapters/extract.ipynb #32abd7d6
 @dataclass
 class _Work:
     "An extraction under way."
@@ -393,7 +412,8 @@ class _Work:
     def is_adapted(self, block: Block) -> bool:
         "Whether it is the weight of layers that have low-rank updates, under all of its names."
         every = [self.places[n] for n in self.names(block) if n in self.places]
-        return all(p.kind in ADAPTED and p.role == "weight" for p in every)
+        kinds = {k for p in every for k in (p.kind, *(kind for *_, kind in p.twins))}
+        return kinds <= {*ADAPTED} and all(p.role == "weight" for p in every)
 
 # %% ../../nbs/adapters/extract.ipynb #65d611cf
 def _cut(work: _Work, block: Block) -> None:
@@ -438,7 +458,7 @@ def _family(name: str) -> str:
     "The pattern of a tensor and of those that differ from it by numbers."
     return re.sub(r"(?<=[.])\d+(?=[.])", "*", name)
 
-# %% ../../nbs/adapters/extract.ipynb #cb62755e
+# %% ../../nbs/adapters/extract.ipynb #39561878
 def _save_whole(work: _Work, blocks: Sequence[Block]) -> list[str]:
     "Put modules that are saved whole beside the factors; their names."
     modules = {p.module for p in work.whole.values()}
@@ -449,10 +469,13 @@ def _save_whole(work: _Work, blocks: Sequence[Block]) -> list[str]:
         work.left[name] = _length(block, (work.tuned.source, work.base.source), work.device)
     for b in blocks:
         place = work.places.get(b.name)
-        if place is not None and place.module in modules and b.who:
-            stem = f"base_model.model.{place.module}.{place.role}"
-            work.tensors[stem] = b.lazy[0].tensor().clone()
-            work.left.pop(b.name, None)
+        if place is None or place.module not in modules or not b.who:
+            continue
+        # a head that is tied to the embedding is a module of its own to PEFT
+        for module, role in [(place.module, place.role), *((m, r) for m, r, _ in place.twins)]:
+            work.tensors[f"base_model.model.{module}.{role}"] = b.lazy[0].tensor().clone()
+            modules.add(module)
+        work.left.pop(b.name, None)
     return sorted(modules)
 
 # %% ../../nbs/adapters/extract.ipynb #f8ffa05b
@@ -497,14 +520,12 @@ def _task(config: Mapping[str, Any], whole: Sequence[str]) -> str | None:
     task = next((t for end, t in TASKS.items() if name.endswith(end)), None)
     return task if task == "CAUSAL_LM" or whole else None
 
-# %% ../../nbs/adapters/extract.ipynb #ffc762ef
+# %% ../../nbs/adapters/extract.ipynb #1855a3e8
 def _config(work: _Work, whole: list[str], modules: Mapping[str, str]) -> dict[str, Any]:
     "adapter_config.json of what was extracted."
     ranks = {m: k.rank for m, k in work.kept.items()}
     usual = Counter(ranks.values()).most_common(1)[0][0]
     odd = {f"^{re.escape(m)}": r for m, r in ranks.items() if r != usual}
-    is_tied = any(n in work.tied or n in work.tied.values() for n in work.whole)
-    tied = {"ensure_weight_tying": True} if is_tied else {}
     return {
         "peft_type": "LORA",
         "task_type": _task(work.tuned.config or work.base.config, whole),
@@ -521,7 +542,6 @@ def _config(work: _Work, whole: list[str], modules: Mapping[str, str]) -> dict[s
         "use_rslora": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        **tied,
     }
 
 # %% ../../nbs/adapters/extract.ipynb #57ffc506
