@@ -223,7 +223,7 @@ def best_factors(
     miss = float(torch.linalg.vector_norm(D.double() - f.delta()))
     return f, Kept(f.rank, cut.energy, miss/norm if norm else 0.0, norm, cut.slack)
 
-# %% ../../nbs/adapters/extract.ipynb #9addd416
+# %% ../../nbs/adapters/extract.ipynb #baa26b03
 @dataclass(frozen=True)
 class Asked:
     "How much is kept, and of what."
@@ -231,7 +231,7 @@ class Asked:
     rank: int | None = None  # at most; None: as many as the energy takes
     energy: float | None = None  # share to keep; None: as much as the rank holds
     damping: float = 0.01  # of the metric, in units of its mean eigenvalue on each side
-    whole: tuple[str, ...] = ()  # patterns of tensors or modules that are saved whole if they changed
+    whole: tuple[str, ...] = ()  # patterns of what is saved whole if it changed
     exclude: tuple[str, ...] = ()  # patterns of tensors or modules that stay the base's
 
     def __post_init__(self):
@@ -309,14 +309,15 @@ def _excluded(
             raise ValueError(f"exclude = {p!r}: the model has no tensor or module of this name.")
     return _without(tuned, found, patterns), _without(base, found, patterns)
 
-# %% ../../nbs/adapters/extract.ipynb #c4336540
+# %% ../../nbs/adapters/extract.ipynb #c1cce7f3
 def _refuse_shapes(tuned: Checkpoint, base: Checkpoint) -> None:
     "`MergeError` for a tensor that has another shape in the base, but for the head of a task."
     for name in tuned:
         a, b = get(tuned, name), get(base, name)
         if a is None or b is None or a.shape == b.shape or head_of(name):
             continue
-        rows = "of a vocabulary that was resized, " if name in token_rows(tuned.lazy, tuned.config) else ""
+        is_vocabulary = name in token_rows(tuned.lazy, tuned.config)
+        rows = "of a vocabulary that was resized, " if is_vocabulary else ""
         raise MergeError(
             f"{tuned.source}: tensor {name!r} has shape {list(a.shape)}, {rows}and in "
             f"{base.source} it is {list(b.shape)}: no adapter changes a shape.\n"
@@ -356,7 +357,7 @@ def _roots(
 
     return side("left"), side("right")
 
-# %% ../../nbs/adapters/extract.ipynb #4d9a5949
+# %% ../../nbs/adapters/extract.ipynb #3b606076
 def _change(block: Block, sources: tuple[str, str], device: Any) -> Tensor:
     "What the model changed in one tensor, in at least float32; `MergeError` if it is not finite."
     return Stack([block.lazy[0]], block.base, device, block.name, sources)[0]
@@ -365,8 +366,11 @@ def _change(block: Block, sources: tuple[str, str], device: Any) -> Tensor:
 def _length(block: Block, sources: tuple[str, str], device: Any) -> float:
     "‖Δ‖ of one tensor, a chunk at a time."
     stack = Stack([block.lazy[0]], block.base, device, block.name, sources)
-    squares = (float(stack.check(stack.rows(i, j), i).double().square().sum()) for i, j in stack.spans())
-    return sum(squares)**0.5
+
+    def square(i: int, j: int) -> float:
+        return float(stack.check(stack.rows(i, j), i).double().square().sum())
+
+    return sum(square(i, j) for i, j in stack.spans())**0.5
 
 # %% ../../nbs/adapters/extract.ipynb #76fa3076
 def factor_tensors(
@@ -491,12 +495,13 @@ def _targets(adapted: Sequence[str], modules: Mapping[str, str]) -> list[str] | 
             return sorted(keys)
     return "(" + "|".join(map(re.escape, sorted(wanted))) + ")"
 
-# %% ../../nbs/adapters/extract.ipynb #e8b86663
+# %% ../../nbs/adapters/extract.ipynb #eebc17f1
 def base_name(base: Checkpoint) -> str | None:
-    "What an adapter calls its base: a hub id, or a path as it was typed, but no place on this disk."
+    "What an adapter calls its base: a hub id, or a path as it was typed if it is a relative one."
     path = Path(base.source).expanduser()
     if not path.exists():
-        return base.source if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base.source) and base.files else None
+        is_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base.source) and base.files
+        return base.source if is_id else None
     cached = re.search(r"models--([^/]+?)--([^/]+)/snapshots/", str(path.absolute()) + "/")
     if cached:
         return f"{cached[1]}/{cached[2]}"
@@ -576,20 +581,23 @@ def _walk(work: _Work, blocks: Sequence[Block], progress: bool) -> None:
             "Name the fine-tuned model, and the base that it was trained from."
         )
 
-# %% ../../nbs/adapters/extract.ipynb #8502012a
+# %% ../../nbs/adapters/extract.ipynb #47d97f5a
 def extract(
     model: str | os.PathLike | Mapping[str, Tensor],  # a full fine-tune, as `load` takes it
     base: str | os.PathLike | Mapping[str, Tensor],  # what it was trained from
     rank: int | None = None,  # of every layer, at most
-    energy: float | None = None,  # share of each layer's change to keep, in the metric if there is one
+    # share of each layer's change to keep, in the metric if there is one
+    energy: float | None = None,
     out: str | os.PathLike | None = None,  # folder to write; None: in memory
     *,
     # statistics of the model, as `frechet-merge curvature` writes them; None: all directions alike
     metrics: str | os.PathLike | Mapping[str, Tensor] | None = None,
     damping: float = 0.01,  # of the metric, in units of its mean eigenvalue on each side
-    whole: Sequence[str] = (),  # patterns of modules to save whole if they changed: embeddings, norms
+    # patterns of modules to save whole if they changed: embeddings, norms
+    whole: Sequence[str] = (),
     exclude: Sequence[str] = (),  # patterns of tensors or modules that stay the base's
-    dtype: torch.dtype | None = None,  # of the factors; None: float32, or float64 if the model is
+    # of the factors; None: float32, or float64 if the model is
+    dtype: torch.dtype | None = None,
     device: Any = None,  # where layers are computed; None: the CPU
     allow_pickle: bool = False,  # accept .bin files (plain tensors only)
     progress: bool = False,  # a bar on stderr
@@ -611,10 +619,10 @@ def extract(
     made = Extracted(work.tensors, _config(work, saved, modules), work.kept, saved, work.left)
     return made if out is None else _written(made, Path(out), tuned)
 
-# %% ../../nbs/adapters/extract.ipynb #6e53b902
+# %% ../../nbs/adapters/extract.ipynb #a8880d16
 def _written(made: Extracted, out: Path, like: Checkpoint) -> Extracted:
     "In a folder that appears whole or not at all, with the tokenizer of what it was made of."
-    from frechet_merge.merging.companions import TOKENIZER
+    from frechet_merge.merging import companions
 
     with staged(out) as part:
         save_tensors(part/"adapter_model.safetensors", dict(made.tensors), {"format": "pt"})
@@ -626,9 +634,9 @@ def _written(made: Extracted, out: Path, like: Checkpoint) -> Extracted:
         }
         (part/"extracted.json").write_text(json.dumps(about, indent=1) + "\n")
         home = like.folder
-        for f in sorted(home.iterdir()) if home is not None else []:
-            if f.is_file() and not f.is_symlink() and any(fnmatchcase(f.name, p) for p in TOKENIZER):
-                (part/f.name).write_bytes(f.read_bytes())
+        for f in sorted(home.iterdir()) if home is not None and home.is_dir() else []:
+            if not f.is_dir() and any(fnmatchcase(f.name, p) for p in companions.TOKENIZER):
+                companions._copied(home, f, part/f.name)
     return replace(made, tensors=load(out), out=out)
 
 # %% ../../nbs/adapters/extract.ipynb #3e4809f5
