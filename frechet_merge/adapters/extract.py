@@ -52,7 +52,7 @@ class Place:
 
 ADAPTED = ("linear", "conv1d", "conv")  # kinds whose weight has a low-rank update in PEFT
 
-
+# %% ../../nbs/adapters/extract.ipynb #1e53b3bb
 def _kind(module: torch.nn.Module) -> str:
     "What PEFT takes a module for."
     nn = torch.nn
@@ -133,7 +133,7 @@ def _split(name: str) -> tuple[str, str]:
     module, _, role = name.rpartition(".")
     return module, role
 
-
+# %% ../../nbs/adapters/extract.ipynb #87af4689
 def _shared(model: torch.nn.Module) -> dict[str, list[str]]:
     "Name of a parameter → all names that it has in the model."
     groups: dict[int, list[str]] = {}
@@ -183,7 +183,7 @@ class Root:
             return cls(half, back)
         return cls((Q*half) @ Q.mT, (Q*back) @ Q.mT)
 
-
+# %% ../../nbs/adapters/extract.ipynb #3017b12e
 def _times(M: Tensor | None, X: Tensor) -> Tensor:
     "M·X, with M a matrix, a diagonal, or nothing."
     if M is None:
@@ -201,7 +201,7 @@ class Kept:
     norm: float  # ‖Δ‖
     slack: float = 0.0  # as of `Cut`
 
-
+# %% ../../nbs/adapters/extract.ipynb #bf49599c
 def best_factors(
     D: Tensor,  # (m, n), a change
     rank: int | None = None,  # at most
@@ -245,7 +245,7 @@ class Asked:
         if not (math.isfinite(self.damping) and self.damping >= 0):
             raise ValueError(f"damping = {self.damping!r}: it is a number that is not negative.")
 
-
+# %% ../../nbs/adapters/extract.ipynb #2fe2a2fe
 def _matches(name: str, place: Place, patterns: Sequence[str]) -> bool:
     "A pattern may name a tensor or its module."
     return any(fnmatchcase(n, p) for n in (name, place.module) for p in patterns)
@@ -299,7 +299,7 @@ def _without(c: Checkpoint, found: Mapping[str, Place], patterns: Sequence[str])
     names = [n for n in c if n in found and _matches(n, found[n], patterns)]
     return without(c, [re.sub(r"([*?[])", r"[\1]", n) for n in names]) if names else c
 
-
+# %% ../../nbs/adapters/extract.ipynb #0dc4d4a7
 def _excluded(
     tuned: Checkpoint, base: Checkpoint, found: Mapping[str, Place], patterns: Sequence[str]
 ) -> tuple[Checkpoint, Checkpoint]:
@@ -362,7 +362,7 @@ def _change(block: Block, sources: tuple[str, str], device: Any) -> Tensor:
     "What the model changed in one tensor, in at least float32; `MergeError` if it is not finite."
     return Stack([block.lazy[0]], block.base, device, block.name, sources)[0]
 
-
+# %% ../../nbs/adapters/extract.ipynb #fbc2b61e
 def _length(block: Block, sources: tuple[str, str], device: Any) -> float:
     "‖Δ‖ of one tensor, a chunk at a time."
     stack = Stack([block.lazy[0]], block.base, device, block.name, sources)
@@ -434,7 +434,7 @@ def _cut(work: _Work, block: Block) -> None:
         work.kept[place.module] = kept
         work.kinds.add(place.kind)
 
-
+# %% ../../nbs/adapters/extract.ipynb #ffa8e2b3
 def _set_aside(work: _Work, block: Block) -> None:
     "A change that is no low-rank update: saved whole if it is wanted, else named."
     place = work.places[block.name]
@@ -457,7 +457,7 @@ def _set_aside(work: _Work, block: Block) -> None:
     else:
         work.left[block.name] = norm
 
-
+# %% ../../nbs/adapters/extract.ipynb #3d868683
 def _family(name: str) -> str:
     "The pattern of a tensor and of those that differ from it by numbers."
     return re.sub(r"(?<=[.])\d+(?=[.])", "*", name)
@@ -649,7 +649,7 @@ def _resized(layer: Layer, asked: Asked) -> tuple[Factors, Kept]:
     f = balanced(U[:, :r], S[:r], V[:, :r])
     return f, Kept(r, energy, max(1 - energy, 0.0)**0.5, total**0.5)
 
-
+# %% ../../nbs/adapters/extract.ipynb #a30c35c3
 def _as_stored(u: Update, f: Factors, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
     "The factors under the names and in the shapes of the adapter's own."
     shapes = factor_shapes(u, f.rank)
