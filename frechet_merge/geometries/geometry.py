@@ -193,8 +193,8 @@ def check_needs(
     if needs.of == "factors" and not adapters:
         raise ValueError(
             f"{name} merges adapters, and these are full models.\n"
-            "Name the adapters alone, or use another geometry (TSV-M of full models is "
-            "epimer without metrics)."
+            "Make adapters of them (frechet-merge extract MODEL --base X --rank 16 -o ADAPTER), "
+            "or use another geometry (TSV-M of full models is epimer without metrics)."
         )
     if needs.metrics and (adapters or not metrics or not needs.carries):
         raise ValueError(without_metrics(g, name, adapters))
