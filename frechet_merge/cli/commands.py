@@ -132,6 +132,13 @@ Vocabulary = Annotated[
         show_default=False,
     ),
 ]
+To = Annotated[
+    Optional[str],
+    typer.Option(
+        help="The dialect of the merged adapter: peft, kohya, diffusers, mlx; default: the first.",
+        show_default=False,
+    ),
+]
 Nonfinite = Annotated[
     bool, typer.Option("--allow-nonfinite", help="Copy NaN and Inf through.")
 ]
@@ -158,6 +165,7 @@ def merge_command(
     absent: Absent = None,
     any_base: AnyBase = False,
     tokenizer: Vocabulary = None,
+    to: To = None,
     allow_nonfinite: Nonfinite = False,
     allow_pickle: Pickle = False,
     full_hash: FullHash = False,
@@ -184,6 +192,7 @@ def merge_command(
         absent=absent,
         any_base=any_base,
         tokenizer=tokenizer,
+        to=to,
         allow_nonfinite=allow_nonfinite,
         allow_pickle=allow_pickle,
         full_hash=full_hash,

@@ -92,6 +92,7 @@ class Checkpoint(Mapping[str, Tensor]):
         files: Iterable[Path] = (),  # what it reads
         # folders of adapters on it, whose tokenizer and modules are those of the whole
         brings: Iterable[Path] = (),
+        metadata: Mapping[str, str] | None = None,  # of the headers of its files
     ):
         self.lazy = lazy
         self.source = source
@@ -100,6 +101,7 @@ class Checkpoint(Mapping[str, Tensor]):
         self.adapter = adapter
         self.files = tuple(files)
         self.brings = tuple(brings)
+        self.metadata = metadata or {}
 
     def view(self, **changes: Any) -> "Checkpoint":
         "The same checkpoint with other tensors, names, or source."

@@ -22,7 +22,15 @@ from .tensors import FileTensor, Files
 
 # %% ../../nbs/files/formats.ipynb #239e624a
 # what libraries call a file of weights; the first that is there is read
-STEMS = ("model", "pytorch_model", "diffusion_pytorch_model", "adapter_model")
+STEMS = (
+    "model",
+    "pytorch_model",
+    "diffusion_pytorch_model",
+    "adapter_model",
+    # adapters of diffusers and MLX
+    "pytorch_lora_weights",
+    "adapters",
+)
 
 
 def _index_of(folder: Path, kind: str) -> Path | None:
@@ -109,7 +117,8 @@ def _open_files(files: list[Path], promised: set, source: str, config: dict) -> 
             "all), no shard has it.\n"
             "Download or save the checkpoint again."
         )
-    return Checkpoint(lazy, source, files[0].parent, tied_names(lazy, meta, config), files=files)
+    tied = tied_names(lazy, meta, config)
+    return Checkpoint(lazy, source, files[0].parent, tied, files=files, metadata=meta)
 
 # %% ../../nbs/files/formats.ipynb #1a1c0e12
 SAFE = (2, 10)  # the first version of torch that keeps its promise about pickles

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..adapters.baking import bake
+from ..adapters.common import speech_of
 from ..matching.blocks import Block, align, by_name
 from ..files.checkpoint import Checkpoint, vocabulary_size
 from ..files.open import load
@@ -27,6 +28,7 @@ from ..spaces.mean import normalise
 from .block import Copy, How, Job, MeanOf, weights_of
 from .recipe import Recipe
 from .run import Plan
+from .spelled import OF_ONE_RANK, in_names_of_peft, respelled
 from .update import UpdateOf
 from ..messages import MergeError, warn
 from ..matching.statistics import Coupled, statistics
@@ -120,6 +122,8 @@ def check_recipe(opened: Opened, name: str | None = None) -> None:
     recipe = opened.recipe
     if opened.are_adapters:
         _check_adapters(recipe)
+    elif recipe.to is not None:
+        raise ValueError("to= is a dialect for merged adapters, and these are full models.")
     elif recipe.bake is not None:
         raise ValueError("bake= puts merged adapters on a full model, and these are full models.")
     allowed = (None, "renormalise", "zero") if opened.are_adapters else (None, "renormalise")
@@ -341,9 +345,14 @@ def plan_adapters(
     recipe = opened.recipe
     # a geometry of matrices is put behind `LoRA`
     g = LoRA.of(recipe.geometry)
-    updates, whole = align_updates(opened.models, recipe.absent, recipe.any_base)
+    to = recipe.to if opened.onto is None else None
+    updates, whole = align_updates(opened.models, recipe.absent, recipe.any_base, to)
+    if opened.onto is not None:
+        updates = [*map(in_names_of_peft, updates)]
     given = numbers_for([*(u.name for u in updates), *(b.name for b in whole)], recipe)
     ranks = {u.name: g.out_rank(u.ranks, u.first.shape) for u in updates}
+    if (to or speech_of(opened.models[0])) in OF_ONE_RANK:
+        ranks = dict.fromkeys(ranks, max(ranks.values()))
 
     def in_common(name: str) -> tuple:
         return tuple(given.weights[name]), given.scale[name], ranks[name]
@@ -354,7 +363,7 @@ def plan_adapters(
         ws = _versions(first, given.weights[first.name], recipe.absent)
         jobs.append(UpdateOf(batch, g, ws, given.scale[first.name], ranks[first.name], device))
     rest = _plan_whole(opened, whole, given, dtype, device)
-    return Plan(
+    plan = Plan(
         {**_layout(updates, ranks, dtype), **rest.layout},
         jobs + rest.jobs,
         {},
@@ -364,6 +373,9 @@ def plan_adapters(
         recipe.allow_nonfinite,
         "their mean, cut to its rank, as lora:rank=… gives it" if g.needs.keeps_rank else "",
     )
+    if opened.onto is not None:
+        return plan
+    return respelled(plan, updates, ranks, recipe, opened.models)
 
 # %% ../../nbs/merging/plan.ipynb #f21677d8
 def widened(plan: Plan) -> Plan:

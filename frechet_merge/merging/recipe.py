@@ -45,6 +45,7 @@ class Recipe:
     tokenizer: str | None = None
     allow_nonfinite: bool = False  # copy NaN and Inf through
     allow_pickle: bool = False  # open pickles (plain tensors only)
+    to: str | None = None  # the dialect of the merged adapter; None: the first one's
 
     def __post_init__(self):
         if isinstance(self.models, (str, os.PathLike, Mapping)):
@@ -211,6 +212,7 @@ def command(recipe: Recipe, output: Output) -> str | None:
         *flag("scale", "" if scale == 1 else typed(scale)),
         *flag("dtype", "" if output.dtype is None else typed_dtype(output.dtype)),
         *flag("tokenizer", said.get("tokenizer")),
+        *flag("to", said.get("to")),
     ]
     for switch in ("drop", "absent", "any_base", "allow_nonfinite", "allow_pickle"):
         words += flag(switch, said.get(switch))

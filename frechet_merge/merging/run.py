@@ -41,6 +41,7 @@ class Plan:
     stem: str = "model"  # what names of files begin with
     allow_nonfinite: bool = False  # NaN and Inf are written where inputs have them
     start: str = ""  # where the solver begins, in words, where it is of use to know
+    metadata: dict[str, str] = field(default_factory=dict)  # for the header of its file
 
     @property
     def nbytes(self) -> int:
@@ -264,7 +265,7 @@ def into_folder(
 ) -> dict[str, Mean]:
     "Write the tensors of a plan into a folder; what is known about each mean."
     size = shard_size if plan.config is None else 1 << 62
-    with ShardWriter(folder, plan.layout, size, plan.stem, plan.tied) as sink:
+    with ShardWriter(folder, plan.layout, size, plan.stem, {**plan.metadata, **plan.tied}) as sink:
         return do_jobs(plan, sink, run)
 
 # %% ../../nbs/merging/run.ipynb #e43b26bc
