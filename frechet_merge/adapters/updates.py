@@ -16,6 +16,7 @@ from typing import Any
 
 from .common import Said, in_one_language, speech_of
 from .dialects import layers
+from .lycoris import Made
 from .peft import Layer
 from ..matching.blocks import Block, align
 from ..matching.views import head_of, in_front
@@ -36,6 +37,8 @@ class Update:
     # whose names and dtypes are those of the mean
     first = property(lambda self: self.versions[0])
     ranks = property(lambda self: [v.rank for v in self.versions])  # of the versions
+    # whether all versions are pairs as they were trained, and no products of others
+    is_plain = property(lambda self: not any(isinstance(v.B, Made) for v in self.versions))
 
 # %% ../../nbs/adapters/updates.ipynb #3fc576e1
 def _check_bias(layer: Layer):

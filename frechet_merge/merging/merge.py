@@ -162,6 +162,14 @@ class Work:
             record = self.done(means, start)
         return Merged(load(out), means, out, record)
 
+    def deliver(self, plan: Plan) -> Merged:
+        "The tensors of a plan where the output wants them."
+        if self.output.folder is None:
+            return self.keep(plan)
+        if is_one_file(self.opened, self.output):
+            return self.write_file(plan)
+        return self.write(plan, dress_of(self.opened, self.output))
+
     def keep(self, plan: Plan) -> Merged:
         "The tensors of a plan in memory."
         tensors, means = in_memory(plan, self.run)
@@ -213,11 +221,7 @@ def make(
         work = Work(opened, output, run, begun(opened, output), said, since, parts)
         if opened.onto is not None:
             return _put_on(work, plan)
-        if output.folder is None:
-            return work.keep(plan)
-        if is_file:
-            return work.write_file(plan)
-        return work.write(plan, dress_of(opened, output))
+        return work.deliver(plan)
 
 # %% ../../nbs/merging/merge.ipynb #b43d3d0e
 def merge(

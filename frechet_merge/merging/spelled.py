@@ -136,7 +136,7 @@ def is_respelled(recipe: Recipe, models: Sequence[Checkpoint]) -> bool:
     kinds = {(c.adapter or {}).get("peft_type", "LORA") for c in models}
     return {recipe.to or "peft", *map(speech_of, models)} != {"peft"} or kinds != {"LORA"}
 
-# %% ../../nbs/merging/spelled.ipynb #bec61a36
+# %% ../../nbs/merging/spelled.ipynb #80182da4
 def respelled(
     plan: Plan,  # of adapters
     updates: Sequence[Update],
@@ -144,9 +144,10 @@ def respelled(
     recipe: Recipe,
     models: Sequence[Checkpoint],
     alpha: float | None = None,  # beside all factors; None: the usual rank
+    always: bool = False,  # also where LoRAs of PEFT become one
 ) -> Plan:
     "The plan in the dialect that the recipe asks for, or in the first adapter's."
-    if not is_respelled(recipe, models):
+    if not is_respelled(recipe, models) and not always:
         return plan
     dialect = recipe.to or speech_of(models[0])
     how = DIALECTS[dialect]
@@ -161,7 +162,9 @@ def respelled(
     jobs += [Copy(n.alpha, MemoryTensor(torch.tensor(alpha))) for n in names.values() if n.alpha]
     layout |= {n.alpha: ((), torch.float32) for n in names.values() if n.alpha}
     said = {_module(n.down): ranks[name] for name, n in names.items()}
-    layout |= {name: x for name, x in plan.layout.items() if name not in spellings}
+    whole = {name: x for name, x in plan.layout.items() if name not in spellings}
+    _refuse_whole(models[0], dialect, whole)
+    layout |= whole
     plan = replace(plan, layout=layout, jobs=jobs, stem=how.file)
     if dialect == "peft":
         return replace(plan, config=peft_config([*map(_in_peft, models)], updates, said))
@@ -171,6 +174,16 @@ def respelled(
         text.pop(METADATA, None)
     config = {**_beside(dialect, max(ranks.values()), depth([*ranks])), "dialect": dialect}
     return replace(plan, config=config, metadata=text)
+
+
+def _refuse_whole(c: Checkpoint, dialect: str, whole: Mapping[str, Any]) -> None:
+    "`MergeError` for tensors that PEFT saved whole, in a dialect that has no place for them."
+    if whole and dialect != "peft":
+        name = min(whole)
+        raise MergeError(
+            f"{c.source}: saved {name!r} whole, and the spelling of {dialect} has no place for "
+            f"that.\nLeave it out (drop={name!r}, --drop), or write --to peft."
+        )
 
 
 def _written(s: Spelling) -> tuple:
@@ -198,12 +211,13 @@ def in_names_of_peft(u: Update) -> Update:
     first = replace(u.first, keys=(f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"))
     return replace(u, versions=[first, *u.versions[1:]])
 
-# %% ../../nbs/merging/spelled.ipynb #08ca71ba
+# %% ../../nbs/merging/spelled.ipynb #cf6bd207
 @dataclass(frozen=True)
 class PairOf(Job):
     "The factors of one layer of one adapter, as they are, with the scaling in the second."
 
     update: Update
+    rank: int  # that is written; what is beyond its own is zero
     name = property(lambda self: self.update.name)  # type: ignore
 
     @property
@@ -215,8 +229,11 @@ class PairOf(Job):
         layer = self.update.first
         # which says if a number is none
         layer.factors()
-        write(layer.keys[0], 0, layer.A.tensor().flatten())
-        write(layer.keys[1], 0, (layer.s*layer.B.tensor().double()).flatten())
+        more = self.rank - layer.rank
+        A, B = layer.A.tensor(), layer.s*layer.B.tensor().double()
+        rows, columns = A.new_zeros(more, *A.shape[1:]), B.new_zeros(len(B), more, *B.shape[2:])
+        write(layer.keys[0], 0, torch.cat([A, rows]).flatten())
+        write(layer.keys[1], 0, torch.cat([B, columns], 1).flatten())
         if key := bias_key(self.update):
             write(key, 0, layer.s*layer.bias.tensor().double())  # type: ignore
         return {}
