@@ -121,6 +121,10 @@ def deltas(kind, file):
     return found
 
 
+def deltas_names(kind, file):
+    return {n.removeprefix("transformer.") for n in deltas(kind, file)}
+
+
 def close(found, wanted, eps=1e-5):
     assert found.keys() == wanted.keys() and found
     for name, x in wanted.items():
@@ -219,3 +223,145 @@ class TestMixed:
         out = merge(models, out=tmp_path/"out.safetensors").out
         assert (load(out).adapter or {})["dialect"] == first
         close(deltas(kind, out), want)
+
+
+# the same modules as Stability's original UNet calls them
+LDM = [
+    ("input_blocks_4_1_", "down_blocks_1_attentions_0_"),
+    ("input_blocks_7_1_", "down_blocks_2_attentions_0_"),
+    ("middle_block_1_", "mid_block_attentions_0_"),
+    ("output_blocks_0_1_", "up_blocks_0_attentions_0_"),
+    ("output_blocks_3_1_", "up_blocks_1_attentions_0_"),
+]
+
+
+def ldm(module):
+    for theirs, ours in LDM:
+        module = module.replace(ours, theirs)
+    return module
+
+
+class TestNames:
+    "Two spellings of one layer."
+
+    def files(self, tmp_path):
+        "A file in the names of the original UNet, and the same layers in diffusers' names."
+        state = {}
+        for i, (_, name, weight) in enumerate(modules("sdxl", ("unet",), ("Linear",))):
+            flat = ldm("lora_unet_" + name.replace(".", "_"))
+            if any(theirs in flat for theirs, _ in LDM):
+                down, up = pair(weight, 4, 10*i + 1)
+                state |= {f"{flat}.lora_down.weight": down, f"{flat}.lora_up.weight": up}
+        save_file(state, tmp_path/"ldm.safetensors")
+        return tmp_path/"ldm.safetensors", dotted(tmp_path/"b.safetensors", "sdxl", 5000)
+
+    @pytest.mark.parametrize("first", [0, 1])
+    def test_of_the_original_unet_and_diffusers(self, tmp_path, first):
+        a, b = self.files(tmp_path)
+        want = mean(deltas("sdxl", a), deltas("sdxl", b))
+        out = merge([(a, b), (b, a)][first], out=tmp_path/"out.safetensors").out
+        close(deltas("sdxl", out), want)
+
+    def test_two_files_of_kohya_with_both(self, tmp_path):
+        a, _ = self.files(tmp_path)
+        b = kohya(tmp_path/"k.safetensors", "sdxl", 5000)
+        want = mean(deltas("sdxl", a), deltas("sdxl", b))
+        out = merge([a, b], out=tmp_path/"out.safetensors").out
+        close(deltas("sdxl", out), want)
+
+    def test_original_names_stay_where_all_have_them(self, tmp_path):
+        a, _ = self.files(tmp_path)
+        state = {n: 2*x for n, x in load_file(a).items() if "attn1" in n}
+        save_file(state, tmp_path/"b.safetensors")
+        out = merge([a, tmp_path/"b.safetensors"], out=tmp_path/"out.safetensors").out
+        found = {n.split(".")[0] for n in load_file(out)}
+        assert found == {n.split(".")[0] for n in load_file(a)}
+
+    def test_older_names_of_diffusers(self, tmp_path):
+        a = dotted(tmp_path/"a.safetensors", "sd", 1, only=("Linear",))
+        state = {}
+        for name, x in load_file(a).items():
+            old = name.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up.")
+            if "text_encoder" in old:
+                old = old.replace(".lora.", ".lora_linear_layer.")
+            for word in ("to_q", "to_k", "to_v", "to_out.0"):
+                new = f"processor.{word.removesuffix('.0')}_lora."
+                old = old.replace(f"{word}.lora.", new)
+            state[old] = x
+        save_file(state, tmp_path/"old.safetensors")
+        close(deltas("sd", tmp_path/"old.safetensors"), deltas("sd", a))
+        b = kohya(tmp_path/"b.safetensors", "sd", 5000)
+        want = mean(deltas("sd", a), deltas("sd", b))
+        for models in ([tmp_path/"old.safetensors", b], [b, tmp_path/"old.safetensors"]):
+            out = merge(models, out=tmp_path/"out.safetensors").out
+            close(deltas("sd", out), want)
+            out.unlink()
+        same = merge([tmp_path/"old.safetensors"]*2, out=tmp_path/"out.safetensors").out
+        assert set(load_file(same)) == set(state)
+        close(deltas("sd", same), deltas("sd", a))
+
+
+FUSED = {"img_attn_qkv": 48, "txt_attn_qkv": 48, "img_mlp_0": 64, "img_attn_proj": 16}
+
+
+def flux_file(path, seed, lead="lora_unet_double_blocks_0_", dot=False, alpha=2.0):
+    "The first block of Flux in the original's names, where three matrices are one."
+    state = {}
+    for i, (name, m) in enumerate(FUSED.items()):
+        stem = lead + name
+        if dot:
+            stem = f"diffusion_model.double_blocks.0.{name.replace('_', '.', 2)}"
+            stem = stem.replace("img.attn", "img_attn").replace("txt.attn", "txt_attn")
+            stem = stem.replace("img.mlp", "img_mlp")
+        state[f"{stem}.lora_down.weight"] = randn(4, 16, seed=seed + 10*i)
+        state[f"{stem}.lora_up.weight"] = randn(m, 4, seed=seed + 10*i + 5)
+        if alpha is not None:
+            state[f"{stem}.alpha"] = torch.tensor(alpha)
+    save_file(state, path)
+    return path
+
+
+class TestFlux:
+    @pytest.mark.parametrize("dot", [False, True], ids=["kohya", "comfy"])
+    def test_fused_matrices_stay_fused(self, tmp_path, dot):
+        files = [flux_file(tmp_path/f"{s}.safetensors", s, dot=dot) for s in (1, 500)]
+        out = merge(files, out=tmp_path/"out.safetensors").out
+        assert set(load_file(out)) == set(load_file(files[0]))
+        close(deltas("flux", out), mean(*(deltas("flux", f) for f in files)))
+
+    @pytest.mark.parametrize("first", [0, 1])
+    @pytest.mark.parametrize("dot", [False, True], ids=["kohya", "comfy"])
+    def test_fused_matrices_and_diffusers(self, tmp_path, dot, first):
+        a = flux_file(tmp_path/"a.safetensors", 1, dot=dot)
+        b = dotted(tmp_path/"b.safetensors", "flux", 5000, parts=("transformer",))
+        inside = {n.split(".lora_")[0] for n in load_file(b)} & {
+            f"transformer.{n}" for n in deltas_names("flux", a)
+        }
+        state = {n: x for n, x in load_file(b).items() if n.split(".lora_")[0] in inside}
+        save_file({n: x for n, x in state.items() if "to_k" not in n}, b)
+        want = mean(deltas("flux", a), deltas("flux", b))
+        out = merge([(a, b), (b, a)][first], out=tmp_path/"out.safetensors").out
+        close(deltas("flux", out), want)
+        fused = {n for n in load_file(out) if "qkv" in n}
+        assert bool(fused) == (first == 0)
+
+    def test_layers_without_a_place_are_named_with_a_way_out(self, tmp_path):
+        a = flux_file(tmp_path/"a.safetensors", 1)
+        b = dotted(tmp_path/"b.safetensors", "flux", 5000, parts=("transformer",))
+        with pytest.raises(MergeError, match="diffusers does not read.*\\n.*--to diffusers"):
+            merge([a, b])
+        out = merge([a, b], to="diffusers", out=tmp_path/"out.safetensors").out
+        close(deltas("flux", out), mean(deltas("flux", a), deltas("flux", b)))
+
+    def test_the_config_in_the_header_scales(self, tmp_path):
+        a = dotted(tmp_path/"a.safetensors", "flux", 1, parts=("transformer",))
+        state = load_file(a)
+        bare = {n.split(".lora_")[0].removeprefix("transformer.") for n in state}
+        config = dict(r=4, lora_alpha=8, target_modules=sorted(bare), alpha_pattern={"to_q": 3})
+        said = json.dumps({f"transformer.{k}": v for k, v in config.items()})
+        save_file(state, a, {"format": "pt", "lora_adapter_metadata": said})
+        b = dotted(tmp_path/"b.safetensors", "flux", 5000, r=3, parts=("transformer",))
+        out = merge([a, b], out=tmp_path/"out.safetensors").out
+        close(deltas("flux", out), mean(deltas("flux", a), deltas("flux", b)))
+        with safe_open(out, "pt") as f:
+            assert json.loads(f.metadata()["lora_adapter_metadata"])["transformer.r"] == 7

@@ -4,13 +4,13 @@
 __all__ = ['FLAT', 'LIKELY', 'Said', 'OF_PIPELINES', 'OF_LANGUAGE_MODELS', 'flat_parts', 'by_flat', 'part_for', 'speech_of',
            'is_dotted', 'in_pipeline', 'in_one_language']
 
-# %% ../../nbs/adapters/common.ipynb #604bc565
+# %% ../../nbs/adapters/common.ipynb #c21944f8
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from .peft import Layer
-from .pipelines import PARTS, in_full, named_by_diffusers
+from .pipelines import PARTS, in_full, in_places, named_by_diffusers
 from ..files.checkpoint import Checkpoint
 from ..files.tensors import LazyTensor
 from ..messages import MergeError
@@ -158,7 +158,22 @@ def _two_names(read: Sequence[Said], homes: Sequence[Mapping[str, Layer]]) -> bo
             names.setdefault(name, set()).add(of.get(id(layer.A)))
     return any(len(modules) > 1 for modules in names.values())
 
-# %% ../../nbs/adapters/common.ipynb #646c2a32
+# %% ../../nbs/adapters/common.ipynb #71ba891f
+def _as_the_first(
+    read: Sequence[Said], homes: Sequence[dict[str, Layer]], wanted: bool
+) -> list[dict[str, Layer]]:
+    "All under the names of the first file, if they can be; else under diffusers'."
+    first = read[0][0]
+    others = [in_places(home, first) for home in homes[1:]] if wanted else [None]
+    if any(x is None for x in others):
+        return [*homes]
+    return [first, *(x for x in others if x is not None)]
+
+
+def _with(read: Sequence[Said], updates: Sequence[dict[str, Layer]]) -> list[Said]:
+    return [(ours, whole) for ours, (_, whole) in zip(updates, read)]
+
+# %% ../../nbs/adapters/common.ipynb #d0040785
 def in_one_language(
     models: Sequence[Checkpoint],
     read: Sequence[Said],
@@ -173,11 +188,11 @@ def in_one_language(
         _refuse_strangers(models, wanted)
         known = _known(models, read)
         every = [in_pipeline(c, updates, known) for c, (updates, _) in zip(models, read)]
-        return [(home, whole) for home, (_, whole) in zip(every, read)]
+        return _with(read, _as_the_first(read, every, to in (None, spoken[0])))
     if wanted <= {*OF_PIPELINES} and len({frozenset(updates) for updates, _ in read}) > 1:
         homes = _homes(models, read)
         if homes is not None and _two_names(read, homes):
-            return [(home, whole) for home, (_, whole) in zip(homes, read)]
+            return _with(read, _as_the_first(read, homes, True))
     return [*read]
 
 # %% ../../nbs/adapters/common.ipynb #4c585a29

@@ -3,11 +3,12 @@
 # %% auto #0
 __all__ = ['LEADS', 'stems', 'Names', 'names_of', 'header_of']
 
-# %% ../../nbs/adapters/writing.ipynb #f4c566d3
+# %% ../../nbs/adapters/writing.ipynb #29591000
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from .common import FLAT, part_for
@@ -76,18 +77,21 @@ def stems(
     lead = "base_model.model." if dialect == "peft" else ""
     return {name: lead + rest for name, rest in bare.items()}
 
-# %% ../../nbs/adapters/writing.ipynb #090adb7d
+# %% ../../nbs/adapters/writing.ipynb #3cbef7f8
 def _check_flat(found: Mapping[str, str]) -> None:
     "`MergeError` for flat names that two modules share, or that are read as another module."
     if len({*found.values()}) < len(found):
         raise MergeError("two modules have one name without dots.\nWrite --to diffusers.")
+    if find_spec("diffusers") is None:
+        return
     asked = tuple(_flat_asked(stem) for stem in found.values())
     back = {place.module: name for name, place in places(asked).items()}
     for name, stem in found.items():
-        if back and back.get(stem) != name:
+        if back.get(stem) != name:
+            read = f"reads as {back[stem]!r}" if stem in back else "does not read"
             raise MergeError(
-                f"{name!r} would be written as {stem!r}, which diffusers reads as "
-                f"{back.get(stem)!r}.\nWrite another dialect (--to diffusers)."
+                f"{name!r} would be written as {stem!r}, which diffusers {read}.\n"
+                "Write another dialect (--to diffusers)."
             )
 
 

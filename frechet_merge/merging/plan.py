@@ -335,6 +335,20 @@ def _say_that_heads_have_no_mean(whole: Sequence[Block]) -> None:
             "one, and put it on after the merge"
         )
 
+# %% ../../nbs/merging/plan.ipynb #e71c0e15
+def _say_what_is_wide(updates: Sequence[Update], ranks: Mapping[str, int]) -> None:
+    "Warn of products of thin matrices whose mean takes more columns than files of LoRA have."
+    wide = {u.name: ranks[u.name] for u in updates if not u.is_plain and ranks[u.name] > WIDE}
+    if wide:
+        widest = max(wide, key=wide.__getitem__)
+        warn(
+            f"the mean of products (LoHa, LoKr) is written with a rank of up to {wide[widest]} "
+            f"({widest}): --geometry lora:rank=32 cuts it, and says what is lost"
+        )
+
+
+WIDE = 128  # ranks above it are told
+
 # %% ../../nbs/merging/plan.ipynb #3036fcc9
 def plan_adapters(
     opened: Opened,
@@ -353,6 +367,7 @@ def plan_adapters(
     ranks = {u.name: g.out_rank(u.ranks, u.first.shape) for u in updates}
     if (to or speech_of(opened.models[0])) in OF_ONE_RANK:
         ranks = dict.fromkeys(ranks, max(ranks.values()))
+    _say_what_is_wide(updates, ranks)
 
     def in_common(name: str) -> tuple:
         return tuple(given.weights[name]), given.scale[name], ranks[name]
