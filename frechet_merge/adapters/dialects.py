@@ -177,7 +177,7 @@ def configs_of(c: Checkpoint) -> dict[str, dict[str, Any]]:
         found.setdefault(part, {})[name] = value
     return found
 
-# %% ../../nbs/adapters/dialects.ipynb #6b8865d7
+# %% ../../nbs/adapters/dialects.ipynb #4c9aed74
 def _scale_of_diffusers(c: Checkpoint) -> Scale | None:
     "By the configs in the header; None if it has none."
     configs = configs_of(c)
@@ -194,7 +194,7 @@ def _scale_of_diffusers(c: Checkpoint) -> Scale | None:
 
     def scale(module: str, rank: int) -> float:
         part, _, name = module.partition(".")
-        if part not in views:
+        if part not in views or not rank:
             return 1.0
         r, alpha = _rank_and_alpha(views[part], name)
         if r != rank:

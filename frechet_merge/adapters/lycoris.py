@@ -35,7 +35,7 @@ def made(make: Callable[..., Tensor], *parts: LazyTensor | None) -> Made:
     dtype = next(x.dtype for x in parts if x is not None)
     return Made(tuple(make(*hollow).shape), dtype, make, parts)
 
-# %% ../../nbs/adapters/lycoris.ipynb #c28c0692
+# %% ../../nbs/adapters/lycoris.ipynb #e542af66
 def through_core(
     core: Tensor,  # (p, q, *kernel)
     down: Tensor,  # (q, c)
@@ -75,7 +75,7 @@ def loha(
         made(_hada_down, parts["hada_w1_b"], parts["hada_w2_b"], *cores),
     )
 
-# %% ../../nbs/adapters/lycoris.ipynb #b6109138
+# %% ../../nbs/adapters/lycoris.ipynb #c3801556
 def _pair(
     whole: Tensor | None, a: Tensor | None, b: Tensor | None, core: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -94,14 +94,20 @@ def _pair(
 def _eye_of(x: Tensor) -> Tensor:
     return torch.eye(x.shape[0], dtype=x.dtype, device=x.device)
 
-# %% ../../nbs/adapters/lycoris.ipynb #e5607c66
+# %% ../../nbs/adapters/lycoris.ipynb #7138a024
+def _kron(x: Tensor, y: Tensor) -> Tensor:
+    "The Kronecker product of two matrices, however they lie in memory."
+    blocks = x[:, None, :, None]*y[None, :, None, :]
+    return blocks.reshape(x.shape[0]*y.shape[0], x.shape[1]*y.shape[1])
+
+
 def _kron_up(w1, w1_a, w1_b, w2, w2_a, w2_b, t2) -> Tensor:
-    return torch.kron(_pair(w1, w1_a, w1_b)[0], _pair(w2, w2_a, w2_b, t2)[0])
+    return _kron(_pair(w1, w1_a, w1_b)[0], _pair(w2, w2_a, w2_b, t2)[0])
 
 
 def _kron_down(w1, w1_a, w1_b, w2, w2_a, w2_b, t2) -> Tensor:
     A1, A2 = _pair(w1, w1_a, w1_b)[1], _pair(w2, w2_a, w2_b, t2)[1]
-    return torch.kron(A1, A2.flatten(1)).unflatten(1, (A1.shape[1]*A2.shape[1], *A2.shape[2:]))
+    return _kron(A1, A2.flatten(1)).unflatten(1, (A1.shape[1]*A2.shape[1], *A2.shape[2:]))
 
 # %% ../../nbs/adapters/lycoris.ipynb #3159bca6
 def lokr(

@@ -128,12 +128,13 @@ def _check(c: Checkpoint, module: str, keys: dict[str, str], up: LazyTensor, dow
             f"tensor and quantised factors cannot be merged: leave them out (drop='{module}.*')."
         )
 
-# %% ../../nbs/adapters/reading.ipynb #a4a47a8e
+# %% ../../nbs/adapters/reading.ipynb #8ce6c50f
 def layer_of(
     c: Checkpoint,
     module: str,
     keys: dict[str, str],  # what a tensor is to the module → its name
-    # module, rank → the number before up·down, where no alpha stands beside them; None: 1
+    # module, rank (0: it has none) → the number before up·down, where no alpha stands beside them;
+    # None: 1
     scale: Callable[[str, int], float] | None = None,
 ) -> Layer:
     "The update of one module; `MergeError` if its tensors make none."
@@ -146,7 +147,7 @@ def layer_of(
     except (RuntimeError, IndexError) as e:
         raise _refusal(c, module, keys, "shapes that do not fit") from e
     _check(c, module, keys, up, down)
-    s = 1.0 if scale is None or not rank else scale(module, rank)
+    s = 1.0 if scale is None else scale(module, rank)
     if "alpha" in keys and rank:
         s = alpha_of(c, keys["alpha"])/rank
     names = tuple(keys.get(k) or f"{module}.lora_{k}.weight" for k in ("down", "up"))

@@ -136,7 +136,7 @@ def is_respelled(recipe: Recipe, models: Sequence[Checkpoint]) -> bool:
     kinds = {(c.adapter or {}).get("peft_type", "LORA") for c in models}
     return {recipe.to or "peft", *map(speech_of, models)} != {"peft"} or kinds != {"LORA"}
 
-# %% ../../nbs/merging/spelled.ipynb #80182da4
+# %% ../../nbs/merging/spelled.ipynb #bc1a3313
 def respelled(
     plan: Plan,  # of adapters
     updates: Sequence[Update],
@@ -152,7 +152,8 @@ def respelled(
     dialect = recipe.to or speech_of(models[0])
     how = DIALECTS[dialect]
     alpha = usual(ranks) if alpha is None else alpha
-    has_alpha = any(name.endswith(".alpha") for name in models[0].lazy)
+    is_own = speech_of(models[0]) == dialect
+    has_alpha = is_own and any(name.endswith(".alpha") for name in models[0].lazy)
     names = names_of({u.name: u.first for u in updates}, dialect, has_alpha)
     spellings: dict[str, Spelling] = {}
     for u in updates:
