@@ -173,9 +173,10 @@ def kohya(path, kind, seed, r=4, alpha=2.0, rename=str, **kw):
         state |= {f"{flat}.lora_down.weight": down, f"{flat}.lora_up.weight": up}
         if alpha is not None:
             state[f"{flat}.alpha"] = torch.tensor(alpha)
-    header = {"ss_network_dim": str(r), "ss_network_alpha": str(alpha), "ss_base_model_version": kind}
-    tags = {"10_pet": {f"tag {seed}": 3}}
-    save_file(state, path, {**header, "ss_tag_frequency": json.dumps(tags), "sshs_model_hash": "1"})
+    header = {"ss_network_dim": str(r), "ss_network_alpha": str(alpha), "sshs_model_hash": "1"}
+    header["ss_base_model_version"] = kind
+    header["ss_tag_frequency"] = json.dumps({"10_pet": {f"tag {seed}": 3}})
+    save_file(state, path, header)
     return path
 
 

@@ -75,7 +75,7 @@ def part_for(
         return ends[0]
     return next((f"{part}.{name}" for lead, part in LIKELY.items() if re.match(lead, name)), None)
 
-# %% ../../nbs/adapters/common.ipynb #4b57f6d2
+# %% ../../nbs/adapters/common.ipynb #49766862
 Said = tuple[dict[str, Layer], dict[str, LazyTensor]]  # updates by module; what was saved whole
 
 
@@ -83,7 +83,7 @@ def speech_of(c: Checkpoint) -> str:
     "The dialect that an adapter is in."
     return (c.adapter or {}).get("dialect", "peft")
 
-
+# %% ../../nbs/adapters/common.ipynb #d3556541
 def is_dotted(layer: Layer) -> bool:
     "Whether a layer is under its module's name in a pipeline already."
     is_new = layer.keys[0] == f"{layer.name}.lora_A.weight"
@@ -158,7 +158,7 @@ def _two_names(read: Sequence[Said], homes: Sequence[Mapping[str, Layer]]) -> bo
             names.setdefault(name, set()).add(of.get(id(layer.A)))
     return any(len(modules) > 1 for modules in names.values())
 
-# %% ../../nbs/adapters/common.ipynb #71ba891f
+# %% ../../nbs/adapters/common.ipynb #878f4233
 def _as_the_first(
     read: Sequence[Said], homes: Sequence[dict[str, Layer]], wanted: bool
 ) -> list[dict[str, Layer]]:
@@ -169,7 +169,7 @@ def _as_the_first(
         return [*homes]
     return [first, *(x for x in others if x is not None)]
 
-
+# %% ../../nbs/adapters/common.ipynb #177d7bbd
 def _with(read: Sequence[Said], updates: Sequence[dict[str, Layer]]) -> list[Said]:
     return [(ours, whole) for ours, (_, whole) in zip(updates, read)]
 

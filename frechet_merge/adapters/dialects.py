@@ -20,7 +20,7 @@ from ..files.checkpoint import FACTOR, Checkpoint
 from ..files.tensors import LazyTensor
 from ..messages import MergeError
 
-# %% ../../nbs/adapters/dialects.ipynb #a7920ea0
+# %% ../../nbs/adapters/dialects.ipynb #78cc7102
 # what names contain → what it is
 REFUSED = {
     r"[.]dora_scale$": "a DoRA, which rescales the sum of base and update",
@@ -31,6 +31,7 @@ REFUSED = {
     r"[.](hra_u|bone_block|fourierft_spectrum|c3a_kernel|vblora_logits_)": "an adapter of PEFT",
     r"^prompt_embeddings$": "a soft prompt",
 }
+# what can be done with an adapter that is no update
 ON_ITS_BASE = (
     "Put it on its base with the library that made it, save that, and merge full models with "
     "--base."
@@ -53,7 +54,7 @@ def refusal(
                 return f"is {what} ({name!r}): it adds no update of its own.\n{ON_ITS_BASE}"
     return None
 
-# %% ../../nbs/adapters/dialects.ipynb #53dbf7f6
+# %% ../../nbs/adapters/dialects.ipynb #88c123b9
 @dataclass(frozen=True)
 class Dialect:
     "How one dialect is written."
@@ -66,6 +67,7 @@ class Dialect:
     turned: bool = False  # both factors are transposed
 
 
+# name → how it is written
 DIALECTS = {
     "peft": Dialect(".lora_A.weight", ".lora_B.weight", ".lora_B.bias", "adapter_model"),
     "diffusers": Dialect(

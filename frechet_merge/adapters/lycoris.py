@@ -53,11 +53,11 @@ def rows(first: Tensor, second: Tensor) -> Tensor:
     "(i, n, …), (j, n, …) → (i·j, n, …): every product of two rows."
     return (first[:, None]*second[None, :]).flatten(0, 1)
 
-# %% ../../nbs/adapters/lycoris.ipynb #e586ef86
+# %% ../../nbs/adapters/lycoris.ipynb #f9c936da
 def _hada_up(w1: Tensor, w2: Tensor, transposed: bool) -> Tensor:
     return columns(w1.mT, w2.mT) if transposed else columns(w1, w2)
 
-
+# %% ../../nbs/adapters/lycoris.ipynb #c546824c
 def _hada_down(w1: Tensor, w2: Tensor, t1: Tensor | None, t2: Tensor | None) -> Tensor:
     if t1 is None or t2 is None:
         return rows(w1, w2)
@@ -75,7 +75,7 @@ def loha(
         made(_hada_down, parts["hada_w1_b"], parts["hada_w2_b"], *cores),
     )
 
-# %% ../../nbs/adapters/lycoris.ipynb #c3801556
+# %% ../../nbs/adapters/lycoris.ipynb #d86a373f
 def _pair(
     whole: Tensor | None, a: Tensor | None, b: Tensor | None, core: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -90,21 +90,21 @@ def _pair(
     # a kernel keeps its shape only as the second factor
     return (_eye_of(whole), whole) if len(whole.shape) > 2 else (whole, eye)
 
-
+# %% ../../nbs/adapters/lycoris.ipynb #5b0e0265
 def _eye_of(x: Tensor) -> Tensor:
     return torch.eye(x.shape[0], dtype=x.dtype, device=x.device)
 
-# %% ../../nbs/adapters/lycoris.ipynb #7138a024
+# %% ../../nbs/adapters/lycoris.ipynb #b35c636f
 def _kron(x: Tensor, y: Tensor) -> Tensor:
     "The Kronecker product of two matrices, however they lie in memory."
     blocks = x[:, None, :, None]*y[None, :, None, :]
     return blocks.reshape(x.shape[0]*y.shape[0], x.shape[1]*y.shape[1])
 
-
+# %% ../../nbs/adapters/lycoris.ipynb #1b12dc36
 def _kron_up(w1, w1_a, w1_b, w2, w2_a, w2_b, t2) -> Tensor:
     return _kron(_pair(w1, w1_a, w1_b)[0], _pair(w2, w2_a, w2_b, t2)[0])
 
-
+# %% ../../nbs/adapters/lycoris.ipynb #887a4732
 def _kron_down(w1, w1_a, w1_b, w2, w2_a, w2_b, t2) -> Tensor:
     A1, A2 = _pair(w1, w1_a, w1_b)[1], _pair(w2, w2_a, w2_b, t2)[1]
     return _kron(A1, A2.flatten(1)).unflatten(1, (A1.shape[1]*A2.shape[1], *A2.shape[2:]))

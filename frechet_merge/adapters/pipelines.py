@@ -142,13 +142,13 @@ def places(
             return found
     return {}
 
-# %% ../../nbs/adapters/pipelines.ipynb #21b5baa0
+# %% ../../nbs/adapters/pipelines.ipynb #bcb44b57
 @dataclass(frozen=True)
 class Rows(LazyTensor):
     "Some rows of a tensor, in some order."
 
-    of: LazyTensor
-    rows: tuple[int, ...] = field(repr=False)
+    of: LazyTensor  # whose rows they are
+    rows: tuple[int, ...] = field(repr=False)  # their numbers
     shape = property(lambda self: (len(self.rows), *self.of.shape[1:]))
     dtype = property(lambda self: self.of.dtype)
 
@@ -174,7 +174,7 @@ def part_of(layer: Layer, name: str, place: Place) -> Layer:
         changes["bias"] = Rows(layer.bias, place.rows)
     return replace(layer, name=name, keys=keys, **changes)
 
-# %% ../../nbs/adapters/pipelines.ipynb #600b012b
+# %% ../../nbs/adapters/pipelines.ipynb #9b83b98f
 @dataclass(frozen=True)
 class Placed(LazyTensor):
     "Output factors beside each other, each in its own rows and columns, and zero elsewhere."
@@ -185,6 +185,7 @@ class Placed(LazyTensor):
 
     @property
     def shape(self) -> tuple:  # type: ignore
+        "(m, Σ r, 1, …)."
         first = self.parts[0][0].shape
         return (self.m, sum(x.shape[1] for x, _, _ in self.parts), *first[2:])
 
@@ -196,16 +197,17 @@ class Placed(LazyTensor):
             column += width
         return whole.reshape(-1)[start:stop]
 
-# %% ../../nbs/adapters/pipelines.ipynb #d72c25ba
+# %% ../../nbs/adapters/pipelines.ipynb #4d1f4b7e
 @dataclass(frozen=True)
 class Stacked(LazyTensor):
     "Input factors below each other."
 
-    parts: tuple[LazyTensor, ...]
+    parts: tuple[LazyTensor, ...]  # (r, n) or (r, c, *kernel)
     dtype = property(lambda self: self.parts[0].dtype)
 
     @property
     def shape(self) -> tuple:  # type: ignore
+        "(Σ r, n) or (Σ r, c, *kernel)."
         return (sum(x.shape[0] for x in self.parts), *self.parts[0].shape[1:])
 
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:

@@ -17,18 +17,18 @@ from ..files.checkpoint import Checkpoint
 from ..files.tensors import LazyTensor
 from ..messages import MergeError
 
-# %% ../../nbs/adapters/reading.ipynb #b1925ae6
+# %% ../../nbs/adapters/reading.ipynb #6b8670de
 Parts = dict[str, LazyTensor]  # what a tensor is to its module → the tensor
 
 
 def _turned(x: Tensor) -> Tensor:
     return x.mT
 
-
+# %% ../../nbs/adapters/reading.ipynb #ad6d1321
 def _scaled(factor: float, x: Tensor) -> Tensor:
     return factor*x
 
-
+# %% ../../nbs/adapters/reading.ipynb #33ddfcf0
 def _times(x: Tensor, y: Tensor) -> Tensor:
     return x*y
 
@@ -43,25 +43,25 @@ def _lora(parts: Parts) -> tuple[LazyTensor, LazyTensor, int]:
         down = made(_times, parts["diagonal"], down)
     return up, down, rank
 
-# %% ../../nbs/adapters/reading.ipynb #f76ab933
+# %% ../../nbs/adapters/reading.ipynb #8e80a787
 def _mlx(parts: Parts) -> tuple[LazyTensor, LazyTensor, int]:
     return made(_turned, parts["b"]), made(_turned, parts["a"]), parts["a"].shape[-1]
 
-
+# %% ../../nbs/adapters/reading.ipynb #d6cf0a0e
 def _loha(parts: Parts) -> tuple[LazyTensor, LazyTensor, int]:
     return *loha(parts), parts["hada_w1_b"].shape[0]
 
-
+# %% ../../nbs/adapters/reading.ipynb #ea8cb4b5
 def _lokr(parts: Parts) -> tuple[LazyTensor, LazyTensor, int]:
     "Uncut halves have no rank: nothing is divided."
     cut = parts.get("lokr_w1_b") or parts.get("lokr_w2_b")
     return *lokr(parts), 0 if cut is None else cut.shape[0]
 
-
+# %% ../../nbs/adapters/reading.ipynb #839f7fe2
 def _diff(parts: Parts) -> tuple[LazyTensor, LazyTensor, int]:
     return *whole(parts["diff"]), 0
 
-# %% ../../nbs/adapters/reading.ipynb #8e76d269
+# %% ../../nbs/adapters/reading.ipynb #62229849
 # what a module must have → how its factors are made of that
 KINDS: list[tuple[tuple[set[str], ...], Callable[[Parts], tuple[LazyTensor, LazyTensor, int]]]] = [
     (({"up"}, {"down"}), _lora),
@@ -72,6 +72,7 @@ KINDS: list[tuple[tuple[set[str], ...], Callable[[Parts], tuple[LazyTensor, Lazy
 ]
 # what belongs to each of these, beside what stands with all of them
 MEMBERS = [{"up", "down", "mid", "diagonal"}, {"a", "b"}, {*HADA}, {*LOKR}, {"diff"}]
+# what may stand with any of them
 BESIDE = {"alpha", "bias", "diff_b"}
 
 # %% ../../nbs/adapters/reading.ipynb #27407b08

@@ -10,8 +10,10 @@ from collections.abc import Iterable
 from ..files.checkpoint import Checkpoint
 from ..messages import MergeError
 
-# %% ../../nbs/adapters/spelling.ipynb #5f9347eb
+# %% ../../nbs/adapters/spelling.ipynb #4770e4de
+# the matrices of a LoHa
 HADA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
+# and of a LoKr
 LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 # the end of a name → what the tensor is to the module
 PARTS = {
@@ -39,8 +41,9 @@ PARTS = {
     **{f".{part}": part for part in (*HADA, *LOKR)},
 }
 
-# %% ../../nbs/adapters/spelling.ipynb #4a2cc4e2
+# %% ../../nbs/adapters/spelling.ipynb #b6a96fe6
 ENDING = re.compile(f"(.+?)({'|'.join(re.escape(end) for end in PARTS)})")
+# modules of older spellings, which keep the word lora
 OLD = re.compile(r"(?:.*[._])?lora(?:\d|_linear_layer)?")
 
 

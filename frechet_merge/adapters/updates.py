@@ -14,14 +14,13 @@ from dataclasses import dataclass, replace
 from itertools import permutations
 from typing import Any
 
-from .common import Said, in_one_language, speech_of
+from .common import Said, in_one_language
 from .dialects import layers
 from .lycoris import Made
 from .peft import Layer
 from ..matching.blocks import Block, align
 from ..matching.views import head_of, in_front
 from ..matching.vocabulary import refuse_other_tokens
-from ..files.tensors import LazyTensor
 from ..files.checkpoint import HEAD, Checkpoint
 from ..messages import MergeError, warn
 

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['LEADS', 'stems', 'Names', 'names_of', 'header_of']
 
-# %% ../../nbs/adapters/writing.ipynb #29591000
+# %% ../../nbs/adapters/writing.ipynb #93281887
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from .common import FLAT, part_for
+from .common import part_for
 from .dialects import DIALECTS, METADATA, spoken_in
 from .kohya import NOT_KEPT, header
 from .peft import Layer
@@ -77,7 +77,7 @@ def stems(
     lead = "base_model.model." if dialect == "peft" else ""
     return {name: lead + rest for name, rest in bare.items()}
 
-# %% ../../nbs/adapters/writing.ipynb #3cbef7f8
+# %% ../../nbs/adapters/writing.ipynb #dfce739a
 def _check_flat(found: Mapping[str, str]) -> None:
     "`MergeError` for flat names that two modules share, or that are read as another module."
     if len({*found.values()}) < len(found):
@@ -94,7 +94,7 @@ def _check_flat(found: Mapping[str, str]) -> None:
                 "Write another dialect (--to diffusers)."
             )
 
-
+# %% ../../nbs/adapters/writing.ipynb #734974dc
 def _flat_asked(stem: str) -> Asked:
     return Asked(stem, (f"{stem}.lora_down.weight", f"{stem}.lora_up.weight"), 1, (1,), True)
 

@@ -92,7 +92,6 @@ class Checkpoint(Mapping[str, Tensor]):
         files: Iterable[Path] = (),  # what it reads
         # folders of adapters on it, whose tokenizer and modules are those of the whole
         brings: Iterable[Path] = (),
-        metadata: Mapping[str, str] | None = None,  # of the headers of its files
     ):
         self.lazy = lazy
         self.source = source
@@ -101,11 +100,16 @@ class Checkpoint(Mapping[str, Tensor]):
         self.adapter = adapter
         self.files = tuple(files)
         self.brings = tuple(brings)
-        self.metadata = metadata or {}
+        # of the headers of its files
+        self.metadata: Mapping[str, str] = {}
 
     def view(self, **changes: Any) -> "Checkpoint":
         "The same checkpoint with other tensors, names, or source."
-        return Checkpoint(**{**vars(self), **changes})
+        kept = {**vars(self), **changes}
+        metadata = kept.pop("metadata")
+        c = Checkpoint(**kept)
+        c.metadata = metadata
+        return c
 
     @property
     def homes(self) -> list[Path]:

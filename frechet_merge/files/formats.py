@@ -118,7 +118,8 @@ def _open_files(files: list[Path], promised: set, source: str, config: dict) -> 
             "Download or save the checkpoint again."
         )
     tied = tied_names(lazy, meta, config)
-    return Checkpoint(lazy, source, files[0].parent, tied, files=files, metadata=meta)
+    c = Checkpoint(lazy, source, files[0].parent, tied, files=files)
+    return c.view(metadata=meta)
 
 # %% ../../nbs/files/formats.ipynb #1a1c0e12
 SAFE = (2, 10)  # the first version of torch that keeps its promise about pickles

@@ -41,14 +41,14 @@ def _say_what_is_lost(updates: Sequence[Update], rank: int | None) -> None:
             f"their size (root mean square); the most {cut[worst]:.1%}, in {worst}"
         )
 
-# %% ../../nbs/merging/convert.ipynb #fd169f41
+# %% ../../nbs/merging/convert.ipynb #44779657
 def _job(u: Update, rank: int) -> Job:
     "The factors as they are, or the nearest pair of a rank."
     if u.ranks[0] <= rank:
         return PairOf(u, rank)
     return UpdateOf([u], LoRA(rank=rank), [1.0], 1.0, rank)
 
-
+# %% ../../nbs/merging/convert.ipynb #a65b63b0
 def _rank(u: Update, rank: int | None) -> int:
     "The rank that an update is written with."
     r = u.ranks[0]

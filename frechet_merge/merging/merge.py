@@ -100,7 +100,7 @@ def written_in(opened: Opened) -> str | None:
         return None
     return opened.recipe.to or speech_of(opened.models[0])
 
-
+# %% ../../nbs/merging/merge.ipynb #c71c0e13
 def is_one_file(opened: Opened, output: Output) -> bool:
     "Whether the output is a file, and not a folder."
     named = output.folder is not None and output.folder.suffix == ".safetensors"

@@ -336,6 +336,9 @@ def _say_that_heads_have_no_mean(whole: Sequence[Block]) -> None:
         )
 
 # %% ../../nbs/merging/plan.ipynb #e71c0e15
+WIDE = 128  # ranks above it are told
+
+
 def _say_what_is_wide(updates: Sequence[Update], ranks: Mapping[str, int]) -> None:
     "Warn of products of thin matrices whose mean takes more columns than files of LoRA have."
     wide = {u.name: ranks[u.name] for u in updates if not u.is_plain and ranks[u.name] > WIDE}
@@ -346,8 +349,14 @@ def _say_what_is_wide(updates: Sequence[Update], ranks: Mapping[str, int]) -> No
             f"({widest}): --geometry lora:rank=32 cuts it, and says what is lost"
         )
 
-
-WIDE = 128  # ranks above it are told
+# %% ../../nbs/merging/plan.ipynb #e71c0e16
+def _ranks(updates: Sequence[Update], g: LoRA, dialect: str) -> dict[str, int]:
+    "The rank of the mean of each layer; in some dialects all have the largest."
+    ranks = {u.name: g.out_rank(u.ranks, u.first.shape) for u in updates}
+    if dialect in OF_ONE_RANK:
+        ranks = dict.fromkeys(ranks, max(ranks.values()))
+    _say_what_is_wide(updates, ranks)
+    return ranks
 
 # %% ../../nbs/merging/plan.ipynb #3036fcc9
 def plan_adapters(
@@ -364,10 +373,7 @@ def plan_adapters(
     if opened.onto is not None:
         updates = [*map(in_names_of_peft, updates)]
     given = numbers_for([*(u.name for u in updates), *(b.name for b in whole)], recipe)
-    ranks = {u.name: g.out_rank(u.ranks, u.first.shape) for u in updates}
-    if (to or speech_of(opened.models[0])) in OF_ONE_RANK:
-        ranks = dict.fromkeys(ranks, max(ranks.values()))
-    _say_what_is_wide(updates, ranks)
+    ranks = _ranks(updates, g, to or speech_of(opened.models[0]))
 
     def in_common(name: str) -> tuple:
         return tuple(given.weights[name]), given.scale[name], ranks[name]

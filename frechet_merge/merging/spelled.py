@@ -4,10 +4,10 @@
 __all__ = ['OF_ANY', 'OF_ONE_RANK', 'Spelling', 'Respelled', 'usual', 'made_of', 'depth', 'is_respelled', 'respelled',
            'in_names_of_peft', 'PairOf', 'one_alpha']
 
-# %% ../../nbs/merging/spelled.ipynb #f52d6bee
+# %% ../../nbs/merging/spelled.ipynb #54fde126
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from .recipe import Recipe, numbers_of
 from .run import Plan
 from ..messages import MergeError
 
-# %% ../../nbs/merging/spelled.ipynb #9315fe66
+# %% ../../nbs/merging/spelled.ipynb #f451f916
 @dataclass(frozen=True)
 class Spelling:
     "What becomes of a tensor that a job writes."
@@ -35,12 +35,12 @@ class Spelling:
     turned: bool = False  # it is written transposed
     factor: float = 1.0  # by which it is multiplied
 
-
+# %% ../../nbs/merging/spelled.ipynb #4dcee956
 @dataclass(frozen=True)
 class Respelled(Job):
     "A job whose tensors are written in another way."
 
-    job: Job
+    job: Job  # what is caught
     spellings: Mapping[str, Spelling]  # by the name that the job has for it
     name = property(lambda self: self.job.name)  # type: ignore
     size = property(lambda self: self.job.size)  # type: ignore
@@ -136,7 +136,54 @@ def is_respelled(recipe: Recipe, models: Sequence[Checkpoint]) -> bool:
     kinds = {(c.adapter or {}).get("peft_type", "LORA") for c in models}
     return {recipe.to or "peft", *map(speech_of, models)} != {"peft"} or kinds != {"LORA"}
 
-# %% ../../nbs/merging/spelled.ipynb #bc1a3313
+# %% ../../nbs/merging/spelled.ipynb #45ef2a16
+@dataclass(frozen=True)
+class _Written:
+    "What a plan is written as."
+
+    dialect: str  # a key of `DIALECTS`
+    names: Mapping[str, Names]  # of the layers, by module
+    ranks: Mapping[str, int]  # by module
+    alpha: float  # beside all factors that have one
+    spellings: Mapping[str, Spelling]  # by the names that the jobs have for tensors
+
+    @property
+    def besides(self) -> list[str]:
+        "Names of the numbers beside factors."
+        return [n.alpha for n in self.names.values() if n.alpha is not None]
+
+# %% ../../nbs/merging/spelled.ipynb #a0ec79b4
+def _how(
+    updates: Sequence[Update],
+    ranks: Mapping[str, int],
+    recipe: Recipe,
+    models: Sequence[Checkpoint],
+    alpha: float | None,
+) -> _Written:
+    "How a merge is written: in the dialect of the recipe, or of the first adapter."
+    dialect = recipe.to or speech_of(models[0])
+    alpha = usual(ranks) if alpha is None else alpha
+    is_own = speech_of(models[0]) == dialect
+    has_alpha = is_own and any(name.endswith(".alpha") for name in models[0].lazy)
+    names = names_of({u.name: u.first for u in updates}, dialect, has_alpha)
+    spellings: dict[str, Spelling] = {}
+    turned = DIALECTS[dialect].turned
+    for u in updates:
+        spellings |= _spellings(u, names[u.name], ranks[u.name], alpha, turned)
+    return _Written(dialect, names, ranks, alpha, spellings)
+
+# %% ../../nbs/merging/spelled.ipynb #74547659
+def _as_written(plan: Plan, how: _Written) -> Plan:
+    "The jobs and the layout of a plan, as a dialect has them."
+    said = how.spellings
+    layout = {s.name: (_written(s), plan.layout[key][1]) for key, s in said.items()}
+    layout |= {name: ((), torch.float32) for name in how.besides}
+    layout |= {name: x for name, x in plan.layout.items() if name not in said}
+    jobs: list[Job] = [Respelled(job, said) for job in plan.jobs]
+    jobs += [Copy(name, MemoryTensor(torch.tensor(how.alpha))) for name in how.besides]
+    return replace(plan, layout=layout, jobs=jobs, stem=DIALECTS[how.dialect].file)
+
+# %% ../../nbs/merging/spelled.ipynb #fe823cd5
 def respelled(
     plan: Plan,  # of adapters
     updates: Sequence[Update],
@@ -149,35 +196,22 @@ def respelled(
     "The plan in the dialect that the recipe asks for, or in the first adapter's."
     if not is_respelled(recipe, models) and not always:
         return plan
-    dialect = recipe.to or speech_of(models[0])
-    how = DIALECTS[dialect]
-    alpha = usual(ranks) if alpha is None else alpha
-    is_own = speech_of(models[0]) == dialect
-    has_alpha = is_own and any(name.endswith(".alpha") for name in models[0].lazy)
-    names = names_of({u.name: u.first for u in updates}, dialect, has_alpha)
-    spellings: dict[str, Spelling] = {}
-    for u in updates:
-        spellings |= _spellings(u, names[u.name], ranks[u.name], alpha, how.turned)
-    jobs: list[Job] = [Respelled(job, spellings) for job in plan.jobs]
-    layout = {s.name: (_written(s), plan.layout[key][1]) for key, s in spellings.items()}
-    jobs += [Copy(n.alpha, MemoryTensor(torch.tensor(alpha))) for n in names.values() if n.alpha]
-    layout |= {n.alpha: ((), torch.float32) for n in names.values() if n.alpha}
-    said = {_module(n.down): ranks[name] for name, n in names.items()}
-    whole = {name: x for name, x in plan.layout.items() if name not in spellings}
-    _refuse_whole(models[0], dialect, whole)
-    layout |= whole
-    plan = replace(plan, layout=layout, jobs=jobs, stem=how.file)
-    if dialect == "peft":
+    how = _how(updates, ranks, recipe, models, alpha)
+    _refuse_whole(models[0], how.dialect, plan.layout.keys() - how.spellings.keys())
+    plan = _as_written(plan, how)
+    said = {_module(n.down): ranks[name] for name, n in how.names.items()}
+    if how.dialect == "peft":
         return replace(plan, config=peft_config([*map(_in_peft, models)], updates, said))
-    text = header_of(models, dialect, said, alpha, made_of(recipe, [c.source for c in models]))
+    made = made_of(recipe, [c.source for c in models])
+    text = header_of(models, how.dialect, said, how.alpha, made)
     # diffusers looks for biases itself where no config is there
     if any(bias_key(u) for u in updates):
         text.pop(METADATA, None)
-    config = {**_beside(dialect, max(ranks.values()), depth([*ranks])), "dialect": dialect}
-    return replace(plan, config=config, metadata=text)
+    beside = _beside(how.dialect, max(ranks.values()), depth([*ranks]))
+    return replace(plan, config={**beside, "dialect": how.dialect}, metadata=text)
 
-
-def _refuse_whole(c: Checkpoint, dialect: str, whole: Mapping[str, Any]) -> None:
+# %% ../../nbs/merging/spelled.ipynb #b98c652b
+def _refuse_whole(c: Checkpoint, dialect: str, whole: Collection[str]) -> None:
     "`MergeError` for tensors that PEFT saved whole, in a dialect that has no place for them."
     if whole and dialect != "peft":
         name = min(whole)
@@ -186,15 +220,15 @@ def _refuse_whole(c: Checkpoint, dialect: str, whole: Mapping[str, Any]) -> None
             f"that.\nLeave it out (drop={name!r}, --drop), or write --to peft."
         )
 
-
+# %% ../../nbs/merging/spelled.ipynb #a98a93c2
 def _written(s: Spelling) -> tuple:
     return s.shape[::-1] if s.turned else s.shape
 
-
+# %% ../../nbs/merging/spelled.ipynb #a29cbc71
 def _module(down: str) -> str:
     return down.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
 
-
+# %% ../../nbs/merging/spelled.ipynb #9f31f1ed
 def _in_peft(c: Checkpoint) -> Checkpoint:
     "An adapter with what a config of a LoRA in PEFT may say of it."
     config = c.adapter or {}
@@ -212,12 +246,12 @@ def in_names_of_peft(u: Update) -> Update:
     first = replace(u.first, keys=(f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"))
     return replace(u, versions=[first, *u.versions[1:]])
 
-# %% ../../nbs/merging/spelled.ipynb #cf6bd207
+# %% ../../nbs/merging/spelled.ipynb #429ebc99
 @dataclass(frozen=True)
 class PairOf(Job):
     "The factors of one layer of one adapter, as they are, with the scaling in the second."
 
-    update: Update
+    update: Update  # of one adapter
     rank: int  # that is written; what is beyond its own is zero
     name = property(lambda self: self.update.name)  # type: ignore
 
