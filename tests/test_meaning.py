@@ -583,10 +583,28 @@ class TestAdapters:
     def test_before_and_after_a_renaming(self, tmp_path):
         a = self.of(tmp_path/"a", "language_model.model.", 1)
         b = self.of(tmp_path/"b", "model.language_model.", 2)
+        for k, models in enumerate(([a, b], [b, a])):
+            found = self.updates(merge(models, out=tmp_path/f"o{k}").out)
+            ours, theirs = map(self.updates, models)
+            assert found.keys() == ours.keys()
+            for (name, delta), other in zip(ours.items(), theirs.values()):
+                torch.testing.assert_close(found[name], (delta + other)/2, rtol=0, atol=1e-5)
+
+    def test_before_and_after_an_unknown_renaming(self, tmp_path):
+        a = self.of(tmp_path/"a", "old.", 1)
+        b = self.of(tmp_path/"b", "tower.new.", 2)
         with pytest.raises(MergeError, match="(?s)before a renaming.*absent='zero'"):
             merge([a, b])
         with pytest.warns(UserWarning, match="no layer is adapted by more than one"):
             assert len(merge([a, b], absent="zero").means) == 4
+
+    def test_strange_layers_of_one_adapter_are_named(self, tmp_path):
+        a, b = self.of(tmp_path/"a", seed=1), self.of(tmp_path/"b", seed=2)
+        file = b/"adapter_model.safetensors"
+        more = {n.replace("layers.", "tower.blocks."): x + 0 for n, x in load_file(file).items()}
+        save_file(load_file(file) | more, file)
+        with pytest.warns(UserWarning, match="alone adapts 'tower.blocks.0.q' and 1 more"):
+            merge([a, b])
 
     def test_two_towers_of_other_sizes_are_no_renaming(self, tmp_path):
         a = self.of(tmp_path/"a", "vision.", 1)
