@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from .peft import Layer
-from .pipelines import PARTS, in_full, in_places, named_by_diffusers
+from .pipelines import IN_PIPELINE, in_full, in_places, named_by_diffusers
 from ..files.checkpoint import Checkpoint
 from ..files.tensors import LazyTensor
 from ..messages import MergeError
@@ -89,7 +89,7 @@ def speech_of(c: Checkpoint) -> str:
 def is_dotted(layer: Layer) -> bool:
     "Whether a layer is under its module's name in a pipeline already."
     is_new = layer.keys[0] == f"{layer.name}.lora_A.weight"
-    return is_new and re.match(PARTS, layer.name) is not None and ".processor." not in layer.name
+    return is_new and re.match(IN_PIPELINE, layer.name) is not None and ".processor." not in layer.name
 
 # %% ../../nbs/adapters/common.ipynb #29df8b74
 def _renamed(layer: Layer, name: str) -> Layer:

@@ -17,14 +17,14 @@ from .common import part_for
 from .dialects import DIALECTS, METADATA, spoken_in
 from .kohya import NOT_KEPT, header
 from .peft import Layer
-from .pipelines import PARTS, Asked, places
+from .pipelines import IN_PIPELINE, Asked, places
 from ..files.checkpoint import Checkpoint
 from ..messages import MergeError
 
 # %% ../../nbs/adapters/writing.ipynb #ec484925
 def _part(name: str, dialect: str) -> tuple[str, str]:
     "The part of a pipeline that a module is in, and its name there; `MergeError` if it has none."
-    whole = name if re.match(PARTS, name) else part_for(name, ())
+    whole = name if re.match(IN_PIPELINE, name) else part_for(name, ())
     if whole is None:
         raise MergeError(
             f"{name!r} is no layer of a diffusion pipeline, and files in the spelling of "
@@ -68,7 +68,7 @@ def stems(
         return found
     if dialect == "diffusers":
         return {name: ".".join(_part(name, dialect)) for name in names}
-    bare = {name: re.sub(rf"^{PARTS}", "", name) for name in names}
+    bare = {name: re.sub(rf"^{IN_PIPELINE}", "", name) for name in names}
     parts = {name[: -len(rest)] for name, rest in bare.items()}
     if len(parts) > 1 or dialect != "peft" and parts != {""}:
         raise MergeError(
