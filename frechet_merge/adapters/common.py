@@ -89,7 +89,8 @@ def speech_of(c: Checkpoint) -> str:
 def is_dotted(layer: Layer) -> bool:
     "Whether a layer is under its module's name in a pipeline already."
     is_new = layer.keys[0] == f"{layer.name}.lora_A.weight"
-    return is_new and re.match(IN_PIPELINE, layer.name) is not None and ".processor." not in layer.name
+    is_inside = re.match(IN_PIPELINE, layer.name) is not None
+    return is_new and is_inside and ".processor." not in layer.name
 
 # %% ../../nbs/adapters/common.ipynb #29df8b74
 def _renamed(layer: Layer, name: str) -> Layer:

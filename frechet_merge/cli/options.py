@@ -20,7 +20,7 @@ from ..files.output import free
 Models = Annotated[
     list[str],
     typer.Argument(
-        help="Folders, files, hub ids, or BASE+ADAPTER; or adapters in any dialect.", show_default=False
+        help="Folders, files, hub ids, or BASE+ADAPTER; or adapters.", show_default=False
     ),
 ]
 # what they were trained from
