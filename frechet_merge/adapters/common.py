@@ -187,11 +187,15 @@ def in_one_language(
     wanted = {*spoken, *([] if to is None else [to])}
     if wanted <= {*OF_LANGUAGE_MODELS}:
         return [*read]
-    if len(wanted) > 1:
+    # asked for by name, diffusers' spelling is that of its own names of modules
+    every = [layer for updates, _ in read for layer in updates.values()]
+    is_other = to == "diffusers" and not all(map(is_dotted, every))
+    if len(wanted) > 1 or is_other:
         _refuse_strangers(models, wanted)
         known = _known(models, read)
-        every = [in_pipeline(c, updates, known) for c, (updates, _) in zip(models, read)]
-        return _with(read, _as_the_first(read, every, to in (None, spoken[0])))
+        homes = [in_pipeline(c, updates, known) for c, (updates, _) in zip(models, read)]
+        is_kept = to in (None, spoken[0]) and not is_other
+        return _with(read, _as_the_first(read, homes, is_kept))
     if wanted <= {*OF_PIPELINES} and len({frozenset(updates) for updates, _ in read}) > 1:
         homes = _homes(models, read)
         if homes is not None and _two_names(read, homes):

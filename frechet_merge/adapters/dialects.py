@@ -123,6 +123,9 @@ def dialect_of(
     for name in names:
         if dialect := spoken_in(name, in_peft):
             found.setdefault(dialect, name)
+    # in a file of a pipeline, the endings of PEFT are those of diffusers
+    if "diffusers" in found:
+        found.pop("peft", None)
     if len(found) > 1:
         two = " and ".join(f"{name!r} ({dialect})" for dialect, name in [*found.items()][:2])
         raise MergeError(
