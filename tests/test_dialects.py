@@ -736,3 +736,49 @@ class TestRefusals:
         state = {"model.q.lora_A.weight": randn(2, 4), "model.q.lora_B.weight": randn(5, 2)}
         with pytest.raises(MergeError, match="no adapter_config.json"):
             merge([state, state])
+
+
+def updates_of(name, ends, seed=0, alpha=None):
+    state = {name + ends[0]: randn(2, 8, seed=seed), name + ends[1]: randn(8, 2, seed=seed + 1)}
+    return state if alpha is None else {**state, f"{name}.alpha": torch.tensor(alpha)}
+
+
+class TestOtherPipelines:
+    "Names of other models than those that are small enough to be loaded here."
+
+    A, DOWN = (".lora_A.weight", ".lora_B.weight"), (".lora_down.weight", ".lora_up.weight")
+
+    @pytest.mark.parametrize("first", [0, 1])
+    def test_wan_of_comfy_and_diffusers(self, first):
+        pairs = [("blocks.0.self_attn.q", "blocks.0.attn1.to_q")]
+        pairs.append(("blocks.0.ffn.0", "blocks.0.ffn.net.0.proj"))
+        comfy, ours = {}, {}
+        for i, (theirs, name) in enumerate(pairs):
+            comfy |= updates_of(f"diffusion_model.{theirs}", self.A, 10*i)
+            ours |= updates_of(f"transformer.{name}", self.A, 10*i + 5)
+        models = [(comfy, ours), (ours, comfy)][first]
+        found = in_memory(merge(models).tensors)
+        assert found.keys() == in_memory(models[0]).keys()
+        for x, a, b in zip(found.values(), *(in_memory(m).values() for m in models)):
+            torch.testing.assert_close(x, (a + b)/2, rtol=1e-5, atol=1e-6)
+
+    def test_qwen_without_a_prefix_and_diffusers(self):
+        name = "transformer_blocks.0.img_mlp.net.2"
+        theirs = updates_of(name, self.DOWN, 1, 1.0)
+        ours = updates_of(f"transformer.{name}", self.A)
+        found = in_memory(merge([theirs, ours]).tensors)
+        want = (in_memory(theirs)[name] + in_memory(ours)[f"transformer.{name}"])/2
+        close(found, {name: want})
+
+    def test_a_flat_name_that_nobody_knows_is_not_guessed(self):
+        theirs = updates_of("lora_unet_joint_blocks_0_x_block_attn_qkv", self.DOWN, 1, 1.0)
+        ours = updates_of("transformer.transformer_blocks.0.attn.to_q", self.A)
+        with pytest.raises(MergeError, match="x_block_attn_qkv.*not known.*\\n.*attn.to_q'"):
+            merge([theirs, ours])
+        assert len(merge([theirs, theirs]).tensors) == 3
+
+    def test_into_the_spelling_of_diffusers(self):
+        state = updates_of("diffusion_model.double_blocks.0.img_mlp.0", self.DOWN, 1, 1.0)
+        found = in_memory(convert(state, "diffusers").tensors)
+        want = in_memory(state)["diffusion_model.double_blocks.0.img_mlp.0"]
+        close(found, {"transformer.transformer_blocks.0.ff.net.0.proj": want})
