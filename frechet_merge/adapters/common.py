@@ -150,6 +150,10 @@ def _homes(
     except MergeError:
         return None
 
+# %% ../../nbs/adapters/common.ipynb #f71c0e12
+def _are_dotted(read: Sequence[Said]) -> bool:
+    return all(is_dotted(layer) for updates, _ in read for layer in updates.values())
+
 # %% ../../nbs/adapters/common.ipynb #274a3993
 def _two_names(read: Sequence[Said], homes: Sequence[Mapping[str, Layer]]) -> bool:
     "Whether some layer has two names."
@@ -188,8 +192,7 @@ def in_one_language(
     if wanted <= {*OF_LANGUAGE_MODELS}:
         return [*read]
     # asked for by name, diffusers' spelling is that of its own names of modules
-    every = [layer for updates, _ in read for layer in updates.values()]
-    is_other = to == "diffusers" and not all(map(is_dotted, every))
+    is_other = to == "diffusers" and not _are_dotted(read)
     if len(wanted) > 1 or is_other:
         _refuse_strangers(models, wanted)
         known = _known(models, read)

@@ -213,7 +213,7 @@ def _layer(c: Checkpoint, name: str, keys: dict[str, str]) -> Layer:
             "Download or save it again.",
         )
     A, B = c.lazy[keys["A"]], c.lazy[keys["B"]]
-    for key in (k for k in keys.values() if c.lazy[k].numel == 0):
+    for key in (keys[k] for k in "AB" if c.lazy[keys[k]].numel == 0):
         raise _refusal(
             c,
             f"holds {key!r} without a number in it, as DeepSpeed's ZeRO-3 leaves what it did "
