@@ -32,22 +32,17 @@ def is_mean(path, a, b):
 
 
 class TestDialects:
-    "An adapter that is not spelled as PEFT spells it is no full model."
+    "An adapter that adds no update is no full model."
 
     @pytest.mark.parametrize(
         "names, says",
         [
-            (["lora_unet_q.lora_up.weight", "lora_unet_q.lora_down.weight"], "kohya"),
-            (["x.to_q_lora.up.weight", "x.to_q_lora.down.weight"], "older versions of diffusers"),
-            (["x.to_q.lora.up.weight", "x.to_q.lora.down.weight"], "older versions of diffusers"),
-            (["x.lora_linear_layer.up.weight"], "older versions of diffusers"),
-            (["layers.0.q.lora_a", "layers.0.q.lora_b"], "MLX"),
-            (["layers.0.q.lora_a.weight", "layers.0.q.lora_b.weight"], "torchtune"),
-            (["lora_unet_q.hada_w1_a", "lora_unet_q.hada_w1_b"], "LoHa"),
-            (["lora_unet_q.lokr_w1", "lora_unet_q.lokr_w2"], "LoKr"),
             (["q.oft_blocks"], "OFT"),
             (["q.dora_scale", "q.weight"], "DoRA"),
-            (["q.lora_A.weight", "q.lora_B.weight", "q.alpha"], "q.alpha"),
+            (["q.ia3_l"], "IA"),
+            (["q.vera_lambda_b"], "VeRA"),
+            (["prompt_embeddings"], "soft prompt"),
+            (["lora_unet_q.a1.weight", "lora_unet_q.b1.weight"], "GLoRA"),
         ],
         ids=lambda x: x if isinstance(x, str) else "",
     )
@@ -578,10 +573,28 @@ class TestAdapters:
     def test_before_and_after_a_renaming(self, tmp_path):
         a = self.of(tmp_path/"a", "language_model.model.", 1)
         b = self.of(tmp_path/"b", "model.language_model.", 2)
+        for k, models in enumerate(([a, b], [b, a])):
+            found = self.updates(merge(models, out=tmp_path/f"o{k}").out)
+            ours, theirs = map(self.updates, models)
+            assert found.keys() == ours.keys()
+            for (name, delta), other in zip(ours.items(), theirs.values()):
+                torch.testing.assert_close(found[name], (delta + other)/2, rtol=0, atol=1e-5)
+
+    def test_before_and_after_an_unknown_renaming(self, tmp_path):
+        a = self.of(tmp_path/"a", "old.", 1)
+        b = self.of(tmp_path/"b", "tower.new.", 2)
         with pytest.raises(MergeError, match="(?s)before a renaming.*absent='zero'"):
             merge([a, b])
         with pytest.warns(UserWarning, match="no layer is adapted by more than one"):
             assert len(merge([a, b], absent="zero").means) == 4
+
+    def test_strange_layers_of_one_adapter_are_named(self, tmp_path):
+        a, b = self.of(tmp_path/"a", seed=1), self.of(tmp_path/"b", seed=2)
+        file = b/"adapter_model.safetensors"
+        more = {n.replace("layers.", "tower.blocks."): x + 0 for n, x in load_file(file).items()}
+        save_file(load_file(file) | more, file)
+        with pytest.warns(UserWarning, match="alone adapts 'tower.blocks.0.q' and 1 more"):
+            merge([a, b])
 
     def test_two_towers_of_other_sizes_are_no_renaming(self, tmp_path):
         a = self.of(tmp_path/"a", "vision.", 1)

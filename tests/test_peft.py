@@ -440,11 +440,11 @@ def test_what_peft_makes_that_is_not_an_update_is_refused(cfg, says, make):
 
 
 def test_other_methods_are_refused(tmp_path, make):
-    get_peft_model(toy(), peft.LoHaConfig(r=2, target_modules=["q"])).save_pretrained(
-        tmp_path/"loha"
+    get_peft_model(toy(), peft.VeraConfig(r=2, target_modules=["q"])).save_pretrained(
+        tmp_path/"vera"
     )
-    with pytest.raises(ValueError, match="peft_type = 'LOHA'"):
-        merge([make("a", 0), tmp_path/"loha"])
+    with pytest.raises(ValueError, match="peft_type = 'VERA'"):
+        merge([make("a", 0), tmp_path/"vera"])
 
 
 def test_grouped_convolutions_are_refused(tmp_path):

@@ -1,5 +1,6 @@
 """What an adapter means."""
 from .baking import bake
-from .peft import Layer, layers
+from .dialects import layers
+from .peft import Layer
 
 __all__ = ["Layer", "layers", "bake"]

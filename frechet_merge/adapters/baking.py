@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .peft import Layer, layers
+from .dialects import layers
+from .peft import Layer
 from ..files.checkpoint import Checkpoint, HEAD, ties, token_rows
 from ..matching.codes import quantised
 from ..messages import MergeError

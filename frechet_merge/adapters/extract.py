@@ -31,6 +31,7 @@ from ..files.output import staged
 from ..files.shards import save_tensors
 from ..files.stack import Stack
 from ..matching.blocks import Block, align, get
+from ..matching.layouts import skeleton
 from ..matching.statistics import parts_for
 from ..matching.views import alike, head_of, without
 from ..messages import MergeError, warn
@@ -67,29 +68,22 @@ def _kind(module: torch.nn.Module) -> str:
     return "embedding" if isinstance(module, nn.Embedding) else "other"
 
 # %% ../../nbs/adapters/extract.ipynb #37104395
-def _hollow(c: Checkpoint) -> torch.nn.Module | None:
+def _hollow(c: Checkpoint) -> Any:
     "The model that a config describes, without its numbers; None if no library here knows it."
     config = c.config
-    if not config:
-        return None
+    if "_class_name" not in config:
+        return skeleton(c)
     try:
+        import diffusers
+
         with torch.device("meta"):
-            if "_class_name" in config:
-                import diffusers
-
-                return getattr(diffusers, config["_class_name"]).from_config(config)
-            import transformers
-
-            known = transformers.AutoConfig.from_pretrained(c.folder, local_files_only=True)
-            names = config.get("architectures") or []
-            named = getattr(transformers, names[0], None) if names else None
-            return (named or transformers.AutoModel)._from_config(known)
+            return getattr(diffusers, config["_class_name"]).from_config(config)
     # whatever a library says about a config that it does not know
     except Exception:
         return None
 
 # %% ../../nbs/adapters/extract.ipynb #36732126
-def _loaded_names(model: torch.nn.Module, names: Sequence[str]) -> dict[str, str | None]:
+def _loaded_names(model: Any, names: Sequence[str]) -> dict[str, str | None]:
     "Stored name → name in the loaded model; None: it is a part of another tensor there."
     state = model.state_dict()
     if all(n in state for n in names):
@@ -99,7 +93,7 @@ def _loaded_names(model: torch.nn.Module, names: Sequence[str]) -> dict[str, str
         from transformers.core_model_loading import WeightConverter, rename_source_key
     except ImportError:
         return {n: n if n in state else None for n in names}
-    rules = get_model_conversion_mapping(model)
+    rules: list[Any] = [*get_model_conversion_mapping(model)]
     renamings = [r for r in rules if not isinstance(r, WeightConverter)]
     converters = [r for r in rules if isinstance(r, WeightConverter)]
     prefix = getattr(model, "base_model_prefix", None)
@@ -341,7 +335,9 @@ def _roots(
     damping: float,
 ) -> tuple[Root, Root]:
     "The metric of one tensor; `MergeError` if it is of a form that no cut is known for."
-    parts = {} if held is None else parts_for(held, block)
+    if held is None:
+        return Root(), Root()
+    parts = parts_for(held, block)
     if parts.keys() & {"", "projected"}:
         raise MergeError(
             f"{held.source}: the metric of {block.name!r} has no two sides, and the best cut in it "
@@ -634,9 +630,10 @@ def _written(made: Extracted, out: Path, like: Checkpoint) -> Extracted:
         }
         (part/"extracted.json").write_text(json.dumps(about, indent=1) + "\n")
         home = like.folder
-        for f in sorted(home.iterdir()) if home is not None and home.is_dir() else []:
-            if not f.is_dir() and any(fnmatchcase(f.name, p) for p in companions.TOKENIZER):
-                companions._copied(home, f, part/f.name)
+        if home is not None and home.is_dir():
+            for f in sorted(home.iterdir()):
+                if not f.is_dir() and any(fnmatchcase(f.name, p) for p in companions.TOKENIZER):
+                    companions._copied(home, f, part/f.name)
     return replace(made, tensors=load(out), out=out)
 
 # %% ../../nbs/adapters/extract.ipynb #3e4809f5

@@ -39,7 +39,7 @@ class Layer:
     # what versions must share
     kind = property(
         lambda self: (
-            self.keys[0].rpartition(".")[2],
+            self.keys[0].endswith("lora_embedding_A"),
             self.A.shape[1:],
             self.B.shape[:1] + self.B.shape[2:],
         )
@@ -213,6 +213,13 @@ def _layer(c: Checkpoint, name: str, keys: dict[str, str]) -> Layer:
             "Download or save it again.",
         )
     A, B = c.lazy[keys["A"]], c.lazy[keys["B"]]
+    for key in (keys[k] for k in "AB" if c.lazy[keys[k]].numel == 0):
+        raise _refusal(
+            c,
+            f"holds {key!r} without a number in it, as DeepSpeed's ZeRO-3 leaves what it did "
+            "not gather",
+            "Save the adapter again with stage3_gather_16bit_weights_on_model_save.",
+        )
     r, alpha = _rank_and_alpha(c, name)
     if not _are_of_rank(A, B, r):
         raise _refusal(

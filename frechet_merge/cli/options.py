@@ -21,7 +21,7 @@ from ..files.output import free
 Models = Annotated[
     list[str],
     typer.Argument(
-        help="Folders, files, hub ids, or BASE+ADAPTER; or PEFT adapters.", show_default=False
+        help="Folders, files, hub ids, or BASE+ADAPTER; or adapters.", show_default=False
     ),
 ]
 # what they were trained from

@@ -26,6 +26,9 @@ STEMS = (
     "open_clip_model",
     "open_clip_pytorch_model",
     "adapter_model",
+    # adapters of diffusers and MLX
+    "pytorch_lora_weights",
+    "adapters",
 )
 # a variant's index is called model.safetensors.index.fp16.json
 INDEX = re.compile(r"[.]index([.][\w-]+)?[.]json$")
@@ -158,7 +161,9 @@ def _open_files(files: list[Path], promised: set, source: str, config: dict) -> 
             "all), no shard has it.\n"
             "Download or save the checkpoint again."
         )
-    return Checkpoint(lazy, source, files[0].parent, tied_names(lazy, meta, config), files=files)
+    tied = tied_names(lazy, meta, config)
+    c = Checkpoint(lazy, source, files[0].parent, tied, files=files)
+    return c.view(metadata=meta)
 
 # %% ../../nbs/files/formats.ipynb #5d5a40ac
 # what the standard "modelspec" says of the function, and not of the file

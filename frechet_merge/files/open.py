@@ -169,7 +169,7 @@ def _of_parts(parts: Mapping[str, Checkpoint], folder: Path, source: str) -> Che
 # %% ../../nbs/files/open.ipynb #3646c068
 def _open(path: Path, allow_pickle: bool, source: str) -> Checkpoint:
     "A folder or file that is here."
-    from frechet_merge.adapters.dialects import refusal
+    from frechet_merge.adapters.dialects import spoken
     from frechet_merge.matching.views import unwrapped
 
     if path.is_dir() and (parts := _parts(path, allow_pickle, source)):
@@ -182,10 +182,8 @@ def _open(path: Path, allow_pickle: bool, source: str) -> Checkpoint:
         c = _open_files(files, promised, source, read_json(config) if config.exists() else {})
     if not c.lazy:
         raise MergeError(f"{path}: holds no tensors.\nName a folder or file with weights.")
-    adapter = _adapter_config(path, files, c.lazy)
-    if why := refusal(c.lazy.keys(), adapter):
-        raise MergeError(f"{source}: {why}.")
-    return unwrapped(c.view(adapter=adapter))
+    # what is in front of an adapter's names is not a wrapper
+    return spoken(unwrapped(c.view(adapter=_adapter_config(path, files, c.lazy))))
 
 # %% ../../nbs/files/open.ipynb #d753e65d
 def load(
@@ -216,13 +214,10 @@ def load(
 
 # %% ../../nbs/files/open.ipynb #94a6e039
 def _in_memory(tensors: Mapping[str, Tensor], name: str) -> Checkpoint:
-    "A mapping, which must not be an adapter of a dialect that is not read."
-    from frechet_merge.adapters.dialects import refusal
+    "A mapping: a model, or an adapter in any dialect."
+    from frechet_merge.adapters.dialects import spoken
 
-    c = from_state_dict(tensors, name)
-    if why := refusal(c.lazy.keys(), c.adapter):
-        raise MergeError(f"{name}: {why}.")
-    return c
+    return spoken(from_state_dict(tensors, name))
 
 # %% ../../nbs/files/open.ipynb #49e8efbf
 def _on_its_base(parts: list[str], allow_pickle: bool) -> Checkpoint:

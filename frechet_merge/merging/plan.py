@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..adapters.baking import bake
+from ..adapters.common import speech_of
 from ..matching.blocks import Block, align
 from ..files.checkpoint import Checkpoint, vocabulary_size
 from ..files.formats import SHARD, STEMS, spec_of
@@ -32,6 +33,7 @@ from .coefficients import say_of_statistics
 from .experts import by_expert, fusions, is_fused
 from .recipe import Recipe
 from .run import Plan
+from .spelled import OF_ONE_RANK, in_names_of_peft, respelled
 from .update import UpdateOf
 from ..messages import MergeError, warn
 from ..matching.statistics import Coupled, statistics
@@ -148,6 +150,8 @@ def check_recipe(opened: Opened, name: str | None = None) -> None:
     recipe = opened.recipe
     if opened.are_adapters:
         _check_adapters(recipe)
+    elif recipe.to is not None:
+        raise ValueError("to= is a dialect for merged adapters, and these are full models.")
     elif recipe.bake is not None:
         raise ValueError("bake= puts merged adapters on a full model, and these are full models.")
     allowed = (None, "renormalise", "zero") if opened.are_adapters else (None, "renormalise")
@@ -331,7 +335,7 @@ def plan_models(
         tied,
         [b.name for b in blocks],
         stem=stem_of([*opened.models, *opened.every]),
-        spec=spec_of(opened.models),
+        metadata=spec_of(opened.models),
         allow_nonfinite=recipe.allow_nonfinite,
         given=given,
     )
@@ -412,19 +416,39 @@ def _say_that_heads_have_no_mean(whole: Sequence[Block]) -> None:
             "one, and put it on after the merge"
         )
 
-# %% ../../nbs/merging/plan.ipynb #3036fcc9
-def plan_adapters(
-    opened: Opened,
-    dtype: torch.dtype | None = None,  # of what is written; None: as it is
-    device: Any = None,  # where layers are computed
-) -> Plan:
-    "PEFT adapters → PEFT adapter; `MergeError` if they do not match."
-    recipe = opened.recipe
-    # a geometry of matrices is put behind `LoRA`
-    g = LoRA.of(recipe.geometry)
-    updates, whole = align_updates(opened.models, recipe.absent, recipe.any_base)
-    given = numbers_for([*(u.name for u in updates), *(b.name for b in whole)], recipe)
+# %% ../../nbs/merging/plan.ipynb #e71c0e15
+WIDE = 128  # ranks above it are told
+
+
+def _say_what_is_wide(updates: Sequence[Update], ranks: Mapping[str, int]) -> None:
+    "Warn of products of thin matrices whose mean takes more columns than files of LoRA have."
+    wide = {u.name: ranks[u.name] for u in updates if not u.is_plain and ranks[u.name] > WIDE}
+    if wide:
+        widest = max(wide, key=wide.__getitem__)
+        warn(
+            f"the mean of products (LoHa, LoKr) is written with a rank of up to {wide[widest]} "
+            f"({widest}): --geometry lora:rank=32 cuts it, and says what is lost"
+        )
+
+# %% ../../nbs/merging/plan.ipynb #e71c0e16
+def _ranks(updates: Sequence[Update], g: LoRA, dialect: str) -> dict[str, int]:
+    "The rank of the mean of each layer; in some dialects all have the largest."
     ranks = {u.name: g.out_rank(u.ranks, u.first.shape) for u in updates}
+    if dialect in OF_ONE_RANK:
+        ranks = dict.fromkeys(ranks, max(ranks.values()))
+    _say_what_is_wide(updates, ranks)
+    return ranks
+
+# %% ../../nbs/merging/plan.ipynb #a0a0ab01
+def _update_jobs(
+    recipe: Recipe,
+    g: LoRA,  # one of factors
+    updates: Sequence[Update],
+    given: Numbers,
+    ranks: Mapping[str, int],  # that are written
+    device: Any,
+) -> list[Job]:
+    "Jobs of layers, those of one kind together."
 
     def in_common(name: str) -> tuple:
         return tuple(given.given[name]), given.scale[name], ranks[name]
@@ -437,8 +461,28 @@ def plan_adapters(
         seen = [_versions(u, given, recipe.absent) for u in batch]
         _, ws, scale, who = seen[0]
         jobs.append(UpdateOf([u for u, *_ in seen], g, ws, scale, rank, device, who))
+    return jobs
+
+# %% ../../nbs/merging/plan.ipynb #3036fcc9
+def plan_adapters(
+    opened: Opened,
+    dtype: torch.dtype | None = None,  # of what is written; None: as it is
+    device: Any = None,  # where layers are computed
+) -> Plan:
+    "PEFT adapters → PEFT adapter; `MergeError` if they do not match."
+    recipe = opened.recipe
+    # a geometry of matrices is put behind `LoRA`
+    g = LoRA.of(recipe.geometry)
+    to = recipe.to if opened.onto is None else None
+    updates, whole = align_updates(opened.models, recipe.absent, recipe.any_base, to)
+    if opened.onto is not None:
+        updates = [*map(in_names_of_peft, updates)]
+    given = numbers_for([*(u.name for u in updates), *(b.name for b in whole)], recipe)
+    ranks = _ranks(updates, g, to or speech_of(opened.models[0]))
+
+    jobs = _update_jobs(recipe, g, updates, given, ranks, device)
     rest = _plan_whole(opened, whole, given, dtype, device)
-    return Plan(
+    plan = Plan(
         {**_layout(updates, ranks, dtype), **rest.layout},
         jobs + rest.jobs,
         {},
@@ -449,6 +493,9 @@ def plan_adapters(
         "their mean, cut to its rank, as lora:rank=… gives it" if g.needs.keeps_rank else "",
         given,
     )
+    if opened.onto is not None:
+        return plan
+    return respelled(plan, updates, ranks, recipe, opened.models)
 
 # %% ../../nbs/merging/plan.ipynb #f21677d8
 def widened(plan: Plan) -> Plan:

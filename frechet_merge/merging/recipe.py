@@ -55,6 +55,7 @@ class Recipe:
     sum: Any = None
     # on what running statistics are collected anew; None: they are averaged
     calibrate: Calibration | None = None
+    to: str | None = None  # the dialect of the merged adapter; None: the first one's
 
     def __post_init__(self):
         if isinstance(self.models, (str, os.PathLike, Mapping)):
@@ -274,6 +275,7 @@ def command(recipe: Recipe, output: Output) -> str | None:
         *flag("tokenizer", said.get("tokenizer")),
         *flag("loss", said.get("loss")),
         *flag("calibrate", feed.get("data")),
+        *flag("to", said.get("to")),
     ]
     for name in ("split", "max_samples"):
         if feed and feed[name] != getattr(Calibration, name):

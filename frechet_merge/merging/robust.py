@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .block import Job
+from .block import Around, Job
 from .recipe import Recipe, Run
 from .run import Plan, do_jobs
 from ..messages import MergeError, warn
@@ -67,14 +67,11 @@ def _of_models(plans: dict[str, Plan], loss: Loss, ws: list[float], run: Run) ->
 
 # %% ../../nbs/merging/robust.ipynb #3545eb95
 @dataclass(frozen=True)
-class Settling(Job):
+class Settling(Around):
     "A job whose models count for what a loss of this block says."
 
     job: Job  # of one tensor or layer
     loss: Loss  # of its distances
-    name = property(lambda self: self.job.name)  # type: ignore
-    names = property(lambda self: self.job.names)  # type: ignore
-    size = property(lambda self: self.job.size)  # type: ignore
 
     def run(self, write):
         job = self.job

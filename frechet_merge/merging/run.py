@@ -42,7 +42,7 @@ class Plan:
     allow_nonfinite: bool = False  # NaN and Inf are written where inputs have them
     start: str = ""  # where the solver begins, in words, where it is of use to know
     given: Any = None  # `Numbers`: weights and scale of every tensor, as they are used
-    spec: dict[str, str] = field(default_factory=dict)  # what headers of files say of the function
+    metadata: dict[str, str] = field(default_factory=dict)  # for the headers of its files
 
     @property
     def nbytes(self) -> int:
@@ -266,7 +266,7 @@ def into_folder(
 ) -> dict[str, Mean]:
     "Write the tensors of a plan into a folder; what is known about each mean."
     size = shard_size if plan.config is None else 1 << 62
-    said = {**plan.spec, **plan.tied}
+    said = {**plan.metadata, **plan.tied}
     with ShardWriter(folder, plan.layout, size, plan.stem, said) as sink:
         return do_jobs(plan, sink, run)
 
