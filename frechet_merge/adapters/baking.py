@@ -26,17 +26,28 @@ class BakedTensor(LazyTensor):
     "W + B·A, a range at a time."
 
     base: LazyTensor  # W, of any shape
-    B: Tensor = field(repr=False)  # (m, r), s absorbed
-    A: Tensor = field(repr=False)  # (r, n), m·n the number of elements of the base
+    B: Tensor = field(repr=False)  # (m, r) or (E, m, r) of experts, s absorbed
+    A: Tensor = field(repr=False)  # (r, n) or (E, r, n), E·m·n the number of elements of the base
     shape = property(lambda self: self.base.shape)
     dtype = property(lambda self: self.base.dtype)
 
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
-        n, stop = self.A.shape[1], self.numel if stop is None else min(stop, self.numel)
-        top = start//n
-        delta = (self.B[top : -(-stop//n)] @ self.A).reshape(-1)[start - top*n : stop - top*n]
+        stop = self.numel if stop is None else min(stop, self.numel)
+        size = self.B.shape[-2]*self.A.shape[-1]
+        parts = []
+        for e in range(start//size, -(-stop//size)):
+            i, j = max(start - e*size, 0), min(stop - e*size, size)
+            parts.append(self._update(e, i, j))
+        delta = torch.cat(parts) if parts else self.B.new_empty(0)
         w = self.base.read(start, stop)
         return delta + (w.to(delta.dtype) if w.dtype.itemsize == 1 else w)
+
+    def _update(self, expert: int, start: int, stop: int) -> Tensor:
+        "Elements of B·A of one expert."
+        B, A = (x if x.dim() == 2 else x[expert] for x in (self.B, self.A))
+        n = A.shape[1]
+        top = start//n
+        return (B[top : -(-stop//n)] @ A).reshape(-1)[start - top*n : stop - top*n]
 
 # %% ../../nbs/adapters/baking.ipynb #023c36f1
 def _in_base(name: str, lazy: dict[str, Any]) -> str | None:
@@ -187,6 +198,9 @@ def _place(onto: _Onto, layer: Layer) -> str:
 # %% ../../nbs/adapters/baking.ipynb #b08ca84b
 def _put(onto: _Onto, layer: Layer) -> None:
     "A promise of W + s·B·A in the place of W, and its bias; `MergeError` if they do not fit."
+    if layer.experts > 1:
+        _put_experts(onto, layer)
+        return
     name = _place(onto, layer)
     x, f = onto.lazy[name], layer.factors()
     is_embedding = layer.keys[0].endswith("lora_embedding_A")
@@ -202,6 +216,39 @@ def _put(onto: _Onto, layer: Layer) -> None:
     onto.lazy[name] = BakedTensor(x, B.to(wide).contiguous(), A.to(wide).contiguous())
     if layer.bias is not None:
         _put_bias(onto, layer, wide)
+
+# %% ../../nbs/adapters/baking.ipynb #e0e0ac01
+def _experts_transposed(onto: _Onto, layer: Layer, shape: tuple[int, ...]) -> bool:
+    "Are a base's experts stored as (E, n, m)? `MergeError` if nobody can tell."
+    (m, n), E = layer.shape, layer.experts
+    fits = [shape == (E, m, n), shape == (E, n, m)]
+    if not any(fits):
+        raise onto.refusal(
+            f"does not fit {layer.name!r} of shape {list(shape)}: its updates are {[E, m, n]}"
+        )
+    if not all(fits):
+        return fits[1]
+    # inputs of a pair of projections are in the middle, if they are transposed
+    twin = _in_base(f"{layer.name.rpartition('.')[0]}.gate_up_proj", onto.lazy)
+    other = () if twin is None else tuple(onto.lazy[twin].shape)
+    if layer.name.endswith(".down_proj") and other in ((E, m, 2*n), (E, 2*n, m)):
+        return other == (E, m, 2*n)
+    raise onto.refusal(
+        f"adapts {layer.name!r}, whose rows cannot be told from its columns",
+        "Put it on its base with PEFT's merge_and_unload().",
+    )
+
+# %% ../../nbs/adapters/baking.ipynb #e0e0ac02
+def _put_experts(onto: _Onto, layer: Layer) -> None:
+    "A promise of W + s·B·A for each expert; `MergeError` if they do not fit."
+    name = _in_base(layer.name, onto.lazy)
+    if name is None:
+        raise onto.refusal(f"adapts {layer.name!r}, which the base does not have")
+    x, f = onto.lazy[name], layer.factors()
+    transposed = _experts_transposed(onto, layer, tuple(x.shape))
+    B, A = (f.A.mT, f.B.mT) if transposed else (f.B, f.A)
+    wide = torch.promote_types(torch.float32, x.dtype) if x.dtype.itemsize > 1 else torch.float32
+    onto.lazy[name] = BakedTensor(x, B.to(wide).contiguous(), A.to(wide).contiguous())
 
 # %% ../../nbs/adapters/baking.ipynb #c4e5008c
 def _put_bias(onto: _Onto, layer: Layer, wide: torch.dtype) -> None:
