@@ -291,6 +291,6 @@ def bake(
     return base.view(
         lazy=onto.lazy,
         source=f"{base.source}+{adapter.source}",
-        files=base.files + adapter.files,
+        files=[*base.files, *adapter.files],
         brings=(*base.brings, *filter(None, [adapter.folder])),
     )

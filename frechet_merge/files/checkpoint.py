@@ -10,7 +10,8 @@ __all__ = ['KINDS', 'SHAPES', 'HEAD', 'FACTOR', 'json_in', 'read_json', 'Checkpo
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -78,30 +79,27 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 # %% ../../nbs/files/checkpoint.ipynb #d306e913
+@dataclass(eq=False, repr=False)
 class Checkpoint(Mapping[str, Tensor]):
     "Names → tensors, read on look-up (`KeyError` for other names); what `load` returns."
 
-    def __init__(
-        self,
-        lazy: dict[str, LazyTensor],  # each tensor once, in file order
-        source: str = "state dict",  # what error messages and model cards call it
-        folder: Path | None = None,  # where its config and tokenizer are
-        tied: dict[str, str] | None = None,  # further name → the name in `lazy`
-        # the PEFT config, if these are the factors of an adapter
-        adapter: dict[str, Any] | None = None,
-        files: Iterable[Path] = (),  # what it reads
-        # folders of adapters on it, whose tokenizer and modules are those of the whole
-        brings: Iterable[Path] = (),
-        metadata: Mapping[str, str] | None = None,  # of the headers of its files
-    ):
-        self.lazy = lazy
-        self.source = source
-        self.folder = folder
-        self.tied = tied or {}
-        self.adapter = adapter
-        self.files = tuple(files)
-        self.brings = tuple(brings)
-        self.metadata = metadata or {}
+    lazy: dict[str, LazyTensor]  # each tensor once, in file order
+    source: str = "state dict"  # what error messages and model cards call it
+    folder: Path | None = None  # where its config and tokenizer are
+    tied: dict[str, str] = field(default_factory=dict)  # further name → the name in `lazy`
+    adapter: dict[str, Any] | None = None  # the PEFT config, of the factors of an adapter
+    files: Sequence[Path] = ()  # what it reads
+    # folders of adapters on it, whose tokenizer and modules are those of the whole
+    brings: Sequence[Path] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)  # of the headers of its files
+    # names that others have and it need not: a model of text beside one that also sees
+    lacks: Collection[str] = ()
+
+    def __post_init__(self):
+        # None is as good as nothing
+        self.tied, self.metadata = self.tied or {}, self.metadata or {}
+        self.files, self.brings = tuple(self.files), tuple(self.brings)
+        self.lacks = frozenset(self.lacks)
 
     def view(self, **changes: Any) -> "Checkpoint":
         "The same checkpoint with other tensors, names, or source."

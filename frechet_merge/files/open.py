@@ -146,8 +146,8 @@ def _open(path: Path, allow_pickle: bool, source: str) -> Checkpoint:
         c = _open_files(files, promised, source, read_json(config) if config.exists() else {})
     if not c.lazy:
         raise MergeError(f"{path}: holds no tensors.\nName a folder or file with weights.")
-    c = unwrapped(c)
-    return spoken(c.view(adapter=_adapter_config(path, files, c.lazy)))
+    # what is in front of an adapter's names is not a wrapper
+    return spoken(unwrapped(c.view(adapter=_adapter_config(path, files, c.lazy))))
 
 # %% ../../nbs/files/open.ipynb #d753e65d
 def load(

@@ -79,7 +79,7 @@ def refuse_another_base(base: Checkpoint, models: Sequence[Checkpoint]) -> None:
     "`MergeError` for a base that has less than half of what a model is made of."
     for c in models:
         sizes = {n: x.numel for n, x in c.lazy.items()}
-        strange = [n for n in sizes if n not in base]
+        strange = [n for n in sizes if n not in base and n not in base.lacks]
         if 2*sum(sizes[n] for n in strange) > sum(sizes.values()):
             raise MergeError(
                 f"{base.source}: has no tensor {strange[0]!r}, which {c.source} has, and most "

@@ -86,7 +86,8 @@ def _block(name: str, every: list[Checkpoint], has_base: bool, absent: str | Non
     found = [(c, get(c, name)) for c in every]
     there = [(c, x) for c, x in found if x is not None]
     first, *others = there
-    if len(there) < len(every) and not is_constant(name, first[1]):
+    lacking = any(x is None and name not in c.lacks for c, x in found)
+    if lacking and not is_constant(name, first[1]):
         _refuse_absent(name, found, has_base, absent)
     for other in others:
         _check_alike(name, first, other)
@@ -109,7 +110,7 @@ def _refuse_absent(
     absent: str | None,
 ) -> None:
     "`MergeError` for a tensor that some lack, unless it may be merged over the others."
-    lacks = next(c for c, x in found if x is None)
+    lacks = next(c for c, x in found if x is None and name not in c.lacks)
     has, x = next((c, x) for c, x in found if x is not None)
     if absent != "renormalise":
         raise missing(name, x, lacks, has)

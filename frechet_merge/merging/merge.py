@@ -52,7 +52,8 @@ class Merged:
 # %% ../../nbs/merging/merge.ipynb #5acefc5f
 def main_of(every: Sequence[Checkpoint]) -> Checkpoint | None:
     "Whose folder the result's is like: the first that has a config, or a folder at all."
-    placed = [c for c in every if c.folder is not None]
+    # but no model of text, where others also see
+    placed = sorted((c for c in every if c.folder is not None), key=lambda c: bool(c.lacks))
     whole = [c for c in placed if c.folder and (c.folder/"config.json").exists()]
     return next(iter([*whole, *placed]), None)
 

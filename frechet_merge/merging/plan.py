@@ -23,9 +23,11 @@ from ..geometries.lora import LoRA
 from ..geometries.geometry import Euclidean, Geometry, check_needs
 from ..matching.function import refuse_other_meanings, unlike
 from ..matching.rows import lined_up
+from ..matching.towers import in_one_layout
 from ..matching.views import without
 from ..spaces.mean import normalise
 from .block import Copy, How, Job, MeanOf, weights_of
+from .experts import by_expert, fusions, is_fused
 from .recipe import Recipe
 from .run import Plan
 from .spelled import OF_ONE_RANK, in_names_of_peft, respelled
@@ -67,6 +69,7 @@ def open_recipe(recipe: Recipe) -> Opened:
         models.append(load(model, pickles, f"models[{i}]"))
     base = None if recipe.base is None else load(recipe.base, pickles, "base")
     onto = None if recipe.bake is None else load(recipe.bake, pickles, "bake")
+    models, base = in_one_layout(models, base)
     opened = Opened(recipe, models, base, onto)
     return _in_one_vocabulary(_dropped(opened) if recipe.drop else opened)
 
@@ -255,11 +258,14 @@ def plan_models(
     metrics = _metrics_for(opened, blocks, device)
     how = How(recipe.geometry, device, recipe.allow_nonfinite)
 
+    has_fused = any(is_fused(b.name, b.first.shape) for b in blocks)
+    fused = fusions(opened.models[0]) if has_fused else {}
+
     def job(b: Block) -> Job:
         if not b.mergeable:
             return Copy(b.name, b.first, "" if base is None else base.source, how.allow_nonfinite)
         sources = [opened.models[i].source for i in b.who]
-        return MeanOf(
+        whole = MeanOf(
             b,
             how,
             weights_of(b.name, given.weights[b.name], b.who),
@@ -267,6 +273,7 @@ def plan_models(
             metrics.get(b.name),
             (*sources, *([] if base is None else [base.source])),
         )
+        return by_expert(whole, fused)
 
     return Plan(
         {b.name: (b.first.shape, as_written(b.first.dtype, dtype)) for b in blocks},
