@@ -79,7 +79,6 @@ def adapter(A=None, B=None, **config):
         ("peft_type", "LOHA"),
         ("use_qalora", True),
         ("layer_replication", [[0, 2]]),
-        ("target_parameters", ["w"]),
     ],
 )
 def test_adapters_that_are_not_plain_lora_are_refused_by_name(key, value):

@@ -9,13 +9,14 @@ __all__ = ['REFUSED', 'CHANGE_THE_BASE', 'NAMED', 'KEY', 'Layer', 'unnamed', 'la
 import math
 import re
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Any
 
 from ..algebra.factors import Factors
 from ..files.checkpoint import Checkpoint
 from ..matching.views import renamed, without
 from ..messages import MergeError
-from .patterns import is_meant
+from .patterns import is_meant, matches
 from ..files.tensors import LazyTensor
 
 # %% ../../nbs/adapters/peft.ipynb #94d53447
@@ -33,12 +34,16 @@ class Layer:
     # others
     transposed: bool = False
     source: str = ""  # the adapter, for messages
-    rank = property(lambda self: self.A.shape[0])  # r
+    # E of a tensor (E, …) of as many experts: A is (E·r, n), all of one expert together, and B
+    # (m, r·E), all experts of one column together
+    experts: int = 1
+    rank = property(lambda self: self.A.shape[0]//self.experts)  # r
     # (m, n) of ΔW
     shape = property(lambda self: (self.B.shape[0], math.prod(self.A.shape[1:])))
     # what versions must share
     kind = property(
         lambda self: (
+            self.experts,
             self.keys[0].endswith("lora_embedding_A"),
             self.A.shape[1:],
             self.B.shape[:1] + self.B.shape[2:],
@@ -48,7 +53,8 @@ class Layer:
     def factors(
         self,
         device: Any = None,
-        # (m, r) and (r, n), float64, s absorbed, on `device` (default: the CPU)
+        # (m, r) and (r, n), of experts (E, m, r) and (E, r, n), float64, s absorbed, on `device`
+        # (default: the CPU)
     ) -> Factors:
         "The factors, with `MergeError` if they are not finite."
         B, A = (x.tensor().to(device).flatten(1).double() for x in (self.B, self.A))
@@ -59,6 +65,9 @@ class Layer:
                     "NaN or infinite.\n"
                     "The adapter is broken there: train or download it again."
                 )
+        if self.experts > 1:
+            A = A.unflatten(0, (self.experts, -1))
+            B = B.unflatten(1, (-1, self.experts)).permute(2, 0, 1)
         return Factors(self.s*B, A)
 
 # %% ../../nbs/adapters/peft.ipynb #d98d63c1
@@ -72,7 +81,6 @@ REFUSED = {
     "monteclora_config": "its update is random",
     "alora_invocation_tokens": "it is active for a part of the text only",
     "layer_replication": "it repeats layers of the base",
-    "target_parameters": "it adapts parameters that are not the weight of a layer",
     "trainable_token_indices": "it trains single rows of the embedding",
     "megatron_config": "its layers are split over devices",
 }
@@ -195,6 +203,75 @@ def _rank_and_alpha(c: Checkpoint, name: str) -> tuple[int, float]:
         "Mend adapter_config.json.",
     )
 
+# %% ../../nbs/adapters/peft.ipynb #e0e0aa05
+def _is_target(config: dict, module: str) -> bool:
+    "Whether `target_modules` means a module, of which no parameter is adapted then."
+    targets = config.get("target_modules") or []
+    if not isinstance(targets, str):
+        return any(f".{module}".endswith(f".{t}") for t in targets)
+    try:
+        return matches(f"(?:{targets})$", module)
+    except ValueError:
+        return False
+
+# %% ../../nbs/adapters/peft.ipynb #e0e0aa01
+def _targets(c: Checkpoint, module: str) -> list[str]:
+    "The parameters of a module that `target_parameters` can mean."
+    config = c.adapter or {}
+    targets = [t.rpartition(".") for t in config.get("target_parameters") or []]
+    if not targets or _is_target(config, module):
+        return []
+    by_home = [p for home, _, p in targets if home and f".{module}".endswith(f".{home}")]
+    # a bare name may be of any module
+    return sorted(by_home or [p for home, _, p in targets if not home])
+
+# %% ../../nbs/adapters/peft.ipynb #e0e0aa02
+def _sizes(c: Checkpoint, keys: dict[str, str]) -> tuple[int, int, int]:
+    "Rows of A, inputs and outputs of a pair of factors."
+    A, B = c.lazy[keys["A"]], c.lazy[keys["B"]]
+    if len(A.shape) != 2 or len(B.shape) != 2:
+        return 0, 0, 0
+    return A.shape[0], A.shape[1], B.shape[0]
+
+# %% ../../nbs/adapters/peft.ipynb #e0e0aa03
+def _fits(c: Checkpoint, module: str, sizes: list[tuple], names: tuple[str, ...]) -> bool:
+    "Whether parameters of these names have updates of these sizes (rows of A, inputs, outputs)."
+    experts = set()
+    for (rows, _, _), name in zip(sizes, names):
+        r, _ = _rank_and_alpha(c, f"{module}.{name}")
+        experts.add(rows/r)
+    inputs = {name: n for (_, n, _), name in zip(sizes, names)}
+    outputs = {name: m for (_, _, m), name in zip(sizes, names)}
+    # what goes in and comes out of a pair
+    up, down = inputs.get("gate_up_proj"), outputs.get("down_proj")
+    return len(experts) == 1 and experts.pop() % 1 == 0 and (None in (up, down) or up == down)
+
+# %% ../../nbs/adapters/peft.ipynb #e0e0aa04
+def _parameters(c: Checkpoint, factors: dict[str, dict[str, str]]) -> dict[str, str]:
+    "Stems of keys that are of parameters → the parameter's name; `MergeError` if nobody can tell."
+    stems: dict[str, list[str]] = {}
+    for stem, keys in factors.items():
+        module = stem.removeprefix("base_model.model.")
+        while module.endswith(".base_layer"):
+            module = module.removesuffix(".base_layer")
+        if _targets(c, module) and {"A", "B"} <= keys.keys():
+            stems.setdefault(module, []).append(stem)
+    found = {}
+    for module, of_one in stems.items():
+        sizes = [_sizes(c, factors[stem]) for stem in of_one]
+        ways = permutations(_targets(c, module), len(of_one))
+        fitting = [names for names in ways if _fits(c, module, sizes, names)]
+        if len(fitting) > 1 or (not fitting and len(of_one) > 1):
+            raise _refusal(
+                c,
+                f"adapts {len(of_one)} parameters of {module!r}, and which of them are "
+                f"{', '.join(_targets(c, module))} cannot be told",
+                "Put it on its base with PEFT's merge_and_unload(), and merge full models.",
+            )
+        for stem, name in zip(of_one, fitting[0] if fitting else ()):
+            found[stem] = f"{module}.{name}".removesuffix(".weight")
+    return found
+
 # %% ../../nbs/adapters/peft.ipynb #b06ceaaf
 def _are_of_rank(A: LazyTensor, B: LazyTensor, r: int) -> bool:
     "Whether two tensors are the factors of an update of rank r."
@@ -204,7 +281,7 @@ def _are_of_rank(A: LazyTensor, B: LazyTensor, r: int) -> bool:
     return are_numbers and A.shape[0] == B.shape[1] == r and math.prod(B.shape[2:]) == 1
 
 # %% ../../nbs/adapters/peft.ipynb #00377fbf
-def _layer(c: Checkpoint, name: str, keys: dict[str, str]) -> Layer:
+def _layer(c: Checkpoint, name: str, keys: dict[str, str], of_parameter: bool) -> Layer:
     "One module's update; `MergeError` if its factors are not what the config says."
     if not {"A", "B"} <= keys.keys():
         raise _refusal(
@@ -221,7 +298,9 @@ def _layer(c: Checkpoint, name: str, keys: dict[str, str]) -> Layer:
             "Save the adapter again with stage3_gather_16bit_weights_on_model_save.",
         )
     r, alpha = _rank_and_alpha(c, name)
-    if not _are_of_rank(A, B, r):
+    # the first dimension of a parameter counts experts
+    experts = max(A.shape[0]//r, 1) if of_parameter and A.shape else 1
+    if not _are_of_rank(A, B, r*experts):
         raise _refusal(
             c,
             f"has factors of shapes {list(B.shape)} and {list(A.shape)} for {name!r}, not of rank "
@@ -240,6 +319,7 @@ def _layer(c: Checkpoint, name: str, keys: dict[str, str]) -> Layer:
         bias=c.lazy.get(keys.get("bias", "")),
         transposed=is_embedding or bool(config.get("fan_in_fan_out")),
         source=str(c.source),
+        experts=experts,
     )
 
 # %% ../../nbs/adapters/peft.ipynb #7bddbe9b
@@ -252,10 +332,12 @@ def layers(
     # a factor that two layers share is one of each
     c = unnamed(c.view(lazy={n: c.lazy[c.tied.get(n, n)] for n in c}, tied={}))
     factors, rest = _sorted(c)
+    parameters = _parameters(c, factors)
     found = {}
     for stem, keys in factors.items():
-        name = stem.removeprefix("base_model.model.").removesuffix(".base_layer")
-        found[name] = _layer(c, name, keys)
+        name = parameters.get(stem) or stem.removeprefix("base_model.model.")
+        name = name.removesuffix(".base_layer")
+        found[name] = _layer(c, name, keys, stem in parameters)
     if not found:
         raise _refusal(c, "holds no LoRA factors", "Name a folder that PEFT saved.")
     return found, rest

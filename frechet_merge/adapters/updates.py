@@ -74,7 +74,9 @@ def _under(said: Said, to: Callable[[str], str]) -> Said:
     "What an adapter says, under other names of its modules."
 
     def key(old: str, name: str) -> str:
-        return old.replace(f"base_model.model.{name}", f"base_model.model.{to(name)}", 1)
+        # a key has no name of a parameter
+        module = name if f"base_model.model.{name}" in old else name.rpartition(".")[0]
+        return old.replace(f"base_model.model.{module}", f"base_model.model.{to(module)}", 1)
 
     updates, whole = said
     return {
@@ -253,7 +255,7 @@ BATCH = 1 << 19  # numbers in the stacked factors of a batch: 4 MB in float64
 
 def _numbers(u: Update) -> int:
     "Numbers in the factors of all versions."
-    return sum(u.first.shape)*sum(u.ranks)
+    return sum(u.first.shape)*sum(u.ranks)*u.first.experts
 
 # %% ../../nbs/adapters/updates.ipynb #26dfd4c9
 def _kind(u: Update) -> tuple:
@@ -273,7 +275,8 @@ def batches(
         groups.setdefault((_kind(u), alike(u.name)), []).append(u)
     found = []
     for group in groups.values():
-        n = max(1, most//_numbers(group[0]))
+        # experts of a layer are a batch of their own
+        n = 1 if group[0].first.experts > 1 else max(1, most//_numbers(group[0]))
         found += [group[i : i + n] for i in range(0, len(group), n)]
     return sorted(found, key=lambda g: -len(g)*_numbers(g[0])*sum(g[0].ranks))
 
@@ -283,7 +286,7 @@ def factor_shapes(
     k: int,  # the rank that is written
 ) -> dict[str, tuple]:
     "Names and shapes of the two factors of rank k, as PEFT lays them out."
-    A, B = u.first.A.shape, u.first.B.shape
+    A, B, k = u.first.A.shape, u.first.B.shape, k*u.first.experts
     return {u.first.keys[0]: (k, *A[1:]), u.first.keys[1]: (B[0], k, *B[2:])}
 
 # %% ../../nbs/adapters/updates.ipynb #487679fe
@@ -309,7 +312,15 @@ def _where(configs: Sequence[dict], ranks: dict[str, int]) -> dict[str, Any]:
     first = configs[0]
     if first.get("target_modules") and all(said(c) == said(first) for c in configs):
         return {k: first.get(k) for k in WHERE}
-    return {**dict.fromkeys(WHERE), "target_modules": list(ranks)}
+    parameters = _parameters(configs)
+    modules = [n for n in ranks if n.rpartition(".")[2] not in parameters]
+    return {**dict.fromkeys(WHERE), "target_modules": modules}
+
+# %% ../../nbs/adapters/updates.ipynb #e0e0ab01
+def _parameters(configs: Sequence[dict]) -> set[str]:
+    "Names of parameters that adapters adapt by `target_parameters`."
+    found = (t for c in configs for t in c.get("target_parameters") or [])
+    return {t.rpartition(".")[2] for t in found} - {"weight"}
 
 # %% ../../nbs/adapters/updates.ipynb #1adf0972
 def _common(configs: Sequence[dict], key: str, default: Any = None) -> Any:
@@ -330,6 +341,19 @@ def _usual(ranks: dict[str, int]) -> int:
     routers = [k for name, k in ranks.items() if name.endswith(".gate")]
     counts = Counter(routers or ranks.values())
     return max(counts, key=counts.__getitem__)
+
+# %% ../../nbs/adapters/updates.ipynb #e0e0ab02
+def _refuse_other_parameters(models: Sequence[Checkpoint]) -> None:
+    "`MergeError` for adapters of other parameters: how they are wrapped depends on all of them."
+    said = [frozenset((c.adapter or {}).get("target_parameters") or []) for c in models]
+    odd = next((c for c, found in zip(models, said) if found != said[0]), None)
+    if odd is not None:
+        other = frozenset((odd.adapter or {}).get("target_parameters") or [])
+        ours, theirs = (", ".join(sorted(x)) or "none" for x in (said[0], other))
+        raise MergeError(
+            f"{models[0].source} adapts the parameters {ours}, {odd.source}: {theirs}.\n"
+            "Merge them on their base, as BASE+ADAPTER."
+        )
 
 # %% ../../nbs/adapters/updates.ipynb #a9121391
 # keys that were for the training of one adapter
@@ -357,6 +381,7 @@ def peft_config(
             "not.\n"
             "Retrain with one setting, or merge them on their base, as BASE+ADAPTER."
         )
+    _refuse_other_parameters(models)
     usual = _usual(ranks)
     odd = {f"^{re.escape(n)}": k for n, k in ranks.items() if k != usual}
     names_heads, saved = _saved(models)

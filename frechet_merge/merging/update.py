@@ -19,12 +19,16 @@ from ..messages import MergeError, warn
 from ..algebra.factors import Factors, svd
 from ..geometries.geometry import Geometry
 from ..spaces.mean import Mean, frechet_mean
-from .block import Job
+from .block import Job, together
 from ..adapters.updates import Update, bias_key
 
 # %% ../../nbs/merging/update.ipynb #67770fb9
 def _stacked(fs: Sequence[Factors]) -> Factors:
     "N pairs of factors as one, with one more dimension in front."
+    if fs[0].B.dim() > 2:
+        # experts, which are a batch already
+        (one,) = fs
+        return one
     if len(fs) == 1:
         return Factors(fs[0].B[None], fs[0].A[None])
     return Factors(torch.stack([f.B for f in fs]), torch.stack([f.A for f in fs]))
@@ -46,18 +50,22 @@ def merge_updates(
     "Chart, mean, lift, for N layers at once; `MergeError` for factors that are not finite."
     versions = zip(*(u.versions for u in batch))
     thetas = [_stacked([v.factors(device) for v in layers]) for layers in versions]
+    N = len(thetas[0].B)
     rank = thetas[0].rank if g.needs.keeps_rank else 1
     thetas += [_zero_like(thetas[0], rank)]*(len(ws) - len(thetas))
     if g.needs.stacks:
         chart = g.chart(thetas)
         # from here on all is small
         del thetas
-        means = frechet_mean(chart.space, chart.points, ws, warn=False, batch=len(batch))
+        means = frechet_mean(chart.space, chart.points, ws, warn=False, batch=N)
         f = chart.lift(torch.stack([m.x for m in means]))
     else:
-        chart = g.chart([Factors(f.B[0], f.A[0]) for f in thetas])
-        means = [frechet_mean(chart.space, chart.points, ws, warn=False)]
-        f = _stacked([chart.lift(means[0].x)])
+        means, lifted = [], []
+        for i in range(N):
+            chart = g.chart([Factors(f.B[i], f.A[i]) for f in thetas])
+            means.append(frechet_mean(chart.space, chart.points, ws, warn=False))
+            lifted.append(chart.lift(means[-1].x))
+        f = _stacked(lifted)
     root = abs(scale)**0.5
     return Factors(f.B*math.copysign(root, scale), f.A*root), means
 
@@ -125,11 +133,16 @@ class UpdateOf(Job):
             raise
         except (ValueError, RuntimeError) as e:
             raise MergeError(f"layer {self.batch[0].name!r}: {e}") from e
-        for u, B, A in zip(self.batch, f.B, f.A):
+        # a negative pad cuts
+        A = pad(f.A, (0, 0, 0, self.rank - f.A.shape[-2]))
+        B = pad(f.B, (0, self.rank - f.B.shape[-1]))
+        if (u := self.batch[0]).first.experts > 1:
+            A, B = A[None], B.permute(1, 2, 0)[None]
+            means = [together(means)]
+        for u, b, a in zip(self.batch, B, A):
             say_what_is_lost(u, self.weights, self.rank)
-            # a negative pad cuts
-            write(u.first.keys[0], 0, pad(A, (0, 0, 0, self.rank - len(A))).flatten())
-            write(u.first.keys[1], 0, pad(B, (0, self.rank - B.shape[1])).flatten())
+            write(u.first.keys[0], 0, a.flatten())
+            write(u.first.keys[1], 0, b.flatten())
             if key := bias_key(u):
                 write(key, 0, self._bias(u))
         return {u.name: replace(mean, x=None) for u, mean in zip(self.batch, means)}
