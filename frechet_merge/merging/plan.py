@@ -21,6 +21,7 @@ from ..files.open import load
 from ..geometries.lora import LoRA
 from ..geometries.geometry import Euclidean, Geometry, check_needs
 from ..matching.function import refuse_other_meanings, unlike
+from ..matching.labels import in_one_order
 from ..matching.rows import lined_up
 from ..matching.views import without
 from ..spaces.mean import normalise
@@ -66,7 +67,7 @@ def open_recipe(recipe: Recipe) -> Opened:
     base = None if recipe.base is None else load(recipe.base, pickles, "base")
     onto = None if recipe.bake is None else load(recipe.bake, pickles, "bake")
     opened = Opened(recipe, models, base, onto)
-    return _in_one_vocabulary(_dropped(opened) if recipe.drop else opened)
+    return _labelled_alike(_in_one_vocabulary(_dropped(opened) if recipe.drop else opened))
 
 # %% ../../nbs/merging/plan.ipynb #ace289df
 def _dropped(opened: Opened) -> Opened:
@@ -113,6 +114,21 @@ def _shares(recipe: Recipe) -> Sequence[float]:
     if not ok or not all(isinstance(w, (int, float)) and w >= 0 for w in ws):
         return [1.0]*len(recipe.models)
     return ws
+
+# %% ../../nbs/merging/plan.ipynb #a91c0e14
+def _labelled_alike(opened: Opened) -> Opened:
+    "With rows of the same labels; `MergeError` where heads have others."
+    if opened.are_adapters:
+        return opened
+    seen = in_one_order(opened.every, opened.models)
+    has_moved = any(a is not b for a, b in zip(seen, opened.every))
+    if has_moved and opened.recipe.metrics is not None:
+        raise MergeError(
+            "metrics are of rows in each model's own order, and the models have their labels in "
+            "other orders: merge them without metrics."
+        )
+    n = len(opened.every) - len(opened.models)
+    return replace(opened, models=seen[n:], base=seen[0] if n else None)
 
 # %% ../../nbs/merging/plan.ipynb #b1b6a75b
 def check_recipe(opened: Opened, name: str | None = None) -> None:
