@@ -132,6 +132,15 @@ Vocabulary = Annotated[
         show_default=False,
     ),
 ]
+PadTo = Annotated[
+    Optional[int],
+    typer.Option(
+        "--pad-to-multiple-of",
+        help="Add rows of tokens until their number is a multiple of this.",
+        show_default=False,
+        min=1,
+    ),
+]
 Nonfinite = Annotated[
     bool, typer.Option("--allow-nonfinite", help="Copy NaN and Inf through.")
 ]
@@ -158,6 +167,7 @@ def merge_command(
     absent: Absent = None,
     any_base: AnyBase = False,
     tokenizer: Vocabulary = None,
+    pad_to_multiple_of: PadTo = None,
     allow_nonfinite: Nonfinite = False,
     allow_pickle: Pickle = False,
     full_hash: FullHash = False,
@@ -184,6 +194,7 @@ def merge_command(
         absent=absent,
         any_base=any_base,
         tokenizer=tokenizer,
+        pad_to_multiple_of=pad_to_multiple_of,
         allow_nonfinite=allow_nonfinite,
         allow_pickle=allow_pickle,
         full_hash=full_hash,

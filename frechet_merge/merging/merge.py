@@ -224,6 +224,8 @@ def merge(
     # whose tokens full models of other vocabularies are merged in: "union", "base", or a model as
     # it is named
     tokenizer: str | os.PathLike[str] | None = None,
+    # rows of tokens are added until their number is a multiple of this
+    pad_to_multiple_of: int | None = None,
     allow_nonfinite: bool = False,  # copy NaN and Inf through, instead of refusing them
     allow_pickle: bool = False,  # accept .bin files (plain tensors only)
     shard_size: int = 5*10**9,  # bytes of a file, at most, unless one tensor is larger
@@ -246,6 +248,7 @@ def merge(
         absent,
         any_base,
         None if tokenizer is None else str(tokenizer),
+        pad_to_multiple_of,
         allow_nonfinite,
         allow_pickle,
     )

@@ -46,7 +46,8 @@ def _part(opened: Opened, path: str) -> Opened:
     has_base = base is not None and path in modules(base)
     theirs = _opened(base, path, recipe.allow_pickle) if has_base and base is not None else None
     scale = recipe.scale if has_base else 1.0
-    alone = replace(recipe, metrics=None, drop=(), tokenizer=None, scale=scale)
+    alone = replace(recipe, metrics=None, drop=(), tokenizer=None, pad_to_multiple_of=None)
+    alone = replace(alone, scale=scale)
     return Opened(alone, models, theirs)
 
 # %% ../../nbs/merging/parts.ipynb #49c856d6

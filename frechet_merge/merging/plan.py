@@ -85,8 +85,11 @@ def _in_one_vocabulary(opened: Opened) -> Opened:
     "With rows of the same tokens; `ValueError` or `MergeError` where that is not to be had."
     recipe, base = opened.recipe, opened.base
     if opened.are_adapters:
-        if recipe.tokenizer is not None:
-            raise ValueError("tokenizer= is for full models: name adapters as BASE+ADAPTER.")
+        if recipe.tokenizer is not None or recipe.pad_to_multiple_of is not None:
+            raise ValueError(
+                "tokenizer= and pad_to_multiple_of= are for full models: name adapters as "
+                "BASE+ADAPTER."
+            )
         return opened
     if recipe.tokenizer == "base" and base is None:
         raise ValueError("tokenizer = 'base' is the tokenizer of a base: give base= (--base) too.")
@@ -96,9 +99,11 @@ def _in_one_vocabulary(opened: Opened) -> Opened:
         [*(["base"] if bases else []), *map(str, recipe.models)],
         [*(None for _ in bases), *_shares(recipe)],
         recipe.tokenizer,
+        recipe.pad_to_multiple_of,
     )
     counts = {vocabulary_size(c.config) for c in opened.every}
-    if recipe.metrics is not None and (recipe.tokenizer is not None or len(counts) > 1):
+    chosen = recipe.tokenizer is not None or recipe.pad_to_multiple_of is not None
+    if recipe.metrics is not None and (chosen or len(counts) > 1):
         raise MergeError(
             "metrics are of rows in each model's own order, and the models have other "
             "vocabularies: merge them without metrics."

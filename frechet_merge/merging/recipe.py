@@ -43,6 +43,8 @@ class Recipe:
     any_base: bool = False  # merge adapters whose configs name different bases
     # whose tokens the result has: "union", "base", or a model as it is named; None: all agree
     tokenizer: str | None = None
+    # of which the number of rows of tokens is to be one; None: as it is
+    pad_to_multiple_of: int | None = None
     allow_nonfinite: bool = False  # copy NaN and Inf through
     allow_pickle: bool = False  # open pickles (plain tensors only)
 
@@ -211,6 +213,7 @@ def command(recipe: Recipe, output: Output) -> str | None:
         *flag("scale", "" if scale == 1 else typed(scale)),
         *flag("dtype", "" if output.dtype is None else typed_dtype(output.dtype)),
         *flag("tokenizer", said.get("tokenizer")),
+        *flag("pad_to_multiple_of", str(said.get("pad_to_multiple_of") or "")),
     ]
     for switch in ("drop", "absent", "any_base", "allow_nonfinite", "allow_pickle"):
         words += flag(switch, said.get(switch))
