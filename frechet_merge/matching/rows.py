@@ -339,6 +339,8 @@ def _target(
     first: int,  # whose numbers stay, if no model knows all tokens
 ) -> tuple[Checkpoint, Mapping[str, int] | None]:
     "Whose rows the result has, and its vocabulary; `MergeError` or `ValueError` as for `chosen`."
+    if choice is None and not _may_differ(every):
+        return every[first], known[first]
     try:
         at = chosen(every, known, names, choice)
         return every[at], known[at]
@@ -373,8 +375,7 @@ def lined_up(
 ) -> tuple[list[Checkpoint], Checkpoint | None]:
     """Every checkpoint in the rows of one, and which one it is; None: all had the same, and nothing
     was chosen. `MergeError` where vocabularies contradict each other."""
-    may_differ = _may_differ(every)
-    if choice is None and multiple is None and not may_differ:
+    if choice is None and multiple is None and not _may_differ(every):
         return [*every], None
     views = alike(every, [c for c, w in zip(every, weights) if w is not None])
     refuse_other_layouts([c for c, w in zip(views, weights) if w is not None])
@@ -385,10 +386,7 @@ def lined_up(
             return [*every], None
     # the first model, whose numbers a new tokenizer keeps
     first = next(i for i, w in enumerate(weights) if w is not None)
-    if choice is None and not may_differ:
-        target, theirs = every[first], known[first]
-    else:
-        target, theirs = _target(every, known, names, choice, first)
+    target, theirs = _target(every, known, names, choice, first)
     target = _padded(target, multiple)
     rows = on_rows_of(len(views), [*views, target], [*known, theirs], [*weights, None])
     return rows[:-1], target
