@@ -37,7 +37,7 @@ def _says_nothing(named: Sequence[str]) -> bool:
     "Whether labels are numbers only."
     return all(x.upper() == f"LABEL_{i}" or x == str(i) for i, x in enumerate(named))
 
-
+# %% ../../nbs/matching/labels.ipynb #35be61e9
 def labels(c: Checkpoint) -> list[str] | None:
     "The classes of its head, in the order of its rows; None if the config does not name them."
     return next((named for named in _named(c.config) if not _says_nothing(named)), None)
@@ -47,7 +47,7 @@ def _spelled(named: Sequence[str]) -> list[str]:
     "Labels without what people write in several ways."
     return [x.strip().casefold() for x in named]
 
-
+# %% ../../nbs/matching/labels.ipynb #fdfbe9c2
 def _contradicts_itself(c: Checkpoint) -> bool:
     "Whether a config names its labels twice, in two orders."
     said = [_spelled(x) for x in _named(c.config) if not _says_nothing(x)]

@@ -68,7 +68,7 @@ def _opened(c: Checkpoint) -> Any:
     except Exception as e:
         raise MergeError(f"{c.source}: its tokenizer cannot be opened ({_first_line(e)}).") from e
 
-
+# %% ../../nbs/matching/union.ipynb #e31ccc04
 def _first_line(e: Exception) -> str:
     return (str(e).splitlines() or [type(e).__name__])[0][:200]
 
