@@ -199,7 +199,8 @@ def _refuse_unknown(every: Sequence[Checkpoint], known: Sequence[Any]) -> None:
         if vocab is None:
             raise MergeError(
                 f"{c.source}: has no tokenizer of a kind that is read here (tokenizer.json, "
-                "vocab.json, vocab.txt), and so its rows cannot be matched by token."
+                "vocab.json, vocab.txt, tekken.json, sentencepiece), and so its rows cannot be "
+                "matched by token."
             )
 
 # %% ../../nbs/matching/rows.ipynb #19fd4b24
