@@ -141,6 +141,15 @@ PadTo = Annotated[
         min=1,
     ),
 ]
+Template = Annotated[
+    Optional[str],
+    typer.Option(
+        "--chat-template",
+        help="Whose chat template the result has, where models have others: base, a MODEL, or a "
+        "file.",
+        show_default=False,
+    ),
+]
 Nonfinite = Annotated[
     bool, typer.Option("--allow-nonfinite", help="Copy NaN and Inf through.")
 ]
@@ -168,6 +177,7 @@ def merge_command(
     any_base: AnyBase = False,
     tokenizer: Vocabulary = None,
     pad_to_multiple_of: PadTo = None,
+    chat_template: Template = None,
     allow_nonfinite: Nonfinite = False,
     allow_pickle: Pickle = False,
     full_hash: FullHash = False,
@@ -195,6 +205,7 @@ def merge_command(
         any_base=any_base,
         tokenizer=tokenizer,
         pad_to_multiple_of=pad_to_multiple_of,
+        chat_template=chat_template,
         allow_nonfinite=allow_nonfinite,
         allow_pickle=allow_pickle,
         full_hash=full_hash,

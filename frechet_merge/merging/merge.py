@@ -29,6 +29,8 @@ from .parts import plan_parts
 from .plan import Opened, open_recipe, plan_models, plan_recipe
 from .recipe import Model, Output, Recipe, Run, as_dtype
 from .record import Record, begun, came_of, card
+from .templates import Chosen, chosen_templates, home_of, put_templates
+from .templates import say_other_templates
 from .run import Plan, disk_errors, in_memory, into_folder, report
 from ..messages import heard
 from ..files.output import free, staged
@@ -71,6 +73,7 @@ class Dress:
     classes: int | None = None  # of a head that an adapter brought
     alone: bool = False  # the last home is the place of a file
     tokens: Path | None = None  # whose tokenizer comes along; None: the homes'
+    template: Chosen | None = None  # the chat template; None: that of the tokenizer
 
     def put(self, folder: Path, plan: Plan, merged: Collection[str] = ()) -> None:
         "Companions, without the weights of merged modules, and an adapter's config."
@@ -86,17 +89,34 @@ class Dress:
             tokens=self.tokens,
             merged=merged,
         )
+        if self.template is not None:
+            put_templates(folder, self.template)
         if plan.config is not None:
             text = json.dumps(plan.config, indent=2, default=str) + "\n"
             (folder/"adapter_config.json").write_text(text)
+
+# %% ../../nbs/merging/merge.ipynb #4c1c0e31
+def _template_of(opened: Opened, homes: list[Path], tokens: Path | None) -> Chosen | None:
+    "The chat template that was asked for; without a choice, a note if models have others."
+    recipe = opened.recipe
+    named = dict(zip(map(str, recipe.models), opened.models))
+    for name, c in ((recipe.base, opened.base), (recipe.bake, opened.onto)):
+        if c is not None:
+            named |= {"base": c, str(name): c}
+    chosen = chosen_templates(recipe.chat_template, named)
+    if chosen is None:
+        say_other_templates(opened.models, home_of([*filter(None, [tokens]), *homes]))
+    return chosen
 
 # %% ../../nbs/merging/merge.ipynb #e4bfbc87
 def dress_of(opened: Opened, output: Output) -> Dress:
     "What stands beside the weights of a merge that is put on nothing."
     main = main_of([*opened.models, *([] if opened.base is None else [opened.base])])
+    homes = homes_of(main)
     alone = main is not None and Path(main.source).is_file()
     tokens = None if opened.tokens is None else opened.tokens.folder
-    return Dress(homes_of(main), output.dtype, classes(opened.models[0]), alone, tokens)
+    template = _template_of(opened, homes, tokens)
+    return Dress(homes, output.dtype, classes(opened.models[0]), alone, tokens, template)
 
 # %% ../../nbs/merging/merge.ipynb #28f58f8d
 @dataclass
@@ -156,7 +176,9 @@ def _put_on(work: Work, plan: Plan) -> Merged:
         tensors, _ = in_memory(whole, work.run)
         return Merged(tensors, means, None, work.done(means, plan.start))
     homes = homes_of(onto, opened.models)
-    return work.write(whole, Dress(homes, work.output.dtype, classes(full)), means)
+    template = _template_of(opened, homes, None)
+    dress = Dress(homes, work.output.dtype, classes(full), template=template)
+    return work.write(whole, dress, means)
 
 # %% ../../nbs/merging/merge.ipynb #e81c0e12
 def parts_for(opened: Opened, output: Output, run: Run) -> dict[str, Plan]:
@@ -226,6 +248,9 @@ def merge(
     tokenizer: str | os.PathLike[str] | None = None,
     # rows of tokens are added until their number is a multiple of this
     pad_to_multiple_of: int | None = None,
+    # whose chat template is written: "base", a model as it is named, or a file; default: that of
+    # the tokenizer that is written
+    chat_template: str | os.PathLike[str] | None = None,
     allow_nonfinite: bool = False,  # copy NaN and Inf through, instead of refusing them
     allow_pickle: bool = False,  # accept .bin files (plain tensors only)
     shard_size: int = 5*10**9,  # bytes of a file, at most, unless one tensor is larger
@@ -249,6 +274,7 @@ def merge(
         any_base,
         None if tokenizer is None else str(tokenizer),
         pad_to_multiple_of,
+        None if chat_template is None else str(chat_template),
         allow_nonfinite,
         allow_pickle,
     )

@@ -45,6 +45,8 @@ class Recipe:
     tokenizer: str | None = None
     # of which the number of rows of tokens is to be one; None: as it is
     pad_to_multiple_of: int | None = None
+    # whose chat template is written: "base", a model as it is named, or a file; None: the first's
+    chat_template: str | None = None
     allow_nonfinite: bool = False  # copy NaN and Inf through
     allow_pickle: bool = False  # open pickles (plain tensors only)
 
@@ -214,6 +216,7 @@ def command(recipe: Recipe, output: Output) -> str | None:
         *flag("dtype", "" if output.dtype is None else typed_dtype(output.dtype)),
         *flag("tokenizer", said.get("tokenizer")),
         *flag("pad_to_multiple_of", str(said.get("pad_to_multiple_of") or "")),
+        *flag("chat_template", said.get("chat_template")),
     ]
     for switch in ("drop", "absent", "any_base", "allow_nonfinite", "allow_pickle"):
         words += flag(switch, said.get(switch))
