@@ -149,7 +149,9 @@ def _refuse_unsaved(c: Checkpoint, other: Checkpoint):
     )
 
 # %% ../../nbs/adapters/updates.ipynb #2fc0e2e0
-def _whole(models: Sequence[Checkpoint], read: Sequence[Said], absent: str | None) -> list[Block]:
+def _whole(
+    models: Sequence[Checkpoint], read: Sequence[Said], absent: str | None, by_token: bool
+) -> list[Block]:
     "Blocks of what was saved whole; `MergeError` names what one adapter saved and another did not."
     every = [rest for _, rest in read]
     names = set().union(*every)
@@ -162,7 +164,7 @@ def _whole(models: Sequence[Checkpoint], read: Sequence[Said], absent: str | Non
     if absent != "renormalise":
         for c, d in permutations(saved, 2):
             _refuse_unsaved(c, d)
-    if any("embed" in k or HEAD.search(k) for k in names):
+    if not by_token and any("embed" in k or HEAD.search(k) for k in names):
         refuse_other_tokens(list(models))
     bare = [Checkpoint(c.lazy, c.source) for c in saved]
     return align(bare, absent="renormalise" if absent == "renormalise" else None)[0]
@@ -173,6 +175,7 @@ def align_updates(
     # "zero" (default, for layers) | "renormalise": merge a layer over the adapters that have it
     absent: str | None = None,
     any_base: bool = False,  # do not compare the bases that the adapters name
+    by_token: bool = False,  # rows of tokens were matched before
 ) -> tuple[list[Update], list[Block]]:
     """Updates in the order of the first adapter, and the blocks of tensors that were saved whole;
     `MergeError` names what does not match."""
@@ -186,7 +189,7 @@ def align_updates(
     if absent != "renormalise":
         _warn_apart(read)
     names = dict.fromkeys(n for updates, _ in read for n in updates)
-    return [_update(n, models, read) for n in names], _whole(models, read, absent)
+    return [_update(n, models, read) for n in names], _whole(models, read, absent, by_token)
 
 # %% ../../nbs/adapters/updates.ipynb #00d0ef23
 BATCH = 1 << 19  # numbers in the stacked factors of a batch: 4 MB in float64

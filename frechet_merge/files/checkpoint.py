@@ -92,6 +92,8 @@ class Checkpoint(Mapping[str, Tensor]):
         files: Iterable[Path] = (),  # what it reads
         # folders of adapters on it, whose tokenizer and modules are those of the whole
         brings: Iterable[Path] = (),
+        # what its config.json does not know: an adapter on it brought tokens
+        says: Mapping[str, Any] | None = None,
     ):
         self.lazy = lazy
         self.source = source
@@ -100,6 +102,7 @@ class Checkpoint(Mapping[str, Tensor]):
         self.adapter = adapter
         self.files = tuple(files)
         self.brings = tuple(brings)
+        self.says = dict(says or {})
 
     def view(self, **changes: Any) -> "Checkpoint":
         "The same checkpoint with other tensors, names, or source."
@@ -114,8 +117,8 @@ class Checkpoint(Mapping[str, Tensor]):
     def config(self) -> dict[str, Any]:
         "Its config.json; empty if it has none."
         if self.folder is None or not (self.folder/"config.json").exists():
-            return {}
-        return read_json(self.folder/"config.json")
+            return dict(self.says)
+        return {**read_json(self.folder/"config.json"), **self.says}
 
     def __getitem__(self, name: str) -> Tensor:
         return self.lazy[self.tied.get(name, name)].tensor()

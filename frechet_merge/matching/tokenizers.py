@@ -7,6 +7,7 @@ __all__ = ['SPECIAL', 'SENTENCEPIECE', 'AS_PIECES', 'PIECE_TYPES', 'FILES', 'add
            'read_tokens', 'held_by']
 
 # %% ../../nbs/matching/tokenizers.ipynb #d15fa771
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -8,7 +8,7 @@ __all__ = ['TOKENIZER', 'MODULES', 'MODEL', 'NOT_CARRIED', 'carried', 'with_toke
 # %% ../../nbs/merging/companions.ipynb #4c0b384d
 import json
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -177,10 +177,14 @@ def _with_numbers(config: dict[str, Any], theirs: dict[str, Any]) -> dict[str, A
     return found
 
 # %% ../../nbs/merging/companions.ipynb #3ca92db2
-def _write_config(source: Path, out: Path, tokens: Path | None, **what: Any) -> None:
+def _write_config(
+    source: Path, out: Path, tokens: Path | None, says: Mapping[str, Any] | None, **what: Any
+) -> None:
     "A copy of a config.json that says what is written beside it."
+    # what the model says, unless a chosen tokenizer says otherwise
+    more = {} if tokens is not None and (tokens/source.name).is_file() else dict(says or {})
     config = with_tokens_of(tokens, source)
-    said = _changes(config, **what)
+    said = more | _changes({**config, **more}, **what)
     if tokens is None and all(config.get(k) == v for k, v in said.items()):
         shutil.copyfile(source, out)
         return
@@ -222,11 +226,13 @@ def write_companions(
     alone: bool = False,  # as for `carried`
     tokens: Path | None = None,  # as for `carried`: numbers of tokens are its, too
     merged: Collection[str] = (),  # folders of modules whose weights are not copied
+    says: Mapping[str, Any] | None = None,  # what the config is to say as well
 ) -> None:
     "Copy config, tokenizer, and what else stands beside the weights."
     for f in carried(homes, alone, tokens):
         if f.name == "config.json" and _is_of(f.parent, f):
-            _write_config(f, out/f.name, tokens, dtype=dtype, classes=classes, untied=untied)
+            what = {"dtype": dtype, "classes": classes, "untied": untied}
+            _write_config(f, out/f.name, tokens, says, **what)
         elif f.name == "generation_config.json" and tokens is not None and _is_of(f.parent, f):
             held = with_tokens_of(tokens, f)
             (out/f.name).write_text(json.dumps(held, indent=2) + "\n")

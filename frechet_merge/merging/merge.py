@@ -74,6 +74,8 @@ class Dress:
     alone: bool = False  # the last home is the place of a file
     tokens: Path | None = None  # whose tokenizer comes along; None: the homes'
     template: Chosen | None = None  # the chat template; None: that of the tokenizer
+    # what the config is to say as well: adapters brought tokens
+    says: Mapping[str, object] = field(default_factory=dict)
 
     def put(self, folder: Path, plan: Plan, merged: Collection[str] = ()) -> None:
         "Companions, without the weights of merged modules, and an adapter's config."
@@ -88,6 +90,7 @@ class Dress:
             alone=self.alone,
             tokens=self.tokens,
             merged=merged,
+            says=self.says,
         )
         if self.template is not None:
             put_templates(folder, self.template)
@@ -116,7 +119,8 @@ def dress_of(opened: Opened, output: Output) -> Dress:
     alone = main is not None and Path(main.source).is_file()
     tokens = None if opened.tokens is None else opened.tokens.folder
     template = _template_of(opened, homes, tokens)
-    return Dress(homes, output.dtype, classes(opened.models[0]), alone, tokens, template)
+    says = {} if main is None else main.says
+    return Dress(homes, output.dtype, classes(opened.models[0]), alone, tokens, template, says)
 
 # %% ../../nbs/merging/merge.ipynb #28f58f8d
 @dataclass
@@ -176,8 +180,9 @@ def _put_on(work: Work, plan: Plan) -> Merged:
         tensors, _ = in_memory(whole, work.run)
         return Merged(tensors, means, None, work.done(means, plan.start))
     homes = homes_of(onto, opened.models)
-    template = _template_of(opened, homes, None)
-    dress = Dress(homes, work.output.dtype, classes(full), template=template)
+    tokens = None if opened.tokens is None else opened.tokens.folder
+    template = _template_of(opened, homes, tokens)
+    dress = Dress(homes, work.output.dtype, classes(full), False, tokens, template, full.says)
     return work.write(whole, dress, means)
 
 # %% ../../nbs/merging/merge.ipynb #e81c0e12

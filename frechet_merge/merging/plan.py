@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..adapters.baking import bake
+from ..adapters.tokens import adapters_lined_up
 from ..matching.blocks import Block, align, by_name
 from ..files.checkpoint import Checkpoint, vocabulary_size
 from ..files.open import load
@@ -85,12 +86,14 @@ def _in_one_vocabulary(opened: Opened) -> Opened:
     "With rows of the same tokens; `ValueError` or `MergeError` where that is not to be had."
     recipe, base = opened.recipe, opened.base
     if opened.are_adapters:
-        if recipe.tokenizer is not None or recipe.pad_to_multiple_of is not None:
-            raise ValueError(
-                "tokenizer= and pad_to_multiple_of= are for full models: name adapters as "
-                "BASE+ADAPTER."
-            )
-        return opened
+        models, tokens = adapters_lined_up(
+            opened.models,
+            [*map(str, recipe.models)],
+            _shares(recipe),
+            recipe.tokenizer,
+            recipe.pad_to_multiple_of,
+        )
+        return replace(opened, models=models, tokens=tokens)
     if recipe.tokenizer == "base" and base is None:
         raise ValueError("tokenizer = 'base' is the tokenizer of a base: give base= (--base) too.")
     bases = [] if base is None else [base]
@@ -362,7 +365,8 @@ def plan_adapters(
     recipe = opened.recipe
     # a geometry of matrices is put behind `LoRA`
     g = LoRA.of(recipe.geometry)
-    updates, whole = align_updates(opened.models, recipe.absent, recipe.any_base)
+    by_token = opened.tokens is not None
+    updates, whole = align_updates(opened.models, recipe.absent, recipe.any_base, by_token)
     given = numbers_for([*(u.name for u in updates), *(b.name for b in whole)], recipe)
     ranks = {u.name: g.out_rank(u.ranks, u.first.shape) for u in updates}
 
