@@ -773,7 +773,7 @@ def test_heads_of_two_adapters_and_half_a_head_are_refused():
 
 
 def test_the_config_of_another_number_of_classes(tmp_path):
-    from frechet_merge.merging.companions import write_companions
+    from frechet_merge.merging.companions import Says, write_companions
 
     (tmp_path/"base").mkdir()
     for cfg in (
@@ -784,7 +784,7 @@ def test_the_config_of_another_number_of_classes(tmp_path):
         (tmp_path/"base"/"config.json").write_text(json.dumps(cfg))
         out = tmp_path/str(len(list(tmp_path.iterdir())))
         out.mkdir()
-        write_companions(out, [tmp_path/"base"], None, 3)
+        write_companions(out, [tmp_path/"base"], Says(classes=3))
         got = json.loads((out/"config.json").read_text())
         assert (
             len(got["id2label"]) == 3

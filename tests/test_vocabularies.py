@@ -9,12 +9,15 @@ import torch
 from conftest import cli, save
 from safetensors.torch import load_file
 from test_meaning import randn
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     BartConfig,
     BartForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerFast,
 )
 
 from frechet_merge import load, merge
@@ -272,6 +275,103 @@ class TestChosen:
             folders.append(f)
         with pytest.raises(MergeError, match="'odd.weight' has 3 rows"):
             merge(folders, tokenizer=folders[0])
+
+
+def speaker(folder, seed, words, added=(), rows=None, **config):
+    "A tiny language model with a tokenizer that transformers opens, and special tokens added."
+    numbers = {t: i for i, t in enumerate(["<unk>", *words])}
+    inner = Tokenizer(models.WordLevel(numbers, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
+    tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in added])
+    torch.manual_seed(seed)
+    n = len(tokenizer) if rows is None else rows
+    LlamaForCausalLM(LlamaConfig(**{**SIZES, "vocab_size": n, **config})).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def check_rows(out, folders, weights):
+    "Each token's row is the weighted mean of those that know it."
+    vocabulary = AutoTokenizer.from_pretrained(out).get_vocab()
+    known = [AutoTokenizer.from_pretrained(f).get_vocab() for f in folders]
+    assert {*vocabulary} == {t for v in known for t in v}
+    *every, m = states(*folders, out)
+    for name in {EMBEDDING, "lm_head.weight"}:
+        for token, i in vocabulary.items():
+            rows = [(w, s[name][v[token]]) for w, s, v in zip(weights, every, known) if token in v]
+            want = sum(w*x for w, x in rows)/sum(w for w, _ in rows)
+            torch.testing.assert_close(m[name][i], want, msg=f"{name} {token}")
+
+
+class TestUnion:
+    "No model knows the tokens of all."
+
+    @pytest.mark.parametrize("tied", [False, True])
+    def test_each_added_tokens(self, tmp_path, tied):
+        more = {"tie_word_embeddings": tied, "eos_token_id": 3}
+        folders = [
+            speaker(tmp_path/"a", 0, WORDS, ["<x>"], **more),
+            speaker(tmp_path/"b", 1, WORDS, ["<y>", "<x>"], **{**more, "eos_token_id": 4}),
+            speaker(tmp_path/"c", 2, WORDS, ["<z>"], 40, **more),
+        ]
+        for order in ([0, 1, 2], [2, 0, 1]):
+            out, found = tmp_path/f"o{order[0]}", [folders[i] for i in order]
+            merge(found, weights=[1, 2, 3], tokenizer="union", out=out)
+            check_rows(out, found, [1, 2, 3])
+            tokenizer = AutoTokenizer.from_pretrained(out)
+            first = AutoTokenizer.from_pretrained(found[0]).get_vocab()
+            assert first.items() <= tokenizer.get_vocab().items()
+            special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
+            assert {"<x>", "<y>", "<z>"} <= special
+            assert config(out)["eos_token_id"] == config(found[0])["eos_token_id"]
+            assert config(out)["vocab_size"] == (34 if order[0] == 0 else 40)
+            ids = tokenizer("w1 <z> w2 <y>").input_ids
+            assert ids == tokenizer.convert_tokens_to_ids(["w1", "<z>", "w2", "<y>"])
+
+    def test_words_of_another_tokenizer_are_said(self, tmp_path):
+        folders = [
+            speaker(tmp_path/"a", 0, ["two", *WORDS]),
+            speaker(tmp_path/"b", 1, ["one", *WORDS[::-1]]),
+        ]
+        with pytest.warns(UserWarning, match="merges of two tokenizers are not merged"):
+            merge(folders, tokenizer="union", out=tmp_path/"o")
+        check_rows(tmp_path/"o", folders, [1, 1])
+
+    def test_it_is_the_remedy_where_tokens_share_a_number(self, tmp_path):
+        for name, token in (("a", "<x>"), ("b", "<y>")):
+            speaker(tmp_path/name, 0, WORDS, [token])
+        with pytest.raises(MergeError, match="tokenizer='union'"):
+            merge([tmp_path/"a", tmp_path/"b"])
+        code, _, said = cli("merge", "a", "b", "-o", "o", "--tokenizer", "union", cwd=tmp_path)
+        assert code == 0, said
+        check_rows(tmp_path/"o", [tmp_path/"a", tmp_path/"b"], [1, 1])
+
+
+class TestPadding:
+    "The number of rows is to be a multiple of a number."
+
+    @pytest.mark.parametrize("choice", [None, "union"])
+    def test_new_rows_are_means(self, tmp_path, choice):
+        added = (["<x>"], ["<x>"]) if choice is None else (["<x>"], ["<y>"])
+        folders = [speaker(tmp_path/"ab"[i], i, WORDS, added[i]) for i in range(2)]
+        out = tmp_path/"o"
+        with pytest.warns(UserWarning, match="the mean of the other rows"):
+            merge(folders, tokenizer=choice, pad_to_multiple_of=20, out=out)
+        check_rows(out, folders, [1, 1])
+        a, b, m = states(*folders, out)
+        assert len(m[EMBEDDING]) == 40 == config(out)["vocab_size"]
+        want = (a[EMBEDDING].mean(0) + b[EMBEDDING].mean(0))/2
+        torch.testing.assert_close(m[EMBEDDING][39], want)
+
+    def test_on_the_command_line(self, tmp_path):
+        for i, name in enumerate("ab"):
+            speaker(tmp_path/name, i, WORDS)
+        words = ["merge", "a", "b", "-o", "o", "--pad-to-multiple-of", "16"]
+        code, _, said = cli(*words, cwd=tmp_path)
+        assert code == 0, said
+        assert config(tmp_path/"o")["vocab_size"] == 32
+        assert "--pad-to-multiple-of 16" in Record.read(tmp_path/"o").command
 
 
 def test_inspect_compares_rows_of_one_token(tmp_path):

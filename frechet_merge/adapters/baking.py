@@ -16,9 +16,11 @@ from torch import Tensor
 
 from .dialects import layers
 from .peft import Layer
-from ..files.checkpoint import Checkpoint, HEAD, ties, token_rows
+from ..files.checkpoint import HEAD, Checkpoint, ties, token_rows, vocabulary_size
 from ..matching.codes import quantised
 from ..matching.layouts import seen_by_module
+from ..matching.rows import is_of_tokens
+from ..matching.union import with_rows
 from ..messages import MergeError
 from ..files.tensors import LazyTensor, MemoryTensor
 
@@ -149,34 +151,71 @@ def _put_whole(onto: _Onto, rest: dict[str, LazyTensor]) -> None:
     names = {key: key.removeprefix("base_model.model.") for key in rest}
     ties_output = onto.ties_its_output() and not any(map(HEAD.search, names.values()))
     rows = token_rows(onto.base.lazy, onto.base.config)
+    count = vocabulary_size(onto.base.config) or 0
+    of_tokens = [n for n, x in onto.lazy.items() if is_of_tokens(n, x, count)]
     # a head of the base, and not of another adapter
     baked = any(map(is_baked, onto.base.lazy.values()))
     for key, name in names.items():
         name = name.replace(".base_layer.", ".")
         there = _in_base(name, onto.lazy) or name
         is_its_head = there.split(".")[0] in HEADS and there in onto.base.lazy and not baked
-        _check_whole(onto, name, there, rest[key], is_its_head)
-        is_new = there in onto.lazy and not onto.lazy[there].same(rest[key])
-        if ties_output and there in rows and is_new and ".base_layer." not in key:
+        _check_whole(onto, name, there, rest[key], is_its_head or there in of_tokens)
+        if ties_output and there in rows and _is_new(onto, there, key, rest[key]):
             raise onto.refusal(
                 f"saved {name!r} whole, which the base ties to its output layer",
                 "On the adapter's side the output stays as it was: untie them in the base first "
                 "(tie_word_embeddings = false, and both saved).",
             )
         onto.lazy[there] = rest[key]
+    _check_tokens(onto, of_tokens)
+
+# %% ../../nbs/adapters/baking.ipynb #d0d0aa02
+def _is_new(onto: _Onto, there: str, key: str, x: LazyTensor) -> bool:
+    "Whether the adapter has trained what it saved whole, and not only kept the base's."
+    is_other = there in onto.lazy and not onto.lazy[there].same(x)
+    return is_other and ".base_layer." not in key
 
 # %% ../../nbs/adapters/baking.ipynb #5909a0bf
-def _check_whole(onto: _Onto, name: str, there: str, x: LazyTensor, is_its_head: bool) -> None:
-    "A whole tensor has the shape of the base's; of a head, the number of classes may be another."
+def _check_whole(onto: _Onto, name: str, there: str, x: LazyTensor, may_grow: bool) -> None:
+    """A whole tensor has the shape of the base's; of a head, the number of classes may be another,
+    and of an embedding that of tokens."""
     if there not in onto.lazy:
         return
     shape = onto.lazy[there].shape
-    if shape == x.shape or (is_its_head and shape[1:] == x.shape[1:]):
+    if shape == x.shape or (may_grow and shape[1:] == x.shape[1:]):
         return
     raise onto.refusal(
         f"saved {name!r} with shape {list(x.shape)}, in the base it is {list(shape)}",
         "Resize the base's vocabulary first.",
     )
+
+# %% ../../nbs/adapters/baking.ipynb #5d1c0e41
+def _check_tokens(onto: _Onto, of_tokens: list[str]) -> None:
+    "Tensors with a row for each token have one number of rows; `MergeError` if they do not."
+    sizes = {n: _rows(onto.lazy[n]) for n in of_tokens}
+    if len({*sizes.values()}) > 1:
+        few, many = min(sizes, key=sizes.__getitem__), max(sizes, key=sizes.__getitem__)
+        raise onto.refusal(
+            f"leaves {many!r} with {sizes[many]} rows of tokens and {few!r} with {sizes[few]}",
+            "Save both with the adapter (modules_to_save), or resize the base's vocabulary first.",
+        )
+
+# %% ../../nbs/adapters/baking.ipynb #5d1c0e42
+def _rows(x: LazyTensor) -> int:
+    "How many tokens a tensor has a row or a number for."
+    return x.shape[-1] if x.shape[0] == 1 else x.shape[0]
+
+# %% ../../nbs/adapters/baking.ipynb #5d1c0e43
+def _says(onto: _Onto) -> dict[str, Any]:
+    "What the base's config does not know: how many tokens there are now."
+    config = onto.base.config
+    count = vocabulary_size(config) or 0
+    held = [n for n, x in onto.base.lazy.items() if is_of_tokens(n, x, count)]
+    now = {_rows(onto.lazy[n]) for n in held}
+    if not now or now == {count}:
+        return onto.base.says
+    changed = with_rows(config, now.pop())
+    return onto.base.says | {k: x for k, x in changed.items() if config.get(k) != x}
 
 # %% ../../nbs/adapters/baking.ipynb #82bf8b07
 def _check_heads(onto: _Onto) -> None:
@@ -341,9 +380,12 @@ def bake(
             "Name the model of full precision that it was made of, or save it in bfloat16 first.",
         )
     lazy = _elsewhere(onto, found, rest)
+    onto = replace(onto, lazy=_all_put(onto, found, rest) if lazy is None else lazy)
     return base.view(
-        lazy=_all_put(onto, found, rest) if lazy is None else lazy,
+        lazy=onto.lazy,
         source=f"{base.source}+{adapter.source}",
         files=[*base.files, *adapter.files],
         brings=(*base.brings, *filter(None, [adapter.folder])),
+        tied={n: stored for n, stored in base.tied.items() if n not in onto.lazy},
+        says=_says(onto),
     )

@@ -153,9 +153,20 @@ def _split(key: str) -> tuple[str, str, str] | None:
     before, name, after = (x for x in found.groups() if x is not None)
     return before, name, after
 
+# %% ../../nbs/adapters/peft.ipynb #7f1c0e61
+def _trained(c: Checkpoint) -> Checkpoint:
+    "An adapter without copies of modules as they were, and with those that were trained once."
+    wrapped = re.compile(r"[.]modules_to_save(?=[.](weight|bias)$)")
+    again = {n: wrapped.sub("", n) for n in c.lazy if wrapped.search(n)}
+    if not again:
+        return c
+    lazy = {n: x for n, x in c.lazy.items() if n not in again and ".original_module." not in n}
+    return c.view(lazy={**lazy, **{plain: c.lazy[n] for n, plain in again.items()}})
+
 # %% ../../nbs/adapters/peft.ipynb #7ac6838c
 def unnamed(c: Checkpoint) -> Checkpoint:
     "An adapter without its own name in its keys; `MergeError` if it is several in one file."
+    c = _trained(c)
     found = {key: parts for key in c.lazy if (parts := _split(key))}
     if not found:
         return c

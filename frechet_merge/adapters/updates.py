@@ -206,8 +206,15 @@ def _refuse_unsaved(c: Checkpoint, other: Checkpoint):
         "about layers too (absent='renormalise', --absent renormalise)."
     )
 
+# %% ../../nbs/adapters/updates.ipynb #d0d0aa01
+def _is_of_tokens(key: str) -> bool:
+    "Whether rows of what was saved whole are of tokens, by its name."
+    return "embed" in key or bool(HEAD.search(key))
+
 # %% ../../nbs/adapters/updates.ipynb #2fc0e2e0
-def _whole(models: Sequence[Checkpoint], read: Sequence[Said], absent: str | None) -> list[Block]:
+def _whole(
+    models: Sequence[Checkpoint], read: Sequence[Said], absent: str | None, by_token: bool
+) -> list[Block]:
     "Blocks of what was saved whole; `MergeError` names what one adapter saved and another did not."
     every = [rest for _, rest in read]
     names = set().union(*every)
@@ -217,10 +224,10 @@ def _whole(models: Sequence[Checkpoint], read: Sequence[Said], absent: str | Non
         c.view(lazy={k: x for k, x in rest.items() if k in kept}, tied={}, adapter=None)
         for c, rest in zip(models, every)
     ]
-    if absent != "renormalise":
-        for c, d in permutations(saved, 2):
-            _refuse_unsaved(c, d)
-    if any("embed" in k or HEAD.search(k) for k in names):
+    pairs = permutations(saved, 2) if absent != "renormalise" else ()
+    for c, d in pairs:
+        _refuse_unsaved(c, d)
+    if not by_token and any(map(_is_of_tokens, names)):
         refuse_other_tokens(list(models))
     bare = [Checkpoint(c.lazy, c.source) for c in saved]
     return align(bare, absent="renormalise" if absent == "renormalise" else None)[0]
@@ -232,6 +239,7 @@ def align_updates(
     absent: str | None = None,
     any_base: bool = False,  # do not compare the bases that the adapters name
     to: str | None = None,  # the dialect that is written; None: the first one's
+    by_token: bool = False,  # rows of tokens were matched before
 ) -> tuple[list[Update], list[Block]]:
     """Updates in the order of the first adapter, and the blocks of tensors that were saved whole;
     `MergeError` names what does not match."""
@@ -247,7 +255,7 @@ def align_updates(
         _warn_apart(read)
         _warn_of_strangers(models, read)
     names = dict.fromkeys(n for updates, _ in read for n in updates)
-    return [_update(n, models, read) for n in names], _whole(models, read, absent)
+    return [_update(n, models, read) for n in names], _whole(models, read, absent, by_token)
 
 # %% ../../nbs/adapters/updates.ipynb #00d0ef23
 BATCH = 1 << 19  # numbers in the stacked factors of a batch: 4 MB in float64

@@ -186,6 +186,24 @@ To = Annotated[
         show_default=False,
     ),
 ]
+PadTo = Annotated[
+    Optional[int],
+    typer.Option(
+        "--pad-to-multiple-of",
+        help="Add rows of tokens until their number is a multiple of this.",
+        show_default=False,
+        min=1,
+    ),
+]
+Template = Annotated[
+    Optional[str],
+    typer.Option(
+        "--chat-template",
+        help="Whose chat template the result has, where models have others: base, a MODEL, or a "
+        "file.",
+        show_default=False,
+    ),
+]
 Nonfinite = Annotated[
     bool, typer.Option("--allow-nonfinite", help="Copy NaN and Inf through.")
 ]
@@ -231,6 +249,8 @@ def merge_command(
     calibrate_split: CalibrateSplit = "train",
     calibrate_samples: CalibrateSamples = 1024,
     to: To = None,
+    pad_to_multiple_of: PadTo = None,
+    chat_template: Template = None,
     allow_nonfinite: Nonfinite = False,
     allow_pickle: Pickle = False,
     full_hash: FullHash = False,
@@ -265,6 +285,8 @@ def merge_command(
         sum=by_pattern(sum, "sum"),
         calibrate=feed,
         to=to,
+        pad_to_multiple_of=pad_to_multiple_of,
+        chat_template=chat_template,
         allow_nonfinite=allow_nonfinite,
         allow_pickle=allow_pickle,
         full_hash=full_hash,

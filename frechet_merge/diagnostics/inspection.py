@@ -26,6 +26,7 @@ from ..files.open import load
 from ..messages import MergeError
 from ..matching.codes import refuse_codes
 from ..matching.function import refuse_other_meanings, unlike
+from ..matching.labels import in_one_order
 from ..matching.rows import lined_up
 from ..matching.views import alike
 from ..messages import Notes, shown, warn
@@ -399,6 +400,7 @@ def _as_merged(
     try:
         refuse_other_meanings(models, *bases)
         every, _ = lined_up(every, [c.source for c in every], shares, None)
+        every = in_one_order(every, every[-n:])
     except MergeError as e:
         refused = [str(e).splitlines()[0]]
     return alike(every, every[-n:]), refused

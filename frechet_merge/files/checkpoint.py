@@ -102,6 +102,8 @@ class Checkpoint(Mapping[str, Tensor]):
     parts: dict[str, "Checkpoint"] = field(default_factory=dict)
     # names that others have and it need not: of a model of text beside one that also sees
     lacks: frozenset[str] = frozenset()
+    # what its config.json does not know: an adapter on it brought tokens
+    says: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         # None is as good as nothing, and a list as a tuple
@@ -121,8 +123,8 @@ class Checkpoint(Mapping[str, Tensor]):
     def config(self) -> dict[str, Any]:
         "Its config.json; empty if it has none."
         if self.folder is None or not (self.folder/"config.json").exists():
-            return {}
-        return read_json(self.folder/"config.json")
+            return dict(self.says)
+        return {**read_json(self.folder/"config.json"), **self.says}
 
     def __getitem__(self, name: str) -> Tensor:
         return self.lazy[self.tied.get(name, name)].tensor()

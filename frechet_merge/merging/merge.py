@@ -24,7 +24,7 @@ from ..adapters.common import speech_of
 from ..files.checkpoint import Checkpoint, from_state_dict
 from ..files.folders import library_of
 from ..files.open import PICKLES, load
-from .companions import carry_the_rest, config_of, write_companions
+from .companions import Says, carry_the_rest, config_of, write_companions
 from ..matching.ties import is_untied
 from ..geometries.geometry import Euclidean, Geometry
 from ..spaces.mean import Mean
@@ -32,6 +32,8 @@ from .parts import parts_of, plan_root, refuse_parts_without_place
 from .plan import Opened, open_recipe, plan_models
 from .recipe import Model, Output, Recipe, Run, as_dtype
 from .record import Record, begun, came_of, card
+from .templates import Chosen, chosen_templates, home_of, put_templates
+from .templates import say_other_templates
 from .run import Plan, disk_errors, in_memory, into_folder, report
 from .robust import counting
 from ..spaces.robust import Loss
@@ -80,27 +82,38 @@ class Dress:
     alone: bool = False  # the last home is the place of a file
     tokens: Path | None = None  # whose tokenizer comes along; None: the homes'
     read: Sequence[Path] = ()  # files whose weights are in what is written
+    template: Chosen | None = None  # the chat template; None: that of the tokenizer
+    # what the config is to say as well: adapters brought tokens
+    says: Mapping[str, object] = field(default_factory=dict)
 
     def put(self, folder: Path, plan: Plan, merged: Collection[str] = ()) -> None:
         "Companions, without those of merged parts, and an adapter's config."
         kinds = {d for _, d in plan.layout.values() if d.is_floating_point}
         one = kinds.pop() if len(kinds) == 1 else None
-        write_companions(
-            folder,
-            self.homes,
-            self.dtype or one,
-            self.classes,
-            untied=is_untied({n: s for n, (s, _) in plan.layout.items()}, config_of(self.homes)),
-            alone=self.alone,
-            tokens=self.tokens,
-            merged=merged,
-        )
+        untied = is_untied({n: s for n, (s, _) in plan.layout.items()}, config_of(self.homes))
+        says = Says(self.dtype or one, self.classes, untied, self.says)
+        write_companions(folder, self.homes, says, self.alone, self.tokens, merged)
         if self.homes and not self.alone:
             carry_the_rest(folder, self.homes[-1], merged, self.read)
+        if self.template is not None:
+            put_templates(folder, self.template)
         said = {k: v for k, v in (plan.config or {}).items() if k != "dialect"}
         if said:
             text = json.dumps(said, indent=2, default=str) + "\n"
             (folder/"adapter_config.json").write_text(text)
+
+# %% ../../nbs/merging/merge.ipynb #4c1c0e31
+def _template_of(opened: Opened, homes: list[Path], tokens: Path | None) -> Chosen | None:
+    "The chat template that was asked for; without a choice, a note if models have others."
+    recipe = opened.recipe
+    named = dict(zip(map(str, recipe.models), opened.models))
+    for name, c in ((recipe.base, opened.base), (recipe.bake, opened.onto)):
+        if c is not None:
+            named |= {"base": c, str(name): c}
+    chosen = chosen_templates(recipe.chat_template, named)
+    if chosen is None:
+        say_other_templates(opened.models, home_of([*filter(None, [tokens]), *homes]))
+    return chosen
 
 # %% ../../nbs/merging/merge.ipynb #c71c0e12
 def written_in(opened: Opened) -> str | None:
@@ -121,11 +134,14 @@ def dress_of(opened: Opened, output: Output) -> Dress:
     if written_in(opened) not in (None, "peft"):
         return Dress([], output.dtype)
     main = main_of([*opened.models, *([] if opened.base is None else [opened.base])])
+    homes = homes_of(main)
     alone = main is not None and Path(main.source).is_file()
     tokens = None if opened.tokens is None else opened.tokens.folder
     read = tuple(f for c in opened.every for f in c.files)
     heads = classes(opened.models[0])
-    return Dress(homes_of(main), output.dtype, heads, alone, tokens, read)
+    template = _template_of(opened, homes, tokens)
+    says = {} if main is None else main.says
+    return Dress(homes, output.dtype, heads, alone, tokens, read, template, says)
 
 # %% ../../nbs/merging/merge.ipynb #28f58f8d
 @dataclass
@@ -223,7 +239,11 @@ def _put_on(work: Work, plan: Plan) -> Merged:
         tensors, _ = in_memory(whole, work.run)
         return Merged(tensors, means, None, work.done(means, plan.start))
     homes = homes_of(onto, opened.models)
-    dress = Dress(homes, work.output.dtype, classes(full), read=onto.files)
+    tokens = None if opened.tokens is None else opened.tokens.folder
+    template = _template_of(opened, homes, tokens)
+    heads = classes(full)
+    read = onto.files
+    dress = Dress(homes, work.output.dtype, heads, False, tokens, read, template, full.says)
     return work.write(whole, dress, means)
 
 # %% ../../nbs/merging/merge.ipynb #e81c0e12
@@ -345,6 +365,11 @@ def merge(
     # the dialect of the merged adapter: "peft", "kohya", "diffusers", "mlx"; default: the first
     # one's
     to: str | None = None,
+    # rows of tokens are added until their number is a multiple of this
+    pad_to_multiple_of: int | None = None,
+    # whose chat template is written: "base", a model as it is named, or a file; default: that of
+    # the tokenizer that is written
+    chat_template: str | os.PathLike[str] | None = None,
     allow_nonfinite: bool = False,  # copy NaN and Inf through, instead of refusing them
     allow_pickle: bool = False,  # accept .bin files (plain tensors only)
     shard_size: int = 5*10**9,  # bytes of a file, at most, unless one tensor is larger
@@ -368,6 +393,8 @@ def merge(
         any_base,
         tokenizer,
         loss,
+        pad_to_multiple_of,
+        chat_template,
         allow_nonfinite,
         allow_pickle,
         sum,

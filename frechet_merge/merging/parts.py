@@ -66,7 +66,7 @@ def _refuse_other_words(models: Sequence[Checkpoint]) -> None:
 def _part(opened: Opened, path: str) -> Opened:
     "One module of all models, and of the base."
     recipe, base = opened.recipe, opened.base
-    if isinstance(recipe.weights, Mapping) or isinstance(recipe.scale, Mapping):
+    if any(isinstance(x, Mapping) for x in (recipe.weights, recipe.scale, recipe.sum)):
         raise MergeError(
             f"{opened.models[0].source}: weights and scales by name do not reach the module "
             f"{path!r}: give one for each model."
@@ -76,8 +76,8 @@ def _part(opened: Opened, path: str) -> Opened:
     theirs = _opened(base, path, recipe.allow_pickle) if has_base and base is not None else None
     scale = recipe.scale if has_base else 1.0
     _refuse_other_words(models)
-    alone = replace(recipe, metrics=None, drop=(), tokenizer=None, scale=scale)
-    return Opened(alone, models, theirs)
+    alone = replace(recipe, metrics=None, drop=(), tokenizer=None, pad_to_multiple_of=None)
+    return Opened(replace(alone, scale=scale), models, theirs)
 
 # %% ../../nbs/merging/parts.ipynb #2559196b
 def _opened(c: Checkpoint, path: str, allow_pickle: bool) -> Checkpoint:
@@ -103,6 +103,7 @@ def _heads(opened: Opened) -> dict[str, Opened]:
         if odd := ours.keys() ^ _head_files(c).keys():
             raise MergeError(f"{first.source} and {c.source}: only one of them has {min(odd)!r}.")
     recipe = replace(opened.recipe, metrics=None, drop=(), tokenizer=None)
+    recipe = replace(recipe, pad_to_multiple_of=None)
     for name in ours:
         models = [load(_head_files(c)[name], recipe.allow_pickle) for c in opened.models]
         theirs = {} if opened.base is None else _head_files(opened.base)

@@ -16,6 +16,7 @@ import torch
 
 from ..adapters.baking import bake
 from ..adapters.common import speech_of
+from ..adapters.tokens import adapters_lined_up
 from ..matching.blocks import Block, align
 from ..files.checkpoint import Checkpoint, vocabulary_size
 from ..files.formats import SHARD, STEMS, spec_of
@@ -23,6 +24,7 @@ from ..files.open import load
 from ..geometries.lora import LoRA
 from ..geometries.geometry import Euclidean, Geometry, check_needs
 from ..matching.function import refuse_other_meanings, unlike
+from ..matching.labels import in_one_order
 from ..matching.rows import Rows, lined_up
 from ..matching.towers import in_one_layout
 from ..matching.views import without
@@ -79,7 +81,7 @@ def open_recipe(recipe: Recipe) -> Opened:
     onto = None if recipe.bake is None else load(recipe.bake, pickles, "bake")
     models, base = in_one_layout(models, base)
     opened = Opened(recipe, models, base, onto)
-    return _in_one_vocabulary(_dropped(opened) if recipe.drop else opened)
+    return _labelled_alike(_in_one_vocabulary(_dropped(opened) if recipe.drop else opened))
 
 # %% ../../nbs/merging/plan.ipynb #ace289df
 def _dropped(opened: Opened) -> Opened:
@@ -99,9 +101,14 @@ def _in_one_vocabulary(opened: Opened) -> Opened:
     if opened.are_folders:
         return opened
     if opened.are_adapters:
-        if recipe.tokenizer is not None:
-            raise ValueError("tokenizer= is for full models: name adapters as BASE+ADAPTER.")
-        return opened
+        models, tokens = adapters_lined_up(
+            opened.models,
+            [*map(str, recipe.models)],
+            _shares(recipe),
+            recipe.tokenizer,
+            recipe.pad_to_multiple_of,
+        )
+        return replace(opened, models=models, tokens=tokens)
     if recipe.tokenizer == "base" and base is None:
         raise ValueError("tokenizer = 'base' is the tokenizer of a base: give base= (--base) too.")
     bases = [] if base is None else [base]
@@ -110,9 +117,11 @@ def _in_one_vocabulary(opened: Opened) -> Opened:
         [*(["base"] if bases else []), *map(str, recipe.models)],
         [*(None for _ in bases), *_shares(recipe)],
         recipe.tokenizer,
+        recipe.pad_to_multiple_of,
     )
     counts = {vocabulary_size(c.config) for c in opened.every}
-    if recipe.metrics is not None and (recipe.tokenizer is not None or len(counts) > 1):
+    chosen = recipe.tokenizer is not None or recipe.pad_to_multiple_of is not None
+    if recipe.metrics is not None and (chosen or len(counts) > 1):
         raise MergeError(
             "metrics are of rows in each model's own order, and the models have other "
             "vocabularies: merge them without metrics."
@@ -130,6 +139,21 @@ def _shares(recipe: Recipe) -> Sequence[float]:
     if not ok or not all(isinstance(w, (int, float)) and w >= 0 for w in ws):
         return [1.0]*len(recipe.models)
     return ws
+
+# %% ../../nbs/merging/plan.ipynb #a91c0e14
+def _labelled_alike(opened: Opened) -> Opened:
+    "With rows of the same labels; `MergeError` where heads have others."
+    if opened.are_adapters:
+        return opened
+    seen = in_one_order(opened.every, opened.models)
+    has_moved = any(a is not b for a, b in zip(seen, opened.every))
+    if has_moved and opened.recipe.metrics is not None:
+        raise MergeError(
+            "metrics are of rows in each model's own order, and the models have their labels in "
+            "other orders: merge them without metrics."
+        )
+    n = len(opened.every) - len(opened.models)
+    return replace(opened, models=seen[n:], base=seen[0] if n else None)
 
 # %% ../../nbs/merging/plan.ipynb #5b8f88d5
 def _refuse_rows_without_difference(models: Sequence[Checkpoint]) -> None:
@@ -474,7 +498,8 @@ def plan_adapters(
     # a geometry of matrices is put behind `LoRA`
     g = LoRA.of(recipe.geometry)
     to = recipe.to if opened.onto is None else None
-    updates, whole = align_updates(opened.models, recipe.absent, recipe.any_base, to)
+    by_token = opened.tokens is not None
+    updates, whole = align_updates(opened.models, recipe.absent, recipe.any_base, to, by_token)
     if opened.onto is not None:
         updates = [*map(in_names_of_peft, updates)]
     given = numbers_for([*(u.name for u in updates), *(b.name for b in whole)], recipe)

@@ -49,6 +49,10 @@ class Recipe:
     # whose tokens the result has: "union", "base", or a model as it is named; None: all agree
     tokenizer: str | None = None
     loss: Loss | None = None  # of distances; None: their squares
+    # of which the number of rows of tokens is to be one; None: as it is
+    pad_to_multiple_of: int | None = None
+    # whose chat template is written: "base", a model as it is named, or a file; None: the first's
+    chat_template: str | None = None
     allow_nonfinite: bool = False  # copy NaN and Inf through
     allow_pickle: bool = False  # open pickles (plain tensors only)
     # in the place of weights: coefficients of the differences from the base, of any sign and sum
@@ -103,6 +107,7 @@ READ: dict[str, Callable[[Any], Any]] = {
     "loss": lambda x: loss_named(x) if isinstance(x, str) else x,
     "drop": lambda x: [x] if isinstance(x, str) else [*x],
     "tokenizer": lambda x: None if x is None else str(x),
+    "chat_template": lambda x: None if x is None else str(x),
 }
 
 # %% ../../nbs/merging/recipe.ipynb #fec128f3
@@ -276,6 +281,8 @@ def command(recipe: Recipe, output: Output) -> str | None:
         *flag("loss", said.get("loss")),
         *flag("calibrate", feed.get("data")),
         *flag("to", said.get("to")),
+        *flag("pad_to_multiple_of", str(said.get("pad_to_multiple_of") or "")),
+        *flag("chat_template", said.get("chat_template")),
     ]
     for name in ("split", "max_samples"):
         if feed and feed[name] != getattr(Calibration, name):

@@ -1,0 +1,153 @@
+"""Adapters that brought tokens: PEFT reads what their merge wrote, and their rows are by token.
+
+The oracle is PEFT's own model, with the base resized as its documentation says.
+"""
+import pytest
+import torch
+from conftest import cli
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from test_vocabularies import WORDS, config, speaker, states
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from frechet_merge import merge
+from frechet_merge.messages import MergeError
+
+E, H = "model.embed_tokens.weight", "lm_head.weight"
+IDS = torch.arange(3, 13)[None]
+
+
+def adapter(folder, base, seed, tokens, saved=("embed_tokens", "lm_head"), template=None):
+    "An adapter trained on a base whose vocabulary was enlarged by tokens; its tokenizer with it."
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens([*tokens], special_tokens=True)
+    tokenizer.chat_template = template
+    full = AutoModelForCausalLM.from_pretrained(base)
+    full.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    lora = LoraConfig(
+        r=2,
+        lora_alpha=4,
+        target_modules=["q_proj", "v_proj"],
+        modules_to_save=list(saved),
+        task_type="CAUSAL_LM",
+    )
+    m = get_peft_model(full, lora)
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in m.parameters():
+            if p.requires_grad:
+                p.copy_(torch.randn(p.shape, generator=g)*0.3)
+    m.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def in_peft(base, folder):
+    "The adapter on its base, as PEFT has it."
+    full = AutoModelForCausalLM.from_pretrained(base)
+    rows = len(AutoTokenizer.from_pretrained(folder))
+    full.resize_token_embeddings(rows, mean_resizing=False)
+    return PeftModel.from_pretrained(full, folder).eval()
+
+
+class TestBaked:
+    @pytest.mark.parametrize("how", ["bake", "plus"])
+    @pytest.mark.parametrize("tied", [False, True])
+    def test_an_enlarged_vocabulary(self, tmp_path, how, tied):
+        base = speaker(tmp_path/"base", 0, WORDS, tie_word_embeddings=tied)
+        a = adapter(tmp_path/"a", base, 1, ["<x>", "<y>"], template="<x>{{ messages }}")
+        out = tmp_path/"o"
+        if how == "bake":
+            merge([a], bake=base, out=out)
+        else:
+            merge([f"{base}+{a}"], out=out)
+        states(out)
+        m, want = AutoModelForCausalLM.from_pretrained(out).eval(), in_peft(base, a)
+        with torch.no_grad():
+            torch.testing.assert_close(m(IDS).logits, want(IDS).logits)
+        tokenizer = AutoTokenizer.from_pretrained(out)
+        assert config(out)["vocab_size"] == len(tokenizer) == 33
+        assert tokenizer.convert_tokens_to_ids("<y>") == 32 and tokenizer.chat_template
+        assert config(out)["tie_word_embeddings"] is False
+
+    def test_one_matrix_alone_cannot_grow(self, tmp_path):
+        base = speaker(tmp_path/"base", 0, WORDS)
+        a = adapter(tmp_path/"a", base, 1, ["<x>"])
+        file = a/"adapter_model.safetensors"
+        held = {n: x for n, x in load_file(file).items() if "lm_head" not in n}
+
+        save_file(held, file)
+        with pytest.raises(MergeError, match="with 32 rows of tokens and 'lm_head.weight' with 31"):
+            merge([a], bake=base)
+
+    def test_two_that_were_put_on_the_base(self, tmp_path):
+        base = speaker(tmp_path/"base", 0, WORDS)
+        two = [adapter(tmp_path/"ab"[i], base, i, [t]) for i, t in enumerate(("<x>", "<y>"))]
+        names = [f"{base}+{a}" for a in two]
+        with pytest.raises(MergeError, match="number 31 for '<x>' and for '<y>'"):
+            merge(names)
+        merge(names, tokenizer="union", out=tmp_path/"o")
+        check(tmp_path/"o", base, two, load_file(tmp_path/"o"/"model.safetensors"))
+        assert config(tmp_path/"o")["vocab_size"] == 33
+        merge(names, tokenizer=names[1], out=tmp_path/"p")
+        assert "<y>" in AutoTokenizer.from_pretrained(tmp_path/"p").get_vocab()
+        assert config(tmp_path/"p")["vocab_size"] == 32
+
+
+def check(out, base, two, tensors):
+    "Each token's row is the mean of those that know it."
+    vocabulary = AutoTokenizer.from_pretrained(out).get_vocab()
+    assert {"<x>", "<y>"} <= {*vocabulary}
+    known = [AutoTokenizer.from_pretrained(a).get_vocab() for a in two]
+    held = [in_peft(base, a).merge_and_unload().state_dict() for a in two]
+    for name in (E, H):
+        m = next(x for n, x in tensors.items() if n.endswith(name))
+        for token, i in vocabulary.items():
+            rows = [s[name][v[token]] for s, v in zip(held, known) if token in v]
+            torch.testing.assert_close(m[i], sum(rows)/len(rows), msg=f"{name} {token}")
+
+
+class TestMerged:
+    "Two adapters, each with a token of its own under the same number."
+
+    @pytest.fixture
+    def three(self, tmp_path):
+        base = speaker(tmp_path/"base", 0, WORDS)
+        two = [adapter(tmp_path/"ab"[i], base, i, [t]) for i, t in enumerate(("<x>", "<y>"))]
+        return base, *two
+
+    def test_without_a_choice_the_error_says_how(self, three, tmp_path):
+        base, *two = three
+        with pytest.raises(MergeError, match="number 31 for '<x>' and for '<y>'") as e:
+            merge(two)
+        assert "tokenizer='union'" in str(e.value)
+        code, _, said = cli("merge", "a", "b", "-o", "o", "--tokenizer", "union", cwd=tmp_path)
+        assert code == 0, said
+        check(tmp_path/"o", base, two, load_file(tmp_path/"o"/"adapter_model.safetensors"))
+        assert not (tmp_path/"o"/"config.json").exists()
+        m = in_peft(base, tmp_path/"o")
+        assert m.get_input_embeddings().weight.shape[0] == 33
+
+    def test_put_on_a_base(self, three, tmp_path):
+        base, *two = three
+        merge(two, tokenizer="union", bake=base, out=tmp_path/"o")
+        m, = states(tmp_path/"o")
+        check(tmp_path/"o", base, two, m)
+        assert config(tmp_path/"o")["vocab_size"] == 33
+
+    def test_one_knows_more(self, three, tmp_path):
+        base, a, _ = three
+        c = adapter(tmp_path/"c", base, 3, ["<x>", "<z>"])
+        merge([a, c], out=tmp_path/"o")
+        found = load_file(tmp_path/"o"/"adapter_model.safetensors")
+        x, y = (load_file(f/"adapter_model.safetensors") for f in (a, c))
+        name = f"base_model.model.{E}"
+        torch.testing.assert_close(found[name][:32], (x[name] + y[name][:32])/2)
+        torch.testing.assert_close(found[name][32], y[name][32])
+        assert len(AutoTokenizer.from_pretrained(tmp_path/"o")) == 33
+
+    def test_adapters_without_rows_have_no_choice(self, three, tmp_path):
+        base, a, _ = three
+        d = adapter(tmp_path/"d", base, 4, [], saved=())
+        with pytest.raises(ValueError, match="BASE\\+ADAPTER"):
+            merge([d, d], tokenizer="union")
