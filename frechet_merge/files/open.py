@@ -136,6 +136,7 @@ def _adapter_config(path: Path, files: list[Path], names: Iterable[str]) -> dict
 def _open(path: Path, allow_pickle: bool, source: str) -> Checkpoint:
     "A folder or file that is here."
     from frechet_merge.adapters.dialects import refusal
+    from frechet_merge.matching.quantised import dequantised
     from frechet_merge.matching.views import unwrapped
 
     files, promised = _files_of(path, allow_pickle)
@@ -149,7 +150,7 @@ def _open(path: Path, allow_pickle: bool, source: str) -> Checkpoint:
     adapter = _adapter_config(path, files, c.lazy)
     if why := refusal(c.lazy.keys(), adapter):
         raise MergeError(f"{source}: {why}.")
-    return unwrapped(c.view(adapter=adapter))
+    return dequantised(unwrapped(c.view(adapter=adapter)))
 
 # %% ../../nbs/files/open.ipynb #d753e65d
 def load(
@@ -182,11 +183,12 @@ def load(
 def _in_memory(tensors: Mapping[str, Tensor], name: str) -> Checkpoint:
     "A mapping, which must not be an adapter of a dialect that is not read."
     from frechet_merge.adapters.dialects import refusal
+    from frechet_merge.matching.quantised import dequantised
 
     c = from_state_dict(tensors, name)
     if why := refusal(c.lazy.keys(), c.adapter):
         raise MergeError(f"{name}: {why}.")
-    return c
+    return dequantised(c)
 
 # %% ../../nbs/files/open.ipynb #49e8efbf
 def _on_its_base(parts: list[str], allow_pickle: bool) -> Checkpoint:

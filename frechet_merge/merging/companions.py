@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..files.checkpoint import json_in, read_json, ties
+from ..matching.quantised import without_codes
 from ..messages import MergeError
 from ..messages import warn
 from ..files.shards import open_file
@@ -60,6 +61,9 @@ NOT_CARRIED = (
     "*.bak",
     "*~",
     "README*",
+    "quantize_config.json",
+    "quant_config.json",
+    "hf_quant_config.json",
     "frechet_merge.json",
     "adapter_config.json",
     "optimizer*",
@@ -179,9 +183,10 @@ def _with_numbers(config: dict[str, Any], theirs: dict[str, Any]) -> dict[str, A
 # %% ../../nbs/merging/companions.ipynb #3ca92db2
 def _write_config(source: Path, out: Path, tokens: Path | None, **what: Any) -> None:
     "A copy of a config.json that says what is written beside it."
-    config = with_tokens_of(tokens, source)
+    held = with_tokens_of(tokens, source)
+    config = without_codes(held)
     said = _changes(config, **what)
-    if tokens is None and all(config.get(k) == v for k, v in said.items()):
+    if tokens is None and config == held and all(config.get(k) == v for k, v in said.items()):
         shutil.copyfile(source, out)
         return
     stale = ("num_labels", "problem_type") if "id2label" in said else ()
