@@ -88,3 +88,146 @@ def test_other_formats_are_refused_by_name(tmp_path, method):
     with pytest.raises(MergeError, match=rf"is quantised \({method}\).*not read") as e:
         merge([folder, folder])
     assert "bfloat16" in str(e.value)
+
+
+def scheme(kind, **of_weights):
+    "A scheme of compressed-tensors, and its config."
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    weights = quantization.QuantizationArgs(**of_weights)
+    made = quantization.QuantizationScheme(targets=["Linear"], weights=weights)
+    group = {"targets": ["Linear"], "weights": json.loads(weights.model_dump_json())}
+    said = {"quant_method": "compressed-tensors", "format": kind, "config_groups": {"group_0": group}}
+    return made, said
+
+
+def compressed(kind, scheme, tensors):
+    "What compressed-tensors saves of a module, and what it reads of that."
+    base = pytest.importorskip("compressed_tensors.compressors.base")
+    compressor = base.BaseCompressor.get_value_from_registry(kind)
+    stored = compressor.compress(tensors, scheme)
+    want = compressor.decompress(dict(stored), scheme)["weight"]
+    return {f"{W}.{n}": x for n, x in stored.items()}, want
+
+
+class TestCompressedTensors:
+    @pytest.mark.parametrize("bits", [4, 8])
+    @pytest.mark.parametrize("symmetric", [True, False])
+    @pytest.mark.parametrize("group", [32, None])
+    def test_packed_integers(self, tmp_path, bits, symmetric, group):
+        kind = "pack-quantized"
+        strategy = {"strategy": "group", "group_size": group} if group else {"strategy": "channel"}
+        made, said = scheme(kind, num_bits=bits, type="int", symmetric=symmetric, **strategy)
+        wide = 96//group if group else 1
+        tensors = {"weight": randn(16, 96), "weight_scale": randn(16, wide, seed=1).abs()*0.1 + 0.1}
+        high = 2**(bits - 1)
+        zero = torch.randint(-high, high, (16, wide), generator=torch.Generator().manual_seed(2))
+        tensors["weight_zero_point"] = (zero*0 if symmetric else zero).to(torch.int8)
+        state, want = compressed(kind, made, tensors)
+        check(save(tmp_path/"a", state, said), want, tmp_path/"out")
+
+    @pytest.mark.parametrize("symmetric", [True, False])
+    @pytest.mark.parametrize("strategy", ["channel", "tensor", "group"])
+    def test_integers_of_eight_bits(self, tmp_path, strategy, symmetric):
+        kind = "int-quantized"
+        group = {"group_size": 32} if strategy == "group" else {}
+        made, said = scheme(
+            kind, num_bits=8, type="int", symmetric=symmetric, strategy=strategy, **group
+        )
+        shape = {"channel": (16, 1), "tensor": (1,), "group": (16, 3)}[strategy]
+        zero = torch.randint(-9, 9, shape, generator=torch.Generator().manual_seed(2))
+        tensors = {
+            "weight": randn(16, 96),
+            "weight_scale": randn(*shape, seed=1).abs()*0.1 + 0.01,
+            "weight_zero_point": (zero*0 if symmetric else zero).to(torch.int8),
+        }
+        state, want = compressed(kind, made, tensors)
+        check(save(tmp_path/"a", state, said), want, tmp_path/"out")
+
+    @pytest.mark.parametrize("strategy", ["channel", "tensor", "block"])
+    def test_floats_of_eight_bits(self, tmp_path, strategy):
+        kind = "float-quantized"
+        block = {"block_structure": [16, 32]} if strategy == "block" else {}
+        made, said = scheme(kind, num_bits=8, type="float", strategy=strategy, **block)
+        shape = {"channel": (32, 1), "tensor": (1,), "block": (2, 3)}[strategy]
+        tensors = {"weight": randn(32, 96), "weight_scale": randn(*shape, seed=1).abs()*0.1 + 0.01}
+        state, want = compressed(kind, made, tensors)
+        check(save(tmp_path/"a", state, said), want, tmp_path/"out")
+
+    def test_nvfp4(self, tmp_path):
+        kind = "nvfp4-pack-quantized"
+        made, said = scheme(
+            kind, num_bits=4, type="float", strategy="tensor_group", group_size=16, symmetric=True
+        )
+        tensors = {
+            "weight": randn(16, 96),
+            "weight_scale": randn(16, 6, seed=1).abs()*10 + 1,
+            "weight_global_scale": torch.tensor([32.0]),
+        }
+        state, want = compressed(kind, made, tensors)
+        check(save(tmp_path/"a", state, said), want, tmp_path/"out")
+
+    def test_mxfp4(self, tmp_path):
+        kind = "mxfp4-pack-quantized"
+        made, said = scheme(
+            kind, num_bits=4, type="float", strategy="group", group_size=32, symmetric=True,
+            scale_dtype="torch.uint8",
+        )
+        tensors = {"weight": randn(16, 96), "weight_scale": 2.0**randn(16, 3, seed=1).round()}
+        state, want = compressed(kind, made, tensors)
+        check(save(tmp_path/"a", state, said), want, tmp_path/"out")
+
+
+def pack(x, bits):
+    "Rows of codes as words of 32 bits, the lowest bits first: one bit after the other."
+    rows = []
+    for row in x.tolist():
+        stream = "".join(format(v, f"0{bits}b")[::-1] for v in row)
+        words = [int(stream[i : i + 32][::-1], 2) for i in range(0, len(stream), 32)]
+        rows.append([w - 2**32 if w >= 2**31 else w for w in words])
+    return torch.tensor(rows, dtype=torch.int32)
+
+
+class TestWords:
+    "GPTQ and AWQ, packed here bit by bit as their formats say."
+
+    @pytest.mark.parametrize("bits", [2, 3, 4, 8])
+    @pytest.mark.parametrize("form", ["gptq", "gptq_v2"])
+    @pytest.mark.parametrize("ordered", [True, False])
+    def test_gptq(self, tmp_path, bits, form, ordered):
+        draw = torch.Generator().manual_seed(bits)
+        k, n, group = 64, 96, 32
+        q = torch.randint(0, 2**bits, (k, n), generator=draw)
+        zero = torch.randint(1, 2**bits, (k//group, n), generator=draw)
+        scale = torch.rand(k//group, n, generator=draw).half()
+        at = torch.arange(k)//group
+        at = at if ordered else at[torch.randperm(k, generator=draw)]
+        want = ((q - zero[at]).float()*scale.float()[at]).T
+        stored = zero - 1 if form == "gptq" else zero
+        state = {
+            f"{W}.qweight": pack(q.T, bits).T,
+            f"{W}.qzeros": pack(stored, bits),
+            f"{W}.scales": scale,
+            f"{W}.g_idx": at.int(),
+        }
+        said = {"quant_method": "gptq", "bits": bits, "group_size": group, "checkpoint_format": form}
+        check(save(tmp_path/"a", state, said), want, tmp_path/"out")
+
+    @pytest.mark.parametrize("group", [32, -1])
+    def test_awq(self, tmp_path, group):
+        draw = torch.Generator().manual_seed(0)
+        k, n = 64, 48
+        groups = 1 if group < 0 else k//group
+        q = torch.randint(0, 16, (k, n), generator=draw)
+        zero = torch.randint(0, 16, (groups, n), generator=draw)
+        scale = torch.rand(groups, n, generator=draw).half()
+        at = torch.arange(k)//(k//groups)
+        want = ((q - zero[at]).float()*scale.float()[at]).T
+        # llm-awq's order_map: what the half bytes of a word hold, the lowest first
+        order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
+
+        def turned(x):
+            return pack(x.view(len(x), -1, 8)[:, :, order].flatten(1), 4)
+
+        state = {f"{W}.qweight": turned(q), f"{W}.qzeros": turned(zero), f"{W}.scales": scale}
+        said = {"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemm"}
+        check(save(tmp_path/"a", state, said), want, tmp_path/"out")
