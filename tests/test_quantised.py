@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from frechet_merge import load, merge
+from frechet_merge import inspect, load, merge
+from frechet_merge.huggingface.models import _read
 from frechet_merge.messages import MergeError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -231,3 +232,129 @@ class TestWords:
         state = {f"{W}.qweight": turned(q), f"{W}.qzeros": turned(zero), f"{W}.scales": scale}
         said = {"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemm"}
         check(save(tmp_path/"a", state, said), want, tmp_path/"out")
+
+
+class TestTransformers:
+    "What transformers dequantises is read as transformers does."
+
+    @pytest.mark.parametrize("shape, block", [((256, 384), [128, 128]), ((64, 32), [32, 16])])
+    def test_fp8_in_blocks(self, tmp_path, shape, block):
+        fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
+        codes = randn(*shape).to(torch.float8_e4m3fn)
+        inverse = randn(shape[0]//block[0], shape[1]//block[1], seed=1).abs()
+        want = fp8.Fp8Dequantize(None)._dequantize_one(codes, inverse, torch.float32)
+        state = {f"{W}.weight": codes, f"{W}.weight_scale_inv": inverse}
+        said = {"quant_method": "fp8", "weight_block_size": block}
+        check(save(tmp_path/"a", state, said), want, tmp_path/"out")
+
+    def test_mxfp4_of_gpt_oss(self, tmp_path):
+        mxfp4 = pytest.importorskip("transformers.integrations.mxfp4")
+        draw = torch.Generator().manual_seed(0)
+        blocks = torch.randint(0, 256, (3, 32, 2, 16), generator=draw).to(torch.uint8)
+        scales = torch.randint(120, 132, (3, 32, 2), generator=draw).to(torch.uint8)
+        want = mxfp4.convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+        name = "model.layers.0.mlp.experts.down_proj"
+        state = {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        folder = save(tmp_path/"a", state, {"quant_method": "mxfp4"})
+        check(folder, want, tmp_path/"out", name)
+
+
+def fp8(seed):
+    "A weight in fp8 with its scale, and its numbers."
+    codes, scale = randn(16, 32, seed=seed).to(torch.float8_e4m3fn), torch.tensor([0.5 + seed])
+    return {f"{W}.weight": codes, f"{W}.weight_scale": scale}, codes.float()*scale
+
+
+class TestUses:
+    "What is done with quantised models."
+
+    @pytest.mark.parametrize("order", [1, -1])
+    def test_are_merged_with_models_of_numbers(self, tmp_path, order):
+        state, numbers = fp8(1)
+        codes = save(tmp_path/"codes", state, {"quant_method": "compressed-tensors"})
+        dense = save(tmp_path/"dense", {f"{W}.weight": randn(16, 32)})
+        merge([codes, dense][::order], out=tmp_path/"out")
+        found = load(tmp_path/"out")[f"{W}.weight"]
+        torch.testing.assert_close(found, (numbers + randn(16, 32))/2)
+
+    def test_user_is_told_once(self, tmp_path):
+        state, _ = fp8(1)
+        folder = save(tmp_path/"a", state, {"quant_method": "compressed-tensors"})
+        with pytest.warns(UserWarning) as said:
+            load(folder)
+        assert len(said) == 1 and "quantised (compressed-tensors)" in str(said[0].message)
+
+    def test_output_has_the_recorded_dtype(self, tmp_path):
+        state, numbers = fp8(1)
+        for dtype in ("float16", "bfloat16"):
+            said = {"quant_method": "compressed-tensors"}
+            folder = save(tmp_path/dtype, state, said, dtype)
+            merge([folder, folder], out=tmp_path/f"out-{dtype}")
+            found = load_file(tmp_path/f"out-{dtype}"/"model.safetensors")[f"{W}.weight"]
+            assert torch.equal(found, numbers.to(getattr(torch, dtype)))
+
+    def test_are_inspected(self, tmp_path):
+        models = []
+        for seed in (0, 1):
+            said = {"quant_method": "compressed-tensors"}
+            models.append(save(tmp_path/str(seed), fp8(seed)[0], said))
+        text = str(inspect(models))
+        dense = [{"model.norm.weight": torch.ones(4), f"{W}.weight": fp8(s)[1]} for s in (0, 1)]
+        assert text.splitlines()[1:] == str(inspect(dense)).splitlines()[1:]
+
+    def test_curvature_is_refused_with_a_remedy(self, tmp_path):
+        state, numbers = fp8(1)
+        folder = save(tmp_path/"a", state, {"quant_method": "compressed-tensors"})
+        with pytest.raises(MergeError, match="is quantised.*\n.*merge .*-o NUMBERS"):
+            _read(str(folder), False)
+        merge([folder], out=tmp_path/"numbers")
+        base, _ = _read(str(tmp_path/"numbers"), False)
+        assert torch.equal(base[f"{W}.weight"], numbers)
+
+    @pytest.mark.parametrize("broken", ["weight_scale", "extra"])
+    def test_scales_that_do_not_fit_are_refused(self, tmp_path, broken):
+        state, _ = fp8(1)
+        if broken == "extra":
+            state[f"{W}.weight_scale"] = torch.ones(3, 1)
+        else:
+            state.pop(f"{W}.weight_scale")
+        folder = save(tmp_path/"a", state, {"quant_method": "compressed-tensors"})
+        with pytest.raises(MergeError, match=r"is quantised \(compressed-tensors\)"):
+            merge([folder, folder])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_adapter_on_a_base_of_four_bits_is_baked_as_peft_does(tmp_path):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, vocab_size=48, tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config)
+    state, said = {}, {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "proj" not in name:
+                state[name] = p.detach().clone()
+                continue
+            codes, about = functional.quantize_4bit(p.detach(), blocksize=64, quant_type="nf4")
+            beside = about.as_dict(packed=True).items()
+            state |= {name: codes, **{f"{name}.{k}": x for k, x in beside}}
+            p.copy_(functional.dequantize_4bit(codes, about))
+    base = tmp_path/"base"
+    base.mkdir()
+    save_file(state, base/"model.safetensors", {"format": "pt"})
+    about = config.to_dict() | {"quantization_config": said, "dtype": "float32"}
+    (base/"config.json").write_text(json.dumps(about))
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, lora)
+    adapted.save_pretrained(tmp_path/"adapter")
+    want = adapted.merge_and_unload().state_dict()
+    merge([f"{base}+{tmp_path/'adapter'}"], out=tmp_path/"out")
+    found = transformers.LlamaForCausalLM.from_pretrained(tmp_path/"out").state_dict()
+    assert set(found) == set(want)
+    for name, x in want.items():
+        torch.testing.assert_close(found[name], x)
