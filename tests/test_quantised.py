@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from frechet_merge import inspect, load, merge
+from frechet_merge import load, merge
+from frechet_merge.diagnostics.inspection import inspect
 from frechet_merge.huggingface.models import _read
 from frechet_merge.messages import MergeError
 
