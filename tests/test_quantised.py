@@ -98,8 +98,8 @@ def scheme(kind, **of_weights):
     weights = quantization.QuantizationArgs(**of_weights)
     made = quantization.QuantizationScheme(targets=["Linear"], weights=weights)
     group = {"targets": ["Linear"], "weights": json.loads(weights.model_dump_json())}
-    said = {"quant_method": "compressed-tensors", "format": kind, "config_groups": {"group_0": group}}
-    return made, said
+    said = {"quant_method": "compressed-tensors", "format": kind}
+    return made, said | {"config_groups": {"group_0": group}}
 
 
 def compressed(kind, scheme, tensors):
@@ -211,7 +211,8 @@ class TestWords:
             f"{W}.scales": scale,
             f"{W}.g_idx": at.int(),
         }
-        said = {"quant_method": "gptq", "bits": bits, "group_size": group, "checkpoint_format": form}
+        said = {"quant_method": "gptq", "bits": bits, "group_size": group}
+        said["checkpoint_format"] = form
         check(save(tmp_path/"a", state, said), want, tmp_path/"out")
 
     @pytest.mark.parametrize("group", [32, -1])

@@ -145,7 +145,8 @@ def _schemes(said: dict[str, Any]) -> list[dict[str, Any]]:
     "What the groups of a compressed-tensors config say of weights."
     groups = said.get("config_groups")
     held = groups.values() if isinstance(groups, dict) else []
-    return [g["weights"] for g in held if isinstance(g, dict) and isinstance(g.get("weights"), dict)]
+    schemes = [g.get("weights") for g in held if isinstance(g, dict)]
+    return [s for s in schemes if isinstance(s, dict)]
 
 
 def _of_weights(said: dict[str, Any]) -> dict[str, Any]:
@@ -206,7 +207,8 @@ def _fp4(codes: Codes) -> LazyTensor:
 def _bnb4(codes: Codes) -> LazyTensor:
     "nf4 and fp4 of bitsandbytes."
     name = codes.name
-    state = codes.need(f"{name}.quant_state.bitsandbytes__nf4", f"{name}.quant_state.bitsandbytes__fp4")
+    start = f"{name}.quant_state.bitsandbytes__"
+    state = codes.need(f"{start}nf4", f"{start}fp4")
     absmax, table = codes.need(f"{name}.absmax"), codes.need(f"{name}.quant_map")
     try:
         held = json.loads(bytes(state.read().tolist()))
@@ -271,7 +273,8 @@ def _packed_columns(codes: Codes) -> LazyTensor:
         _fits(x.shape[1] == n, repr(codes.name))
     group = codes.number("group_size")
     group = k if group <= 0 else group
-    _fits(groups == -(-k//group) and (listed is None or listed.shape == (k,)), f"{stem + 'scales'!r}")
+    _fits(groups == -(-k//group), f"{stem + 'scales'!r}")
+    _fits(listed is None or listed.shape == (k,), f"{stem + 'g_idx'!r}")
     lacks = 0 if is_awq or codes.said.get("checkpoint_format") in V2 else 1
     return PackedColumns(
         x, zero, scale, bits, (n, k), group, listed, is_awq, lacks, codes.dtype
@@ -345,8 +348,8 @@ def decoded(c: Checkpoint) -> tuple[dict[str, LazyTensor], dict[str, str], dict[
     if not names or why:
         return dict(c.lazy), {}, why
     gone = used | {n for n in c.lazy if ARITHMETIC.search(n)}
-    kept = {names.get(n, n): found.get(names.get(n, n), x) for n, x in c.lazy.items() if n not in gone}
-    return kept, names, why
+    kept = {names.get(n, n): x for n, x in c.lazy.items() if n not in gone}
+    return {n: found.get(n, x) for n, x in kept.items()}, names, why
 
 # %% ../../nbs/matching/quantised.ipynb #41ea52bf
 def _refuse_unknown(codes: Codes) -> None:
