@@ -78,6 +78,7 @@ def refuse_codes(c: Checkpoint) -> None:
         why = reason(c, name)
         raise MergeError(
             f"{c.source}: is quantised ({form}): tensor {name!r} is in codes "
-            f"that are not read{why and ': ' + why}.\nName the model of full precision that it was made of, or save it in bfloat16 "
+            f"that are not read{why and ': ' + why}.\n"
+            "Name the model of full precision that it was made of, or save it in bfloat16 "
             "first."
         )
