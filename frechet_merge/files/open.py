@@ -170,6 +170,7 @@ def _of_parts(parts: Mapping[str, Checkpoint], folder: Path, source: str) -> Che
 def _open(path: Path, allow_pickle: bool, source: str) -> Checkpoint:
     "A folder or file that is here."
     from frechet_merge.adapters.dialects import spoken
+    from frechet_merge.matching.quantised import dequantised
     from frechet_merge.matching.views import unwrapped
 
     if path.is_dir() and (parts := _parts(path, allow_pickle, source)):
@@ -183,7 +184,8 @@ def _open(path: Path, allow_pickle: bool, source: str) -> Checkpoint:
     if not c.lazy:
         raise MergeError(f"{path}: holds no tensors.\nName a folder or file with weights.")
     # what is in front of an adapter's names is not a wrapper
-    return spoken(unwrapped(c.view(adapter=_adapter_config(path, files, c.lazy))))
+    c = unwrapped(c.view(adapter=_adapter_config(path, files, c.lazy)))
+    return spoken(dequantised(c))
 
 # %% ../../nbs/files/open.ipynb #d753e65d
 def load(
@@ -216,8 +218,9 @@ def load(
 def _in_memory(tensors: Mapping[str, Tensor], name: str) -> Checkpoint:
     "A mapping: a model, or an adapter in any dialect."
     from frechet_merge.adapters.dialects import spoken
+    from frechet_merge.matching.quantised import dequantised
 
-    return spoken(from_state_dict(tensors, name))
+    return spoken(dequantised(from_state_dict(tensors, name)))
 
 # %% ../../nbs/files/open.ipynb #49e8efbf
 def _on_its_base(parts: list[str], allow_pickle: bool) -> Checkpoint:

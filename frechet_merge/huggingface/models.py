@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from ..adapters.baking import bake, classes
 from ..files.checkpoint import Checkpoint, read_json
+from ..files.decoded import Decoded
 from ..files.open import load, parts_of
 from ..messages import MergeError
 from ..files.shards import open_file, read_header, refuse_another
@@ -250,6 +251,12 @@ def _read(model: Name, allow_pickle: bool) -> tuple[Checkpoint, list[Checkpoint]
             model,
             "is not a folder with a config.json",
             "Name the folder of a Hugging Face model.",
+        )
+    if any(isinstance(x, Decoded) for x in base.lazy.values()):
+        raise _no(
+            model,
+            "is quantised, and transformers would run it in its codes",
+            f"Write its numbers first (frechet-merge merge {parts[0]} -o NUMBERS), and name those.",
         )
     return base, adapters
 

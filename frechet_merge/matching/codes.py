@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from ..files.checkpoint import Checkpoint
+from ..files.tensors import LazyTensor
+from .quantised import METHODS, reason
 from ..messages import MergeError
 
 # %% ../../nbs/matching/codes.ipynb #19f5d29d
@@ -23,6 +25,10 @@ COMPANIONS = {
     r"[.](SCB|weight_format)$": "bitsandbytes, 8 bits",
     r"[.]weight_(packed|zero_point|shape|global_scale)$": "compressed-tensors",
     r"[.]weight_scale_2$": "NVFP4",
+    r"[.](W_q|W_nbits)$": "HQQ",
+    r"[.]weight[.]_(data|scale|shift)$": "quanto",
+    r"[.](q_weight|q_invperm|q_scale_max)$": "EXL2",
+    r"[.]trellis$": "EXL3",
 }
 
 
@@ -44,6 +50,11 @@ def _scales(name: str) -> set[str]:
     } - {name}
 
 # %% ../../nbs/matching/codes.ipynb #641043ad
+def _is_packed(x: LazyTensor) -> bool:
+    "Whether these may be codes in a format that nobody here knows."
+    return len(x.shape) > 1 and x.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32)
+
+# %% ../../nbs/matching/codes.ipynb #46516915
 def quantised(c: Checkpoint) -> tuple[str, str] | None:
     "A tensor of codes and the format that it is in; None if all are numbers."
     said: Any = c.config.get("quantization_config") or {}
@@ -55,6 +66,8 @@ def quantised(c: Checkpoint) -> tuple[str, str] | None:
         is_eight = narrow and x.dtype.is_floating_point
         if narrow and (_scales(name) & c.lazy.keys() or (is_eight and said)):
             return name, method or "8 bits with a scale beside them"
+        if _is_packed(x) and method not in METHODS:
+            return name, method
     return None
 
 # %% ../../nbs/matching/codes.ipynb #971d4221
@@ -62,8 +75,10 @@ def refuse_codes(c: Checkpoint) -> None:
     "`MergeError` for a checkpoint that holds codes."
     if found := quantised(c):
         name, form = found
+        why = reason(c, name)
         raise MergeError(
-            f"{c.source}: is quantised ({form}): tensor {name!r} is in codes, which have no "
-            "mean.\nName the model of full precision that it was made of, or save it in bfloat16 "
+            f"{c.source}: is quantised ({form}): tensor {name!r} is in codes "
+            f"that are not read{why and ': ' + why}.\n"
+            "Name the model of full precision that it was made of, or save it in bfloat16 "
             "first."
         )

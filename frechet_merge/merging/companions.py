@@ -19,6 +19,7 @@ import torch
 from ..files.checkpoint import read_json
 from ..files.folders import TRAINING, TRAINING_FOLDERS, WEIGHTS
 from ..files.folders import components, is_named, is_weights, module_paths, weights_in
+from ..matching.quantised import without_codes
 from ..matching.ties import is_of_t5
 from ..messages import warn
 from ..files.shards import open_file
@@ -57,6 +58,9 @@ NOT_CARRIED = (
     "*.bak",
     "*~",
     "README*",
+    "quantize_config.json",
+    "quant_config.json",
+    "hf_quant_config.json",
     "frechet_merge.json",
     "adapter_config.json",
     ".*",
@@ -212,9 +216,10 @@ def _write_config(source: Path, out: Path, tokens: Path | None, says: Says) -> N
     "A copy of a config.json that says what is written beside it."
     # what the model says, unless a chosen tokenizer says otherwise
     more = {} if tokens is not None and (tokens/source.name).is_file() else dict(says.more)
-    config = with_tokens_of(tokens, source)
+    held = with_tokens_of(tokens, source)
+    config = without_codes(held)
     said = more | _changes({**config, **more}, says)
-    if tokens is None and all(config.get(k) == v for k, v in said.items()):
+    if tokens is None and config == held and all(config.get(k) == v for k, v in said.items()):
         shutil.copyfile(source, out)
         return
     stale = ("num_labels", "problem_type") if "id2label" in said else ()
