@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .dialects import layers
+from .homes import at_home
 from .peft import Layer
 from ..files.checkpoint import Checkpoint, HEAD, ties, token_rows
 from ..matching.codes import quantised
@@ -333,6 +334,7 @@ def bake(
     if base.adapter is not None:
         raise onto.refusal("needs a full model under it", "Put the full model first: BASE+ADAPTER.")
     found, rest = layers(adapter)
+    found = at_home(base, adapter, found)
     if codes := quantised(base):
         name, form = codes
         raise onto.refusal(
@@ -341,8 +343,13 @@ def bake(
             "Name the model of full precision that it was made of, or save it in bfloat16 first.",
         )
     lazy = _elsewhere(onto, found, rest)
+    lazy = _all_put(onto, found, rest) if lazy is None else lazy
     return base.view(
-        lazy=_all_put(onto, found, rest) if lazy is None else lazy,
+        lazy=lazy,
+        parts={
+            path: part.view(lazy={n: lazy[f"{path}/{n}"] for n in part.lazy})
+            for path, part in base.parts.items()
+        },
         source=f"{base.source}+{adapter.source}",
         files=[*base.files, *adapter.files],
         brings=(*base.brings, *filter(None, [adapter.folder])),
