@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from .dialects import layers
+from .dora import Rescaled, is_dora, layers_for_base
+from .homes import at_home
 from .peft import Layer
 from ..files.checkpoint import HEAD, Checkpoint, ties, token_rows, vocabulary_size
 from ..matching.codes import quantised
@@ -268,6 +270,9 @@ def _put(onto: _Onto, layer: Layer) -> None:
         )
     wide = torch.promote_types(torch.float32, x.dtype) if x.dtype.itemsize > 1 else torch.float32
     onto.lazy[name] = BakedTensor(x, B.to(wide).contiguous(), A.to(wide).contiguous())
+    if layer.magnitude is not None:
+        lengths = layer.magnitude.tensor().flatten()
+        onto.lazy[name] = Rescaled(onto.lazy[name], lengths, transposed)
     if layer.bias is not None:
         _put_bias(onto, layer, wide)
 
@@ -371,7 +376,8 @@ def bake(
     onto = _Onto(base, adapter, dict(base.lazy))
     if base.adapter is not None:
         raise onto.refusal("needs a full model under it", "Put the full model first: BASE+ADAPTER.")
-    found, rest = layers(adapter)
+    found, rest = layers_for_base(adapter) if is_dora(adapter) else layers(adapter)
+    found = at_home(base, adapter, found)
     if codes := quantised(base):
         name, form = codes
         raise onto.refusal(
@@ -383,6 +389,10 @@ def bake(
     onto = replace(onto, lazy=_all_put(onto, found, rest) if lazy is None else lazy)
     return base.view(
         lazy=onto.lazy,
+        parts={
+            path: part.view(lazy={n: onto.lazy[f"{path}/{n}"] for n in part.lazy})
+            for path, part in base.parts.items()
+        },
         source=f"{base.source}+{adapter.source}",
         files=[*base.files, *adapter.files],
         brings=(*base.brings, *filter(None, [adapter.folder])),

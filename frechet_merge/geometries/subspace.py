@@ -18,6 +18,7 @@ from torch import Tensor
 from ..curvature.forms import projected_diagonal, projected_kronecker
 from ..messages import warn
 from ..algebra.factors import WRITTEN
+from ..algebra.stacked import lower_gram, top_eigh
 from .baselines import nearest_pair, polar
 from .geometry import Chart, Geometry, Needs
 from ..spaces.space import FLAT, Point, Space
@@ -31,30 +32,6 @@ from ..metrics.units import normalised
 # %% ../../nbs/geometries/subspace.ipynb #44dffb6a
 EXACT = 1e-4  # σ_k/σ_1 above which the squares in a Gram matrix leave eight digits
 SQUARES_64 = 1e-100, 1e100  # entries whose squares a float64 holds
-
-
-def _top_eigh(K: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest eigenvalues, descending, and their vectors; only the lower triangle of K is
-    read."""
-    if K.is_cuda or 4*k > len(K):
-        lam, Q = torch.linalg.eigh(K)
-        return lam.flip(0)[:k], Q.flip(1)[:, :k]
-    from scipy.linalg import eigh
-    from threadpoolctl import threadpool_limits
-
-    last = (len(K) - k, len(K) - 1)
-    # scipy brings a BLAS of its own, which does not know how many merges run beside it
-    with threadpool_limits(torch.get_num_threads(), "blas"):
-        lam, Q = map(torch.from_numpy, eigh(K.numpy(), subset_by_index=last, check_finite=False))
-    return lam.flip(0), Q.flip(1)
-
-# %% ../../nbs/geometries/subspace.ipynb #b2a67e5c
-def _gram(X: Tensor) -> Tensor:
-    "The lower triangle of X·Xᵀ (and a little more), in strips."
-    K, strip = X.new_empty(len(X), len(X)), max(64, len(X)//6)
-    for i in range(0, len(X), strip):
-        torch.matmul(X[i:], X[i : i + strip].mT, out=K[i:, i : i + strip])
-    return K
 
 # %% ../../nbs/geometries/subspace.ipynb #e014840d
 def top_svd(
@@ -75,7 +52,7 @@ def top_svd(
     if not SQUARES_64[0] < top < SQUARES_64[1]:
         U, S, V = top_svd(X/top, k)
         return U, top*S, V
-    lam, U = _top_eigh(_gram(X), k)
+    lam, U = top_eigh(lower_gram(X), k)
     if lam[-1] > EXACT**2*lam[0]:
         rows = U.mT @ X
         S = rows.norm(dim=1)
@@ -121,7 +98,7 @@ LARGE = 1 << 17  # entries, above which whitening by a Gram matrix may cost digi
 
 def _turned(U: Tensor) -> tuple[Tensor, bool]:
     "The polar factor of U, and whether it is determined."
-    lam, Q = torch.linalg.eigh(_gram(U.mT))
+    lam, Q = torch.linalg.eigh(lower_gram(U.mT))
     if lam[0] > (EXACT**2 if U.numel() > LARGE else EXACT**0.5):
         return U @ ((Q/lam.sqrt()) @ Q.mT), True
     X, rank = polar(U)

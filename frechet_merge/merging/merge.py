@@ -212,15 +212,19 @@ class Work:
             return self.write_file(plan)
         return self.write(plan, dress_of(self.opened, self.output))
 
-    def keep(self, plan: Plan) -> Merged:
-        "The tensors of a plan in memory, those of parts under the names of their places."
+    def tensors(self, plan: Plan) -> tuple[Checkpoint, dict[str, Mean]]:
+        "The tensors of a plan, those of parts under the names of their places; and its means."
         tensors, means = in_memory(plan, self.run)
         held = dict(tensors)
         for path, (_, one) in self.parts.items():
             of_one, its_means = in_memory(one, self.run)
             held |= {f"{path}/{n}": x for n, x in of_one.items()}
             means |= {f"{path}/{n}": m for n, m in its_means.items()}
-        tensors = from_state_dict(held, "the merge") if self.parts else tensors
+        return from_state_dict(held, "the merge") if self.parts else tensors, means
+
+    def keep(self, plan: Plan) -> Merged:
+        "The tensors of a plan in memory, those of parts under the names of their places."
+        tensors, means = self.tensors(plan)
         return Merged(tensors, means, None, self.done(means, plan.start))
 
 # %% ../../nbs/merging/merge.ipynb #ea3a0acc
@@ -232,11 +236,12 @@ def _put_on(work: Work, plan: Plan) -> Merged:
     full = put_on(onto, adapter)
     nonfinite = opened.recipe.allow_nonfinite
     alone = Opened(Recipe([full], Euclidean(), allow_nonfinite=nonfinite), [full])
-    whole = replace(
-        plan_models(alone, work.output.dtype, work.run.device), names=[], start=plan.start
-    )
+    whole = plan_root(alone, work.output.dtype, work.run.device)
+    whole = replace(whole, names=[], start=plan.start)
+    if alone.are_folders:
+        work = replace(work, parts=parts_for(alone, work.output, work.run))
     if work.output.folder is None:
-        tensors, _ = in_memory(whole, work.run)
+        tensors, _ = work.tensors(whole)
         return Merged(tensors, means, None, work.done(means, plan.start))
     homes = homes_of(onto, opened.models)
     tokens = None if opened.tokens is None else opened.tokens.folder
