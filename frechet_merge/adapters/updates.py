@@ -236,8 +236,9 @@ def align_updates(
     """Updates in the order of the first adapter, and the blocks of tensors that were saved whole;
     `MergeError` names what does not match."""
     _refuse_other_kinds(models, any_base)
-    read = _named_alike(in_one_language(models, [layers(c) for c in models], to))
-    read = _after_renaming(read)
+    read = in_one_language(models, [layers(c) for c in models], to)
+    # a renaming moves parts to other places, and a leading part may be in front of it all
+    read = _after_renaming(_named_alike(_after_renaming(read)))
     for updates, _ in read:
         for layer in updates.values():
             _check_bias(layer)
