@@ -850,6 +850,19 @@ class TestOtherPipelines:
             u, v = in_memory(a)[name], in_memory(b)[name]
             torch.testing.assert_close(x, u if name == meant else (u + v)/2, rtol=1e-5, atol=1e-6)
 
+    @pytest.mark.parametrize("first", [0, 1])
+    def test_a_kernel_of_1_is_a_linear_layer(self, first):
+        name = "lora_unet_mid_block_attentions_0_proj_in"
+        flat = updates_of(name, self.DOWN, 1, 1.0)
+        conv = updates_of(name, self.DOWN, 5, 1.0)
+        conv = {k: x[..., None, None] if x.dim() else x for k, x in conv.items()}
+        models = [(flat, conv), (conv, flat)][first]
+        found = merge(models, LoRA(rank=4)).tensors
+        down = f"{name}.lora_down.weight"
+        assert found[down].dim() == models[0][down].dim()
+        want = sum(in_memory(m)[name].flatten(1) for m in models)/2
+        close({name: in_memory(found)[name].flatten(1)}, {name: want})
+
 
 class TestResize:
     @pytest.mark.parametrize("asked", [{"rank": 2}, {"energy": 0.9}])
@@ -868,7 +881,8 @@ class TestResize:
             assert r <= asked.get("rank", 6) and errors[-1] <= best*1.001 + 1e-5
         if "energy" in asked:
             assert max(errors)**2 <= 0.1 + 1e-6
-        assert sorted(errors) == pytest.approx(sorted(k.error for k in found.kept.values()), abs=1e-4)
+        said = sorted(k.error for k in found.kept.values())
+        assert sorted(errors) == pytest.approx(said, abs=1e-4)
 
     def test_a_folder_of_mlx(self, tmp_path):
         a = mlx(tmp_path/"a", 1)

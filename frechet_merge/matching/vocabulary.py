@@ -132,11 +132,13 @@ def refuse_other_tokens(
                 number, token, other = found
                 raise MergeError(
                     f"{c.source} and {d.source} use token number {number} for {token!r} and for "
-                    f"{other!r} ({_file_of(d)}): the mean of their embeddings would be of no token.{remedy}"
+                    f"{other!r} ({_file_of(d)}): the mean of their embeddings would be of no "
+                    f"token.{remedy}"
                 )
             if found := moved(ours, theirs):
                 token, number, other = found
                 raise MergeError(
                     f"{c.source} and {d.source} have token {token!r} under the numbers {number} "
-                    f"and {other} ({_file_of(d)}): the mean of their embeddings would be of no token.{remedy}"
+                    f"and {other} ({_file_of(d)}): the mean of their embeddings would be of no "
+                    f"token.{remedy}"
                 )
