@@ -190,18 +190,19 @@ def _warn_of_strangers(models: Sequence[Checkpoint], read: Sequence[Said]) -> No
 class Shaped(LazyTensor):
     "The same numbers in another shape."
 
-    of: LazyTensor
-    shape: Any
+    of: LazyTensor  # whose numbers they are
+    shape: Any  # another one of as many numbers
     dtype = property(lambda self: self.of.dtype)
 
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
         return self.of.read(start, stop)
 
-
+# %% ../../nbs/adapters/updates.ipynb #5de01fe0
 def _is_point(x: Layer) -> bool:
+    "Whether both factors are matrices, or kernels of 1."
     return math.prod(x.A.shape[2:]) == 1 and math.prod(x.B.shape[2:]) == 1
 
-
+# %% ../../nbs/adapters/updates.ipynb #5ee51cff
 def _shaped_as(first: Layer, x: Layer) -> Layer:
     "A linear layer as the convolution that it is in another file, or the other way."
     is_other = len(x.A.shape) != len(first.A.shape)
