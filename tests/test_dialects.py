@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from frechet_merge import LoRA, merge
 from frechet_merge.adapters.dialects import layers
+from frechet_merge.adapters.extract import resize
 from frechet_merge.files.open import load
 from frechet_merge.merging.convert import convert
 from frechet_merge.messages import MergeError
@@ -782,3 +783,111 @@ class TestOtherPipelines:
         found = in_memory(convert(state, "diffusers").tensors)
         want = in_memory(state)["diffusion_model.double_blocks.0.img_mlp.0"]
         close(found, {"transformer.transformer_blocks.0.ff.net.0.proj": want})
+
+    # three matrices in one, and the first of a pair, which Flux.2 cuts in another way
+    BFL = {"img_attn.qkv": 48, "img_mlp.0": 64}
+
+    @pytest.mark.parametrize("first", [0, 1])
+    def test_flux_of_comfy_with_factors_as_peft_names_them(self, first):
+        theirs, ours, want = {}, {}, {}
+        for i, (name, m) in enumerate(self.BFL.items()):
+            stem = f"diffusion_model.double_blocks.0.{name}"
+            theirs[f"{stem}.lora_A.weight"] = randn(4, 16, seed=i)
+            theirs[f"{stem}.lora_B.weight"] = randn(m, 4, seed=i + 5)
+        lead = "transformer.transformer_blocks.0"
+        for i, name in enumerate(("attn.to_q", "attn.to_k", "attn.to_v", "ff.net.0.proj")):
+            m = 64 if "ff" in name else 16
+            ours[f"{lead}.{name}.lora_A.weight"] = randn(3, 16, seed=i + 20)
+            ours[f"{lead}.{name}.lora_B.weight"] = randn(m, 3, seed=i + 30)
+        a, b = in_memory(theirs), in_memory(ours)
+        qkv = torch.cat([b[f"{lead}.attn.to_{x}"] for x in "qkv"])
+        stem = "diffusion_model.double_blocks.0"
+        fused = (a[f"{stem}.img_attn.qkv"] + qkv)/2
+        want[f"{stem}.img_attn.qkv"] = fused
+        want[f"{stem}.img_mlp.0"] = (a[f"{stem}.img_mlp.0"] + b[f"{lead}.ff.net.0.proj"])/2
+        if first:
+            parts = zip("qkv", fused.split(16))
+            ff = want[f"{stem}.img_mlp.0"]
+            want = {f"{lead}.attn.to_{x}": part for x, part in parts}
+            want[f"{lead}.ff.net.0.proj"] = ff
+        models = [(theirs, ours), (ours, theirs)][first]
+        close(in_memory(merge(models, LoRA(rank=16)).tensors), want)
+
+    def test_flux_2_is_no_flux(self):
+        state = updates_of("diffusion_model.double_blocks.0.img_mlp.0", self.A)
+        state["diffusion_model.double_blocks.0.img_mlp.0.lora_B.weight"] = randn(48, 2)
+        found = in_memory(convert(state, "diffusers").tensors)
+        assert [*found] == ["transformer.transformer_blocks.0.ff.linear_in"]
+
+    def test_text_encoders_without_their_last_projection(self):
+        names = [f"lora_te{i}_text_model_encoder_layers_0_self_attn_q_proj" for i in (1, 2)]
+        state = {k: x for n in names for k, x in updates_of(n, self.DOWN, 1, 1.0).items()}
+        found = in_memory(convert(state, "diffusers").tensors)
+        inside = "text_model.encoder.layers.0.self_attn.q_proj"
+        assert {*found} == {f"text_encoder.{inside}", f"text_encoder_2.{inside}"}
+
+    def test_a_norm_beside_the_updates_is_named_and_can_be_left_out(self):
+        state = updates_of("diffusion_model.blocks.0.self_attn.q", self.DOWN, 1, 1.0)
+        more = {"diffusion_model.blocks.0.self_attn.norm_q.diff": randn(8)}
+        with pytest.raises(MergeError, match="whole vector.*norm_q") as said:
+            merge([{**state, **more}]*2)
+        drop = str(said.value).partition("drop='")[2].partition("'")[0]
+        close(in_memory(merge([{**state, **more}]*2, drop=[drop]).tensors), in_memory(state))
+
+    @pytest.mark.parametrize("pattern", ["unet.up_blocks.*", "up_blocks.*", "text_encoder.*"])
+    def test_blocks_are_meant_in_flat_names_too(self, pattern):
+        up = "lora_unet_up_blocks_0_attentions_0_proj_in"
+        te = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
+        meant = te if "text" in pattern else up
+
+        def made(seed):
+            names = (up, te, te.replace("te1", "te2"))
+            return {k: x for n in names for k, x in updates_of(n, self.DOWN, seed, 1.0).items()}
+
+        a, b = made(1), made(7)
+        found = in_memory(merge([a, b], LoRA(rank=4), weights={pattern: [1, 0]}).tensors)
+        for name, x in found.items():
+            u, v = in_memory(a)[name], in_memory(b)[name]
+            torch.testing.assert_close(x, u if name == meant else (u + v)/2, rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize("first", [0, 1])
+    def test_a_kernel_of_1_is_a_linear_layer(self, first):
+        name = "lora_unet_mid_block_attentions_0_proj_in"
+        flat = updates_of(name, self.DOWN, 1, 1.0)
+        conv = updates_of(name, self.DOWN, 5, 1.0)
+        conv = {k: x[..., None, None] if x.dim() else x for k, x in conv.items()}
+        models = [(flat, conv), (conv, flat)][first]
+        found = merge(models, LoRA(rank=4)).tensors
+        down = f"{name}.lora_down.weight"
+        assert found[down].dim() == models[0][down].dim()
+        want = sum(in_memory(m)[name].flatten(1) for m in models)/2
+        close({name: in_memory(found)[name].flatten(1)}, {name: want})
+
+
+class TestResize:
+    @pytest.mark.parametrize("asked", [{"rank": 2}, {"energy": 0.9}])
+    def test_a_file_of_kohya_keeps_its_spelling_and_the_best_updates(self, tmp_path, asked):
+        a = kohya(tmp_path/"a.safetensors", "sd", 1, r=6)
+        found = resize(a, **asked, out=tmp_path/"out.safetensors")
+        assert set(load_file(found.out)) == set(load_file(a))
+        before, after = deltas("sd", a), deltas("sd", found.out)
+        errors = []
+        for name, x in before.items():
+            S = torch.linalg.svdvals(x.flatten(1).double())
+            near = after[name].flatten(1).double()
+            errors.append(float((near - x.flatten(1)).norm()/x.norm()))
+            r = int(torch.linalg.matrix_rank(near, atol=1e-5*float(S[0])))
+            best = float((S[r:].square().sum()/S.square().sum()).sqrt())
+            assert r <= asked.get("rank", 6) and errors[-1] <= best*1.001 + 1e-5
+        if "energy" in asked:
+            assert max(errors)**2 <= 0.1 + 1e-6
+        said = sorted(k.error for k in found.kept.values())
+        assert sorted(errors) == pytest.approx(said, abs=1e-4)
+
+    def test_a_folder_of_mlx(self, tmp_path):
+        a = mlx(tmp_path/"a", 1)
+        found = resize(a, 2, out=tmp_path/"out")
+        for name, x in mlx_deltas(tmp_path/"out").items():
+            U, S, V = torch.linalg.svd(mlx_deltas(tmp_path/"a")[name].double())
+            torch.testing.assert_close(x.double(), U[:, :2]*S[:2] @ V[:2], rtol=1e-4, atol=1e-5)
+        assert {k.rank for k in found.kept.values()} == {2}

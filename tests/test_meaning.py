@@ -583,6 +583,27 @@ class TestAdapters:
             for (name, delta), other in zip(ours.items(), theirs.values()):
                 torch.testing.assert_close(found[name], (delta + other)/2, rtol=0, atol=1e-5)
 
+    def test_of_two_towers_before_and_after_a_renaming(self, tmp_path):
+        "A part that was put in front of one tower was moved inside the other."
+        leads = {"old": ("language_model.model.", "vision_tower.")}
+        leads["new"] = ("model.language_model.", "model.vision_tower.")
+        made = {}
+        for age, (text, vision) in leads.items():
+            made[age] = self.of(tmp_path/age, text, len(made))
+            other = self.of(tmp_path/f"{age}-vision", vision, len(made) + 5)
+            file = made[age]/"adapter_model.safetensors"
+            save_file(load_file(file) | load_file(other/"adapter_model.safetensors"), file)
+        for ages in (("old", "new"), ("new", "old")):
+            models = [made[age] for age in ages]
+            found = self.updates(merge(models, out=tmp_path/"-".join(ages)).out)
+            ours, theirs = map(self.updates, models)
+            there = dict(zip(leads[ages[0]], leads[ages[1]]))
+            assert found.keys() == ours.keys()
+            for name, delta in ours.items():
+                lead = next(x for x in there if name.startswith(x))
+                other = theirs[there[lead] + name.removeprefix(lead)]
+                torch.testing.assert_close(found[name], (delta + other)/2, rtol=0, atol=1e-5)
+
     def test_before_and_after_an_unknown_renaming(self, tmp_path):
         a = self.of(tmp_path/"a", "old.", 1)
         b = self.of(tmp_path/"b", "tower.new.", 2)

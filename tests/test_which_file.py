@@ -205,6 +205,17 @@ class TestPlaces:
             torch.save(state(), folder/f"consolidated.{i:02d}.pth")
         says("2 slices", folder)
 
+    def test_shards_of_strange_names_have_no_common_one(self, tmp_path):
+        for n in "ab":
+            (tmp_path/n).mkdir()
+            save_file({"x": torch.ones(2)}, tmp_path/n/"model-1.safetensors")
+            save_file({"y": torch.ones(2)}, tmp_path/n/"model-2.safetensors")
+            where = {"x": "model-1.safetensors", "y": "model-2.safetensors"}
+            index = json.dumps({"weight_map": where})
+            (tmp_path/n/"model.safetensors.index.json").write_text(index)
+        out = merge([tmp_path/"a", tmp_path/"b"], out=tmp_path/"o").out
+        assert [f.name for f in out.glob("*.safetensors")] == ["model.safetensors"]
+
     def test_the_original_beside_the_model_is_named(self, tmp_path):
         for n in "ab":
             save(tmp_path/n, state())

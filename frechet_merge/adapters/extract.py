@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .peft import Layer, layers
+from .dialects import layers
+from .peft import Layer
 from .updates import Update, factor_shapes, peft_config
 from ..algebra.factors import Factors, balanced, svd
 from ..algebra.truncation import rank_for, truncated
@@ -657,6 +658,18 @@ def _as_stored(u: Update, f: Factors, dtype: torch.dtype | None) -> Iterator[tup
         bias = (u.first.s*u.first.bias.tensor().double()).to(u.first.bias.dtype)
         yield u.first.keys[1].removesuffix("weight") + "bias", bias
 
+# %% ../../nbs/adapters/extract.ipynb #b5df25e7
+def _in_its_dialect(
+    c: Checkpoint, kept: dict[str, Kept], out: Any, dtype: torch.dtype | None
+) -> Extracted:
+    "An adapter in another dialect than that of PEFT's LoRA, cut to the ranks that are kept."
+    from frechet_merge.merging.convert import convert
+
+    ranks = {name: k.rank for name, k in kept.items()}
+    made = convert(c, None, out, ranks, dtype)
+    config = getattr(made.tensors, "adapter", None)
+    return Extracted(made.tensors, config or {}, kept, out=made.out)
+
 # %% ../../nbs/adapters/extract.ipynb #27279370
 def resize(
     adapter: str | os.PathLike | Mapping[str, Tensor],  # as `load` takes it
@@ -676,6 +689,8 @@ def resize(
             "Extract an adapter from it first: frechet-merge extract MODEL --base BASE."
         )
     found, rest = layers(c)
+    if c.adapter.get("peft_type") != "LORA":
+        return _in_its_dialect(c, {n: _resized(x, asked)[1] for n, x in found.items()}, out, dtype)
     tensors, kept, updates = {}, {}, []
     for name, layer in found.items():
         f, kept[name] = _resized(layer, asked)

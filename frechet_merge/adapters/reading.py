@@ -131,6 +131,19 @@ def _check(c: Checkpoint, module: str, keys: dict[str, str], up: LazyTensor, dow
             f"tensor and quantised factors cannot be merged: leave them out (drop='{module}.*')."
         )
 
+# %% ../../nbs/adapters/reading.ipynb #9447c796
+def _of_vector(c: Checkpoint, module: str, keys: dict[str, str]) -> MergeError:
+    "What is said of a module one of whose factors is a vector."
+    if "diff" not in keys:
+        return _refusal(c, module, keys, "a vector among the factors")
+    end = keys["diff"].rpartition(".")[2]
+    return MergeError(
+        f"{c.source}: has a difference of a whole vector ({keys['diff']!r}), as of a norm, which "
+        "is no update of a matrix.\n"
+        f"Leave all such out (drop='*norm*.{end}', --drop '*norm*.{end}'), or this module "
+        f"(drop='{module}.*')."
+    )
+
 # %% ../../nbs/adapters/reading.ipynb #8ce6c50f
 def layer_of(
     c: Checkpoint,
@@ -144,7 +157,7 @@ def layer_of(
     make = _made_of(c, module, keys)
     parts = {role: c.lazy[key] for role, key in keys.items()}
     if any(len(x.shape) < 2 for role, x in parts.items() if role not in BESIDE):
-        raise _refusal(c, module, keys, "a vector among the factors")
+        raise _of_vector(c, module, keys)
     try:
         up, down, rank = make(parts)
     except (RuntimeError, IndexError) as e:

@@ -61,6 +61,12 @@ def _held(c: Checkpoint) -> tuple[Any, ...]:
     "The tokenizer files of a checkpoint, unread."
     return tuple(held_by(home) for home in c.homes)
 
+# %% ../../nbs/matching/vocabulary.ipynb #fbbf1d7e
+def _file_of(c: Checkpoint) -> str:
+    "The file that the tokens of a checkpoint are in."
+    there = (name for home in c.homes for name in FILES if (home/name).is_file())
+    return next(there, "its tokenizer")
+
 # %% ../../nbs/matching/vocabulary.ipynb #f6fd6e8d
 def distinct(every: list[Checkpoint]) -> list[Checkpoint]:
     "One checkpoint for each set of tokenizer files."
@@ -109,11 +115,13 @@ def refuse_other_tokens(
                 number, token, other = found
                 raise MergeError(
                     f"{c.source} and {d.source} use token number {number} for {token!r} and for "
-                    f"{other!r}: the mean of their embeddings would be of no token.{remedy}"
+                    f"{other!r} ({_file_of(d)}): the mean of their embeddings would be of no "
+                    f"token.{remedy}"
                 )
             if found := moved(ours, theirs):
                 token, number, other = found
                 raise MergeError(
                     f"{c.source} and {d.source} have token {token!r} under the numbers {number} "
-                    f"and {other}: the mean of their embeddings would be of no token.{remedy}"
+                    f"and {other} ({_file_of(d)}): the mean of their embeddings would be of no "
+                    f"token.{remedy}"
                 )

@@ -271,7 +271,9 @@ def stem_of(every: Sequence[Checkpoint]) -> str:
         return SAFE.get(stem, stem) + dot + variant
     # other names are known to nobody, unless it is the folder that was opened by them
     is_named_alone = Path(first.source).expanduser().is_file()
-    if is_named_alone or file.suffix != ".safetensors" or stem == "adapter_model":
+    # shards that only an index holds together
+    are_parts = len(first.files) > 1 and shard is None
+    if is_named_alone or are_parts or file.suffix != ".safetensors" or stem == "adapter_model":
         return "model"
     return stem + dot + variant
 
