@@ -7,45 +7,24 @@ __all__ = ['LAZILY', 'skeleton', 'Group', 'Layout', 'layout', 'as_module', 'as_s
            'has_names_of']
 
 # %% ../../nbs/matching/layouts.ipynb #3a14b743
-import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 
 from ..files.checkpoint import Checkpoint
 from ..files.tensors import LazyTensor
+from .hollow import hollow
 from .promises import Joined, Part, Range, Worked
-
-# %% ../../nbs/matching/layouts.ipynb #aab7eef2
-@lru_cache(4)
-def _skeleton(text: str) -> Any:
-    "The module of a config, as JSON; None where transformers has none."
-    try:
-        import transformers
-
-        said = json.loads(text)
-        said.pop("quantization_config", None)
-        config = transformers.AutoConfig.for_model(**said)
-        named = getattr(transformers, (said.get("architectures") or [""])[0], None)
-        with torch.device("meta"):
-            if named is None:
-                return transformers.AutoModel.from_config(config)
-            return named._from_config(config)
-    # whatever a config makes of a class that is not here, or not of this version
-    except Exception:
-        return None
 
 # %% ../../nbs/matching/layouts.ipynb #c72200c0
 def skeleton(c: Checkpoint) -> Any:
     "The module that transformers would load c into, without numbers; None if it has none."
-    config = c.config
-    known = isinstance(config.get("model_type"), str) and "auto_map" not in config
-    return _skeleton(json.dumps(config, sort_keys=True)) if known else None
+    return hollow(c.config) if isinstance(c.config.get("model_type"), str) else None
 
 # %% ../../nbs/matching/layouts.ipynb #d7a717b1
 @dataclass

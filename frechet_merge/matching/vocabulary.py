@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..files.checkpoint import Checkpoint
-from .tokenizers import held_by, read_tokens
+from .tokenizers import FILES, held_by, read_tokens
 from ..messages import MergeError, warn
 
 # %% ../../nbs/matching/vocabulary.ipynb #19bb1dfa
