@@ -46,13 +46,13 @@ def _configs(part: Any) -> Any:
     "Adapter → its config; None if no adapter was ever put into it."
     return getattr(getattr(part, "_orig_mod", part), "peft_config", None)
 
-# %% ../../nbs/merging/live.ipynb #641fa7e1
-LEAD = "base_model.model."  # of the names in a file of PEFT
-
-
+# %% ../../nbs/merging/live.ipynb #5f1c0a01
 def _plain(x: Any) -> Any:
     "What JSON has no word for: sets are lists in a config."
     return sorted(x) if isinstance(x, (set, frozenset)) else str(x)
+
+# %% ../../nbs/merging/live.ipynb #641fa7e1
+LEAD = "base_model.model."  # of the names in a file of PEFT
 
 
 def taken(
@@ -171,14 +171,15 @@ def remove(part: nn.Module, name: str) -> None:
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    if name not in _configs(part):
+    configs: Any = _configs(part)
+    if name not in configs:
         return
     if isinstance(part, PeftModel):
         return part.delete_adapter(name)
     for layer in part.modules():
         if isinstance(layer, BaseTunerLayer):
             layer.delete_adapter(name)
-    _configs(part).pop(name, None)
+    configs.pop(name, None)
 
 # %% ../../nbs/merging/live.ipynb #51ad9b52
 def _check_names(parts: Mapping[str, nn.Module], adapters: Sequence[str], name: str) -> None:
@@ -214,7 +215,8 @@ def add_merged_adapter(
     adapters: Sequence[str],  # names of adapters that it holds, all LoRA
     adapter_name: str,  # of the one that is added
     geometry: Geometry | str = "lora",  # as for `merge`
-    weights: Sequence[Any] | Mapping[str, Sequence[Any]] | None = None,  # as for `merge`: normalised
+    # as for `merge`: normalised
+    weights: Sequence[Any] | Mapping[str, Sequence[Any]] | None = None,
     # in the place of weights: of any sign and sum, as `add_weighted_adapter` has them
     sum: Sequence[Any] | Mapping[str, Sequence[Any]] | None = None,
     scale: float | Sequence[float] | Mapping[str, Any] = 1.0,  # multiplies the result
