@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TERMS', 'ROUNDS', 'TOL', 'frames', 'expm', 'turned_frame', 'root_along', 'log_amount', 'horizontal', 'length',
-           'corrected', 'first_tangent', 'Polar3', 'point', 'Polar']
+           'turning', 'corrected', 'first_tangent', 'Polar3', 'point', 'Polar']
 
 # %% ../../nbs/geometries/polar.ipynb #7fd5cedf
 import math
@@ -89,8 +89,8 @@ def horizontal(
     turn = ((N - N.mT).sum(-3)/2 + k*X)/(2 + k**2)
     return xi - F @ turn.unsqueeze(-3), X - k*turn
 
-# %% ../../nbs/geometries/polar.ipynb #de5ab4d6
-ROUNDS = 300  # at most; near matrices need ten
+# %% ../../nbs/geometries/polar.ipynb #849a624f
+ROUNDS = 600  # at most; near matrices need ten, frames at right angles hundreds
 TOL = 1e-14  # on the last correction, relative to the way
 
 # %% ../../nbs/geometries/polar.ipynb #81df40b9
@@ -98,7 +98,13 @@ def length(xi: Tensor, X: Tensor) -> Tensor:
     "Of tangents: (…,)."
     return (xi.square().sum((-3, -2, -1)) + X.square().sum((-2, -1))).sqrt()
 
-# %% ../../nbs/geometries/polar.ipynb #7bd3483f
+# %% ../../nbs/geometries/polar.ipynb #de8c790b
+def turning(F: Tensor, xi: Tensor) -> Tensor:
+    "The skew matrix B, (…, R, R), of the turn with B·F = ξ, which leaves alone what is no part."
+    back = xi @ F.mT
+    return back - back.mT - F @ (F.mT @ xi) @ F.mT
+
+# %% ../../nbs/geometries/polar.ipynb #3337e381
 def corrected(
     at: tuple[Tensor, Tensor],  # `frames` of m
     to: tuple[Tensor, Tensor],  # and of x
@@ -111,7 +117,8 @@ def corrected(
     Q = U @ Vt
     missing = G @ Q.unsqueeze(-3) - end
     X = log_amount(s, Q.mT*t.sqrt()[..., None, :])
-    return *horizontal(F, s, xi + missing, X), missing.square().sum((-3, -2, -1)).sqrt()
+    back = expm(-turning(F, xi)/2) @ missing
+    return *horizontal(F, s, xi + back, X), missing.square().sum((-3, -2, -1)).sqrt()
 
 # %% ../../nbs/geometries/polar.ipynb #5553a878
 def first_tangent(
