@@ -16,6 +16,7 @@ from frechet_merge import LoRA, MergeError, check_geometry, frechet_mean, merge
 from frechet_merge.algebra.factors import Factors
 from frechet_merge.geometries.laws import LAWS, mean_of
 from frechet_merge.geometries.polar import Polar, Polar3, expm, frames, horizontal, point
+from frechet_merge.geometries.polar import turned_frame
 from frechet_merge.geometries.registry import geometry_named
 
 D = torch.float64
@@ -112,41 +113,50 @@ def test_horizontal_is_at_right_angles_to_every_rotation():
     assert torch.allclose(again[0], xi, atol=1e-13) and torch.allclose(again[1], X, atol=1e-13)
 
 
-def test_no_way_nearby_in_the_fibre_is_shorter():
-    """The distance against a search over rotations, upstairs: geodesics of Stiefel frames by their
-    own boundary problem, amounts by geomstats."""
+def shot(A, B):
+    "Length of the geodesic between frames, by shooting: a least-squares problem."
+
+    def tangent(z):
+        z = z.reshape(A.shape)
+        return z - A @ (A.T @ z + z.T @ A)/2
+
+    def missed(z):
+        # which the test above holds to an integrator
+        end = turned_frame(torch.tensor(A), torch.tensor(tangent(z)))
+        return (end.numpy() - B).ravel()
+
+    found = scipy.optimize.least_squares(missed, (B - A).ravel(), xtol=1e-12)
+    assert found.cost < 1e-16
+    return np.linalg.norm(tangent(found.x))
+
+
+def spd_metric(k):
+    "The affine-invariant metric of geomstats."
     from frechet_merge.geometries.manifold import import_geomstats
 
     import_geomstats()
     from geomstats.geometry.spd_matrices import SPDAffineMetric, SPDMatrices
 
+    space = SPDMatrices(k, equip=False)
+    space.equip_with_metric(SPDAffineMetric)
+    return space.metric
+
+
+def test_no_way_nearby_in_the_fibre_is_shorter():
+    """The distance against a search over rotations, upstairs: geodesics of Stiefel frames by their
+    own boundary problem, amounts by geomstats."""
     gen = torch.Generator().manual_seed(5)
     x, y = (point(f, 6, 2) for f in family(2, gen, 6, 5, 2))
     (F, s), (G, t) = frames(x[:2]), frames(y[:2])
-    spd = SPDMatrices(2, equip=False)
-    spd.equip_with_metric(SPDAffineMetric)
-    space = Polar3()
-    distance = float(space.log(x, y).norm())
-
-    def stiefel(A, B):
-        "By shooting: the velocity is the solution of a least-squares problem."
-
-        def tangent(z):
-            z = z.reshape(A.shape)
-            return z - A @ (A.T @ z + z.T @ A)/2
-
-        found = scipy.optimize.least_squares(
-            lambda z: (dense_geodesic(A, tangent(z)) - B).ravel(), (B - A).ravel(), xtol=1e-12
-        )
-        assert found.cost < 1e-16
-        return np.linalg.norm(tangent(found.x))
+    metric = spd_metric(2)
+    distance = float(Polar3().log(x, y).norm())
 
     def upstairs(angle):
         c, d = math.cos(angle), math.sin(angle)
         Q = np.array([[c, -d], [d, c]])*signs
         P = Q.T @ np.diag(t.numpy()) @ Q
-        parts = [stiefel(F[k].numpy(), G[k].numpy() @ Q) for k in (0, 1)]
-        return np.sqrt(sum(p**2 for p in parts) + spd.metric.dist(np.diag(s.numpy()), P)**2)
+        parts = [shot(F[k].numpy(), G[k].numpy() @ Q) for k in (0, 1)]
+        return np.sqrt(sum(p**2 for p in parts) + metric.dist(np.diag(s.numpy()), P)**2)
 
     # signs of singular vectors are arbitrary: the component of O(2) in which they match
     overlap = (F.mT @ G).sum(0)
