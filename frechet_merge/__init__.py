@@ -8,6 +8,7 @@ from .geometries.laws import check_geometry
 from .geometries.lora import LoRA
 from .geometries.span import Span
 from .geometries.sphere import Sphere
+from .merging.live import add_merged_adapter
 from .merging.merge import Merged, merge
 from .messages import MergeError
 from .spaces.mean import ConvergenceWarning, Mean, frechet_mean
@@ -15,6 +16,7 @@ from .spaces.space import FLAT, Point, Space
 
 __all__ = [
     "merge",
+    "add_merged_adapter",
     "frechet_mean",
     "load",
     "check_geometry",

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..algebra.factors import Factors, balanced, core, svd
 from ..algebra.stacked import Stacked, placed
 from .pinned import Pinned
+from .polar import Polar
 from .quotient import Quotient
 from .wasserstein import Wasserstein
 from .geometry import Chart, Euclidean, Geometry
@@ -27,6 +28,7 @@ METRICS: dict[str, Callable[[], Geometry]] = {
     "flat": Euclidean,
     "mix": lambda: Quotient("mix"),
     "inv": lambda: Quotient("inv"),
+    "polar": Polar,
     "wasserstein": Wasserstein,
 }
 
@@ -38,8 +40,8 @@ class LoRA(Geometry):
     # of the result; default: what loses nothing, min(Σr, m, n), or the common rank for curved
     # metrics
     rank: int | None = None
-    # "flat"; "mix", "inv": intrinsic, for equal ranks; "wasserstein"; or a geometry of the core
-    # matrices
+    # "flat"; "mix", "inv", "polar": intrinsic, for equal ranks; "wasserstein"; or a geometry of
+    # the core matrices
     metric: str | Geometry = "flat"
     pinned: float | None = None  # experimental: μ of `Pinned`, in place of a metric
 
