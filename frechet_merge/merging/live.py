@@ -86,6 +86,7 @@ def live_scale(
 ) -> float:  # 1: as it was trained
     "By what an adapter is scaled in the model; that of the first layer in which it is not 1."
     root = getattr(_configs(part)[name], "use_rslora", False)
+    layer: Any
     for layer in part.modules():
         scaling = getattr(layer, "scaling", None)
         if not isinstance(scaling, Mapping) or name not in scaling or name not in layer.r:
