@@ -74,9 +74,8 @@ def adapter(A=None, B=None, **config):
 @pytest.mark.parametrize(
     "key, value",
     [
-        ("use_dora", True),
         ("rank_pattern", {"q": 8}),
-        ("peft_type", "LOHA"),
+        ("peft_type", "VERA"),
         ("use_qalora", True),
         ("layer_replication", [[0, 2]]),
     ],

@@ -50,7 +50,7 @@ def _class_of(config: dict[str, Any]) -> Any:
 
 # %% ../../nbs/matching/hollow.ipynb #c7db33fd
 @lru_cache(8)
-def _made(text: str) -> Any:
+def _made(text: str, named: bool) -> Any:
     "The model of a config, as JSON."
     config = json.loads(text)
     # the names of a quantised model are those of the one that it was made of
@@ -62,6 +62,8 @@ def _made(text: str) -> Any:
 
         cls = _class_of(config)
         with _in_silence(), torch.device("meta"):
+            if cls is None and named:
+                return None
             if cls is not None:
                 return cls._from_config(cls.config_class.from_dict(config))
             return transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**config))
@@ -72,6 +74,7 @@ def _made(text: str) -> Any:
 # %% ../../nbs/matching/hollow.ipynb #a6a40eb2
 def hollow(
     config: Mapping[str, Any],  # config.json
+    named: bool = False,  # only by the class that it names
 ) -> Any:  # None: transformers has none, cannot make it, or is not installed
     "The module that transformers would load a checkpoint into, without numbers."
-    return _made(json.dumps(config, sort_keys=True)) if config else None
+    return _made(json.dumps(config, sort_keys=True), named) if config else None

@@ -52,7 +52,7 @@ def _all_names(model: Any) -> list[tuple[str, ...]]:
 # %% ../../nbs/matching/ties.ipynb #3f4813f2
 @lru_cache(8)
 def _asked(config: str) -> Known | None:
-    model = hollow(json.loads(config))
+    model = hollow(json.loads(config), named=True)
     if model is None:
         return None
     every = _all_names(model)

@@ -90,7 +90,7 @@ def refuse_negative(ws: Sequence[float]) -> None:
         )
 
 # %% ../../nbs/merging/coefficients.ipynb #e1c4d248
-def of_sum(cs: Sequence[float], T: int) -> list[float]:  # |c|/Σ|c|
+def of_sum(cs: Sequence[float], T: int) -> list[float]:  # absolute values, of sum 1
     "Weights of a sum; `ValueError` unless there are T coefficients, all finite."
     if len(cs) != T:
         raise ValueError(f"{len(cs)} coefficients {[*cs]} for {T} models: give one per model.")
