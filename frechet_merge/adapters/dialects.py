@@ -242,7 +242,7 @@ def layers(
     dialect = (c.adapter or {}).get("dialect", "peft")
     if dialect == "peft":
         kind = (c.adapter or {}).get("peft_type", "LORA")
-        return peft_layers(c) if kind == "LORA" else _other_updates(c, kind)
+        return _other_updates(c, kind) if kind in UPDATES[1:] else peft_layers(c)
     c = unnamed(c.view(lazy={n: c.lazy[c.tied.get(n, n)] for n in c}, tied={}))
     scale = _scale_of_diffusers(c) if dialect == "diffusers" else None
     if dialect in ("mlx", "torchtune"):
