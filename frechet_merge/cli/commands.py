@@ -207,6 +207,13 @@ Template = Annotated[
 Nonfinite = Annotated[
     bool, typer.Option("--allow-nonfinite", help="Copy NaN and Inf through.")
 ]
+ResumeMerge = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Go on where the same merge was stopped; if this one is, what is done stays.",
+    ),
+]
 FullHash = Annotated[
     bool, typer.Option("--full-hash", help="Hash every byte of the inputs for the model card.")
 ]
@@ -254,44 +261,29 @@ def merge_command(
     allow_nonfinite: Nonfinite = False,
     allow_pickle: Pickle = False,
     full_hash: FullHash = False,
+    resume: ResumeMerge = False,
     quiet: Quiet = False,
 ):
     "Merge MODELS into the folder OUT."
+    typed, start = dict(locals()), time.time()
     from frechet_merge.curvature.calibration import Calibration
     from frechet_merge.merging.merge import merge
 
-    start, feed = time.time(), None
+    for own in ("calibrate_split", "calibrate_samples", "quiet"):
+        del typed[own]
     if calibrate is not None:
-        feed = Calibration(calibrate, calibrate_split, calibrate_samples)
+        typed["calibrate"] = Calibration(calibrate, calibrate_split, calibrate_samples)
     scales = by_pattern(scale, "scale", alone=True)
-    record = merge(
-        models,
-        geometry,
-        base,
-        by_pattern(weights, "weights"),
-        1.0 if scales is None else scales,
-        names(metrics),
-        out,
-        dtype,
-        executor,
-        device,
-        shard_size=size(shard_size),
-        bake=bake,
-        drop=drop or (),
-        absent=absent,
-        any_base=any_base,
-        tokenizer=tokenizer,
-        loss=loss,
-        sum=by_pattern(sum, "sum"),
-        calibrate=feed,
-        to=to,
-        pad_to_multiple_of=pad_to_multiple_of,
-        chat_template=chat_template,
-        allow_nonfinite=allow_nonfinite,
-        allow_pickle=allow_pickle,
-        full_hash=full_hash,
-        progress=not quiet and sys.stderr.isatty(),
-    ).record
+    typed |= {
+        "weights": by_pattern(weights, "weights"),
+        "sum": by_pattern(sum, "sum"),
+        "scale": 1.0 if scales is None else scales,
+        "metrics": names(metrics),
+        "shard_size": size(shard_size),
+        "drop": drop or (),
+        "progress": not quiet and sys.stderr.isatty(),
+    }
+    record = merge(**typed).record
     _warn_of_few(models, alone=bake is None and base is None)
     written = load(out).lazy
     n = fsum(x.numel for x in written.values())

@@ -13,6 +13,7 @@ import math
 import os
 import stat
 import struct
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -399,13 +400,16 @@ class ShardWriter:
 
     def __init__(
         self,
-        folder: Path,  # must exist, without files of these names (`FileExistsError`)
+        folder: Path,  # must exist, without files of these names (`FileExistsError`), or `resume`
         # name → (shape, dtype), in the order of the file
         tensors: dict[str, tuple[tuple, torch.dtype]],
         shard_size: int,  # bytes; above it there are several files and an index
         stem: str = "model",  # what file names begin with
         metadata: dict[str, str] | None = None,  # for the header of every file
+        # files that are there already are filled further, as if they were new
+        resume: bool = False,
     ):
+        self.resume = resume
         self.ledger = Ledger({name: math.prod(shape) for name, (shape, _) in tensors.items()})
         _refuse_what_no_file_holds(tensors, metadata or {})
         self.entries, self.fds, files = {}, {}, plan(tensors, shard_size, stem)
@@ -426,7 +430,8 @@ class ShardWriter:
     def _lay_out(self, path, group, metadata):
         "Write the header of one file, and reserve the space of its tensors."
         head, entries, size = header_of(group, metadata, path)
-        self.fds[path] = fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        how = os.O_RDWR | os.O_CREAT | (os.O_NOFOLLOW if self.resume else os.O_EXCL)
+        self.fds[path] = fd = os.open(path, how, 0o644)
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(fd, 0, size)
         # macOS
@@ -451,6 +456,19 @@ class ShardWriter:
         while data:
             done = os.pwrite(self.fds[e.path], data, at)
             data, at = data[done:], at + done
+
+    def checksum(self, name: str, start: int, count: int) -> int:
+        "CRC-32 of the bytes of `count` elements of a tensor from `start` on, as its file has them."
+        e, found = self.entries[name], 0
+        at = e.offset + start*e.dtype.itemsize
+        end = at + count*e.dtype.itemsize
+        while at < end:
+            piece = os.pread(self.fds[e.path], min(end - at, 8 << 20), at)
+            # the file is shorter than it should be
+            if not piece:
+                return -1
+            found, at = zlib.crc32(piece, found), at + len(piece)
+        return found
 
     def close(self) -> None:
         "Close the files; what was not written is zero."

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Merged', 'main_of', 'homes_of', 'Dress', 'written_in', 'is_one_file', 'dress_of', 'Work', 'parts_for',
-           'coefficients_of', 'as_calibration', 'calibration_for', 'make', 'merge']
+           'coefficients_of', 'as_calibration', 'calibration_for', 'files_of', 'staging_of', 'is_finished',
+           'done_before', 'make', 'merge']
 
 # %% ../../nbs/merging/merge.ipynb #30b0928a
 import json
@@ -31,14 +32,15 @@ from ..spaces.mean import Mean
 from .parts import parts_of, plan_root, refuse_parts_without_place
 from .plan import Opened, open_recipe, plan_models
 from .recipe import Model, Output, Recipe, Run, as_dtype
-from .record import Record, begun, came_of, card
+from .record import NAME, Record, begun, came_of, card
 from .templates import Chosen, chosen_templates, home_of, put_templates
 from .templates import say_other_templates
 from .run import Plan, disk_errors, in_memory, into_folder, report
 from .robust import counting
 from ..spaces.robust import Loss
 from ..messages import heard
-from ..files.output import free, staged, staged_file
+from ..files.output import free, hidden, staged, staged_file, Staging
+from .journal import Journal, key_of
 from .coefficients import as_used
 from ..curvature.calibration import Calibration
 
@@ -158,6 +160,7 @@ class Work:
     parts: dict[str, tuple[Opened, Plan]] = field(default_factory=dict)
     # collects running statistics of what was written in a folder, and says on what; None: nothing
     calibrate: Callable[[Path], dict[str, Any]] | None = None
+    staging: Staging = Staging()  # whether it may go on where another one was stopped
 
     def done(self, means: dict[str, Mean], start: str) -> Record:
         "Its record, with what came of it."
@@ -170,14 +173,15 @@ class Work:
         out, start = self.output.folder, plan.start
         assert out is not None
         nbytes = plan.nbytes + sum(p.nbytes for _, p in self.parts.values())
-        with disk_errors(out, nbytes), staged(out) as part:
+        with disk_errors(out, nbytes), staged(out, self.staging) as part:
             dress.put(part, plan, self.parts)
-            found = self._fill(plan, part) if plan.layout else {}
+            journal = Journal.at(part.parent/"journal") if self.staging.key else Journal()
+            found = self._fill(plan, part, journal) if plan.layout else {}
             for path, (opened, one) in self.parts.items():
                 if (part/path).suffix not in PICKLES:
                     (part/path).mkdir(parents=True, exist_ok=True)
                     dress_of(opened, self.output).put(part/path, one)
-                of_one = self._fill(one, part/path)
+                of_one = self._fill(one, part/path, journal, path)
                 found |= {f"{path}/{n}": m for n, m in of_one.items()}
             means = found if means is None else means
             known = None if self.calibrate is None else self.calibrate(part)
@@ -187,10 +191,10 @@ class Work:
             (part/"README.md").write_text(text)
         return Merged(load(out), means, out, record)
 
-    def _fill(self, plan: Plan, place: Path) -> dict[str, Mean]:
+    def _fill(self, plan: Plan, place: Path, journal: Journal, path: str = "") -> dict[str, Mean]:
         "The tensors of a plan in a folder, or in a file that has to be a pickle."
         if place.suffix not in PICKLES:
-            return into_folder(plan, place, self.output.shard_size, self.run)
+            return into_folder(plan, place, self.output.shard_size, self.run, journal, path)
         tensors, means = in_memory(plan, self.run)
         torch.save(dict(tensors), place)
         return means
@@ -293,6 +297,46 @@ def calibration_for(
     models = [opened.onto] if opened.onto is not None else opened.models
     return Feed.of(asked, models).calibrate
 
+# %% ../../nbs/merging/merge.ipynb #9a0c0f00
+def files_of(c: Checkpoint) -> list[Path]:
+    "All files that a checkpoint and its parts are read from."
+    return [*c.files, *(f for part in c.parts.values() for f in files_of(part))]
+
+# %% ../../nbs/merging/merge.ipynb #9a0c0f01
+def staging_of(opened: Opened, record: Record, plan: Plan, run: Run) -> Staging:
+    "Whether a merge may go on where another stopped; `ValueError` if it cannot and is asked to."
+    every = [*opened.every, *([] if opened.onto is None else [opened.onto])]
+    read = [files_of(c) for c in every]
+    read += [[] for c in record.inputs.get("metrics", []) if not c["files"]]
+    depends = record.recipe, record.inputs, record.dtype, record.shard_size, record.versions
+    key = key_of(read, depends, record.counted, plan.layout, run.device)
+    if run.resume and not (key and record.inputs):
+        raise ValueError(
+            "resume=True goes on with what was written of models on disk: some are in memory, or "
+            "there is no folder to write to (out=)."
+        )
+    return Staging(key if record.inputs else "", run.resume)
+
+# %% ../../nbs/merging/merge.ipynb #9a0c0f20
+def is_finished(output: Output, run: Run) -> bool:
+    "Whether a merge that is to be resumed has been written already, this one or another."
+    out = output.folder
+    return run.resume and out is not None and (out.expanduser()/NAME).exists()
+
+# %% ../../nbs/merging/merge.ipynb #9a0c0f10
+def done_before(output: Output, staging: Staging) -> Merged:
+    "What the same merge has already written; `MergeError` if another one has."
+    assert output.folder is not None
+    out = output.folder.expanduser()
+    record = Record.read(out)
+    if record.key != staging.key:
+        # says that it is taken
+        free(out)
+    # what was left, if it was stopped just after
+    with hidden(out.resolve(), alone=True):
+        pass
+    return Merged(load(out), record.as_means(), out, record)
+
 # %% ../../nbs/merging/merge.ipynb #6d952bea
 def make(
     recipe: Recipe,
@@ -304,8 +348,9 @@ def make(
     since = time.monotonic()
     with heard() as said:
         opened = open_recipe(recipe)
-        is_file = is_one_file(opened, output)
-        if output.folder is not None:
+        finished = is_finished(output, run)
+        if output.folder is not None and not finished:
+            is_file = is_one_file(opened, output)
             output = replace(output, folder=free(output.folder, folder=not is_file))
         plan = plan_root(opened, output.dtype, run.device, name)
         parts = parts_for(opened, output, run)
@@ -316,7 +361,11 @@ def make(
             plans, counted = counting(plans, recipe, run)
             plan, parts = plans[""], {path: (o, plans[path]) for path, (o, _) in parts.items()}
             record = replace(record, counted=counted)
-        work = Work(opened, output, run, record, said, since, parts, feed)
+        staging = staging_of(opened, record, plan, run)
+        record = replace(record, key=staging.key)
+        if finished:
+            return done_before(output, staging)
+        work = Work(opened, output, run, record, said, since, parts, feed, staging)
         if opened.onto is not None:
             return _put_on(work, plan)
         return work.deliver(plan)
@@ -380,32 +429,15 @@ def merge(
     shard_size: int = 5*10**9,  # bytes of a file, at most, unless one tensor is larger
     full_hash: bool = False,  # hash every byte of the inputs for the record
     progress: bool = False,  # a progress bar on stderr
+    # go on where the same merge into `out` was stopped; if this one is stopped, what is done stays
+    resume: bool = False,
 ) -> Merged:  # tensors, and what is known about each mean
     """Merge models as weighted Fréchet means, tensor by tensor; `MergeError` or `ValueError` if
     they cannot be, and then `out` is untouched; a `ConvergenceWarning` names means that are in
     doubt."""
+    given = {**locals(), "calibrate": as_calibration(calibrate)}
+    recipe = Recipe.of(given)
     name = geometry if isinstance(geometry, str) else None
-    recipe = Recipe.of(
-        models,
-        geometry,
-        base,
-        weights,
-        scale,
-        metrics,
-        bake,
-        drop,
-        absent,
-        any_base,
-        tokenizer,
-        loss,
-        pad_to_multiple_of,
-        chat_template,
-        allow_nonfinite,
-        allow_pickle,
-        sum,
-        as_calibration(calibrate),
-        to,
-    )
     folder = None if out is None else Path(out)
     output = Output(folder, as_dtype(dtype), shard_size, full_hash)
-    return make(recipe, output, Run(executor, device, progress), name)
+    return make(recipe, output, Run(executor, device, progress, resume), name)

@@ -79,10 +79,10 @@ class Recipe:
             )
 
     @classmethod
-    def of(cls, *values: Any) -> "Recipe":  # in the order of its fields
+    def of(cls, given: Mapping[str, Any]) -> "Recipe":  # may hold more than its fields
         "A recipe of what somebody typed: names in the place of a geometry, a loss, a data set."
-        given = dict(zip((f.name for f in fields(cls)), values))
-        return cls(**{k: READ[k](v) if k in READ else v for k, v in given.items()})
+        own = {f.name: given[f.name] for f in fields(cls) if f.name in given}
+        return cls(**{k: READ[k](v) if k in READ else v for k, v in own.items()})
 
     def as_data(self) -> dict[str, Any]:
         "As plain data, for JSON: what is left to its default is left out."
@@ -181,6 +181,8 @@ class Run:
     executor: str | Callable = "threads"  # "threads" | "serial", or a function like `map`
     device: Any = None  # where chunks are computed, as torch names devices; None: the CPU
     progress: bool = False  # a bar on stderr
+    # go on where the same merge was stopped, and leave what is done if this one is
+    resume: bool = False
 
 # %% ../../nbs/merging/recipe.ipynb #b9ee4b61
 # what commands call dtypes

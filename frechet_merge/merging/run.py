@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from ..files.checkpoint import Checkpoint, from_state_dict
 from ..messages import MergeError
 from ..spaces.mean import ConvergenceWarning, Mean
 from .block import Job, may_be_infinite, Write
+from .journal import Journal
 from .recipe import Run, typed_dtype
 from ..messages import Notes, warn
 from ..files.shards import Ledger, ShardWriter
@@ -263,12 +264,15 @@ def into_folder(
     folder: Path,  # which is there
     shard_size: int,  # bytes; adapters are one file
     run: Run = Run(),
+    journal: Journal = Journal(),  # of what is done
+    place: str = "",  # of the folder in the output, for the journal
 ) -> dict[str, Mean]:
     "Write the tensors of a plan into a folder; what is known about each mean."
     size = shard_size if plan.config is None else 1 << 62
     said = {**plan.metadata, **plan.tied}
-    with ShardWriter(folder, plan.layout, size, plan.stem, said) as sink:
-        return do_jobs(plan, sink, run)
+    with ShardWriter(folder, plan.layout, size, plan.stem, said, run.resume) as sink:
+        jobs = journal.around(plan.jobs, sink, place)
+        return do_jobs(replace(plan, jobs=jobs), sink, run)
 
 # %% ../../nbs/merging/run.ipynb #e43b26bc
 def doubtful(
