@@ -40,6 +40,77 @@ def encoder(folder, seed=0, projection=True, length=16):
     return made
 
 
+def projections(tmp_path):
+    "Two models of a matrix of layers, with a projection and a head of FlagEmbedding."
+    listed = [{"type": "models.Transformer", "path": ""}, {"type": "Dense", "path": "2_Dense"}]
+    for i, n in enumerate("ab"):
+        x = torch.full((4,), float(i))
+        save(tmp_path/n, {"layers.0.w": x, "layers.1.w": x.clone()}, {"model_type": "toy"})
+        save(tmp_path/n/"2_Dense", {"linear.weight": x}, {"in_features": 2})
+        torch.save({"weight": x}, tmp_path/n/"sparse_linear.pt")
+        (tmp_path/n/"modules.json").write_text(json.dumps(listed))
+    return [tmp_path/n for n in "ab"]
+
+
+def numbers_in(folder):
+    "The one number that each tensor of a folder holds, by its place."
+    state = {"": load_file(folder/"model.safetensors")}
+    state["2_Dense/"] = load_file(folder/"2_Dense"/"model.safetensors")
+    state["sparse_linear.pt/"] = torch.load(folder/"sparse_linear.pt")
+    return {place + n: round(float(x[0]), 4) for place, s in state.items() for n, x in s.items()}
+
+
+class TestNumbersByName:
+    "Weights, scales and coefficients by pattern reach the modules and heads beside a model."
+
+    names = ("layers.0.w", "layers.1.w", "2_Dense/linear.weight", "sparse_linear.pt/weight")
+
+    @pytest.mark.parametrize(
+        "weights, want",
+        [
+            ({"*": [1, 3]}, (0.75, 0.75, 0.75, 0.75)),
+            ({"2_Dense*": [1, 3]}, (0.5, 0.5, 0.75, 0.5)),
+            ({"2_Dense/*": [0, 1], "layers.0.*": [1, 3]}, (0.75, 0.5, 1.0, 0.5)),
+            ({"layers.0.w": [1, 3]}, (0.75, 0.5, 0.5, 0.5)),
+            ({"sparse_linear.pt/weight": [1, 0], "*": [0, 1]}, (1.0, 1.0, 1.0, 0.0)),
+        ],
+        ids=str,
+    )
+    def test_weights(self, tmp_path, weights, want):
+        merge(projections(tmp_path), weights=weights, out=tmp_path/"o", allow_pickle=True)
+        assert numbers_in(tmp_path/"o") == dict(zip(self.names, want))
+
+    def test_scales_and_sums(self, tmp_path):
+        a, b = projections(tmp_path)
+        how = {"base": a, "out": tmp_path/"o", "allow_pickle": True}
+        merge([b], scale={"2_Dense/*": 0.5, "layers.1*": 2}, **how)
+        assert numbers_in(tmp_path/"o") == dict(zip(self.names, (1.0, 2.0, 0.5, 1.0)))
+        how["out"] = tmp_path/"p"
+        merge([a, b], sum={"2_Dense/*": [0, 0.5], "*": [1, -1]}, **how)
+        assert numbers_in(tmp_path/"p") == dict(zip(self.names, (-1.0, -1.0, 0.5, -1.0)))
+
+    def test_what_matches_nothing_or_comes_too_late(self, tmp_path):
+        models = projections(tmp_path)
+        how = {"out": tmp_path/"o", "allow_pickle": True}
+        with pytest.raises(ValueError, match="'3_Dense' matches no tensor"):
+            merge(models, weights={"3_Dense": [1, 1]}, **how)
+        with pytest.raises(ValueError, match="'2_Dense/\\*' decides nothing"):
+            merge(models, weights={"*": [1, 1], "2_Dense/*": [1, 3]}, **how)
+        with pytest.raises(ValueError, match="no pattern gives coefficients to 'layers.0.w'"):
+            merge(models, base=models[0], sum={"2_Dense/*": [1, 1]}, **how)
+        assert not (tmp_path/"o").exists()
+
+    def test_a_sum_by_part_of_a_pipeline(self, tmp_path):
+        listed = {"unet": ["diffusers", "UNet2DModel"], "vae": ["diffusers", "AutoencoderKL"]}
+        for i, n in enumerate("ab"):
+            for part in listed:
+                save(tmp_path/n/part, {"w": torch.full((2,), float(i))})
+            (tmp_path/n/"model_index.json").write_text(json.dumps(listed))
+        models = [tmp_path/"a", tmp_path/"b"]
+        held = merge(models, base=models[0], sum={"unet/*": [1, 2], "vae/*": [0, -1]}).tensors
+        assert {n: float(x[0]) for n, x in held.items()} == {"unet/w": 2.0, "vae/w": -1.0}
+
+
 class TestWholeFiles:
     "A library that looks for one file gets one, whatever size of shards is asked for."
 
