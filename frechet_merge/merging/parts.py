@@ -209,22 +209,28 @@ def _with_numbers(found: dict[str, Opened], opened: Opened) -> dict[str, Opened]
     return {path: numbered(path, part) for path, part in found.items()}
 
 # %% ../../nbs/merging/parts.ipynb #a3aad36d
+def _names_beside(opened: Opened) -> list[str]:
+    "The names of tensors in the modules and heads beside the models."
+    plain = replace(opened.recipe, weights=None, scale=1.0, sum=None)
+    parts = _beside(replace(opened, recipe=plain))
+    return [f"{path}/{n}" for path, part in parts.items() for n in part.models[0]]
+
+# %% ../../nbs/merging/parts.ipynb #431fe8ae
 def _without_parts(opened: Opened) -> Opened:
     "With the numbers of the model alone: patterns that only its modules have are for them."
     recipe = opened.recipe
     by_pattern = {k: getattr(recipe, k) for k in ("weights", "scale", "sum")}
     by_pattern = {k: x for k, x in by_pattern.items() if isinstance(x, Mapping)}
     own = [*dict.fromkeys(n for c in opened.every for n in c)]
-    strange = any(not named_by(p, own) for x in by_pattern.values() for p in x)
+    strange = {p for x in by_pattern.values() for p in x if not named_by(p, own)}
     if opened.are_adapters or not strange:
         return opened
-    parts = _beside(replace(opened, recipe=replace(recipe, weights=None, scale=1.0, sum=None)))
-    beside = [f"{path}/{n}" for path, part in parts.items() for n in part.models[0]]
-    kept: dict[str, Any] = {"weights": None, "scale": 1.0, "sum": {}}
+    beside = _names_beside(opened)
+    of_others = {p for p in strange if named_by(p, beside)}
+    otherwise: dict[str, Any] = {"weights": None, "scale": 1.0, "sum": {}}
     for k, x in by_pattern.items():
-        ours = {p: v for p, v in x.items() if named_by(p, own) or not named_by(p, beside)}
-        kept[k] = ours or kept[k]
-    return replace(opened, recipe=replace(recipe, **{k: kept[k] for k in by_pattern}))
+        by_pattern[k] = {p: v for p, v in x.items() if p not in of_others} or otherwise[k]
+    return replace(opened, recipe=replace(recipe, **by_pattern))
 
 # %% ../../nbs/merging/parts.ipynb #92370a30
 def _seen(c: Checkpoint, path: str) -> Checkpoint:
