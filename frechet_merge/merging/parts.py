@@ -215,22 +215,31 @@ def _names_beside(opened: Opened) -> list[str]:
     parts = _beside(replace(opened, recipe=plain))
     return [f"{path}/{n}" for path, part in parts.items() for n in part.models[0]]
 
+# %% ../../nbs/merging/parts.ipynb #f171b57a
+def _but(value: Any, patterns: Sequence[str], default: Any) -> Any:
+    "What a recipe gives by name, without some patterns."
+    if not isinstance(value, Mapping):
+        return value
+    return {p: x for p, x in value.items() if p not in patterns} or default
+
 # %% ../../nbs/merging/parts.ipynb #431fe8ae
 def _without_parts(opened: Opened) -> Opened:
     "With the numbers of the model alone: patterns that only its modules have are for them."
     recipe = opened.recipe
-    by_pattern = {k: getattr(recipe, k) for k in ("weights", "scale", "sum")}
-    by_pattern = {k: x for k, x in by_pattern.items() if isinstance(x, Mapping)}
     own = [*dict.fromkeys(n for c in opened.every for n in c)]
-    strange = {p for x in by_pattern.values() for p in x if not named_by(p, own)}
+    given = (recipe.weights, recipe.scale, recipe.sum)
+    strange = [p for x in given if isinstance(x, Mapping) for p in x if not named_by(p, own)]
     if opened.are_adapters or not strange:
         return opened
     beside = _names_beside(opened)
-    of_others = {p for p in strange if named_by(p, beside)}
-    otherwise: dict[str, Any] = {"weights": None, "scale": 1.0, "sum": {}}
-    for k, x in by_pattern.items():
-        by_pattern[k] = {p: v for p, v in x.items() if p not in of_others} or otherwise[k]
-    return replace(opened, recipe=replace(recipe, **by_pattern))
+    of_parts = [p for p in strange if named_by(p, beside)]
+    alone = replace(
+        recipe,
+        weights=_but(recipe.weights, of_parts, None),
+        scale=_but(recipe.scale, of_parts, 1.0),
+        sum=_but(recipe.sum, of_parts, {}),
+    )
+    return replace(opened, recipe=alone)
 
 # %% ../../nbs/merging/parts.ipynb #92370a30
 def _seen(c: Checkpoint, path: str) -> Checkpoint:
