@@ -7,7 +7,7 @@ __all__ = ['WORDS', 'HEADS', 'OPTIONAL', 'refuse_parts_without_place', 'parts_of
 
 # %% ../../nbs/merging/parts.ipynb #266644fc
 import glob
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from ..files.checkpoint import Checkpoint, read_json, vocabulary_size
 from ..files.folders import pipeline_parts
 from ..files.open import load
 from ..files.tensors import as_device
-from ..matching.blocks import by_name
+from ..matching.blocks import by_name, named_by
 from ..matching.function import modules, refuse_other_modules, refuse_other_poolings
 from ..matching.vocabulary import refuse_other_tokens, vocabulary
 from .plan import Opened, _in_one_vocabulary, check_recipe, plan_recipe
@@ -38,7 +38,7 @@ def _beside(opened: Opened) -> dict[str, Opened]:
     found = {path: _part(opened, path) for path in modules(first)}
     if found and opened.recipe.metrics is not None:
         refuse_other_modules(opened.models)
-    return found | _heads(opened)
+    return _with_numbers({**found, **_heads(opened)}, opened)
 
 # %% ../../nbs/merging/parts.ipynb #08bd80de
 # tokenizers of sentence-transformers for embeddings of words, which list the words
@@ -66,18 +66,12 @@ def _refuse_other_words(models: Sequence[Checkpoint]) -> None:
 def _part(opened: Opened, path: str) -> Opened:
     "One module of all models, and of the base."
     recipe, base = opened.recipe, opened.base
-    if any(isinstance(x, Mapping) for x in (recipe.weights, recipe.scale, recipe.sum)):
-        raise MergeError(
-            f"{opened.models[0].source}: weights and scales by name do not reach the module "
-            f"{path!r}: give one for each model."
-        )
     models = [_opened(c, path, recipe.allow_pickle) for c in opened.models]
     has_base = base is not None and path in modules(base)
     theirs = _opened(base, path, recipe.allow_pickle) if has_base and base is not None else None
-    scale = recipe.scale if has_base else 1.0
     _refuse_other_words(models)
     alone = replace(recipe, metrics=None, drop=(), tokenizer=None, pad_to_multiple_of=None)
-    return Opened(replace(alone, scale=scale), models, theirs)
+    return Opened(alone, models, theirs)
 
 # %% ../../nbs/merging/parts.ipynb #2559196b
 def _opened(c: Checkpoint, path: str, allow_pickle: bool) -> Checkpoint:
@@ -108,8 +102,7 @@ def _heads(opened: Opened) -> dict[str, Opened]:
         models = [load(_head_files(c)[name], recipe.allow_pickle) for c in opened.models]
         theirs = {} if opened.base is None else _head_files(opened.base)
         base = load(theirs[name], recipe.allow_pickle) if name in theirs else None
-        scale = recipe.scale if base is not None else 1.0
-        found[name] = Opened(replace(recipe, scale=scale), models, base)
+        found[name] = Opened(recipe, models, base)
     return found
 
 # %% ../../nbs/merging/parts.ipynb #dc894270
@@ -184,17 +177,69 @@ def _say_what_schedulers_differ_in(every: Sequence[Checkpoint]) -> None:
             )
 
 # %% ../../nbs/merging/parts.ipynb #55aa4600
-def _by_part(value: Any, path: str, c: Checkpoint, default: Any, what: str) -> Any:
+def _by_part(value: Any, path: str, names: Iterable[str], default: Any, what: str) -> Any:
     "What a recipe gives the tensors of a part of a model, by their names in the part."
     if not isinstance(value, Mapping):
         return value
-    found = by_name(value, c, default, what)
+    found = by_name(value, names, default, what)
     lead = f"{path}/"
     return {
         glob.escape(n.removeprefix(lead)): x
         for n, x in found.items()
         if n.startswith(lead) and x is not None
     } or default
+
+# %% ../../nbs/merging/parts.ipynb #2abaebd3
+def _with_numbers(found: dict[str, Opened], opened: Opened) -> dict[str, Opened]:
+    "Parts beside a model with what the recipe gives them, by the names of all that is merged."
+    recipe = opened.recipe
+    beside = [f"{path}/{n}" for path, part in found.items() for n in part.models[0]]
+    names = [*opened.models[0], *beside]
+
+    def numbered(path: str, part: Opened) -> Opened:
+        scale = _by_part(recipe.scale, path, names, 1.0, "scale")
+        given = replace(
+            part.recipe,
+            weights=_by_part(recipe.weights, path, names, None, "weights"),
+            sum=_by_part(recipe.sum, path, names, {}, "sum"),
+            scale=1.0 if part.base is None else scale,
+        )
+        return replace(part, recipe=given)
+
+    return {path: numbered(path, part) for path, part in found.items()}
+
+# %% ../../nbs/merging/parts.ipynb #a3aad36d
+def _names_beside(opened: Opened) -> list[str]:
+    "The names of tensors in the modules and heads beside the models."
+    plain = replace(opened.recipe, weights=None, scale=1.0, sum=None)
+    parts = _beside(replace(opened, recipe=plain))
+    return [f"{path}/{n}" for path, part in parts.items() for n in part.models[0]]
+
+# %% ../../nbs/merging/parts.ipynb #f171b57a
+def _but(value: Any, patterns: Sequence[str], default: Any) -> Any:
+    "What a recipe gives by name, without some patterns."
+    if not isinstance(value, Mapping):
+        return value
+    return {p: x for p, x in value.items() if p not in patterns} or default
+
+# %% ../../nbs/merging/parts.ipynb #431fe8ae
+def _without_parts(opened: Opened) -> Opened:
+    "With the numbers of the model alone: patterns that only its modules have are for them."
+    recipe = opened.recipe
+    own = [*dict.fromkeys(n for c in opened.every for n in c)]
+    given = (recipe.weights, recipe.scale, recipe.sum)
+    strange = [p for x in given if isinstance(x, Mapping) for p in x if not named_by(p, own)]
+    if opened.are_adapters or not strange:
+        return opened
+    beside = _names_beside(opened)
+    of_parts = [p for p in strange if named_by(p, beside)]
+    alone = replace(
+        recipe,
+        weights=_but(recipe.weights, of_parts, None),
+        scale=_but(recipe.scale, of_parts, 1.0),
+        sum=_but(recipe.sum, of_parts, {}),
+    )
+    return replace(opened, recipe=alone)
 
 # %% ../../nbs/merging/parts.ipynb #92370a30
 def _seen(c: Checkpoint, path: str) -> Checkpoint:
@@ -222,6 +267,7 @@ def _in_place(opened: Opened, path: str) -> Opened:
     models = [_seen(opened.models[i], path) for i in who]
     theirs = _seen(base, path) if base is not None and path in base.parts else None
     weights = _by_part(recipe.weights, path, first, None, "weights")
+    coefficients = _by_part(recipe.sum, path, first, {}, "sum")
     scale = _by_part(recipe.scale, path, first, 1.0, "scale")
     _refuse_other_words(models)
     has_tokens = any(vocabulary(c) is not None for c in models)
@@ -229,6 +275,7 @@ def _in_place(opened: Opened, path: str) -> Opened:
         recipe,
         models=[recipe.models[i] for i in who],
         weights=_of_those(weights, who, len(opened.models)),
+        sum=_of_those(coefficients, who, len(opened.models)),
         scale=1.0 if base is not None and theirs is None else scale,
         tokenizer=recipe.tokenizer if has_tokens else None,
         drop=(),
@@ -270,7 +317,7 @@ def plan_root(
 ) -> Plan:
     "The plan of what is not in parts, which of a folder of several models is nothing."
     if not opened.are_folders:
-        return plan_recipe(opened, dtype, device, name)
+        return plan_recipe(_without_parts(opened), dtype, device, name)
     check_recipe(opened, name)
     as_device(device)
     return Plan({}, [])

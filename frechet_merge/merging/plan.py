@@ -21,6 +21,7 @@ from ..matching.blocks import Block, align
 from ..files.checkpoint import Checkpoint, vocabulary_size
 from ..files.formats import SHARD, STEMS, spec_of
 from ..files.open import load
+from ..files.whole import reader_of_one_file
 from ..geometries.lora import LoRA
 from ..geometries.geometry import Euclidean, Geometry, check_needs
 from ..matching.function import refuse_other_meanings, unlike
@@ -277,6 +278,12 @@ def stem_of(every: Sequence[Checkpoint]) -> str:
         return "model"
     return stem + dot + variant
 
+# %% ../../nbs/merging/plan.ipynb #2dbfefde
+def _reader_of_one_file(every: Sequence[Checkpoint]) -> str:
+    "Who reads what is written like the first checkpoint that has files, if it knows no shards."
+    first = next((c for c in every if c.files), None)
+    return "" if first is None else reader_of_one_file(first)
+
 # %% ../../nbs/merging/plan.ipynb #75a631c3
 def _reference(opened: Opened) -> Checkpoint | None:
     """What differences are taken from: the base, or without one the first model, where models are
@@ -364,6 +371,7 @@ def plan_models(
         metadata=spec_of(opened.models),
         allow_nonfinite=recipe.allow_nonfinite,
         given=given,
+        whole=_reader_of_one_file([*opened.models, *opened.every]),
     )
 
 # %% ../../nbs/merging/plan.ipynb #4b908191

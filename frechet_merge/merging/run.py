@@ -44,6 +44,7 @@ class Plan:
     start: str = ""  # where the solver begins, in words, where it is of use to know
     given: Any = None  # `Numbers`: weights and scale of every tensor, as they are used
     metadata: dict[str, str] = field(default_factory=dict)  # for the headers of its files
+    whole: str = ""  # who reads what is written, if that looks for one file; empty: shards
 
     @property
     def nbytes(self) -> int:
@@ -262,13 +263,19 @@ def disk_errors(out: Path, nbytes: int) -> Iterator[None]:
 def into_folder(
     plan: Plan,
     folder: Path,  # which is there
-    shard_size: int,  # bytes; adapters are one file
+    # bytes; adapters are one file, and so is what a library reads that knows no shards
+    shard_size: int,
     run: Run = Run(),
     journal: Journal = Journal(),  # of what is done
     place: str = "",  # of the folder in the output, for the journal
 ) -> dict[str, Mean]:
     "Write the tensors of a plan into a folder; what is known about each mean."
-    size = shard_size if plan.config is None else 1 << 62
+    size = shard_size if plan.config is None and not plan.whole else 1 << 62
+    if plan.whole and plan.nbytes > shard_size:
+        warn(
+            f"{plan.stem}.safetensors is written whole, with {plan.nbytes/1e9:.3g} GB: "
+            f"{plan.whole} reads one file, and no shards"
+        )
     said = {**plan.metadata, **plan.tied}
     with ShardWriter(folder, plan.layout, size, plan.stem, said, run.resume) as sink:
         jobs = journal.around(plan.jobs, sink, place)
