@@ -161,3 +161,33 @@ def sentencepieces(folder, name, letters, kind="bpe", size=330, **more):
 
 def opened(folder):
     return AutoTokenizer.from_pretrained(folder)
+
+
+def in_files(folder, tokenizer, *added):
+    "The old files of a tokenizer, without a tokenizer.json: vocab.json and merges, or vocab.txt."
+    folder.mkdir(parents=True, exist_ok=True)
+    held = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    numbers = held["vocab"]
+    if held["type"] == "BPE":
+        lines = ["#version: 0.2", *(" ".join(m) for m in held["merges"]), ""]
+        (folder/"vocab.json").write_text(json.dumps(numbers))
+        (folder/"merges.txt").write_text("\n".join(lines))
+        said = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>"}
+    else:
+        every = sorted(numbers, key=numbers.__getitem__)
+        (folder/"vocab.txt").write_text("\n".join(every) + "\n")
+        said = {"tokenizer_class": "BertTokenizer", "do_lower_case": True}
+    more = {t: len(numbers) + i for i, t in enumerate(added)}
+    (folder/"added_tokens.json").write_text(json.dumps(more))
+    (folder/"tokenizer_config.json").write_text(json.dumps(said))
+    return folder
+
+
+def model_for(folder, seed, rows=None, **config):
+    "A tiny language model beside the tokenizer that a folder has."
+    tokenizer = opened(folder)
+    torch.manual_seed(seed)
+    n = len(tokenizer) if rows is None else rows
+    said = {**SIZES, "vocab_size": n, "eos_token_id": tokenizer.eos_token_id, **config}
+    LlamaForCausalLM(LlamaConfig(**{"pad_token_id": None, **said})).save_pretrained(folder)
+    return folder

@@ -334,7 +334,7 @@ class TestUnion:
             speaker(tmp_path/"a", 0, ["two", *WORDS]),
             speaker(tmp_path/"b", 1, ["one", *WORDS[::-1]]),
         ]
-        with pytest.warns(UserWarning, match="merges of two tokenizers are not merged"):
+        with pytest.warns(UserWarning, match="come into the union"):
             merge(folders, tokenizer="union", out=tmp_path/"o")
         check_rows(tmp_path/"o", folders, [1, 1])
 

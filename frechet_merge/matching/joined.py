@@ -76,7 +76,7 @@ def _with_pieces(
     return {**held, "model": {**held["model"], "vocab": more}}
 
 # %% ../../nbs/matching/joined.ipynb #79766388
-def _merges(held: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _merges(held: Mapping[str, Any]) -> list[tuple[str, ...]]:
     "Pairs of pieces, in either of the two ways in which files write them."
     found = held["model"].get("merges") or []
     return [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in found]

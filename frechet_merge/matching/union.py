@@ -17,7 +17,7 @@ from typing import Any
 
 from ..files.checkpoint import Checkpoint, read_json
 from .joined import TRIED, joined, kind_of, new_pieces, split_otherwise
-from .tokenizers import SENTENCEPIECE
+from .tokenizers import SENTENCEPIECE, needs
 from .vocabulary import is_reserved
 from ..messages import MergeError, warn
 
@@ -70,7 +70,9 @@ def _opened(c: Checkpoint) -> Any:
         )
     # a tokenizer may be damaged in any way
     except Exception as e:
-        raise MergeError(f"{c.source}: its tokenizer cannot be opened ({_first_line(e)}).") from e
+        home = _tokenizer_of(c)
+        why = (needs(home) if home is not None else "") or _first_line(e)
+        raise MergeError(f"{c.source}: its tokenizer cannot be opened ({why}).") from e
 
 # %% ../../nbs/matching/union.ipynb #e31ccc04
 def _first_line(e: Exception) -> str:
