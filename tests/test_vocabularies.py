@@ -259,12 +259,6 @@ class TestChosen:
         with pytest.raises(MergeError, match="no tokenizer of a kind"):
             merge([*two], tokenizer=two[0])
 
-    def test_metrics_are_of_other_rows(self, two, tmp_path):
-        ones = {n: torch.ones_like(x) for n, x in load(two[0]).items()}
-        more = {n: torch.ones_like(x) for n, x in load(two[1]).items()}
-        with pytest.raises(MergeError, match="metrics are of rows"):
-            merge([*two], metrics=[ones, more], tokenizer=two[0])
-
     def test_a_matrix_of_which_nobody_knows(self, tmp_path):
         "A number of rows is not left to be a coincidence."
         folders = []
