@@ -194,11 +194,14 @@ class TestOrders:
             self.of(tmp_path/name, ["LABEL_0"], i, problem_type="regression")
         merge([tmp_path/"a", tmp_path/"b"])
 
-    def test_metrics_are_of_other_rows(self, tmp_path):
+    def test_metrics_move_with_their_rows(self, tmp_path):
         states = [self.of(tmp_path/"a", LABELS), self.of(tmp_path/"b", LABELS[::-1], 1)]
-        ones = [{k: torch.ones_like(x) for k, x in s.items()} for s in states]
-        with pytest.raises(MergeError, match="labels in other orders"):
-            merge([tmp_path/"a", tmp_path/"b"], metrics=ones)
+        ones = [{k: torch.rand_like(x) + 0.1 for k, x in s.items()} for s in states]
+        m = merge([tmp_path/"a", tmp_path/"b"], "curved", metrics=ones).tensors
+        for name in ("classifier.weight", "classifier.bias"):
+            (x, y), (c, d) = ([s[name] for s in every] for every in (states, ones))
+            want = (c*x + d.flip(0)*y.flip(0))/(c + d.flip(0))
+            torch.testing.assert_close(m[name], want)
 
     def test_inspect_compares_rows_of_one_label(self, tmp_path):
         state = self.of(tmp_path/"a", LABELS)

@@ -259,12 +259,6 @@ class TestChosen:
         with pytest.raises(MergeError, match="no tokenizer of a kind"):
             merge([*two], tokenizer=two[0])
 
-    def test_metrics_are_of_other_rows(self, two, tmp_path):
-        ones = {n: torch.ones_like(x) for n, x in load(two[0]).items()}
-        more = {n: torch.ones_like(x) for n, x in load(two[1]).items()}
-        with pytest.raises(MergeError, match="metrics are of rows"):
-            merge([*two], metrics=[ones, more], tokenizer=two[0])
-
     def test_a_matrix_of_which_nobody_knows(self, tmp_path):
         "A number of rows is not left to be a coincidence."
         folders = []
@@ -334,7 +328,7 @@ class TestUnion:
             speaker(tmp_path/"a", 0, ["two", *WORDS]),
             speaker(tmp_path/"b", 1, ["one", *WORDS[::-1]]),
         ]
-        with pytest.warns(UserWarning, match="merges of two tokenizers are not merged"):
+        with pytest.warns(UserWarning, match="come into the union"):
             merge(folders, tokenizer="union", out=tmp_path/"o")
         check_rows(tmp_path/"o", folders, [1, 1])
 

@@ -21,7 +21,7 @@ from .absent import refuse_other_layouts
 from .union import place_for, united
 from .views import alike
 from .vocabulary import CHOOSE, distinct, is_reserved, refuse_other_tokens
-from .vocabulary import vocabulary
+from .vocabulary import vocabulary, why_unread
 from ..messages import MergeError, warn
 
 # %% ../../nbs/matching/rows.ipynb #05e032e0
@@ -196,6 +196,12 @@ def _with_all(
 def _refuse_unknown(every: Sequence[Checkpoint], known: Sequence[Any]) -> None:
     "`MergeError` for a model of whose rows nobody can say which token they are."
     for c, vocab in zip(every, known):
+        if vocab is None and (why := why_unread(c)):
+            raise MergeError(
+                f"{c.source}: its tokenizer cannot be read here ({why}), and so its rows cannot "
+                "be matched by token.\nOpen it where that library is, and save it as "
+                "tokenizer.json: AutoTokenizer.from_pretrained(…).save_pretrained(…)."
+            )
         if vocab is None:
             raise MergeError(
                 f"{c.source}: has no tokenizer of a kind that is read here (tokenizer.json, "

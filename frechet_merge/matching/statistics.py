@@ -16,6 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from .blocks import Block, get
+from .moved import moved, on_both_sides
+from .rows import Rows
 from ..files.checkpoint import Checkpoint
 from ..files.open import load
 from ..messages import MergeError
@@ -201,7 +203,7 @@ def statistics(
     found = {}
     for block in blocks:
         held = [files[i] for i in block.who] if block.mergeable else []
-        parts = [parts_for(each, block) for each in held]
+        parts = on_both_sides([parts_for(each, block, i) for i, each in enumerate(held)])
         if any(parts):
             _check_alike(block, held, parts, carries)
             found[block.name] = _metrics(block.name, held, parts, device)
@@ -271,9 +273,11 @@ def _check_carried(what: str, parts: set[str], carries: Collection[str]) -> None
 def parts_for(
     held: Checkpoint,  # statistics of one model
     block: Block,
+    at: int = 0,  # the model's place among those that have the tensor
 ) -> dict[str, LazyTensor]:
     "The metric of a tensor, by part (\"\" is a diagonal); `MergeError` if a part does not fit."
-    shape = block.lazy[0].shape
+    version = block.lazy[at]
+    shape = version.own.lazy.shape if isinstance(version, Rows) else version.shape
     found = {p: x for p in PARTS if (x := get(held, f"{block.name}.{p}")) is not None}
     if "projected" in found and (x := get(held, f"{block.name}.sigma")) is not None:
         found["sigma"] = x
@@ -287,7 +291,7 @@ def parts_for(
                 f"shape {list(x.shape)}, and the tensor {list(shape)}.\n"
                 "Collect the statistics from the model that is merged."
             )
-    return found
+    return moved(found, version, f"{held.source}: the metric of tensor {block.name!r}")
 
 # %% ../../nbs/matching/statistics.ipynb #34823298
 def _check_alike(

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['SPECIAL', 'SENTENCEPIECE', 'AS_PIECES', 'PIECE_TYPES', 'FILES', 'added', 'special', 'with_added', 'pieces', 'asked',
-           'read_tokens', 'held_by']
+           'needs', 'read_tokens', 'held_by']
 
 # %% ../../nbs/matching/tokenizers.ipynb #d15fa771
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -118,11 +119,21 @@ AS_PIECES = ("Llama", "CodeLlama", "Gemma", "Albert", "XLNet")
 # and the model types that have them, where no class is named
 PIECE_TYPES = ("llama", "mistral", "mixtral", "gemma", "gemma2", "albert", "xlnet")
 
-
+# %% ../../nbs/matching/tokenizers.ipynb #6fcdb869
 def _of_fairseq(found: list[str]) -> dict[str, int]:
     "Numbers as XLM-R has them: the first three pieces are unknown, begin and end."
     first = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}
     return {**{t: i + 1 for i, t in enumerate(found) if i > 2}, **first, "<mask>": len(found) + 1}
+
+# %% ../../nbs/matching/tokenizers.ipynb #0e9dc748
+def _of_t5(found: list[str], folder: Path) -> dict[str, int]:
+    "Numbers as T5 has them: behind the pieces its sentinels, the last of them first."
+    known = {t: i for i, t in enumerate(found)}
+    said = _json(folder/"tokenizer_config.json").get("extra_ids")
+    n = 100 if said is None else int(said)
+    if "<extra_id_0>" in known or "▁<extra_id_0>" in known:
+        return known
+    return {**known, **{f"<extra_id_{i}>": len(found) + n - 1 - i for i in range(n)}}
 
 # %% ../../nbs/matching/tokenizers.ipynb #c007d295
 def _class_of(folder: Path) -> str:
@@ -133,15 +144,19 @@ def _class_of(folder: Path) -> str:
     kind = _json(folder/"config.json").get("model_type")
     if kind in ("xlm-roberta", "xlm-roberta-xl"):
         return "XLMRoberta"
+    if kind == "t5":
+        return "T5"
     return "Llama" if kind in PIECE_TYPES else ""
 
 # %% ../../nbs/matching/tokenizers.ipynb #544e1908
 def _of_sentencepiece(folder: Path, file: Path) -> dict[str, int]:
     "Token → number in a folder with no other vocabulary; `ValueError` if nobody knows."
     kind = _class_of(folder)
-    if kind not in (*AS_PIECES, "XLMRoberta"):
+    if kind not in (*AS_PIECES, "XLMRoberta", "T5"):
         return asked(folder)
     found = pieces(read_bytes(file))
+    if kind == "T5":
+        return with_added(_of_t5(found, folder), folder)
     if not found:
         return asked(folder)
     known = {t: i for i, t in enumerate(found)} if kind in AS_PIECES else _of_fairseq(found)
@@ -166,9 +181,28 @@ def asked(
         return tokenizer.get_vocab()
     # a tokenizer may be damaged in any way, or need a library that is not there
     except Exception as e:
-        raise ValueError(f"transformers does not open it: {e}") from e
+        raise ValueError(f"transformers does not open it: {needs(folder) or e}") from e
     finally:
         logging.set_verbosity(before)
+
+# %% ../../nbs/matching/tokenizers.ipynb #fd89580a
+def needs(
+    folder: Path,
+) -> str:  # empty: nothing that is known here
+    "What transformers lacks to open a folder, in words: it names another library than it needs."
+    is_piece = any((folder/n).is_file() for n in SENTENCEPIECE)
+    is_alone = not (folder/"tokenizer.json").is_file()
+    if is_piece and is_alone and not _has("google.protobuf"):
+        return "it reads sentencepiece models with protobuf, which is not installed"
+    return ""
+
+# %% ../../nbs/matching/tokenizers.ipynb #6c83840c
+def _has(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    # of a package that is not there
+    except ModuleNotFoundError:
+        return False
 
 # %% ../../nbs/matching/tokenizers.ipynb #54add297
 def _letters() -> dict[int, str]:

@@ -18,7 +18,7 @@ from ..adapters.baking import bake
 from ..adapters.common import speech_of
 from ..adapters.tokens import adapters_lined_up
 from ..matching.blocks import Block, align
-from ..files.checkpoint import Checkpoint, vocabulary_size
+from ..files.checkpoint import Checkpoint
 from ..files.formats import SHARD, STEMS, spec_of
 from ..files.open import load
 from ..files.whole import reader_of_one_file
@@ -120,13 +120,6 @@ def _in_one_vocabulary(opened: Opened) -> Opened:
         recipe.tokenizer,
         recipe.pad_to_multiple_of,
     )
-    counts = {vocabulary_size(c.config) for c in opened.every}
-    chosen = recipe.tokenizer is not None or recipe.pad_to_multiple_of is not None
-    if recipe.metrics is not None and (chosen or len(counts) > 1):
-        raise MergeError(
-            "metrics are of rows in each model's own order, and the models have other "
-            "vocabularies: merge them without metrics."
-        )
     models = seen[len(bases) :]
     if recipe.sum is not None:
         _refuse_rows_without_difference(models)
@@ -147,12 +140,6 @@ def _labelled_alike(opened: Opened) -> Opened:
     if opened.are_adapters:
         return opened
     seen = in_one_order(opened.every, opened.models)
-    has_moved = any(a is not b for a, b in zip(seen, opened.every))
-    if has_moved and opened.recipe.metrics is not None:
-        raise MergeError(
-            "metrics are of rows in each model's own order, and the models have their labels in "
-            "other orders: merge them without metrics."
-        )
     n = len(opened.every) - len(opened.models)
     return replace(opened, models=seen[n:], base=seen[0] if n else None)
 
