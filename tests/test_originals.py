@@ -1,4 +1,4 @@
-"""The table of original names is what diffusers does, and Flux is written as its trainers read it."""
+"""The table of original names is what diffusers does, and Flux is written as trainers read it."""
 
 import re
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from .originals import original_of, originals, rows_of
 from .peft import Layer
 from ..files.tensors import LazyTensor
+from ..messages import MergeError
 
 # %% ../../nbs/adapters/pipelines.ipynb #cee7da33
 ROWS = 1 << 32  # more than a matrix has
@@ -233,8 +234,14 @@ def part_of(layer: Layer, name: str, place: Place) -> Layer:
     if place.is_whole:
         return replace(layer, name=name, keys=keys)
     changes: dict[str, Any] = {"B": Rows(layer.B, place.rows)}
-    if layer.bias is not None:
-        changes["bias"] = Rows(layer.bias, place.rows)
+    for vector in ("bias", "magnitude"):
+        if (x := getattr(layer, vector)) is not None:
+            changes[vector] = Rows(x, place.rows)
+    if layer.magnitude is not None and layer.of_inputs:
+        raise MergeError(
+            f"{layer.source}: is a DoRA whose lengths are of the inputs of {layer.name!r}, "
+            "of which diffusers makes several layers.\nPut it on its base with the library that made it."
+        )
     return replace(layer, name=name, keys=keys, **changes)
 
 # %% ../../nbs/adapters/pipelines.ipynb #9b83b98f
