@@ -6,6 +6,7 @@
 __all__ = ['CONV1D', 'HEADS', 'BakedTensor', 'made_of', 'is_baked', 'classes', 'bake']
 
 # %% ../../nbs/adapters/baking.ipynb #7899d5b7
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .dialects import layers
-from .dora import Rescaled, is_dora, layers_for_base
+from .dora import Rescaled, lengths_in, with_lengths, without_lengths
 from .homes import at_home
 from .peft import Layer
 from ..files.checkpoint import HEAD, Checkpoint, ties, token_rows, vocabulary_size
@@ -263,7 +264,10 @@ def _put(onto: _Onto, layer: Layer) -> None:
     transposed = is_embedding or _transposed(layer, x, onto.base.config)
     B, A = (f.A.mT, f.B.mT) if transposed else (f.B, f.A)
     as_stored = (B.shape[0], A.shape[1]) if transposed else (layer.shape[0], *layer.A.shape[1:])
-    if x.shape != as_stored or not x.dtype.is_floating_point:
+    # LoHa and LoKr may have a kernel flattened
+    flat = (x.shape[0], math.prod(x.shape[1:]))
+    fits = x.shape == as_stored or (len(x.shape) > 2 and flat == as_stored)
+    if not fits or not x.dtype.is_floating_point:
         raise onto.refusal(
             f"does not fit {name!r} of shape {list(x.shape)}, {x.dtype}: its update is "
             f"{list(f.shape)}"
@@ -272,7 +276,9 @@ def _put(onto: _Onto, layer: Layer) -> None:
     onto.lazy[name] = BakedTensor(x, B.to(wide).contiguous(), A.to(wide).contiguous())
     if layer.magnitude is not None:
         lengths = layer.magnitude.tensor().flatten()
-        onto.lazy[name] = Rescaled(onto.lazy[name], lengths, transposed)
+        if len(lengths) != x.shape[int(transposed != layer.of_inputs)]:
+            raise onto.refusal(f"has {len(lengths)} magnitudes for {name!r}")
+        onto.lazy[name] = Rescaled(onto.lazy[name], lengths, transposed != layer.of_inputs)
     if layer.bias is not None:
         _put_bias(onto, layer, wide)
 
@@ -376,7 +382,9 @@ def bake(
     onto = _Onto(base, adapter, dict(base.lazy))
     if base.adapter is not None:
         raise onto.refusal("needs a full model under it", "Put the full model first: BASE+ADAPTER.")
-    found, rest = layers_for_base(adapter) if is_dora(adapter) else layers(adapter)
+    is_dora = bool(lengths_in(adapter.lazy) or (adapter.adapter or {}).get("use_dora"))
+    found, rest = layers(without_lengths(adapter) if is_dora else adapter)
+    found = with_lengths(adapter, found) if is_dora else found
     found = at_home(base, adapter, found)
     if codes := quantised(base):
         name, form = codes

@@ -12,7 +12,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from .peft import Layer
-from .pipelines import IN_PIPELINE, in_full, in_places, named_by_diffusers
+from .pipelines import IN_PIPELINE, in_full, in_original, in_places
+from .pipelines import named_by_diffusers
 from ..files.checkpoint import Checkpoint
 from ..files.tensors import LazyTensor
 from ..messages import MergeError
@@ -22,7 +23,7 @@ from ..messages import MergeError
 FLAT = {
     "lora_te1_": ("text_encoder",),
     "lora_te2_": ("text_encoder_2",),
-    "lora_te3_": ("text_encoder_3",),
+    "lora_te3_": ("text_encoder_3", "text_encoder_2"),
     "lora_te_": ("text_encoder",),
     "lora_unet_": ("unet", "transformer"),
     "lora_transformer_": ("transformer",),
@@ -176,9 +177,24 @@ def _as_the_first(
         return [*homes]
     return [first, *(x for x in others if x is not None)]
 
+# %% ../../nbs/adapters/common.ipynb #b4f55e15
+def _in_originals(homes: Sequence[dict[str, Layer]]) -> list[dict[str, Layer]]:
+    "All under the names that kohya's trainer has for Flux, if they are its layers; else as it was."
+    found = [in_original(home) for home in homes]
+    return [*homes] if any(x is None for x in found) else [x for x in found if x is not None]
+
 # %% ../../nbs/adapters/common.ipynb #177d7bbd
 def _with(read: Sequence[Said], updates: Sequence[dict[str, Layer]]) -> list[Said]:
     return [(ours, whole) for ours, (_, whole) in zip(updates, read)]
+
+# %% ../../nbs/adapters/common.ipynb #c8c0e44c
+def _placed(
+    read: Sequence[Said], homes: Sequence[dict[str, Layer]], wanted: bool, dialect: str
+) -> list[Said]:
+    "All under the names of the first file, of kohya's trainer, or of diffusers."
+    found = _as_the_first(read, homes, wanted)
+    is_new = all(ours is home for ours, home in zip(found, homes))
+    return _with(read, _in_originals(homes) if is_new and dialect == "kohya" else found)
 
 # %% ../../nbs/adapters/common.ipynb #d0040785
 def in_one_language(
@@ -198,11 +214,11 @@ def in_one_language(
         known = _known(models, read)
         homes = [in_pipeline(c, updates, known) for c, (updates, _) in zip(models, read)]
         is_kept = to in (None, spoken[0]) and not is_other
-        return _with(read, _as_the_first(read, homes, is_kept))
+        return _placed(read, homes, is_kept, to or spoken[0])
     if wanted <= {*OF_PIPELINES} and len({frozenset(updates) for updates, _ in read}) > 1:
         homes = _homes(models, read)
         if homes is not None and _two_names(read, homes):
-            return _with(read, _as_the_first(read, homes, True))
+            return _placed(read, homes, True, spoken[0])
     return [*read]
 
 # %% ../../nbs/adapters/common.ipynb #4c585a29

@@ -14,6 +14,8 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .dora import MAGNITUDE
+from .peft import ON_ITS_BASE as NAMED_ON_BASE
 from .peft import Layer, _rank_and_alpha, _refuse_other_updates, unnamed
 from .peft import layers as peft_layers
 from .reading import layer_of
@@ -25,7 +27,6 @@ from ..messages import MergeError
 # %% ../../nbs/adapters/dialects.ipynb #78cc7102
 # what names contain → what it is
 REFUSED = {
-    r"[.]dora_scale$": "a DoRA, which rescales the sum of base and update",
     r"[._](oft_blocks|oft_diag|boft_[a-zA-Z]+|oft_[rR])([.]|$)": "an orthogonal adapter (OFT)",
     r"[._]ia3_|[.]on_input$": "an (IA)³ adapter",
     r"[._](vera_lambda|randlora_lambda)_": "a VeRA adapter",
@@ -144,10 +145,11 @@ def alpha_beside(names: Collection[str]) -> str | None:
 # %% ../../nbs/adapters/dialects.ipynb #ef6308dd
 def spoken(c: Checkpoint) -> Checkpoint:
     "c with its dialect in `adapter`, if it is not PEFT's; `MergeError` if it cannot be read."
-    if why := refusal(c.lazy.keys(), c.adapter):
+    names = [n for n in c.lazy if not MAGNITUDE.search(n)]
+    if why := refusal(names, c.adapter):
         raise MergeError(f"{c.source}: {why}")
     try:
-        dialect = dialect_of(c.lazy.keys(), c.adapter)
+        dialect = dialect_of(names, c.adapter)
     except MergeError as e:
         raise MergeError(f"{c.source}: {e}") from None
     if dialect == "peft" and (name := alpha_beside(c.lazy.keys())):
@@ -243,6 +245,11 @@ def layers(
     if dialect == "peft":
         kind = (c.adapter or {}).get("peft_type", "LORA")
         return _other_updates(c, kind) if kind in UPDATES[1:] else peft_layers(c)
+    if name := next(filter(MAGNITUDE.search, c.lazy), None):
+        raise MergeError(
+            f"{c.source}: is a DoRA, which rescales the sum of base and update ({name!r}): it adds "
+            f"no update of its own.\n{NAMED_ON_BASE}"
+        )
     c = unnamed(c.view(lazy={n: c.lazy[c.tied.get(n, n)] for n in c}, tied={}))
     scale = _scale_of_diffusers(c) if dialect == "diffusers" else None
     if dialect in ("mlx", "torchtune"):

@@ -39,6 +39,7 @@ class Layer:
     experts: int = 1
     # (m,) lengths of the outputs of W + ΔW, of a DoRA that is put on its base
     magnitude: LazyTensor | None = None
+    of_inputs: bool = False  # these are (n,) lengths of the inputs, as LyCORIS may have them
     rank = property(lambda self: self.A.shape[0]//self.experts)  # r
     # (m, n) of ΔW
     shape = property(lambda self: (self.B.shape[0], math.prod(self.A.shape[1:])))

@@ -17,7 +17,7 @@ from .common import part_for
 from .dialects import DIALECTS, METADATA, spoken_in
 from .kohya import NOT_KEPT, header
 from .peft import Layer
-from .pipelines import IN_PIPELINE, Asked, places
+from .pipelines import IN_PIPELINE, Asked, places_loaded
 from ..files.checkpoint import Checkpoint
 from ..messages import MergeError
 
@@ -87,7 +87,7 @@ def _check_flat(found: Mapping[str, str]) -> None:
     if find_spec("diffusers") is None:
         return
     asked = tuple(_flat_asked(stem) for stem in found.values())
-    back = {place.module: name for name, place in places(asked).items()}
+    back = {place.module: name for name, place in places_loaded(asked).items()}
     for name, stem in found.items():
         if back.get(stem) != name:
             read = f"reads as {back[stem]!r}" if stem in back else "does not read"
@@ -118,20 +118,21 @@ def _is_kept(layer: Layer, dialect: str) -> bool:
     return spoken_in(layer.keys[0], False) == dialect
 
 # %% ../../nbs/adapters/writing.ipynb #befe01d7
-def _own(layer: Layer, dialect: str, has_alpha: bool) -> Names:
+def _own(layer: Layer, dialect: str, alphas: Collection[str]) -> Names:
     "The names that a layer has."
     down, up = layer.keys
     stem = re.sub(r"[.](lora_(A|down|a)([.]weight)?|down[.]weight)$", "", down)
     bias = re.sub(r"(lora_B[.])weight$", r"\1bias", up)
     is_flat = dialect == "kohya" or down.endswith(".lora_down.weight")
-    beside = f"{stem}.alpha" if has_alpha or is_flat else None
+    alpha = f"{stem}.alpha"
+    beside = alpha if alpha in alphas or is_flat else None
     return Names(down, up, f"{stem}.diff_b" if is_flat else bias if bias != up else "", beside)
 
 # %% ../../nbs/adapters/writing.ipynb #fcab5ae8
 def names_of(
     layers: Mapping[str, Layer],  # by module
     dialect: str,  # that is written
-    has_alpha: bool,  # whether the first file has numbers beside its factors
+    alphas: Collection[str],  # names of the numbers beside factors in the files
 ) -> dict[str, Names]:
     "How each layer is written; `MergeError` for one that the dialect cannot name."
     new = [name for name, layer in layers.items() if not _is_kept(layer, dialect)]
@@ -139,7 +140,7 @@ def names_of(
     found = {}
     for name, layer in layers.items():
         if name not in begin:
-            found[name] = _own(layer, dialect, has_alpha)
+            found[name] = _own(layer, dialect, alphas)
             continue
         stem = begin[name]
         alpha = f"{stem}.alpha" if how.has_alpha else None

@@ -163,9 +163,8 @@ def _how(
     "How a merge is written: in the dialect of the recipe, or of the first adapter."
     dialect = recipe.to or speech_of(models[0])
     alpha = usual(ranks) if alpha is None else alpha
-    is_own = speech_of(models[0]) == dialect
-    has_alpha = is_own and any(name.endswith(".alpha") for name in models[0].lazy)
-    names = names_of({u.name: u.first for u in updates}, dialect, has_alpha)
+    alphas = {name for c in models for name in c.lazy if name.endswith(".alpha")}
+    names = names_of({u.name: u.first for u in updates}, dialect, alphas)
     spellings: dict[str, Spelling] = {}
     turned = DIALECTS[dialect].turned
     for u in updates:
