@@ -126,6 +126,10 @@ def spelled(g: Geometry) -> str:  # as `geometry_named` reads it; its repr if it
 # %% ../../nbs/geometries/registry.ipynb #ae4ed354
 def as_data(g: Any) -> Any:
     "A geometry as plain data, from which `from_data` makes it again; other values as they are."
+    if isinstance(g, Mapping):
+        return {k: as_data(v) for k, v in g.items()}
+    if isinstance(g, (list, tuple)):
+        return [as_data(v) for v in g]
     if not isinstance(g, Geometry):
         return g
     kind = type(g)
@@ -135,8 +139,12 @@ def as_data(g: Any) -> Any:
 # %% ../../nbs/geometries/registry.ipynb #e3af4d09
 def from_data(data: Any) -> Any:
     "What `as_data` was given; `MergeError` for a class that is no installed geometry."
-    if not isinstance(data, Mapping) or "class" not in data:
+    if isinstance(data, list):
+        return [from_data(v) for v in data]
+    if not isinstance(data, Mapping):
         return data
+    if "class" not in data:
+        return {k: from_data(v) for k, v in data.items()}
     module, _, name = str(data["class"]).partition(":")
     homes = {"frechet_merge", *(e.module.partition(".")[0] for e in geometries().values())}
     kind = None

@@ -17,6 +17,7 @@ from typing import Any
 from ..matching.blocks import by_name
 from .block import is_statistic, weights_of
 from ..messages import MergeError, warn
+from .rules import without_rules
 from ..spaces.mean import normalise
 
 # %% ../../nbs/merging/coefficients.ipynb #497b7e00
@@ -143,12 +144,12 @@ def _of_models(value: Any, depth: float, T: int, what: str) -> list[float]:
     return [at_depth(x, depth) for x in value]
 
 # %% ../../nbs/merging/coefficients.ipynb #9b00c194
-def _is_over_depth(value: Any, alone: bool) -> bool:
-    "Whether a value, or one of a mapping's, changes with depth; a scale is `alone`."
-    values = value.values() if isinstance(value, Mapping) else [value]
+def _is_over_depth(values: Mapping[str, Any], alone: bool) -> bool:
+    "Whether one of several values changes with depth; a scale is `alone`."
+    distinct = {id(value): value for value in values.values()}.values()
     if alone:
-        return any(map(in_a_row, values))
-    return any(in_a_row(v) and any(map(in_a_row, v)) for v in values)
+        return any(map(in_a_row, distinct))
+    return any(in_a_row(v) and any(map(in_a_row, v)) for v in distinct)
 
 # %% ../../nbs/merging/coefficients.ipynb #a81c5272
 def _depths_for(names: list[str], is_over_depth: bool) -> dict[str, float]:
@@ -197,10 +198,11 @@ def numbers_for(
     what, asked = ("sum", recipe.sum) if is_sum else ("weights", recipe.weights)
     if isinstance(asked, str) or isinstance(recipe.scale, str):
         raise ValueError(f"{what} = {asked!r} and scale = {recipe.scale!r} must be numbers.")
-    values, scales = by_name(asked, names, None, what), by_name(recipe.scale, names, 1.0, "scale")
+    values = without_rules(by_name(asked, names, None, what), what)
+    scales = without_rules(by_name(recipe.scale, names, 1.0, "scale"), "scale")
     if is_sum:
         _refuse_without_coefficients(values)
-    over_depth = _is_over_depth(asked, False) or _is_over_depth(recipe.scale, True)
+    over_depth = _is_over_depth(values, False) or _is_over_depth(scales, True)
     depth = _depths_for(names, over_depth)
     # what many tensors have in common is computed once
     once: dict[Any, tuple[list[float], list[float]]] = {}

@@ -373,8 +373,8 @@ def make(
 # %% ../../nbs/merging/merge.ipynb #b43d3d0e
 def merge(
     models: Sequence[Model],  # full checkpoints, or PEFT adapters of one base
-    # what a distance is: a `Geometry`, or the name of one, "lora:rank=16"
-    geometry: Geometry | str = Euclidean(),
+    # what a distance is: a `Geometry`, or the name of one, "lora:rank=16", or {name pattern: these}
+    geometry: Geometry | str | dict = Euclidean(),
     # merging is then on the differences from it (adapters are differences already)
     base: Model | None = None,
     # one per model, or {name pattern: one per model}; >= 0, normalised; default equal; in the place

@@ -33,6 +33,7 @@ from .block import Copy, How, Job, MeanOf, is_statistic
 from .coefficients import Numbers, in_a_row, numbers_for, refuse_sum_of
 from .coefficients import refuse_without_base, refuse_without_difference
 from .coefficients import say_of_statistics
+from .each import geometry_of_each, refuse_choice
 from .experts import by_expert, fusions, is_fused
 from .recipe import Recipe
 from .run import Plan
@@ -162,6 +163,7 @@ def check_recipe(opened: Opened, name: str | None = None) -> None:
     recipe = opened.recipe
     if opened.are_adapters:
         _check_adapters(recipe)
+        refuse_choice(recipe.geometry)
     elif recipe.to is not None:
         raise ValueError("to= is a dialect for merged adapters, and these are full models.")
     elif recipe.bake is not None:
@@ -291,7 +293,9 @@ def _has_negative(value: Any) -> bool:
     "Whether there is a negative number in numbers of any kind."
     if isinstance(value, Mapping):
         return any(map(_has_negative, value.values()))
-    return any(map(_has_negative, value)) if in_a_row(value) else value is not None and value < 0
+    if in_a_row(value):
+        return any(map(_has_negative, value))
+    return isinstance(value, (int, float)) and value < 0
 
 # %% ../../nbs/merging/plan.ipynb #fdfb9c8d
 def _check_sum(opened: Opened, blocks: Sequence[Block], given: Numbers) -> None:
@@ -312,19 +316,21 @@ def _jobs(opened: Opened, blocks: Sequence[Block], given: Numbers, device: Any) 
     "A job for each block."
     recipe, base = opened.recipe, _reference(opened)
     metrics = _metrics_for(opened, blocks, device)
-    how = How(recipe.geometry, device, recipe.allow_nonfinite)
+    # a base has what no model has, and it is copied
+    merged = [b.name for b in blocks if b.mergeable]
+    geometry_of = geometry_of_each(recipe.geometry, merged)
     has_fused = any(is_fused(b.name, b.first.shape) for b in blocks)
     fused = fusions(opened.models[0]) if has_fused else {}
     of_base = "" if base is None else base.source
 
     def job(b: Block) -> Job:
         if not b.mergeable:
-            return Copy(b.name, b.first, of_base, how.allow_nonfinite)
+            return Copy(b.name, b.first, of_base, recipe.allow_nonfinite)
         sources = [opened.models[i].source for i in b.who]
         share = given.of(b.name, b.who)
         whole = MeanOf(
             b,
-            how,
+            How(geometry_of(b.name, b.who), device, recipe.allow_nonfinite),
             share.weights,
             share.scale,
             metrics.get(b.name),

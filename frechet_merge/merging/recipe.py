@@ -21,7 +21,9 @@ from ..curvature.calibration import Calibration
 from ..files.checkpoint import Checkpoint
 from .coefficients import in_a_row
 from ..messages import MergeError
-from ..geometries.registry import as_data, from_data, geometry_named, spelled
+from .rules import are_rules
+from .each import as_geometry
+from ..geometries.registry import as_data, from_data, spelled
 from ..geometries.geometry import Euclidean, Geometry
 from ..spaces.robust import Loss, loss_named, loss_spelled
 
@@ -103,7 +105,7 @@ class Recipe:
 # %% ../../nbs/merging/recipe.ipynb #f0f0aa01
 # how what somebody typed for a field is read; what is read already stays
 READ: dict[str, Callable[[Any], Any]] = {
-    "geometry": lambda x: geometry_named(x) if isinstance(x, str) else x,
+    "geometry": as_geometry,
     "loss": lambda x: loss_named(x) if isinstance(x, str) else x,
     "drop": lambda x: [x] if isinstance(x, str) else [*x],
     "tokenizer": lambda x: None if x is None else str(x),
@@ -244,6 +246,13 @@ def typed_numbers(
         return [_typed_row(value, alone)]
     return [f"{pattern}={_typed_row(x, alone)}" for pattern, x in value.items()]
 
+# %% ../../nbs/merging/recipe.ipynb #432ffada
+def _has_rules(value: Any) -> bool:
+    "Whether numbers have rules among them, for which options have no words."
+    if isinstance(value, Mapping):
+        return any(map(_has_rules, value.values()))
+    return in_a_row(value) and (are_rules(value) or any(map(_has_rules, value)))
+
 # %% ../../nbs/merging/recipe.ipynb #29fe6a00
 def _can_be_typed(recipe: Recipe, name: str) -> bool:
     "Whether a command line can say this recipe."
@@ -255,7 +264,8 @@ def _can_be_typed(recipe: Recipe, name: str) -> bool:
     feed = recipe.calibrate
     unusual = feed is not None and feed != Calibration(feed.data, feed.split, feed.max_samples)
     by_name = [v for v in (recipe.weights, recipe.sum, recipe.scale) if isinstance(v, Mapping)]
-    unsaid = unusual or any(None in v.values() for v in by_name)
+    numbers = [recipe.weights, recipe.sum, recipe.scale]
+    unsaid = unusual or any(None in v.values() for v in by_name) or any(map(_has_rules, numbers))
     return name != repr(recipe.geometry) and not unsaid
 
 # %% ../../nbs/merging/recipe.ipynb #1b4aa679
