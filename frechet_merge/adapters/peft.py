@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..algebra.factors import Factors
 from ..files.checkpoint import Checkpoint
 from ..matching.views import renamed, without
@@ -20,6 +23,13 @@ from .patterns import is_meant, matches
 from ..files.tensors import LazyTensor
 
 # %% ../../nbs/adapters/peft.ipynb #94d53447
+def _is_finite(x: Tensor) -> bool:
+    "Whether there is no NaN and no infinity."
+    # a sum of finite numbers may be too large, and is then looked at again
+    total = float(x.sum(dtype=torch.promote_types(x.dtype, torch.float32)))
+    return math.isfinite(total) or bool(x.isfinite().all())
+
+# %% ../../nbs/adapters/peft.ipynb #93e4ba47
 @dataclass(frozen=True)
 class Layer:
     "One adapted layer of one adapter: ΔW = s·B·A, its factors still on disk."
@@ -60,9 +70,18 @@ class Layer:
         # (default: the CPU)
     ) -> Factors:
         "The factors, with `MergeError` if they are not finite."
-        B, A = (x.tensor().to(device).flatten(1).double() for x in (self.B, self.A))
+        return self.stored(device).double()
+
+    def stored(
+        self,
+        device: Any = None,
+    ) -> Factors:  # of these shapes, in the dtype of the file, s apart
+        "The factors as they are stored, with `MergeError` if they are not finite."
+        B, A = (x.tensor().to(device).flatten(1) for x in (self.B, self.A))
+        # nothing is computed with numbers of one byte
+        B, A = (x if x.dtype.itemsize > 1 else x.float() for x in (B, A))
         for k, x in zip(self.keys, (A, B)):
-            if not math.isfinite(float(x.sum())):
+            if not _is_finite(x):
                 raise MergeError(
                     f"{self.source}: tensor {k!r} has {int((~x.isfinite()).sum())} values that are "
                     "NaN or infinite.\n"
@@ -71,7 +90,7 @@ class Layer:
         if self.experts > 1:
             A = A.unflatten(0, (self.experts, -1))
             B = B.unflatten(1, (-1, self.experts)).permute(2, 0, 1)
-        return Factors(self.s*B, A)
+        return Factors(B, A, self.s)
 
 # %% ../../nbs/adapters/peft.ipynb #d98d63c1
 # keys of the config that make an adapter something else than W + s·B·A

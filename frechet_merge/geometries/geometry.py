@@ -57,6 +57,7 @@ class Needs:
     raw: bool = False
     stacks: bool = False  # tensors may have one more dimension in front, which counts layers
     keeps_rank: bool = False  # a mean of low-rank updates has their rank, not the sum of the ranks
+    stored: bool = False  # low-rank updates may come as `Pairs`, in the dtypes of their files
     # the field of its own that `tune` searches, in which the mean is affine; None: the scale
     knob: str | None = None
     # of a composition: why it cannot be, and what to use instead, in words

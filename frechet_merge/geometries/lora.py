@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..algebra.factors import Factors, balanced, core, svd
-from ..algebra.stacked import Stacked, placed
+from ..algebra.stacked import Pairs, Stacked, as_stored, placed
 from .pinned import Pinned
 from .polar import Polar
 from .quotient import Quotient
@@ -86,6 +86,7 @@ class LoRA(Geometry):
             pieces=False,
             raw=False,
             knob=None,
+            stored=True,
         )
 
     def out_rank(
@@ -100,15 +101,16 @@ class LoRA(Geometry):
     def chart(self, thetas, Gs=None):
         """Cores (R_B, R_A) of `Factors` as points of the inner geometry; back, the balanced pair of
         rank `out_rank`. `ValueError` if shapes differ."""
-        if any(f.shape != thetas[0].shape for f in thetas):
+        stored = as_stored(thetas)
+        if any(f.shape != stored[0].shape for f in stored):
             raise ValueError(
-                f"updates of shapes {[f.shape for f in thetas]} cannot be merged: the adapters "
+                f"updates of shapes {[f.shape for f in stored]} cannot be merged: the adapters "
                 "are of different bases."
             )
-        dtype, k = thetas[0].dtype, self.out_rank([f.rank for f in thetas], thetas[0].shape)
-        inner = self.inner
-        if type(inner) is Euclidean and _are_many(thetas, k):
-            return _chart_of_many(thetas, k, Gs)
+        dtype = torch.float64 if isinstance(thetas, Pairs) else stored[0].dtype
+        k, inner = self.out_rank([f.rank for f in stored], stored[0].shape), self.inner
+        if type(inner) is Euclidean and _are_many(stored, k):
+            return _chart_of_many(stored, k, Gs, dtype)
         QB, QA, cores = core(list(thetas))
         reads = cores if inner.needs.of == "factors" else [c.delta() for c in cores]
         chart = inner.chart(reads, Gs)
@@ -139,9 +141,9 @@ def _are_many(thetas: Sequence[Factors], k: int) -> bool:
     return is_one_layer and R >= MANY and (k == R or R <= min(m, n))
 
 # %% ../../nbs/geometries/lora.ipynb #5a1e0c03
-def _chart_of_many(thetas: Sequence[Factors], k: int, Gs: Any) -> Chart:
+def _chart_of_many(thetas: Sequence[Factors], k: int, Gs: Any, dtype: torch.dtype) -> Chart:
     "The updates of one layer as points of T coordinates; back, their combination at rank k."
-    dtype, lead = thetas[0].dtype, thetas[0].B.shape[:-2]
+    lead = thetas[0].B.shape[:-2]
     alone = [Factors(f.B.reshape(f.B.shape[-2:]), f.A.reshape(f.A.shape[-2:]), f.s) for f in thetas]
     many = Stacked.of(alone)
     points, back = placed(many.products())

@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 
 from ..messages import MergeError, warn
 from ..algebra.factors import Factors, svd
+from ..algebra.stacked import Pairs
 from ..geometries.geometry import Geometry
 from ..spaces.mean import Mean, frechet_mean
 from .block import Job, together
@@ -30,13 +31,28 @@ def _stacked(fs: Sequence[Factors]) -> Factors:
         (one,) = fs
         return one
     if len(fs) == 1:
-        return Factors(fs[0].B[None], fs[0].A[None])
+        return Factors(fs[0].B[None], fs[0].A[None], fs[0].s)
     return Factors(torch.stack([f.B for f in fs]), torch.stack([f.A for f in fs]))
 
 # %% ../../nbs/merging/update.ipynb #16501eee
 def _zero_like(f: Factors, rank: int) -> Factors:
     "The update of an adapter that lacks the layer: it adds nothing to the base."
     return Factors(torch.zeros_like(f.B[..., :rank]), torch.zeros_like(f.A[..., :rank, :]))
+
+# %% ../../nbs/merging/update.ipynb #41817ace
+def _updates(
+    g: Geometry, batch: Sequence[Update], count: int, device: Any
+) -> Sequence[Factors]:  # of N layers each
+    "What `count` adapters make of the layers of a batch; of one layer as stored, if g takes it."
+    as_stored = g.needs.stored and len(batch) == 1
+    versions = zip(*(u.versions for u in batch))
+    found = [
+        _stacked([v.stored(device) if as_stored else v.factors(device) for v in layers])
+        for layers in versions
+    ]
+    rank = found[0].rank if g.needs.keeps_rank else 1
+    found += [_zero_like(found[0], rank)]*(count - len(found))
+    return Pairs(found) if as_stored else found
 
 # %% ../../nbs/merging/update.ipynb #2079c7ca
 def merge_updates(
@@ -48,11 +64,8 @@ def merge_updates(
     device: Any = None,  # where it is computed, as torch names devices; default the CPU
 ) -> tuple[Factors, list[Mean]]:  # B (N, m, k), A (N, k, n), float64; and N reports
     "Chart, mean, lift, for N layers at once; `MergeError` for factors that are not finite."
-    versions = zip(*(u.versions for u in batch))
-    thetas = [_stacked([v.factors(device) for v in layers]) for layers in versions]
+    thetas = _updates(g, batch, len(ws), device)
     N = len(thetas[0].B)
-    rank = thetas[0].rank if g.needs.keeps_rank else 1
-    thetas += [_zero_like(thetas[0], rank)]*(len(ws) - len(thetas))
     if g.needs.stacks:
         chart = g.chart(thetas)
         # from here on all is small
