@@ -2,6 +2,7 @@
 what decides the function beside the weights is told apart."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -286,3 +287,25 @@ class TestSettings:
             (tmp_path/n/"modules.json").write_text(json.dumps(listed))
         with pytest.raises(MergeError, match="SpladePooling of max.*SpladePooling of sum"):
             merge([tmp_path/"a", tmp_path/"b"], out=tmp_path/"o")
+
+
+class TestOlderTransformers:
+    "Versions before 5 have no tables of layouts: what they cannot line up is refused by name."
+
+    def test_names_are_left_without_a_table(self, monkeypatch):
+        from frechet_merge.matching.layouts import Layout, _stored_name
+
+        monkeypatch.setitem(sys.modules, "transformers.core_model_loading", None)
+        assert _stored_name("w", Layout(None, {"u": "v"}, {}, ())) == "w"
+
+    @pytest.mark.parametrize("version, offers", [("4.56.2", True), ("5.23.0", False)])
+    def test_two_layouts(self, tmp_path, monkeypatch, version, offers):
+        import transformers
+
+        monkeypatch.setattr(transformers, "__version__", version)
+        for n, lead in (("a", "tower.layers"), ("b", "model.tower.blocks")):
+            state = {f"{lead}.{i}.w": torch.ones(4)*i for i in range(3)}
+            save(tmp_path/n, state, {"model_type": "toy"})
+        with pytest.raises(MergeError, match="one architecture in two layouts") as e:
+            merge([tmp_path/"a", tmp_path/"b"])
+        assert ("pip install 'transformers>=5'" in str(e.value)) == offers
