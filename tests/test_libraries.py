@@ -2,13 +2,15 @@
 what decides the function beside the weights is told apart."""
 
 import json
+import sys
 
 import pytest
 import torch
 from conftest import save
 from safetensors.torch import load_file, save_file
 
-from frechet_merge import merge
+from frechet_merge import MergeError, load, merge
+from frechet_merge.matching.function import unlike
 
 
 def is_mean(found, a, b):
@@ -161,3 +163,149 @@ class TestWholeFiles:
         for n, sizes in (("o", 40), ("p", 40)):
             merge([tmp_path/"a" if n == "o" else tmp_path/"o"], out=tmp_path/n, shard_size=sizes)
             assert (tmp_path/n/"model.safetensors.index.json").exists()
+
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "rope_theta": 10000.0,
+}
+VIT = {"hidden_size": 8, "num_attention_heads": 2, "layer_norm_eps": 1e-6}
+CLIP = {"model_type": "clip", "vision_config": VIT}
+TIMM = {"architecture": "vit_tiny", "model_args": {"num_classes": 3}, "global_pool": "avg"}
+
+
+class TestSettings:
+    "What makes of the same weights another function is said by its name, and nothing else is."
+
+    def said(self, tmp_path, ours, theirs, file="config.json"):
+        "The warnings of a merge of two folders of these configs, in both orders alike."
+        for n, held in (("a", ours), ("b", theirs)):
+            save(tmp_path/n, {"w": torch.ones(2)})
+            (tmp_path/n/file).parent.mkdir(exist_ok=True)
+            (tmp_path/n/file).write_text(json.dumps(held))
+        found = [unlike([load(tmp_path/x), load(tmp_path/y)]) for x, y in ("ab", "ba")]
+        assert len(found[0]) == len(found[1])
+        return " ".join(found[0])
+
+    @pytest.mark.parametrize(
+        "change, says",
+        [
+            ({"rope_theta": 5e5}, "rope_theta = 10000.0 and 500000.0"),
+            ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "factor = None and 4.0"),
+            ({"num_attention_heads": 4}, "num_attention_heads = 2 and 4"),
+            ({"hidden_act": "gelu"}, "hidden_act = 'silu' and 'gelu'"),
+            ({"rms_norm_eps": 1e-3}, "rms_norm_eps = 1e-06 and 0.001"),
+            ({"problem_type": "multi_label_classification"}, ""),
+            ({"attention_dropout": 0.5, "torch_dtype": "float16", "use_cache": False}, ""),
+            ({"eos_token_id": 3, "trained_by": "me", "tie_word_embeddings": True}, ""),
+            ({"rope_theta": None, "rope_parameters": {"rope_theta": 1e4}}, ""),
+            ({"hidden_act": "swish"}, ""),
+        ],
+        ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+    )
+    def test_of_transformers(self, tmp_path, change, says):
+        found = self.said(tmp_path, LLAMA, {**LLAMA, **change})
+        assert says in found and bool(says) == bool(found)
+
+    def test_in_a_part_of_a_model(self, tmp_path):
+        other = {"model_type": "clip", "vision_config": {**VIT, "num_attention_heads": 4}}
+        assert "vision_config.num_attention_heads = 2 and 4" in self.said(tmp_path, CLIP, other)
+
+    def test_what_follows_from_the_problem(self, tmp_path):
+        kinds = ("single_label_classification", "multi_label_classification")
+        ours, theirs = ({"model_type": "bert", "problem_type": k} for k in kinds)
+        assert "problem_type" in self.said(tmp_path, ours, theirs)
+
+    def test_of_diffusers_with_defaults(self, tmp_path):
+        unet = {"_class_name": "UNet2DModel", "_diffusers_version": "0.1", "sample_size": 8}
+        other = {**unet, "act_fn": "gelu", "_diffusers_version": "0.2"}
+        assert "act_fn = 'silu' and 'gelu'" in self.said(tmp_path, unet, other)
+
+    def test_of_a_model_that_nobody_knows(self, tmp_path):
+        ours, theirs = ({"model_type": "toy", "rope_theta": x, "steps": x} for x in (1.0, 2.0))
+        found = self.said(tmp_path, ours, theirs)
+        assert "rope_theta = 1.0 and 2.0" in found and "steps" not in found
+
+    @pytest.mark.parametrize(
+        "change, says",
+        [
+            ({"model_args": {"act_layer": "relu"}}, "act_layer = None and 'relu'"),
+            ({"global_pool": "token"}, "global_pool = 'avg' and 'token'"),
+            ({"model_args": {"num_classes": 3, "img_size": [32, 32]}}, ""),
+        ],
+        ids=["activation", "pooling", "what newer versions write"],
+    )
+    def test_of_timm(self, tmp_path, change, says):
+        found = self.said(tmp_path, TIMM, {**TIMM, **change})
+        assert says in found and bool(says) == bool(found)
+
+    @pytest.mark.parametrize("key, part", [("quick_gelu", None), ("heads", "text_cfg")])
+    def test_of_open_clip_where_only_one_says_it(self, tmp_path, key, part):
+        ours = {"model_cfg": {"embed_dim": 4, "vision_cfg": {"layers": 1}, "text_cfg": {}}}
+        theirs = json.loads(json.dumps(ours))
+        (theirs["model_cfg"][part] if part else theirs["model_cfg"])[key] = 2
+        assert f"{key} = None and 2" in self.said(tmp_path, ours, theirs, "open_clip_config.json")
+
+    @pytest.mark.parametrize(
+        "file, ours, theirs, says",
+        [
+            ("sentence_bert_config.json", {"max_seq_length": 8}, {"max_seq_length": 9}, "8 and 9"),
+            (
+                "config_sentence_transformers.json",
+                {"prompts": {"query": "q: "}, "default_prompt_name": "query"},
+                {"prompts": {"query": "Q "}, "default_prompt_name": "query"},
+                "prompts = {'query': 'q: '} and {'query': 'Q '}",
+            ),
+            (
+                "config_sentence_transformers.json",
+                {"activation_fn": "torch.nn.modules.linear.Identity"},
+                {"activation_fn": "torch.nn.modules.activation.Sigmoid"},
+                "activation_fn",
+            ),
+            ("gliner_config.json", {"span_mode": "a"}, {"span_mode": "b"}, "span_mode"),
+            (
+                "processor_config.json",
+                {"image_processor": {"image_mean": [0.5]}},
+                {"image_processor": {"image_mean": [0.4]}},
+                "image_mean = [0.5] and [0.4]",
+            ),
+        ],
+        ids=["length", "prompts", "activation", "spans", "pictures"],
+    )
+    def test_beside_the_config(self, tmp_path, file, ours, theirs, says):
+        assert says in self.said(tmp_path, ours, theirs, file)
+
+    def test_the_scores_of_words_are_pooled_otherwise(self, tmp_path):
+        listed = [{"path": ""}, {"path": "1_Pool", "type": "models.SpladePooling"}]
+        for n, how in (("a", "max"), ("b", "sum")):
+            save(tmp_path/n, {"w": torch.ones(2)}, {"model_type": "toy"})
+            (tmp_path/n/"1_Pool").mkdir()
+            (tmp_path/n/"1_Pool"/"config.json").write_text(json.dumps({"pooling_strategy": how}))
+            (tmp_path/n/"modules.json").write_text(json.dumps(listed))
+        with pytest.raises(MergeError, match="SpladePooling of max.*SpladePooling of sum"):
+            merge([tmp_path/"a", tmp_path/"b"], out=tmp_path/"o")
+
+
+class TestOlderTransformers:
+    "Versions before 5 have no tables of layouts: what they cannot line up is refused by name."
+
+    def test_names_are_left_without_a_table(self, monkeypatch):
+        from frechet_merge.matching.layouts import Layout, _stored_name
+
+        monkeypatch.setitem(sys.modules, "transformers.core_model_loading", None)
+        assert _stored_name("w", Layout(None, {"u": "v"}, {}, ())) == "w"
+
+    @pytest.mark.parametrize("version, offers", [("4.56.2", True), ("5.23.0", False)])
+    def test_two_layouts(self, tmp_path, monkeypatch, version, offers):
+        import transformers
+
+        monkeypatch.setattr(transformers, "__version__", version)
+        for n, lead in (("a", "tower.layers"), ("b", "model.tower.blocks")):
+            state = {f"{lead}.{i}.w": torch.ones(4)*i for i in range(3)}
+            save(tmp_path/n, state, {"model_type": "toy"})
+        with pytest.raises(MergeError, match="one architecture in two layouts") as e:
+            merge([tmp_path/"a", tmp_path/"b"])
+        assert ("pip install 'transformers>=5'" in str(e.value)) == offers

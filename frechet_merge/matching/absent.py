@@ -60,6 +60,17 @@ def _is_aside(name: str, x: LazyTensor) -> bool:
     is_of_no_layer = not NUMBER.search(name) or head_of(name) is not None
     return is_saved or is_of_no_layer or is_constant(name, x)
 
+# %% ../../nbs/matching/absent.ipynb #9cfe5852
+def _has_old_tables(c: Checkpoint) -> bool:
+    "Whether the transformers that is here is older than its tables of layouts; none is as old."
+    if "model_type" not in c.config:
+        return False
+    try:
+        import transformers
+    except ImportError:
+        return True
+    return int(transformers.__version__.partition(".")[0]) < 5
+
 # %% ../../nbs/matching/absent.ipynb #7cd435c7
 def refuse_other_layouts(models: Sequence[Checkpoint]) -> None:
     "`MergeError` for two models that each have layers under names that the other lacks."
@@ -71,9 +82,11 @@ def refuse_other_layouts(models: Sequence[Checkpoint]) -> None:
         sizes = [sum(x.numel for x in m.lazy.values()) for m in (first, c)]
         close = abs(sizes[0] - sizes[1]) <= 0.1*max(sizes)
         what = "one architecture in two layouts" if close else "two architectures"
+        remedy = "\nA newer transformers lines them up: pip install 'transformers>=5'."
         raise MergeError(
             f"{first.source} and {c.source} store {what}: only the first has "
             f"{names.ours[0]!r}, only the second {names.theirs[0]!r}."
+            f"{remedy if close and _has_old_tables(c) else ''}"
         )
 
 # %% ../../nbs/matching/absent.ipynb #d87f10d6

@@ -222,6 +222,9 @@ def _reverted(
 # %% ../../nbs/matching/layouts.ipynb #9e9f6ac8
 def _stored_name(name: str, how: Layout) -> str:
     "What a file of this layout would call a tensor of the module that it does not have."
+    # of transformers 4 there is no table, and no such module
+    if not how.table:
+        return name
     from transformers.core_model_loading import WeightRenaming, apply_renamings
 
     # rules that the file's own names did not need are not reversed

@@ -20,6 +20,7 @@ from ..files.open import load
 from ..files.tensors import as_device
 from ..matching.blocks import by_name, named_by
 from ..matching.function import modules, refuse_other_modules, refuse_other_poolings
+from ..matching.function import unlike
 from ..matching.vocabulary import refuse_other_tokens, vocabulary
 from .plan import Opened, _in_one_vocabulary, check_recipe, plan_recipe
 from .run import Plan
@@ -289,6 +290,8 @@ def _in_place_of(opened: Opened) -> dict[str, Opened]:
     refuse_other_poolings(opened.models)
     _refuse_other_tokenizers(opened.every)
     _say_what_schedulers_differ_in(opened.every)
+    for said in unlike(opened.every):
+        warn(said)
     first = opened.models[0]
     if opened.recipe.metrics is not None:
         raise MergeError(
