@@ -151,3 +151,112 @@ class TestMerged:
         d = adapter(tmp_path/"d", base, 4, [], saved=())
         with pytest.raises(ValueError, match="BASE\\+ADAPTER"):
             merge([d, d], tokenizer="union")
+
+
+def single(folder, base, seed, tokens=(), at=(), modules=None, config=None):
+    "An adapter that trained single rows: those of new tokens, and others by number."
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens([*tokens], special_tokens=True)
+    full = AutoModelForCausalLM.from_pretrained(base)
+    if tokens:
+        full.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    indices = [*at, *tokenizer.convert_tokens_to_ids([*tokens])]
+    rows = indices if modules is None else dict.fromkeys(modules, indices)
+    lora = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=rows)
+    m = get_peft_model(full, lora if config is None else config(indices))
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in m.parameters():
+            if p.requires_grad:
+                p.copy_(torch.randn(p.shape, generator=g)*0.3)
+    m.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+class TestSingleRows:
+    "`trainable_token_indices`: rows that stand in the place of the base's."
+
+    def check(self, out, base, a):
+        full = AutoModelForCausalLM.from_pretrained(base)
+        full.resize_token_embeddings(len(AutoTokenizer.from_pretrained(a)), mean_resizing=False)
+        want = PeftModel.from_pretrained(full, a).eval()
+        m = AutoModelForCausalLM.from_pretrained(out).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(m(IDS).logits, want(IDS).logits)
+        states(out)
+
+    @pytest.mark.parametrize("tied", [False, True])
+    @pytest.mark.parametrize("tokens", [(), ("<x>", "<y>")])
+    @pytest.mark.parametrize("modules", [None, ("embed_tokens", "lm_head")])
+    def test_on_its_base(self, tmp_path, tied, tokens, modules):
+        base = speaker(tmp_path/"base", 0, WORDS, tie_word_embeddings=tied)
+        a = single(tmp_path/"a", base, 1, tokens, [5, 9], modules)
+        merge([f"{base}+{a}"], out=tmp_path/"o")
+        self.check(tmp_path/"o", base, a)
+        assert config(tmp_path/"o")["vocab_size"] == 31 + len(tokens)
+
+    @pytest.mark.parametrize("tied", [False, True])
+    def test_alone(self, tmp_path, tied):
+        from peft import TrainableTokensConfig
+
+        def only(at):
+            return TrainableTokensConfig(token_indices=at, target_modules=["embed_tokens"])
+
+        base = speaker(tmp_path/"base", 0, WORDS, tie_word_embeddings=tied)
+        a = single(tmp_path/"a", base, 1, at=[5, 9], config=only)
+        with pytest.raises(MergeError, match="TRAINABLE_TOKENS.*\n.*BASE\\+ADAPTER"):
+            merge([a, a])
+        merge([f"{base}+{a}"], out=tmp_path/"o")
+        self.check(tmp_path/"o", base, a)
+
+    def test_other_rows_in_an_output_layer_that_is_tied(self, tmp_path):
+        base = speaker(tmp_path/"base", 0, WORDS, tie_word_embeddings=True)
+        a = single(tmp_path/"a", base, 1, at=[5])
+        file = a/"adapter_model.safetensors"
+        held = load_file(file)
+        key = f"base_model.model.{E}".replace("weight", "token_adapter.trainable_tokens_delta")
+        head = key.replace("model.embed_tokens", "lm_head")
+        save_file({**held, head: held[key] + 1}, file)
+        with pytest.raises(MergeError, match="other rows in 'lm_head.weight'.*\n.*Untie"):
+            merge([f"{base}+{a}"])
+        full = AutoModelForCausalLM.from_pretrained(base)
+        full.config.tie_word_embeddings = False
+        full.lm_head.weight = torch.nn.Parameter(full.lm_head.weight.clone())
+        full.save_pretrained(tmp_path/"untied")
+        merge([f"{tmp_path/'untied'}+{a}"], out=tmp_path/"o")
+        m, = states(tmp_path/"o")
+        torch.testing.assert_close(m[E][5], held[key][0])
+        torch.testing.assert_close(m[H][5], held[key][0] + 1)
+
+    def test_two_are_merged_on_their_base(self, tmp_path):
+        "The remedy that the refusal names."
+        base = speaker(tmp_path/"base", 0, WORDS)
+        two = [single(tmp_path/"ab"[i], base, i, [t], [3]) for i, t in enumerate(("<x>", "<y>"))]
+        for choice in ("union", two[0]):
+            with pytest.raises(MergeError, match="trains single rows.*\n.*BASE\\+ADAPTER"):
+                merge(two, tokenizer=choice)
+        names = [f"{base}+{a}" for a in two]
+        merge(names, base=base, tokenizer="union", out=tmp_path/"o")
+        m, = states(tmp_path/"o")
+        rows = [load_file(a/"adapter_model.safetensors") for a in two]
+        key = f"base_model.model.{E}".replace("weight", "token_adapter.trainable_tokens_delta")
+        vocabulary = AutoTokenizer.from_pretrained(tmp_path/"o").get_vocab()
+        torch.testing.assert_close(m[E][3], (rows[0][key][0] + rows[1][key][0])/2)
+        for held, token in zip(rows, ("<x>", "<y>")):
+            torch.testing.assert_close(m[E][vocabulary[token]], held[key][1])
+
+    def test_a_row_that_the_base_lacks(self, tmp_path):
+        import json
+
+        base = speaker(tmp_path/"base", 0, WORDS)
+        a = single(tmp_path/"a", base, 1, at=[5])
+        said = json.loads((a/"adapter_config.json").read_text())
+        said["trainable_token_indices"] = [31]
+        (a/"adapter_config.json").write_text(json.dumps(said))
+        with pytest.raises(MergeError, match="trains row 31.*\n.*Resize the base"):
+            merge([f"{base}+{a}"])
+        full = AutoModelForCausalLM.from_pretrained(base)
+        full.resize_token_embeddings(32)
+        full.save_pretrained(tmp_path/"larger")
+        merge([f"{tmp_path/'larger'}+{a}"])

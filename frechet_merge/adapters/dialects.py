@@ -49,7 +49,8 @@ def refusal(
 ) -> str | None:
     "Why an adapter of these names has no update, in words; None if it has."
     kind = (config or {}).get("peft_type", "LORA")
-    if kind not in UPDATES:
+    # single rows of an embedding mean something on a base
+    if kind not in (*UPDATES, "TRAINABLE_TOKENS"):
         return f"has peft_type = {kind!r}, which adds no update to the weights.\n{ON_ITS_BASE}"
     for name in names:
         for part, what in REFUSED.items():

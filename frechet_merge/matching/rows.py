@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files.checkpoint import Checkpoint, token_rows, vocabulary_size
+from ..files.checkpoint import HEAD, Checkpoint, token_rows, vocabulary_size
 from ..files.tensors import LazyTensor
 from .absent import refuse_other_layouts
+from .ties import is_of_t5
 from .union import place_for, united
 from .views import alike
 from .vocabulary import CHOOSE, distinct, is_reserved, refuse_other_tokens
@@ -114,7 +115,8 @@ def _filled(every: Sequence[Known], start: int, stop: int) -> Tensor:
 # what tensors with a row for each token are called
 OF_TOKENS = re.compile(
     r"(^|[._])(embed\w*|\w*embeddings?|wte|shared|emb|lm_head|output|output_projection|decoder"
-    r"|predictions|proj_out|final_logits_bias)([.](weight|bias))?$"
+    r"|predictions|proj_out|final_logits_bias|vocab_projector|lm_loss|pred_layer[.]proj|head"
+    r"|output_layer|transformer[.]w|log_softmax[.]mlp[.]layer0)([.](weight|bias))?$"
 )
 # and what others are called that look like them
 NOT_OF_TOKENS = re.compile(r"position|token_type|segment|patch|wpe|class_embed|time_embed")
@@ -254,12 +256,20 @@ class Matched:
         "A view of it in the other rows; what it lacks is filled in by `every`."
         if torch.equal(self.at, torch.arange(self.count)):
             return self.c
-        lazy = dict(self.c.lazy)
+        apart = self.apart(every)
+        lazy = {**self.c.lazy, **{n: self.c.lazy[self.c.tied[n]] for n in apart}}
         for name, x in lazy.items():
             if own := self.known(name):
                 others = tuple(k for m in every if (k := m.known(name)))
                 lazy[name] = Rows(own, others, _with_rows(x.shape, len(self.at)))
-        return self.c.view(lazy=lazy)
+        return self.c.view(
+            lazy=lazy, tied={n: stored for n, stored in self.c.tied.items() if n not in apart}
+        )
+
+    def apart(self, every: Sequence["Matched"]) -> list[str]:
+        "Names that it ties, whose rows others have apart: what it lacks is another row of each."
+        found = [n for n in self.c.tied if self.known(n) and any(n in m.c.lazy for m in every)]
+        return found if (self.at < 0).any() else []
 
 # %% ../../nbs/matching/rows.ipynb #a8ae7af0
 def on_rows_of(
@@ -273,6 +283,7 @@ def on_rows_of(
     held = (every, counts, _places(target, every, known, counts), weights)
     matched = [Matched(*m) for m in zip(*held)]
     _say_what_is_lacked(matched, every[target].source)
+    _say_what_is_untied(matched)
     return [m.seen(matched) for m in matched]
 
 # %% ../../nbs/matching/rows.ipynb #a8ae7af1
@@ -291,6 +302,20 @@ def _say_what_is_lacked(matched: Sequence[Matched], target: str) -> None:
             f"{lacks.c.source} lacks {int(((lacks.at < 0) & ~nobody).sum())} of the {rows} tokens "
             f"of {target}: a row that some models lack is the mean of those that have it"
         )
+
+# %% ../../nbs/matching/rows.ipynb #6721fd47
+def _say_what_is_untied(matched: Sequence[Matched]) -> None:
+    "Warn of a model that ties its output layer, where others have rows of their own there."
+    for m in matched:
+        if any(map(HEAD.search, m.apart(matched))):
+            said = "only transformers from version 5 on reads it" if is_of_t5(m.c.config) else (
+                "its config says so (tie_word_embeddings: false)"
+            )
+            warn(
+                f"{m.c.source} ties its output layer to its embedding, and others have their own: "
+                f"the result has its own, and {said}"
+            )
+            return
 
 # %% ../../nbs/matching/rows.ipynb #a5f4ec61
 def _with_rows(shape: Sequence[int], n: int) -> tuple[int, ...]:

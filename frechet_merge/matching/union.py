@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from ..files.checkpoint import Checkpoint, read_json
+from ..files.checkpoint import TEXT, Checkpoint, read_json
 from .joined import TRIED, joined, kind_of, new_pieces, split_otherwise
 from .tokenizers import SENTENCEPIECE, needs
 from .vocabulary import is_reserved
@@ -25,11 +25,11 @@ from ..messages import MergeError, warn
 def with_rows(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
     "A config of so many tokens, in its parts as well."
     found = dict(config)
-    if "vocab_size" in found or not isinstance(found.get("text_config"), Mapping):
+    parts = {k: v for k in TEXT if isinstance(v := found.get(k), Mapping)}
+    parts = {k: v for k, v in parts.items() if not config.get("vocab_size") or k == TEXT[0]}
+    if "vocab_size" in found or not parts:
         found["vocab_size"] = rows
-    if isinstance(found.get("text_config"), Mapping):
-        found["text_config"] = with_rows(found["text_config"], rows)
-    return found
+    return found | {k: with_rows(v, rows) for k, v in parts.items()}
 
 # %% ../../nbs/matching/union.ipynb #ecee722a
 def place_for(
