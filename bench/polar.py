@@ -16,7 +16,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from adapter_quality import SCALES, Judge, Table, gauged, half
+from adapter_quality import Judge, Table, gauged, half
 from adapters import about, write_rows
 
 from frechet_merge import LoRA, load, merge
@@ -25,6 +25,7 @@ from frechet_merge.cli.demo import DATA
 from frechet_merge.files.checkpoint import from_state_dict
 
 METRICS = ("mix", "inv", "polar")
+SCALES = [1.0, 2.0, 2.8, 4.0]
 
 
 def methods(rank):
@@ -50,7 +51,7 @@ def add(table, judge, who, g, moved):
     adapter, means, seconds = merged(judge.folders, g)
     tried = {s: judge.predict(bake(judge.base, scaled(adapter, s))) for s in SCALES}
     best = max(SCALES, key=lambda s: half(judge.right(tried[s]), 0))
-    other, _, _ = merged(moved, g)
+    other = merged(moved, g)[0]
     again = judge.predict(bake(judge.base, scaled(other, best)))
     flips = sum(int((again[n] != tried[best][n]).sum()) for n in again)/judge.texts
     lost = f"{sum(m.lost > 0 for m in means)}/{len(means)}"
