@@ -262,14 +262,21 @@ def _other_updates(
 ) -> tuple[dict[str, Layer], dict[str, LazyTensor]]:
     "Updates of an adapter of PEFT that is no LoRA."
     config = {"lora_alpha": c.adapter.get("alpha"), **c.adapter}  # type: ignore
+    if kind == "ADALORA":
+        # masks, by which the file has been cut
+        config["rank_pattern"] = {}
     c = unnamed(c.view(lazy={n: c.lazy[c.tied.get(n, n)] for n in c}, tied={}, adapter=config))
     rest = {n: x for n, x in c.lazy.items() if split(n) is None}
-    parts = c.view(lazy={n: x for n, x in c.lazy.items() if n not in rest})
+    # a layer of which AdaLoRA has left nothing
+    empty = {n for n, x in c.lazy.items() if kind == "ADALORA" and x.numel == 0}
+    parts = c.view(lazy={n: x for n, x in c.lazy.items() if n not in {*rest, *empty}})
 
     def scale(module: str, rank: int) -> float:
         _, alpha = _rank_and_alpha(c, module.removeprefix("base_model.model."))
         if kind == "ADALORA":
-            return (alpha if alpha > 0 else rank)/(rank + 1e-5)
+            # PEFT divides by the rank before it was cut
+            before = config.get("init_r") or rank
+            return (alpha if alpha > 0 else rank)/(before + 1e-5)
         r, _ = _rank_and_alpha(c, module.removeprefix("base_model.model."))
         return alpha/r
 
