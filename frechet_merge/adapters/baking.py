@@ -397,13 +397,12 @@ def untied_for(
         return base
     touched = _touched(found, rest)
     known = known_of(base.config) if any(map(_is_of_ties, touched)) else None
-    for group in known.groups if known else ():
-        stored = [n for n in group if n in base.lazy]
-        others = [n for n in group if n not in base.lazy and HEAD.search(n)]
-        changed = [n for n in group if _is_one_of(n, touched)]
-        if len(group) == 2 and len(stored) == len(others) == len(changed) == 1:
-            tied = {n: s for n, s in base.tied.items() if n != others[0]}
-            return base.view(lazy={**base.lazy, others[0]: base.lazy[stored[0]]}, tied=tied)
+    pairs = [group for group in (known.groups if known else ()) if len(group) == 2]
+    for stored, head in (sorted(pair, key=lambda n: bool(HEAD.search(n))) for pair in pairs):
+        is_alone = _is_one_of(stored, touched) != _is_one_of(head, touched)
+        if is_alone and stored in base.lazy and head not in base.lazy and HEAD.search(head):
+            tied = {n: s for n, s in base.tied.items() if n != head}
+            return base.view(lazy={**base.lazy, head: base.lazy[stored]}, tied=tied)
     return base
 
 # %% ../../nbs/adapters/baking.ipynb #4039bcc5
