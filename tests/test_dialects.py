@@ -491,6 +491,29 @@ class TestPeft:
         found = model.base_model.model["q"].get_delta_weight("default").detach().double()
         torch.testing.assert_close(found, (want["q"] + lora["q"])/2, rtol=1e-5, atol=1e-5)
 
+    def test_directions_that_adalora_has_dropped(self, tmp_path):
+        peft = pytest.importorskip("peft")
+
+        def plain():
+            torch.manual_seed(0)
+            return torch.nn.ModuleDict({"q": torch.nn.Linear(12, 20), "p": torch.nn.Linear(4, 6)})
+
+        how = dict(init_r=4, target_r=2, lora_alpha=3, total_step=9, target_modules=["q", "p"])
+        model = peft.get_peft_model(plain(), peft.AdaLoraConfig(**how))
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.copy_(0.5*torch.randn(p.shape))
+        masks = {"q": [True, False, True, False], "p": [False]*4}
+        left = {f"{name}.lora_E": mask for name, mask in masks.items()}
+        model.peft_config["default"].rank_pattern = left
+        model.save_pretrained(tmp_path/"a")
+        again = peft.PeftModel.from_pretrained(plain(), str(tmp_path/"a"))
+        want = again.base_model.model["q"].get_delta_weight("default").detach().double()
+        found = layers(load(tmp_path/"a"))[0]
+        close({n: x.factors().delta() for n, x in found.items()}, {"q": want})
+        assert found["q"].rank == 2
+
     def test_what_zero_3_did_not_gather_is_named(self, tmp_path):
         peft = pytest.importorskip("peft")
         self.saved(tmp_path/"a", peft.LoraConfig(r=2, target_modules=["q"]), 1)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, cli, save, tensors
 from environment import PROJECT, closure, environment, variables
+from safetensors.torch import save_file
 from test_examples import WORDS, make, write
 from test_tune import moved
 
@@ -82,7 +83,7 @@ def test_the_command_that_opens_the_notebooks():
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    "What the README calls A, B, C, their base X, and two adapters."
+    "What the README calls A, B, C, their base X, two adapters, and two for an image model."
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForSequenceClassification
 
@@ -97,6 +98,11 @@ def work(tmp_path_factory):
         config = LoraConfig(r=2*i, target_modules=["query"], init_lora_weights=False)
         model = AutoModelForSequenceClassification.from_pretrained(at/"X")
         get_peft_model(model, config).save_pretrained(at/f"ADAPTER{i}")
+    for i, name in enumerate(("STYLE", "SUBJECT")):
+        stem = "lora_unet_mid_block_attentions_0_proj_in"
+        factors = {"lora_down": torch.randn(4 + i, 8), "lora_up": torch.randn(8, 4 + i)}
+        state = {f"{stem}.{end}.weight": x for end, x in factors.items()}
+        save_file({**state, f"{stem}.alpha": torch.tensor(2.0)}, at/f"{name}.safetensors")
     return at
 
 

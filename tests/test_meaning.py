@@ -670,8 +670,11 @@ class TestAdapters:
         file = a/"adapter_model.safetensors"
         saved = {"base_model.model.model.embed_tokens.weight": new}
         save_file(load_file(file) | saved, file)
-        with pytest.raises(MergeError, match="(?s)saved .* whole, which the base ties.*untie"):
-            merge([a], bake=base)
+        out = merge([a], bake=base, out=tmp_path/"alone")
+        torch.testing.assert_close(out.tensors["lm_head.weight"], emb)
+        torch.testing.assert_close(out.tensors["model.embed_tokens.weight"], new)
+        said = json.loads((tmp_path/"alone"/"config.json").read_text())
+        assert said["tie_word_embeddings"] is False
         # with an output of its own it is right, and the config says so
         saved["base_model.model.lm_head.weight"] = head
         save_file(load_file(file) | saved, file)

@@ -624,15 +624,31 @@ def test_an_embedding_of_the_base_that_one_adapter_saved_along(tmp_path):
     assert not any("base_layer" in k for k in one) and any("base_layer" in k for k in two)
 
 
-def test_a_tied_embedding_is_not_adapted_alone(tmp_path):
+@pytest.mark.parametrize("kind, embedding", [("gpt2", "wte"), ("llama", "embed_tokens")])
+@pytest.mark.parametrize("target", ["embedding", "lm_head"])
+def test_one_of_two_that_are_tied_is_adapted_alone(tmp_path, kind, embedding, target):
     import transformers
 
     torch.manual_seed(0)
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**TINY["gpt2"]))
+    name = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}[kind]
+    config = {"gpt2": transformers.GPT2Config, "llama": transformers.LlamaConfig}[kind]
+    cls = getattr(transformers, name)
+    model = cls(config(**TINY[kind] | {"tie_word_embeddings": True}))
     model.save_pretrained(tmp_path/"base")
-    get_peft_model(model, LoraConfig(r=2, target_modules=["wte"])).save_pretrained(tmp_path/"a")
-    with pytest.raises(ValueError, match="ties to its output layer"):
-        load(f"{tmp_path / 'base'}+{tmp_path / 'a'}")
+    targets = [embedding if target == "embedding" else target]
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=targets)).eval()
+    with torch.no_grad():
+        for p in adapted.parameters():
+            if p.requires_grad:
+                p.copy_(torch.randn(p.shape))
+        ids = torch.arange(6)[None]
+        want = adapted(ids).logits
+    adapted.save_pretrained(tmp_path/"a", save_embedding_layers=False)
+    merge([tmp_path/"a"], bake=tmp_path/"base", out=tmp_path/"out")
+    found, said = cls.from_pretrained(tmp_path/"out", output_loading_info=True)
+    assert not said["missing_keys"] and not found.config.tie_word_embeddings
+    with torch.no_grad():
+        torch.testing.assert_close(found.eval()(ids).logits, want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

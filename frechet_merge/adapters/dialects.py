@@ -16,13 +16,14 @@ from typing import Any
 
 from .dora import MAGNITUDE
 from .peft import ON_ITS_BASE as NAMED_ON_BASE
-from .peft import Layer, _rank_and_alpha, _refuse_other_updates, unnamed
+from .peft import Layer, _rank_and_alpha, _refuse_other_updates
+from .peft import unnamed, without_name
 from .peft import layers as peft_layers
 from .reading import layer_of
 from .spelling import split, table
 from ..files.checkpoint import FACTOR, Checkpoint
 from ..files.tensors import LazyTensor
-from ..messages import MergeError
+from ..messages import MergeError, warn
 
 # %% ../../nbs/adapters/dialects.ipynb #78cc7102
 # what names contain → what it is
@@ -101,6 +102,7 @@ def spoken_in(
     in_peft: bool,  # whether a config of PEFT stands beside it
 ) -> str | None:  # None: it is no factor
     "The dialect of one tensor's name."
+    key = without_name(key)
     if FACTOR.search(key) and split(key) is None:
         return "peft"
     module, end = split(key) or ("", "")
@@ -236,6 +238,18 @@ def _scale_of_config(c: Checkpoint) -> Scale:
         )
     return lambda module, rank: number if scale is not None else number/rank
 
+# %% ../../nbs/adapters/dialects.ipynb #79391650
+def _say_which_lack_alpha(c: Checkpoint, found: dict[str, dict[str, str]]) -> None:
+    "Warn of layers without a number beside them, where others have one: readers do not agree."
+    cut = {module: keys for module, keys in found.items() if not keys.keys() & {"diff", "a"}}
+    lacking = [module for module, keys in cut.items() if "alpha" not in keys]
+    if lacking and len(lacking) < len(cut):
+        warn(
+            f"{c.source}: {len(lacking)} of {len(cut)} layers have no alpha beside them "
+            f"({lacking[0]!r}); they are scaled by 1, as kohya's scripts and ComfyUI do it. "
+            "diffusers would give them the alpha of the others."
+        )
+
 # %% ../../nbs/adapters/dialects.ipynb #6417b90c
 def layers(
     c: Checkpoint,  # an adapter in any dialect
@@ -255,7 +269,9 @@ def layers(
     scale = _scale_of_diffusers(c) if dialect == "diffusers" else None
     if dialect in ("mlx", "torchtune"):
         scale = _scale_of_config(c)
-    return {m: layer_of(c, m, keys, scale) for m, keys in table(c).items()}, {}
+    found = table(c)
+    _say_which_lack_alpha(c, found)
+    return {m: layer_of(c, m, keys, scale) for m, keys in found.items()}, {}
 
 # %% ../../nbs/adapters/dialects.ipynb #ea4cc99b
 def _other_updates(
@@ -263,14 +279,21 @@ def _other_updates(
 ) -> tuple[dict[str, Layer], dict[str, LazyTensor]]:
     "Updates of an adapter of PEFT that is no LoRA."
     config = {"lora_alpha": c.adapter.get("alpha"), **c.adapter}  # type: ignore
+    if kind == "ADALORA":
+        # masks, by which the file has been cut
+        config["rank_pattern"] = {}
     c = unnamed(c.view(lazy={n: c.lazy[c.tied.get(n, n)] for n in c}, tied={}, adapter=config))
     rest = {n: x for n, x in c.lazy.items() if split(n) is None}
-    parts = c.view(lazy={n: x for n, x in c.lazy.items() if n not in rest})
+    # a layer of which AdaLoRA has left nothing
+    empty = {n for n, x in c.lazy.items() if kind == "ADALORA" and x.numel == 0}
+    parts = c.view(lazy={n: x for n, x in c.lazy.items() if n not in {*rest, *empty}})
 
     def scale(module: str, rank: int) -> float:
         _, alpha = _rank_and_alpha(c, module.removeprefix("base_model.model."))
         if kind == "ADALORA":
-            return (alpha if alpha > 0 else rank)/(rank + 1e-5)
+            # PEFT divides by the rank before it was cut
+            before = config.get("init_r") or rank
+            return (alpha if alpha > 0 else rank)/(before + 1e-5)
         r, _ = _rank_and_alpha(c, module.removeprefix("base_model.model."))
         return alpha/r
 

@@ -240,7 +240,8 @@ def part_of(layer: Layer, name: str, place: Place) -> Layer:
     if layer.magnitude is not None and layer.of_inputs:
         raise MergeError(
             f"{layer.source}: is a DoRA whose lengths are of the inputs of {layer.name!r}, "
-            "of which diffusers makes several layers.\nPut it on its base with the library that made it."
+            "of which diffusers makes several layers.\nPut it on its base with "
+            "the library that made it."
         )
     return replace(layer, name=name, keys=keys, **changes)
 

@@ -68,6 +68,12 @@ def strange(
     "The names that are no part of an update that is read here."
     return [name for name in names if split(name) is None]
 
+# %% ../../nbs/adapters/spelling.ipynb #1d88b44f
+def _pattern_of(names: list[str]) -> str:
+    "A pattern for names: what they end on, if there are several and all end alike."
+    ends = {name.rpartition(".")[2] for name in names}
+    return f"*.{ends.pop()}" if len(ends) == 1 and names[1:] else names[0]
+
 # %% ../../nbs/adapters/spelling.ipynb #1dd7b7a7
 def table(
     c: Checkpoint,  # a file of an adapter, all of whose tensors belong to updates
@@ -78,7 +84,7 @@ def table(
         raise MergeError(
             f"{c.source}: holds {odd[0]!r}{more} beside its updates, which is in no spelling "
             "that is read here.\n"
-            "To merge without it, leave it out by its name (drop=, --drop)."
+            f"To merge without, leave it out (drop={_pattern_of(odd)!r}, --drop)."
         )
     found: dict[str, dict[str, str]] = {}
     for key in c.lazy:

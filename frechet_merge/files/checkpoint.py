@@ -49,6 +49,10 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     "an object of numbers": lambda x: (
         isinstance(x, dict) and all(KINDS["a number"](v) for v in x.values())
     ),
+    # as AdaLoRA says which of its directions are left
+    "an object of masks": lambda x: (
+        isinstance(x, dict) and all(isinstance(v, list) for v in x.values())
+    ),
 }
 # file → key that is read here → the kinds that its value may be of, beside null
 SHAPES = {
@@ -59,7 +63,7 @@ SHAPES = {
     "adapter_config.json": {
         "base_model_name_or_path": ["a text"],
         "lora_alpha": ["a number"],
-        "rank_pattern": ["an object of numbers"],
+        "rank_pattern": ["an object of numbers", "an object of masks"],
         "alpha_pattern": ["an object of numbers"],
         "target_modules": ["a list of texts", "a text"],
         "modules_to_save": ["a list of texts"],
