@@ -24,6 +24,7 @@ from ..adapters.common import speech_of
 from ..files.checkpoint import Checkpoint, from_state_dict
 from ..files.folders import library_of
 from ..files.open import PICKLES, load
+from .align import in_gauge_of
 from .companions import Says, carry_the_rest, config_of, write_companions
 from ..matching.ties import is_untied
 from ..geometries.geometry import Euclidean, Geometry
@@ -311,6 +312,10 @@ def make(
         parts = parts_for(opened, output, run)
         record = replace(begun(opened, output), coefficients=coefficients_of(recipe, plan))
         feed = calibration_for(opened, output)
+        if recipe.align:
+            opened, aligned = in_gauge_of(opened)
+            plan = plan_root(opened, output.dtype, run.device, name)
+            record = replace(record, aligned=aligned)
         if recipe.loss is not None:
             plans = {"": plan, **{path: one for path, (_, one) in parts.items()}}
             plans, counted = counting(plans, recipe, run)
@@ -370,6 +375,9 @@ def merge(
     # the dialect of the merged adapter: "peft", "kohya", "diffusers", "mlx"; default: the first
     # one's
     to: str | None = None,
+    # bring the hidden units and heads of full models into one gauge first: of models that were
+    # trained apart
+    align: bool = False,
     # rows of tokens are added until their number is a multiple of this
     pad_to_multiple_of: int | None = None,
     # whose chat template is written: "base", a model as it is named, or a file; default: that of
@@ -405,6 +413,7 @@ def merge(
         sum,
         as_calibration(calibrate),
         to,
+        align,
     )
     folder = None if out is None else Path(out)
     output = Output(folder, as_dtype(dtype), shard_size, full_hash)
