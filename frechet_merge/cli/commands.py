@@ -334,7 +334,7 @@ def align_command(
     from frechet_merge.merging.align import align
 
     start = time.time()
-    ws = None if weights is None else [float(w) for w in weights.split(",")]
+    ws = numbers(weights, "weights")
     seen, found = align(models, out, base, None, ws, restarts, dtype, allow_pickle)
     first, last = found.variances[0], found.variances[-1]
     print(
