@@ -62,6 +62,7 @@ class Recipe:
     # on what running statistics are collected anew; None: they are averaged
     calibrate: Calibration | None = None
     to: str | None = None  # the dialect of the merged adapter; None: the first one's
+    align: bool = False  # bring hidden units and heads into one gauge first
 
     def __post_init__(self):
         if isinstance(self.models, (str, os.PathLike, Mapping)):
@@ -299,6 +300,6 @@ def command(recipe: Recipe, output: Output) -> str | None:
     for name in ("split", "max_samples"):
         if feed and feed[name] != getattr(Calibration, name):
             words += flag(f"calibrate_{name.removeprefix('max_')}", str(feed[name]))
-    for switch in ("drop", "absent", "any_base", "allow_nonfinite", "allow_pickle"):
+    for switch in ("drop", "absent", "any_base", "align", "allow_nonfinite", "allow_pickle"):
         words += flag(switch, said.get(switch))
     return shlex.join(["frechet-merge", "merge", *words])

@@ -61,6 +61,7 @@ class Record:
     # as they are used: each set of numbers, and how many tensors get it
     coefficients: list[dict] = field(default_factory=list)
     calibrated: dict | None = None  # on what running statistics were collected, and how many
+    aligned: dict | None = None  # how many groups were aligned, and how far apart they were
     versions: dict[str, str] = field(default_factory=dict)  # of what made it
     key: str = ""  # of all that its bytes depend on; "": not known
 
