@@ -16,6 +16,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from itertools import chain
 from math import fsum
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -384,48 +385,133 @@ def convert_command(
         f"parameters, {time.time() - start:.1f} s"
     )
 
+# %% ../../nbs/cli/commands.ipynb #92b4005e
+DataToRun = Annotated[
+    Optional[str],
+    typer.Option(
+        "--data",
+        help="Run the models and their merge on these texts, as A,B: what does each layer keep?",
+        show_default=False,
+    ),
+]
+Tried = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        help="With --data: the merge that is run; may be given several times.",
+        show_default="euclidean",
+    ),
+]
+LayerNames = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        "--layers",
+        help="With --data: layers of this name; * is a wildcard; may be given several times.",
+        show_default="the blocks",
+    ),
+]
+RunSamples = Annotated[
+    int, typer.Option("--max-samples", help="With --data: a random subset of this size.", min=2)
+]
+
+# %% ../../nbs/cli/commands.ipynb #9d11a2be
+def _ran(models: list[str], base: str | None, how: tuple, fed: dict, pickles: bool) -> Any:
+    "What merges keep of the spread of their models' outputs."
+    from frechet_merge.diagnostics.collapse import Texts, collapse_of
+
+    geometries, layers = how
+    texts = Texts(**fed | {"data": names(fed["data"], "--data")})
+    return collapse_of(models, texts, geometries or ["euclidean"], base, layers, pickles)
+
+# %% ../../nbs/cli/commands.ipynb #036a6e24
+AsJson = Annotated[bool, typer.Option("--json", help="Everything, as JSON.")]
+TopRows = Annotated[int, typer.Option(help="Rows to show: the tensors that differ most.")]
+HeadersOnly = Annotated[
+    bool, typer.Option("--headers", help="Names, shapes and dtypes only; read no tensor.")
+]
+MetricsAsked = Annotated[
+    Optional[str],
+    typer.Option(
+        help="One file of statistics per model, as A,B,C: what would they change?",
+        show_default=False,
+    ),
+]
+WeightsAsked = Annotated[
+    Optional[str],
+    typer.Option(help="Of the mean that the metrics are asked about.", show_default=False),
+]
+AskedDamping = Annotated[
+    float, typer.Option(help="Of the metrics, in units of their mean eigenvalue.")
+]
+Plot = Annotated[
+    Optional[Path],
+    typer.Option(
+        help="Save a picture of what the metrics would change, by tensor; with --data, of "
+        "what merges keep, by layer.",
+        show_default=False,
+    ),
+]
+
+# %% ../../nbs/cli/commands.ipynb #77438d49
+def _show(found: Any, ran: Any, as_json: bool, top: int) -> None:
+    "What was found in models, and what was seen when they were run, as JSON or as tables."
+    from dataclasses import asdict
+    from rich.console import Console
+    from rich.text import Text
+
+    if as_json:
+        said = {"gain": found.gain, "verdict": found.verdict, "mergeable": found.mergeable}
+        if ran is not None:
+            said["collapse"] = ran.rows
+        print(json.dumps(asdict(found) | said))
+        return
+    # lines as they are, for grep
+    for x in chain(found.report(top), ran.report() if ran is not None else ()):
+        Console().print(x, soft_wrap=isinstance(x, Text))
+
+# %% ../../nbs/cli/commands.ipynb #fb4f6824
+def _draw(found: Any, ran: Any, path: Path) -> None:
+    "What merges keep by layer, if models were run; otherwise what metrics would change."
+    from frechet_merge.diagnostics.collapse import plot_collapse
+    from frechet_merge.diagnostics.inspection import plot_eta
+
+    if ran is None and not found.eta:
+        return
+    ax = plot_eta(found) if ran is None else plot_collapse(ran)
+    ax.figure.savefig(path, dpi=150, bbox_inches="tight")
+
 # %% ../../nbs/cli/commands.ipynb #d71c0e11
 @app.command("inspect")
 def inspect_command(
     models: Models,
     base: Base = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
-    top: Annotated[int, typer.Option(help="Rows to show: the tensors that differ most.")] = 12,
-    headers: Annotated[
-        bool, typer.Option("--headers", help="Names, shapes and dtypes only; read no tensor.")
-    ] = False,
-    metrics: Annotated[
-        Optional[str],
-        typer.Option(
-            help="One file of statistics per model, as A,B,C: what would they change?",
-            show_default=False,
-        ),
-    ] = None,
-    weights: Annotated[
-        Optional[str],
-        typer.Option(help="Of the mean that the metrics are asked about.", show_default=False),
-    ] = None,
-    damping: Annotated[
-        float, typer.Option(help="Of the metrics, in units of their mean eigenvalue.")
-    ] = 0.1,
-    plot: Annotated[
-        Optional[Path],
-        typer.Option(
-            help="Save a picture of what the metrics would change, by tensor.", show_default=False
-        ),
-    ] = None,
+    as_json: AsJson = False,
+    top: TopRows = 12,
+    headers: HeadersOnly = False,
+    metrics: MetricsAsked = None,
+    weights: WeightsAsked = None,
+    damping: AskedDamping = 0.1,
+    plot: Plot = None,
+    data: DataToRun = None,
+    geometry: Tried = None,
+    layers: LayerNames = None,
+    max_samples: RunSamples = 64,
+    batch_size: BatchSize = 8,
+    max_length: MaxLength = 512,
+    text: TextColumn = None,
+    pair: PairColumn = None,
+    split: Split = "train",
+    tokenizer: Tokenizer = None,
     any_base: AnyBase = False,
     allow_pickle: Pickle = False,
 ):
-    """Compare MODELS tensor by tensor; merge nothing. Exit code 1 if they cannot be merged as they
-    are."""
-    from dataclasses import asdict
-    from rich.console import Console
-    from rich.text import Text
-    from frechet_merge.diagnostics.inspection import inspect, plot_eta
+    """Compare MODELS tensor by tensor; with --data, run them and see what merges keep. Exit code 1
+    if they cannot be merged as they are."""
+    from frechet_merge.diagnostics.inspection import inspect
 
-    if plot and metrics is None:
-        raise ValueError("--plot draws what metrics would change: give --metrics.")
+    if plot and metrics is None and data is None:
+        raise ValueError("--plot draws what metrics would change: give --metrics, or --data.")
+    if data is None and (geometry or layers):
+        raise ValueError("--geometry and --layers are of what is run: give --data.")
     plot = picture_path(plot)
     found = inspect(
         models,
@@ -438,19 +524,16 @@ def inspect_command(
         damping,
         any_base,
     )
-    if as_json:
-        print(
-            json.dumps(
-                asdict(found)
-                | {"gain": found.gain, "verdict": found.verdict, "mergeable": found.mergeable}
-            )
-        )
-    else:
-        # lines as they are, for grep
-        for x in found.report(top):
-            Console().print(x, soft_wrap=isinstance(x, Text))
-    if plot and found.eta:
-        plot_eta(found).figure.savefig(plot, dpi=150, bbox_inches="tight")
+    ran = None
+    if data is not None and not found.mergeable:
+        warn("no model was run: these cannot be merged as they are")
+    elif data is not None:
+        fed = dict(data=data, split=split, text=text, pair=pair, max_samples=max_samples)
+        fed |= dict(batch_size=batch_size, max_length=max_length, tokenizer=tokenizer)
+        ran = _ran(models, base, (geometry, layers), fed, allow_pickle)
+    _show(found, ran, as_json, top)
+    if plot:
+        _draw(found, ran, plot)
     if not found.mergeable:
         raise typer.Exit(1)
 
