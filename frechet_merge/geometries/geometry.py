@@ -59,6 +59,9 @@ class Needs:
     keeps_rank: bool = False  # a mean of low-rank updates has their rank, not the sum of the ranks
     # the field of its own that `tune` searches, in which the mean is affine; None: the scale
     knob: str | None = None
+    # its chart counts with the weights: they come as the numbers that models bring
+    weighs: bool = False
+    entries: bool = False  # it reads single entries, which a change of basis does not keep
     # of a composition: why it cannot be, and what to use instead, in words
     unmet: str = ""
 
@@ -133,6 +136,7 @@ def together(gs: Sequence[Geometry]) -> Needs:
         metrics=any(n.metrics for n in all_needs),
         carries=frozenset.intersection(*(n.carries for n in all_needs)),
         keeps_rank=all(n.keeps_rank for n in all_needs),
+        entries=any(n.entries for n in all_needs),
         unmet=next((n.unmet for n in all_needs if n.unmet), ""),
     )
 
@@ -190,6 +194,11 @@ def check_needs(
     needs, name = g.needs, name or written(g)
     if needs.unmet:
         raise ValueError(f"{name} cannot be: {needs.unmet}")
+    if needs.entries and adapters:
+        raise ValueError(
+            f"{name} reads single entries, and adapters are known up to a change of basis.\n"
+            "Name each as BASE+ADAPTER and give the base, or use knots, which chooses a basis."
+        )
     if needs.of == "factors" and not adapters:
         raise ValueError(
             f"{name} merges adapters, and these are full models.\n"
