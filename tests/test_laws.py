@@ -95,6 +95,7 @@ def test_the_unit_of_the_metrics_is_irrelevant(dtype, unit):
 def test_every_installed_geometry_is_covered():
     import test_adapter_geometries
     import test_metrics_merge
+    import test_trimmed
 
     found = {n: e.load()() for n, e in geometries().items()}
     # and `LoRA()` in test_lora.py
@@ -102,6 +103,7 @@ def test_every_installed_geometry_is_covered():
         *GEOMETRIES.values(),
         *test_adapter_geometries.GEOMETRIES.values(),
         *test_metrics_merge.GEOMETRIES.values(),
+        *test_trimmed.GEOMETRIES.values(),
         LoRA(),
     }
 

@@ -28,14 +28,18 @@ def geometries() -> dict[str, EntryPoint]:
 ELSEWHERE = {
     "linear": "It is euclidean.",
     "mean": "It is euclidean.",
-    "slerp": "It is sphere.",
     "karcher": "It is sphere.",
     "task_arithmetic": "It is euclidean, with a base and a scale.",
     "fisher": "It is curved or pullback, with metrics that `frechet-merge curvature` collects.",
     "kfac": "It is curved, with metrics that `frechet-merge curvature` collects.",
     "regmean": "It is curved, with metrics that `frechet-merge curvature --form inputs` collects.",
-    "ties": "It is none of these; knots is TIES for adapters.",
-    "dare": "It is none of these; tsvm adds up what tasks changed, too.",
+    "nuslerp": "It is slerp.",
+    "multislerp": "It is chordal.",
+    "nearswap": "It is clipped.",
+    "dare_ties": "It is dare, with elect=True.",
+    "dare_linear": "It is dare.",
+    "della_linear": "It is della, with elect=False.",
+    "model_stock": "It is stock.",
 }
 
 

@@ -46,6 +46,9 @@ class Span(Geometry):
 def _unmet_by_vectors(inner: Geometry) -> str:
     "Why a geometry cannot be one of vectors; empty if it can."
     of = inner.needs.of
+    if inner.needs.entries:
+        name = written(inner)
+        return f"in the span there are no entries, which {name} reads.\nUse {name} itself."
     if of == "tensor":
         return ""
     reads = "matrices" if of == "matrix" else "low-rank factors"

@@ -28,6 +28,9 @@ from ..files.tensors import LazyTensor, MemoryTensor, spans
 # %% ../../nbs/merging/block.ipynb #ebc6aca6
 def _mean_of(g: Geometry, thetas: Any, Gs: Any, ws: list[float]) -> tuple[Any, Mean]:
     "Chart, mean, lift: a tensor, or a promise of one, and what is known about the mean."
+    if g.needs.weighs:
+        # a weight is a multiple of the metric
+        Gs, ws = [w*G for w, G in zip(ws, Gs or [1.0]*len(ws))], [1.0]*len(ws)
     chart = g.chart(thetas, Gs)
     mean = frechet_mean(chart.space, chart.points, ws, warn=False)
     return chart.lift(mean.x), replace(mean, x=None)

@@ -219,7 +219,8 @@ def numbers_for(
 # %% ../../nbs/merging/coefficients.ipynb #5c5d9dcc
 def refuse_sum_of(g: Any, name: str) -> None:  # g: a `Geometry`
     "`ValueError` for coefficients in a geometry that is a sum already."
-    if 3 in g.waives:
+    # what is trimmed is no mean of copies, and yet no sum
+    if 3 in g.waives and not g.needs.entries:
         raise ValueError(
             f"{name} adds up what models changed by itself, and sum= (--sum) would do it twice.\n"
             "Give it weights and a scale (--weights, --scale). A model is taken away by merging it "

@@ -1,0 +1,120 @@
+"""Trimmed means are the formulas of their papers, with weights that vote, and alike whenever they
+are run."""
+import pytest
+import torch
+from conftest import cli, save
+from test_recipe_files import deep
+
+from frechet_merge import check_geometry, merge
+from frechet_merge.geometries.directions import Slerp
+from frechet_merge.geometries.registry import geometry_named, spelled
+
+NAMES = [
+    "slerp",
+    "slerp:straight=0.9995",
+    "chordal",
+    "ties:density=0.5",
+    "dare:density=0.5",
+    "della:density=0.5",
+    "breadcrumbs:density=0.5,gamma=0.1",
+    "stock",
+    "sce:select=0.5",
+    "clipped:t=0.1",
+]
+NAME = "h.1.mlp.weight"
+# as they are without arguments
+GEOMETRIES = {n: geometry_named(n) for n in (name.partition(":")[0] for name in NAMES)}
+
+
+@pytest.fixture
+def four():
+    "A base and three models."
+    base = deep(9)
+    return base, [{k: v + 0.1*deep(i)[k] for k, v in base.items()} for i in range(3)]
+
+
+@pytest.mark.parametrize("name", [*NAMES, *GEOMETRIES])
+def test_laws_that_are_not_waived_hold(name):
+    g = geometry_named(name)
+    assert check_geometry(g)
+    assert geometry_named(spelled(g)) == g
+
+
+def by_hand(deltas, ws, density, scale):
+    kept = []
+    for x in deltas:
+        k = int(density*x.numel())
+        edge = x.abs().flatten().sort(descending=True).values[k - 1]
+        kept.append(torch.where(x.abs() >= edge, x, 0))
+    sign = sum(w*x for w, x in zip(ws, kept)).sign()
+    agree = [(x.sign() == sign) & (x != 0) for x in kept]
+    above = sum(w*x*M for w, x, M in zip(ws, kept, agree))
+    below = sum(w*M for w, M in zip(ws, agree))
+    return scale*torch.where(below > 0, above/below, 0)
+
+
+@pytest.mark.parametrize("ws", [[1, 1, 1], [0.1, 0.2, 2.0], [1, 0, 3]])
+def test_ties_votes_with_its_weights(four, ws):
+    base, models = four
+    found = merge(models, "ties:density=0.5", base, ws, 0.7).tensors[NAME]
+    deltas = [m[NAME] - base[NAME] for m in models]
+    torch.testing.assert_close(found, base[NAME] + by_hand(deltas, ws, 0.5, 0.7))
+
+
+def test_a_sum_of_what_is_trimmed(four):
+    base, models = four
+    found = merge(models, "breadcrumbs:density=1.0", base, sum=[0.5, -0.3, 1.2]).tensors[NAME]
+    deltas = [m[NAME] - base[NAME] for m in models]
+    by_hand = base[NAME] + sum(c*d for c, d in zip([0.5, -0.3, 1.2], deltas))
+    torch.testing.assert_close(found, by_hand)
+
+
+@pytest.mark.parametrize("name", ["dare:density=0.5,seed=3", "della:density=0.5,seed=3"])
+def test_chance_is_the_same_in_every_run(four, name):
+    base, models = four
+    one = merge(models, name, base, executor="serial").tensors
+    two = merge(models, name, base, executor="threads").tensors
+    other = merge(models, name.replace("=3", "=4"), base).tensors
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    assert not torch.equal(one[NAME], other[NAME])
+
+
+def test_dare_is_the_sum_in_expectation():
+    base = {"w": torch.zeros(4, 4)}
+    models = [{"w": deep(i)["h.0.mlp.weight"]} for i in range(2)]
+    draws = [
+        merge(models, f"dare:density=0.5,seed={s}", base, sum=[1, 1]).tensors["w"]
+        for s in range(300)
+    ]
+    # what is kept is a half, and twice as large up to the luck of a draw
+    close = torch.stack(draws).mean(0) - sum(m["w"] for m in models)
+    assert close.abs().max() < 0.35
+
+
+def test_slerp_is_the_great_circle_and_its_coefficients(four):
+    base, models = four
+    a, b = ({k: v*s for k, v in deep(i).items()} for i, s in ((1, 1.0), (2, 3.0)))
+    found = merge([a, b], Slerp(), weights=[0.7, 0.3]).tensors[NAME].double()
+    x, y = a[NAME].double(), b[NAME].double()
+    phi = torch.acos((x*y).sum()/x.norm()/y.norm())
+    by_hand = (torch.sin(0.7*phi)*x + torch.sin(0.3*phi)*y)/torch.sin(phi)
+    torch.testing.assert_close(found, by_hand, rtol=1e-5, atol=1e-6)
+
+
+def test_what_reads_entries_does_not_read_adapters(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    adapter = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0"]))
+    adapter.save_pretrained(tmp_path/"a")
+    args = "merge", tmp_path/"a", tmp_path/"a", "-o", tmp_path/"o", "--geometry"
+    code, _, err = cli(*args, "ties")
+    assert code == 2 and "knots" in err and not (tmp_path/"o").exists()
+    assert cli(*args, "knots")[0] == 0
+
+
+def test_a_base_is_asked_for(tmp_path):
+    a, b = save(tmp_path/"a", deep(0)), save(tmp_path/"b", deep(1))
+    code, _, err = cli("merge", a, b, "-o", tmp_path/"o", "--geometry", "ties:density=0.3")
+    assert code == 2 and "--base" in err
+    args = "merge", a, b, "-o", tmp_path/"o", "--geometry", "ties:density=0.3", "--base", a
+    assert cli(*args)[0] == 0
