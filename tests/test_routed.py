@@ -1,12 +1,21 @@
 """Statistics of experts in one tensor are those of experts that are layers of their own."""
 
+import itertools
+import json
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 
-from frechet_merge.curvature.collecting import curvature
+from frechet_merge import load, merge
+from frechet_merge.curvature.collecting import Statistics, curvature
+from frechet_merge.geometries.registry import geometry_named
+from frechet_merge.huggingface.models import collect
 
+tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 SIZES = {
     "hidden_size": 16, "intermediate_size": 12, "moe_intermediate_size": 12, "num_hidden_layers": 2,
@@ -184,3 +193,79 @@ def test_are_those_of_layers(kind):
     assert seen > 8
     assert set(sides.about["experts"]) == {n for n, p in model.named_parameters()
                                            if ".experts." in n and p.dim() == 3}
+
+
+def folder_of(model, folder, fused):
+    "A checkpoint, with its experts in one tensor or apart, and a tokenizer."
+    model.float().save_pretrained(folder)
+    if fused:
+        state = {n: x.clone() for n, x in model.state_dict().items()}
+        for file in folder.glob("*.safetensors"):
+            file.unlink()
+        save_file(state, folder/"model.safetensors", {"format": "pt"})
+    words = {f"w{i}": i for i in range(40)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w1"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="w0", unk_token="w1"
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["mixtral", "qwen3_moe"])
+def stored(request, tmp_path_factory):
+    "Two models, each stored in both ways, and their statistics of each form."
+    tmp = tmp_path_factory.mktemp(request.param)
+    rows = [{"text": " ".join(f"w{(7*i + 3*j) % 39 + 1}" for j in range(4 + i % 3))}
+            for i in range(12)]
+    (tmp/"data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for which in "ab":
+        model = tiny(request.param)
+        if which == "b":
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.add_(0.05*torch.randn(p.shape))
+        for way in ("fused", "apart"):
+            folder = folder_of(model, tmp/f"{which}-{way}", way == "fused")
+            for form in ("kronecker", "diagonal", "inputs"):
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    collect(folder, tmp/"data.jsonl", tmp/f"{which}-{way}-{form}", form)
+    return tmp
+
+
+def numbers(folder):
+    "What transformers reads."
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    return model.state_dict()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("form, geometry", [
+    ("kronecker", "curved:damping=0.1"), ("inputs", "curved:damping=0.1"), ("diagonal", "curved"),
+])
+def test_a_merge_is_the_same_however_the_models_are_stored(stored, tmp_path, form, geometry):
+    found = {}
+    for a, b in itertools.product(("fused", "apart"), repeat=2):
+        merge(
+            [stored/f"a-{a}", stored/f"b-{b}"],
+            geometry=geometry_named(geometry),
+            metrics=[stored/f"a-{a}-{form}", stored/f"b-{b}-{form}"],
+            out=tmp_path/f"{a}-{b}",
+        )
+        found[a, b] = numbers(tmp_path/f"{a}-{b}")
+    merge([stored/"a-fused", stored/"b-fused"], out=tmp_path/"plain")
+    plain = numbers(tmp_path/"plain")
+    first = found["apart", "apart"]
+    for other in found.values():
+        for name, x in first.items():
+            assert torch.equal(other[name], x), name
+    moved = [n for n in first if ".experts." in n and not torch.allclose(first[n], plain[n])]
+    assert len(moved) == 4
+
+
+def test_experts_have_the_names_of_the_checkpoint(stored):
+    apart = Statistics.load(stored/"a-apart-kronecker")
+    held = load(stored/"a-apart")
+    stems = {n.rpartition(".")[0] for n in apart}
+    assert {n for n in held if ".experts." in n} <= stems <= {*held}
