@@ -29,6 +29,7 @@ from .estimators import length, objective, size, take
 from .forms import FORMS, Form, Sums
 from ..files.output import staged_file
 from ..files.shards import read_header, save_tensors
+from .routed import ByExpert, piece_names, pieces_of
 from .uses import Watch
 from ..messages import warn
 
@@ -144,6 +145,7 @@ class Choice:
     parameters: dict[str, nn.Parameter]  # by their first names; what is dropped is taken out
     names: dict[str, list[str]]  # `all_names` of the model
     skipped: dict[str, str]  # first name → why it is left out
+    fused: dict[str, int]  # first name of those that hold experts → matrices of each expert
 
     def drop(self, name: str, why: str):
         "Leave a parameter out from here on."
@@ -160,9 +162,11 @@ def choose(
     names, every = all_names(model), dict(model.named_parameters())
     if parameters is not None:
         wanted = matching(names, parameters)
-        return Choice({n: p for n, p in every.items() if n in wanted}, names, {})
+        chosen = {n: p for n, p in every.items() if n in wanted}
+        return Choice(chosen, names, {}, pieces_of(model, chosen))
     frozen = {n: FROZEN for n, p in every.items() if not p.requires_grad}
-    return Choice({n: p for n, p in every.items() if n not in frozen}, names, frozen)
+    chosen = {n: p for n, p in every.items() if n not in frozen}
+    return Choice(chosen, names, frozen, pieces_of(model, chosen))
 
 # %% ../../nbs/curvature/collecting.ipynb #9c446a5e
 def fit_basis(basis: Basis, choice: Choice) -> Basis:
@@ -475,7 +479,7 @@ def summed_up(
                 "Run the model in float32 or bfloat16, and look at its outputs."
             )
     for name in list(choice.parameters):
-        if name not in error:
+        if not any(known in error for known in sink.named(name)):
             choice.drop(name, "no gradient reached it")
     return tensors, error
 
@@ -488,6 +492,8 @@ def known_about(
 ) -> dict:  # what JSON can hold
     "The facts that statistics carry with them."
     question, state = done.question, done.state
+    fused = [(n, choice.parameters[n]) for n in choice.fused if n in choice.parameters]
+    pieces = {m: piece_names(m, p, choice.fused[n]) for n, p in fused for m in choice.names[n]}
     return {
         "form": form,
         "estimator": question.estimator,
@@ -497,6 +503,7 @@ def known_about(
         "error": error,
         "skipped": {m: why for n, why in choice.skipped.items() for m in choice.names[n]},
         "diagonal": sorted(done.sink.diagonal),
+        **({"experts": pieces} if pieces else {}),
     }
 
 # %% ../../nbs/curvature/collecting.ipynb #2f967234
@@ -580,6 +587,7 @@ def make_sink(
     for name, p in list(choice.parameters.items()):
         if basis is not None and name not in sink.basis:
             del choice.parameters[name]
-        elif form != "diagonal" and p.dim() < 2:
+        elif form != "diagonal" and p.dim() < (3 if name in choice.fused else 2):
             choice.drop(name, VECTOR)
-    return sink
+    fused = {n: (choice.parameters[n], k) for n, k in choice.fused.items() if n in choice.parameters}
+    return ByExpert(sink, fused) if fused else sink

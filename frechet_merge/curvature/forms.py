@@ -169,6 +169,13 @@ class Form:
     def begin(self, calls: dict | None = None):
         "Before a batch; before the first, with the uses that a rehearsal found."
 
+    def expect(self, p: str, lead: str, by_input: bool):
+        "Say what a rehearsal did not find: with whom a parameter shares its inputs."
+
+    def named(self, p: str) -> list[str]:
+        "Under which names the sums of a parameter are."
+        return [p]
+
     def key(self, p: str, part: str) -> str:
         "Under which key the sums of a part are: its own name, unless it is shared."
         return p + part
@@ -335,6 +342,10 @@ class Sides(Form):
             self.into[p] = ".left" if use.by_input else ".right"
             inputs = (use.kind == "embedding", self.into[p], *(u.key for _, u in uses))
             self.leader[p] = first.setdefault(inputs, p)
+
+    def expect(self, p, lead, by_input):
+        self.into[p] = ".left" if by_input else ".right"
+        self.leader[p] = lead
 
     def key(self, p, part):
         return (self.leader[p] if part == self.into[p] else p) + part

@@ -82,6 +82,7 @@ class Use:
     mask: Tensor | None = None  # (N, tokens) bool: not padding
     d: Tensor | None = None  # δ, the gradient of the objective with respect to its output
     patch: tuple = ()  # of a convolution, found here: (kernel, stride, padding, dilation)
+    expert: int | None = None  # whose weight it is, of a parameter that holds several
 
     def __post_init__(self):
         x, layer = self.x, self.layer
@@ -297,10 +298,17 @@ class Watch:
         self.model.eval()
         self.model.requires_grad_(False)
         self.handles = [
-            layer.register_forward_hook(partial(self._called, watched), with_kwargs=True)
-            for layer, watched in layers_of(self.model, self.chosen)
+            self._hook(layer, watched) for layer, watched in layers_of(self.model, self.chosen)
         ]
         return self
+
+    def _hook(self, layer: nn.Module, watched: "Watched") -> Any:
+        "What looks at the calls of a layer, until it is removed."
+        from .routed import Replaced, holds_experts
+
+        if any(holds_experts(name, self.chosen[name]) for name, _ in watched.own):
+            return Replaced(self, layer, watched.name)
+        return layer.register_forward_hook(partial(self._called, watched), with_kwargs=True)
 
     def __exit__(self, *_):
         for handle in self.handles:
@@ -491,6 +499,16 @@ class Watch:
                     "Put the samples first in its input, or leave its parameters out "
                     "(parameters=)."
                 )
-        if not is_made_of(g, uses):
+        if not self._adds_up(g, uses):
             why = "its gradient is not that of its layer's calls: it is used elsewhere too"
             self.drop(name, why)
+
+    def _adds_up(self, g: Tensor, uses: list[tuple[str, Use]]) -> bool:
+        "Do the uses make up the gradient, or those of each expert its own?"
+        if uses[0][1].expert is None:
+            return is_made_of(g, uses)
+        for e, own in enumerate(g):
+            its = [(role, u) for role, u in uses if u.expert == e]
+            if not (is_made_of(own, its) if its else not own.any()):
+                return False
+        return True

@@ -17,6 +17,7 @@ from ..files.stack import Stack
 from ..geometries.geometry import Geometry
 from ..matching.blocks import Block
 from ..matching.promises import Range
+from ..matching.statistics import Coupled
 from .block import Job, MeanOf, together, is_statistic
 
 # %% ../../nbs/merging/experts.ipynb #5e7c8d01
@@ -83,19 +84,21 @@ class Experts(Job):
 
     def run(self, write):
         means = []
-        for start, shape in self.pieces:
-            one = self._one(start, shape)
+        for i, (start, shape) in enumerate(self.pieces):
+            one = self._one(i, start, shape)
             found = one.run(lambda _, i, x, start=start: write(self.name, start + i, x))
             means += found.values()
         return {self.name: together(means)}
 
-    def _one(self, start: int, shape: tuple[int, ...]) -> MeanOf:
+    def _one(self, i: int, start: int, shape: tuple[int, ...]) -> MeanOf:
         "The job of one matrix."
         whole, block = self.whole, self.whole.block
         lazy: list[Any] = [Range(x, start, shape) for x in block.lazy]
         base = None if block.base is None else Range(block.base, start, shape)
         metrics = whole.metrics
-        if isinstance(metrics, Stack):
+        if isinstance(metrics, Coupled):
+            metrics = metrics.pieces[i]
+        elif isinstance(metrics, Stack):
             theirs = [Range(x, start, shape) for x in metrics.lazy]
             metrics = Stack(
                 theirs, None, metrics.device, metrics.name, metrics.sources, role=metrics.role
@@ -110,8 +113,13 @@ def by_expert(
     "The job of a tensor, or of the experts in it, where its geometry can tell the two apart."
     g: Geometry = job.how.geometry
     is_by_number = g.needs.pieces and job.metrics is None
+    own = job.metrics.pieces if isinstance(job.metrics, Coupled) else ()
+    if own:
+        # as many matrices as there are metrics
+        each = len(own)//job.block.first.shape[0]
+        return Experts(job, matrices(job.name, tuple(job.block.first.shape), {job.name: each}))
     # metrics of a whole tensor, which are of no expert
-    is_coupled = job.metrics is not None and not isinstance(job.metrics, Stack)
+    is_coupled = isinstance(job.metrics, Coupled)
     if is_coupled or is_statistic(job.name) or is_by_number:
         return job
     pieces = matrices(job.name, tuple(job.block.first.shape), fused)
