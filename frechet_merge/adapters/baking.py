@@ -19,6 +19,7 @@ from .dialects import layers
 from .dora import Rescaled, lengths_in, with_lengths, without_lengths
 from .homes import at_home
 from .peft import Layer
+from .single import Replaced, Single, is_single, without_single
 from ..files.checkpoint import EMBEDDING, HEAD, Checkpoint, ties
 from ..files.checkpoint import token_rows, vocabulary_size
 from ..matching.codes import quantised
@@ -410,6 +411,36 @@ def _is_of_ties(name: str) -> bool:
     "Whether a tensor may be tied to another, by its name."
     return bool(EMBEDDING.search(name) or HEAD.search(name))
 
+# %% ../../nbs/adapters/baking.ipynb #a55ba6bb
+def _said_by(adapter: Checkpoint) -> tuple[dict[str, Layer], dict[str, LazyTensor]]:
+    "Its layers, and what it saved whole, without single rows."
+    if is_single(adapter):
+        return {}, dict(adapter.lazy)
+    is_dora = bool(lengths_in(adapter.lazy) or (adapter.adapter or {}).get("use_dora"))
+    found, rest = layers(without_lengths(adapter) if is_dora else adapter)
+    return with_lengths(adapter, found) if is_dora else found, rest
+
+# %% ../../nbs/adapters/baking.ipynb #da35e3e2
+def _put_single(onto: _Onto, single: Single) -> None:
+    "Single rows in the place of the base's; `MergeError` if it has none of their numbers."
+    name = f"{single.module}.weight"
+    place = _in_base(name, onto.lazy)
+    if place is None and HEAD.search(name) and ties(onto.base.config):
+        raise onto.refusal(
+            f"trains other rows in {name!r} than in the embedding, and the base ties the two",
+            "Untie them in the base first (tie_word_embeddings = false, and both saved).",
+        )
+    if place is None:
+        raise onto.refusal(f"trains rows of {single.module!r}, which the base does not have")
+    x = onto.lazy[place]
+    if not all(0 <= i < x.shape[0] for i in single.at) or x.shape[1:] != single.rows.shape[1:]:
+        raise onto.refusal(
+            f"trains row {max(single.at)} of {single.module!r}, which has the shape "
+            f"{list(x.shape)} in the base",
+            "Resize the base's vocabulary first (resize_token_embeddings), and save it.",
+        )
+    onto.lazy[place] = Replaced(x, torch.tensor(single.at), single.rows.tensor())
+
 # %% ../../nbs/adapters/baking.ipynb #05fca12d
 def bake(
     base: Checkpoint,  # a full model
@@ -419,9 +450,8 @@ def bake(
     onto = _Onto(base, adapter, dict(base.lazy))
     if base.adapter is not None:
         raise onto.refusal("needs a full model under it", "Put the full model first: BASE+ADAPTER.")
-    is_dora = bool(lengths_in(adapter.lazy) or (adapter.adapter or {}).get("use_dora"))
-    found, rest = layers(without_lengths(adapter) if is_dora else adapter)
-    found = with_lengths(adapter, found) if is_dora else found
+    adapter, single = without_single(adapter, base.config)
+    found, rest = _said_by(adapter)
     found = at_home(base, adapter, found)
     base = untied_for(base, found, rest)
     onto = replace(onto, base=base, lazy=dict(base.lazy))
@@ -434,6 +464,8 @@ def bake(
         )
     lazy = _elsewhere(onto, found, rest)
     onto = replace(onto, lazy=_all_put(onto, found, rest) if lazy is None else lazy)
+    for rows in single:
+        _put_single(onto, rows)
     return base.view(
         lazy=onto.lazy,
         parts={

@@ -60,6 +60,9 @@ class Needs:
     stored: bool = False  # low-rank updates may come as `Pairs`, in the dtypes of their files
     # the field of its own that `tune` searches, in which the mean is affine; None: the scale
     knob: str | None = None
+    # its chart counts with the weights: they come as the numbers that models bring
+    weighs: bool = False
+    entries: bool = False  # it reads single entries, which a change of basis does not keep
     # of a composition: why it cannot be, and what to use instead, in words
     unmet: str = ""
 
@@ -134,6 +137,7 @@ def together(gs: Sequence[Geometry]) -> Needs:
         metrics=any(n.metrics for n in all_needs),
         carries=frozenset.intersection(*(n.carries for n in all_needs)),
         keeps_rank=all(n.keeps_rank for n in all_needs),
+        entries=any(n.entries for n in all_needs),
         unmet=next((n.unmet for n in all_needs if n.unmet), ""),
     )
 
@@ -191,6 +195,11 @@ def check_needs(
     needs, name = g.needs, name or written(g)
     if needs.unmet:
         raise ValueError(f"{name} cannot be: {needs.unmet}")
+    if needs.entries and adapters:
+        raise ValueError(
+            f"{name} reads single entries, and adapters are known up to a change of basis.\n"
+            "Name each as BASE+ADAPTER and give the base, or use knots, which chooses a basis."
+        )
     if needs.of == "factors" and not adapters:
         raise ValueError(
             f"{name} merges adapters, and these are full models.\n"

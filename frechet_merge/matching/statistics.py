@@ -17,6 +17,8 @@ from torch import Tensor
 
 from .blocks import Block, get
 from .moved import moved, on_both_sides
+from .pieces import of_pieces, piece_of, piece_shape, same_pieces
+from .pieces import under_all_names
 from .rows import Rows
 from ..files.checkpoint import Checkpoint
 from ..files.open import load
@@ -55,8 +57,10 @@ class Coupled(Sequence[Dense | Kronecker]):
         name: str,  # of the tensor, for messages
         sources: Sequence[str],  # T names of files, for messages
         device: Any = None,  # where they are read to, as torch names devices; default the CPU
+        pieces: "Sequence[Coupled]" = (),  # of each matrix, if the tensor holds several
     ):
         self.parts, self.name, self.sources, self.device = parts, name, sources, device
+        self.pieces = pieces
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -200,6 +204,8 @@ def statistics(
     _check_kinds(files, about)
     _check_owners(files, about, models)
     _refuse_models(metrics, files, about, models)
+    same = same_pieces(about)
+    files = [under_all_names(held, same) for held in files]
     found = {}
     for block in blocks:
         held = [files[i] for i in block.who] if block.mergeable else []
@@ -240,9 +246,26 @@ def _metrics(
     "The metrics of one tensor's versions, still to be read."
     sources = tuple(each.source for each in held)
     if "" not in parts[0]:
-        return Coupled(parts, name, sources, device)
+        return _coupled(name, parts, sources, device)
     diagonals = [each[""] for each in parts]
     return Stack(diagonals, device=device, name=name, sources=sources, role="metrics")
+
+# %% ../../nbs/matching/statistics.ipynb #c5cc1b3e
+def _coupled(
+    name: str,
+    parts: list[dict[str, Any]],
+    sources: Sequence[str],
+    device: Any,
+) -> Coupled:
+    "Metrics that couple entries, of a tensor or of each matrix in it."
+    first = next(iter(parts[0].values()))
+    if not isinstance(first, tuple):
+        return Coupled(parts, name, sources, device)
+    pieces = []
+    for i in range(len(first)):
+        own = [{part: x[i] for part, x in each.items()} for each in parts]
+        pieces.append(Coupled(own, f"{name}.{i}", sources, device))
+    return Coupled(pieces[0].parts, name, sources, device, pieces)
 
 # %% ../../nbs/matching/statistics.ipynb #3f4f0c6e
 def _check_carried(what: str, parts: set[str], carries: Collection[str]) -> None:
@@ -274,8 +297,9 @@ def parts_for(
     held: Checkpoint,  # statistics of one model
     block: Block,
     at: int = 0,  # the model's place among those that have the tensor
-) -> dict[str, LazyTensor]:
-    "The metric of a tensor, by part (\"\" is a diagonal); `MergeError` if a part does not fit."
+) -> dict[str, Any]:
+    """The metric of a tensor, by part ("" is a diagonal; a tuple is of the matrices in the tensor);
+    `MergeError` if a part does not fit."""
     version = block.lazy[at]
     shape = version.own.lazy.shape if isinstance(version, Rows) else version.shape
     found = {p: x for p in PARTS if (x := get(held, f"{block.name}.{p}")) is not None}
@@ -283,17 +307,26 @@ def parts_for(
         found["sigma"] = x
     if not found and (x := get(held, block.name)) is not None:
         found[""] = x
-    for part, x in found.items():
+    found = found or of_pieces(held, block.name, shape)
+    for part, held_for in found.items():
+        are_pieces = isinstance(held_for, tuple)
+        x = held_for[0] if are_pieces else held_for
+        tensor = piece_shape(shape, len(held_for)) if are_pieces else shape
         # a basis is held to the models by who makes it
-        if part not in ("projected", "sigma") and not _fits(part, x.shape, shape):
+        if part not in ("projected", "sigma") and not _fits(part, x.shape, tensor):
             raise MergeError(
                 f"{held.source}: the metric {'.'.join(filter(None, (block.name, part)))} is of "
-                f"shape {list(x.shape)}, and the tensor {list(shape)}.\n"
+                f"shape {list(x.shape)}, and the tensor {list(tensor)}.\n"
                 "Collect the statistics from the model that is merged."
             )
     return moved(found, version, f"{held.source}: the metric of tensor {block.name!r}")
 
 # %% ../../nbs/matching/statistics.ipynb #34823298
+def _counts(parts: Mapping[str, Any]) -> dict[str, int]:
+    "Of how many matrices each part is; 0 of the tensor as it is."
+    return {part: len(x) if isinstance(x, tuple) else 0 for part, x in parts.items()}
+
+# %% ../../nbs/matching/statistics.ipynb #d9a16ff7
 def _check_alike(
     block: Block,
     held: list[Checkpoint],  # statistics of the models that have it
@@ -303,7 +336,7 @@ def _check_alike(
     "`MergeError` if a tensor has metrics of several forms, or of one that nobody can use."
     first = next(each for each in parts if each)
     for known, each in zip(held, parts):
-        if each.keys() != first.keys():
+        if _counts(each) != _counts(first):
             why = "of another form than another model has"
             if not each:
                 why = "missing, though another model has it"
@@ -322,6 +355,7 @@ def strangers(
     "What statistics hold for tensors that are not in the merge."
     endings = (*PARTS, "sigma")
     known = {b.name for b in blocks} | {f"{b.name}.{end}" for b in blocks for end in endings}
+    known |= {name for name in held if piece_of(name) in known}
     used = {held.tied.get(name, name) for name in known}
     found: dict[str, dict[str, LazyTensor]] = {}
     for name in held:

@@ -22,9 +22,10 @@ from torch import Tensor
 from ..adapters.baking import bake as put_on
 from ..adapters.baking import classes
 from ..adapters.common import speech_of
-from ..files.checkpoint import Checkpoint, from_state_dict
+from ..files.checkpoint import Checkpoint, from_state_dict, vocabulary_size
 from ..files.folders import library_of
 from ..files.open import PICKLES, load
+from .align import in_gauge_of
 from .companions import Says, carry_the_rest, config_of, write_companions
 from ..matching.ties import is_untied
 from ..geometries.geometry import Euclidean, Geometry
@@ -38,7 +39,7 @@ from .templates import say_other_templates
 from .run import Plan, disk_errors, in_memory, into_folder, report
 from .robust import counting
 from ..spaces.robust import Loss
-from ..messages import heard
+from ..messages import heard, warn
 from ..files.output import free, hidden, staged, staged_file, Staging
 from .journal import Journal, key_of
 from .coefficients import as_used
@@ -130,6 +131,19 @@ def is_one_file(opened: Opened, output: Output) -> bool:
     named = output.folder is not None and output.folder.suffix == ".safetensors"
     return named and written_in(opened) in ("kohya", "diffusers")
 
+# %% ../../nbs/merging/merge.ipynb #bafd3e7d
+def _lent(opened: Opened, homes: list[Path]) -> Path | None:
+    "Where the first model has no tokenizer, the folder of one of as many tokens that has one."
+    if opened.are_adapters or not homes or home_of(homes) is not None:
+        return None
+    count = vocabulary_size(config_of(homes))
+    for c in opened.every if count is not None else []:
+        found = home_of(c.homes)
+        if found is not None and vocabulary_size(c.config) == count:
+            warn(f"{homes[-1]} has no tokenizer: that of {c.source} is written")
+            return found
+    return None
+
 # %% ../../nbs/merging/merge.ipynb #e4bfbc87
 def dress_of(opened: Opened, output: Output) -> Dress:
     "What stands beside the weights of a merge that is put on nothing."
@@ -138,7 +152,7 @@ def dress_of(opened: Opened, output: Output) -> Dress:
     main = main_of([*opened.models, *([] if opened.base is None else [opened.base])])
     homes = homes_of(main)
     alone = main is not None and Path(main.source).is_file()
-    tokens = None if opened.tokens is None else opened.tokens.folder
+    tokens = _lent(opened, homes) if opened.tokens is None else opened.tokens.folder
     read = tuple(f for c in opened.every for f in c.files)
     heads = classes(opened.models[0])
     template = _template_of(opened, homes, tokens)
@@ -356,6 +370,10 @@ def make(
         parts = parts_for(opened, output, run)
         record = replace(begun(opened, output), coefficients=coefficients_of(recipe, plan))
         feed = calibration_for(opened, output)
+        if recipe.align:
+            opened, aligned = in_gauge_of(opened)
+            plan = plan_root(opened, output.dtype, run.device, name)
+            record = replace(record, aligned=aligned)
         if recipe.loss is not None:
             plans = {"": plan, **{path: one for path, (_, one) in parts.items()}}
             plans, counted = counting(plans, recipe, run)
@@ -419,6 +437,9 @@ def merge(
     # the dialect of the merged adapter: "peft", "kohya", "diffusers", "mlx"; default: the first
     # one's
     to: str | None = None,
+    # bring the hidden units and heads of full models into one gauge first: of models that were
+    # trained apart
+    align: bool = False,
     # rows of tokens are added until their number is a multiple of this
     pad_to_multiple_of: int | None = None,
     # whose chat template is written: "base", a model as it is named, or a file; default: that of
