@@ -154,6 +154,26 @@ def test_dora_is_refused_by_name():
         add_merged_adapter(model, ["a", "b"], "m")
 
 
+@pytest.mark.parametrize("kind", ["LoHaConfig", "LoKrConfig"])
+def test_other_kinds_are_refused_with_a_way_out(kind, tmp_path):
+    how = dict(r=2, target_modules=["q", "out"])
+    model = peft.get_peft_model(toy(), getattr(peft, kind)(**how), adapter_name="a")
+    model.add_adapter("b", getattr(peft, kind)(**how))
+    with pytest.raises(MergeError, match="adapter 'a': has peft_type.*\n.*merge their folders"):
+        add_merged_adapter(model, ["a", "b"], "m")
+    # which is the way
+    model.save_pretrained(tmp_path)
+    merge([tmp_path/"a", tmp_path/"b"], out=tmp_path/"out")
+    peft.PeftModel.from_pretrained(toy(), tmp_path/"out")
+
+
+def test_single_rows_of_an_embedding_are_refused_by_name():
+    model = live({"target_modules": ["q"], "trainable_token_indices": {"emb": [1]}},
+                 {"target_modules": ["q"]})
+    with pytest.raises(MergeError, match="adapter 'a'.*trains single rows of the embedding"):
+        add_merged_adapter(model, ["b", "a"], "m")
+
+
 def test_what_peft_does_not_take_is_taken_out_again(monkeypatch):
     model = live({}, {})
     monkeypatch.setattr(peft, "set_peft_model_state_dict", lambda *a, **k: None)

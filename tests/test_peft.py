@@ -651,6 +651,42 @@ def test_one_of_two_that_are_tied_is_adapted_alone(tmp_path, kind, embedding, ta
         torch.testing.assert_close(found.eval()(ids).logits, want, rtol=1e-4, atol=1e-4)
 
 
+def test_factors_that_peft_ties_to_one_another(tmp_path):
+    import transformers
+    from peft import PeftModel
+
+    def tied():
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(**TINY["llama"] | {"tie_word_embeddings": True})
+        return transformers.LlamaForCausalLM(config).eval()
+
+    config = dict(r=2, target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True)
+    tied().save_pretrained(tmp_path/"base")
+    each = []
+    for seed in (1, 2):
+        model = get_peft_model(tied(), LoraConfig(**config))
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.copy_(torch.randn(p.shape))
+        model.save_pretrained(tmp_path/str(seed), save_embedding_layers=False)
+        each.append(model)
+    merge([tmp_path/"1", tmp_path/"2"], out=tmp_path/"m")
+    mean = PeftModel.from_pretrained(tied(), tmp_path/"m").eval()
+    for name in ("model.embed_tokens", "lm_head"):
+        a, b, m = (
+            x.base_model.model.get_submodule(name).get_delta_weight(x.active_adapter)
+            for x in (*each, mean)
+        )
+        torch.testing.assert_close(m, (a + b)/2, rtol=1e-4, atol=1e-4)
+    merge([tmp_path/"m"], bake=tmp_path/"base", out=tmp_path/"out")
+    found, ids = transformers.LlamaForCausalLM.from_pretrained(tmp_path/"out"), torch.arange(6)
+    with torch.no_grad():
+        logits = [x(ids[None]).logits for x in (found.eval(), mean)]
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     "base_labels", [None, 3], ids=["a base without a head", "a base with another head"]
 )

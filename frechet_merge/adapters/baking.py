@@ -387,21 +387,29 @@ def _is_one_of(name: str, touched: Collection[str]) -> bool:
     "Whether a tensor is among those that an adapter names, which may leave out a leading part."
     return any(f".{name}".endswith(f".{t}") or f".{t}".endswith(f".{name}") for t in touched)
 
+# %% ../../nbs/adapters/baking.ipynb #07a0c5c0
+def _pairs(base: Checkpoint) -> list[list[str]]:
+    "An embedding and the output layer that is tied to it, by the names that its class has."
+    known = known_of(base.config)
+    pairs = [group for group in (known.groups if known else ()) if len(group) == 2]
+    return [sorted(pair, key=lambda n: bool(HEAD.search(n))) for pair in pairs]
+
 # %% ../../nbs/adapters/baking.ipynb #bf015886
 def untied_for(
     base: Checkpoint,
     found: dict[str, Layer],  # what an adapter does to it
     rest: dict[str, LazyTensor],
 ) -> Checkpoint:
-    "The base, whose output layer is its own if the adapter changes one of the two."
+    "The base, whose output layer is a tensor of its own if the adapter changes what is tied."
     if not ties(base.config) or is_of_t5(base.config):
         return base
     touched = _touched(found, rest)
-    known = known_of(base.config) if any(map(_is_of_ties, touched)) else None
-    pairs = [group for group in (known.groups if known else ()) if len(group) == 2]
-    for stored, head in (sorted(pair, key=lambda n: bool(HEAD.search(n))) for pair in pairs):
-        is_alone = _is_one_of(stored, touched) != _is_one_of(head, touched)
-        if is_alone and stored in base.lazy and head not in base.lazy and HEAD.search(head):
+    brought = {key.replace(".base_layer.", ".") for key in rest}
+    for stored, head in _pairs(base) if any(map(_is_of_ties, touched)) else ():
+        is_new = stored in base.lazy and head not in base.lazy and HEAD.search(head)
+        is_changed = _is_one_of(stored, touched) or _is_one_of(head, touched)
+        # an adapter may bring one of its own
+        if is_new and is_changed and not _is_one_of(head, brought):
             tied = {n: s for n, s in base.tied.items() if n != head}
             return base.view(lazy={**base.lazy, head: base.lazy[stored]}, tied=tied)
     return base

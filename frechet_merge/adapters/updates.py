@@ -354,7 +354,8 @@ def _where(configs: Sequence[dict], ranks: dict[str, int]) -> dict[str, Any]:
         return [as_set, *(config.get(k) for k in WHERE[1:])]
 
     first = configs[0]
-    if first.get("target_modules") and all(said(c) == said(first) for c in configs):
+    is_same = all(said(c) == said(first) for c in configs) and not _ties_its_factors(configs)
+    if first.get("target_modules") and is_same:
         return {k: first.get(k) for k in WHERE}
     parameters = _parameters(configs)
     modules = [n for n in ranks if n.rpartition(".")[2] not in parameters]
@@ -365,6 +366,11 @@ def _parameters(configs: Sequence[dict]) -> set[str]:
     "Names of parameters that adapters adapt by `target_parameters`."
     found = (t for c in configs for t in c.get("target_parameters") or [])
     return {t.rpartition(".")[2] for t in found} - {"weight"}
+
+# %% ../../nbs/adapters/updates.ipynb #bfce0838
+def _ties_its_factors(configs: Sequence[dict]) -> bool:
+    "Whether an adapter has layers that no target names, since their factors are those of others."
+    return any(c.get("ensure_weight_tying") and not c.get("modules_to_save") for c in configs)
 
 # %% ../../nbs/adapters/updates.ipynb #1adf0972
 def _common(configs: Sequence[dict], key: str, default: Any = None) -> Any:
@@ -449,5 +455,6 @@ def peft_config(
         "init_lora_weights": True,
         "bias": bias,
         "lora_bias": any(bias_key(u) for u in updates),
+        **({"ensure_weight_tying": False} if _ties_its_factors(configs) else {}),
         "modules_to_save": saved or None,
     }

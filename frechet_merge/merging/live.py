@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.dialects import spoken
+from ..adapters.peft import _refuse_other_updates
 from ..files.checkpoint import FACTOR, Checkpoint, from_state_dict
 from ..geometries.geometry import Geometry
 from .merge import merge
@@ -78,6 +79,18 @@ def nothing_like(c: Checkpoint, source: str) -> Checkpoint:
     "An adapter of the same layers that changes nothing."
     zeros = {n: torch.zeros_like(c[n]) if "lora_" in n else c[n] for n in c if FACTOR.search(n)}
     return from_state_dict(zeros, source).view(adapter=c.adapter)
+
+# %% ../../nbs/merging/live.ipynb #930262a0
+def _refuse_others(part: nn.Module, name: str, source: str) -> None:
+    "`MergeError` for an adapter that is no LoRA, or more than that."
+    config = json.loads(json.dumps(_configs(part)[name].to_dict(), default=_plain))
+    kind = str(config.get("peft_type")).rpartition(".")[2]
+    if kind != "LORA":
+        raise MergeError(
+            f"{source}: has peft_type = {kind!r}, and a model that holds such takes no LoRA beside "
+            "them.\nSave the adapters with save_pretrained, and merge their folders."
+        )
+    _refuse_other_updates(Checkpoint({}, source, adapter={**config, "peft_type": kind}))
 
 # %% ../../nbs/merging/live.ipynb #6f53c657
 def live_scale(
@@ -199,7 +212,10 @@ def _check_names(parts: Mapping[str, nn.Module], adapters: Sequence[str], name: 
 def _of_part(part: nn.Module, adapters: Sequence[str], at: str) -> list[Checkpoint]:
     "The adapters of one part; zeros of those that are not in it."
     where = f" of {at}" if at else ""
-    held = {a: taken(part, a, f"adapter {a!r}{where}") for a in adapters if a in _configs(part)}
+    there = [a for a in adapters if a in _configs(part)]
+    for a in there:
+        _refuse_others(part, a, f"adapter {a!r}{where}")
+    held = {a: taken(part, a, f"adapter {a!r}{where}") for a in there}
     for a in held:
         if (scale := live_scale(part, a)) != 1:
             warn(
