@@ -219,6 +219,16 @@ FullHash = Annotated[
     bool, typer.Option("--full-hash", help="Hash every byte of the inputs for the model card.")
 ]
 
+# %% ../../nbs/cli/commands.ipynb #aa1g0003
+def _print_written(out: Path, done: str, start: float) -> None:
+    "What was written, and how long it took."
+    written = load(out).lazy
+    n = fsum(x.numel for x in written.values())
+    print(
+        f"{out}: {done}, {len(written)} tensors, {_count(int(n))} parameters, "
+        f"{time.time() - start:.1f} s"
+    )
+
 # %% ../../nbs/cli/commands.ipynb #2ce11a71
 def _print_numbers(record: Any) -> None:
     "Weights, coefficients and scales as they were used, and on what statistics were collected."
@@ -303,12 +313,7 @@ def merge_command(
         progress=not quiet and sys.stderr.isatty(),
     ).record
     _warn_of_few(models, alone=bake is None and base is None)
-    written = load(out).lazy
-    n = fsum(x.numel for x in written.values())
-    print(
-        f"{out}: {len(models)} models merged, {len(written)} tensors, {_count(int(n))} "
-        f"parameters, {time.time() - start:.1f} s"
-    )
+    _print_written(out, f"{len(models)} models merged", start)
     _print_numbers(record)
 
 # %% ../../nbs/cli/commands.ipynb #aa1g0002

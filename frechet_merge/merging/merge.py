@@ -415,6 +415,9 @@ def merge(
         to,
         align,
     )
-    folder = None if out is None else Path(out)
-    output = Output(folder, as_dtype(dtype), shard_size, full_hash)
-    return make(recipe, output, Run(executor, device, progress), name)
+    return make(
+        recipe,
+        Output(None if out is None else Path(out), as_dtype(dtype), shard_size, full_hash),
+        Run(executor, device, progress),
+        name,
+    )
