@@ -107,7 +107,14 @@ def dense(
         found.append(Group(own, size, (Part(kind, tuple(into), (Member(after, 1),)),)))
     return found
 
-# %% ../../nbs/matching/groups.ipynb #f22ec3cc
+# %% ../../nbs/matching/groups.ipynb #827b42fe
+def _product(M: Tensor | None, N: Tensor | None) -> Tensor | None:
+    "M·N, where None changes nothing."
+    if M is None or N is None:
+        return N if M is None else M
+    return torch.matmul(M, N)
+
+# %% ../../nbs/matching/groups.ipynb #6bac98d5
 @dataclass(frozen=True)
 class Element:
     "What happens to the units of one group."
@@ -125,10 +132,7 @@ class Element:
         Ms = []
         for ours, theirs in zip(self.Ms, first.Ms):
             before = None if theirs is None else theirs[self.source]
-            if ours is None:
-                Ms.append(before)
-            else:
-                Ms.append(ours if before is None else ours @ before)
+            Ms.append(_product(ours, before))
         return Element(first.source[self.source], tuple(Ms))
 
     def back(self) -> "Element":
