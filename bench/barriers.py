@@ -1,5 +1,5 @@
-"""Networks that are trained apart: the loss on the way from one to the other, as they are and in one
-gauge; and what aligning costs, by width.
+"""Networks that are trained apart: the loss on the way from one to the other, as they are and in
+one gauge; and what aligning costs, by width.
 
     python bench/barriers.py DATA
 
@@ -90,7 +90,8 @@ def measured(net, state, x, y):
     "Test loss and accuracy of a network with these numbers."
     with torch.no_grad():
         out = torch.func.functional_call(net, state, x)
-        return float(nn.functional.cross_entropy(out, y)), float((out.argmax(1) == y).float().mean())
+        right = (out.argmax(1) == y).float().mean()
+        return float(nn.functional.cross_entropy(out, y)), float(right)
 
 
 def segment(net, a, b, x, y):
