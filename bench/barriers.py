@@ -158,10 +158,10 @@ def gated(h):
     return {"up": torch.randn(h, n), "gate": torch.randn(h, n), "down": torch.randn(n, h)}, group
 
 
-def rows_of_cost():
+def rows_of_cost(widths):
     "A row for each width: noisy copies in another order, and whether the order is found."
     rows = []
-    for h in WIDTHS:
+    for h in widths:
         torch.manual_seed(0)
         one, group = gated(h)
         order = torch.randperm(h)
@@ -184,13 +184,13 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--pairs", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="leave out the cost")
+    parser.add_argument("--widths", type=int, nargs="*", default=WIDTHS)
     args = parser.parse_args()
     said = ["fashion-mnist/"] if args.data else []
-    given = {k: v for k, v in vars(args).items() if k not in ("data", "quick")}
+    given = {k: v for k, v in vars(args).items() if k not in ("data", "widths")}
     odd = [f"--{k} {v}" for k, v in given.items() if v != parser.get_default(k)]
     words = " ".join(["python bench/barriers.py", *said, *odd])
     rows = rows_of_barriers(args.data, args.epochs, args.width, args.pairs)
     write_rows("barriers", rows, about(words))
-    if not args.quick:
-        write_rows("barriers_cost", rows_of_cost(), about(words))
+    if args.widths:
+        write_rows("barriers_cost", rows_of_cost(args.widths), about(words))
