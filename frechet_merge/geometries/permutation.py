@@ -5,12 +5,10 @@
 # %% auto #0
 __all__ = ['KINDS', 'FLOOR', 'shortest', 'dressed', 'likeness', 'turning', 'assigned', 'Units', 'Symmetric']
 
-# %% ../../nbs/geometries/permutation.ipynb #7f31562e
+# %% ../../nbs/geometries/permutation.ipynb #197288a1
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from .geometry import Chart, Geometry, Needs
@@ -112,11 +110,14 @@ def turning(
     upper, lower = torch.cat([real, -imaginary], -1), torch.cat([imaginary, real], -1)
     return torch.cat([upper, lower], -2)
 
-# %% ../../nbs/geometries/permutation.ipynb #b9dbd1c5
+# %% ../../nbs/geometries/permutation.ipynb #88adc8c9
 def assigned(
     C: Tensor,  # (h, h) how alike ours and theirs are
 ) -> Tensor:  # (h,) which of theirs comes to each of our places
     "The permutation of the largest sum."
+    # scipy takes as long to import as all that is here
+    from scipy.optimize import linear_sum_assignment
+
     return torch.from_numpy(linear_sum_assignment(C.detach().cpu().numpy(), maximize=True)[1])
 
 # %% ../../nbs/geometries/permutation.ipynb #51b0219d

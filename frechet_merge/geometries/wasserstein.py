@@ -36,11 +36,11 @@ def rotation(
     m: Tensor,  # (…, R, k) to be near to
     x: Tensor,  # (…, R, k) to be turned
 ) -> Tensor:  # (…, k, k); one of the best where xᵀm is singular
-    "Q ∈ O(k) such that x·Q is as close to m as possible: the polar factor of xᵀm (Schönemann 1966)."
+    "Q ∈ O(k) such that x·Q is as close to m as can be: the polar factor of xᵀm (Schönemann 1966)."
     U, _, Vt = torch.linalg.svd(x.mT @ m)
     return U @ Vt
 
-
+# %% ../../nbs/geometries/wasserstein.ipynb #5c1e0a77
 def turn(
     m: Tensor,  # (…, 2, R, k) halves to be near to
     x: Tensor,  # (…, 2, R, k) halves to turn

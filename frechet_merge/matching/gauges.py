@@ -6,18 +6,19 @@
 __all__ = ['LARGE', 'TURNS', 'STILL', 'ROUNDS', 'SWEEPS', 'FALL', 'units', 'shortened', 'neighbours', 'Site', 'settled',
            'Aligned', 'Descent', 'variance', 'align_gauges', 'as_the_first', 'in_one_gauge']
 
-# %% ../../nbs/matching/gauges.ipynb #ac1ce2a9
-from collections.abc import Iterator, Mapping, Sequence
+# %% ../../nbs/matching/gauges.ipynb #2f958712
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..files.checkpoint import Checkpoint
+from ..files.tensors import LazyTensor
 from ..geometries.permutation import assigned, dressed, likeness, shortest, turning
 from .groups import Element, Gauge, Group, Member, Part, check_group, gauged
 
-# %% ../../nbs/matching/gauges.ipynb #4c0da456
+# %% ../../nbs/matching/gauges.ipynb #49d9352f
 LARGE = 1 << 22  # numbers of a group, from which on likeness is computed in float32
 
 
@@ -29,8 +30,9 @@ def _of_member(c: Checkpoint, m: Member, size: int, d: int) -> Tensor:  # (size,
     wide = rows.double() if rows.numel() < LARGE else rows.float()
     return wide.reshape(size, m.copies, d, -1).movedim(1, 2).flatten(2)
 
-
-def _slice(x, index: int) -> Tensor:
+# %% ../../nbs/matching/gauges.ipynb #d2ce0d6b
+def _slice(x: LazyTensor, index: int) -> Tensor:
+    "One of a stack of tensors."
     n = x.numel//x.shape[0]
     return x.read(index*n, (index + 1)*n).view(tuple(x.shape[1:]))
 
@@ -49,16 +51,16 @@ def units(
         sides.append(torch.cat([x.to(wide) for x in found], -1) if found else empty.to(wide))
     return sides[0], sides[1]
 
-# %% ../../nbs/matching/gauges.ipynb #8773cc59
+# %% ../../nbs/matching/gauges.ipynb #db77583d
 def _counted(g: Group) -> list[tuple[int, Part]]:
     "The parts that say how far units are apart, and their numbers."
     return [(i, p) for i, p in enumerate(g.parts) if p.kind != "carried"]
 
-
+# %% ../../nbs/matching/gauges.ipynb #f1c632ae
 def _without(gauge: Gauge, g: Group) -> dict[str, Element]:
     return {name: e for name, e in gauge.items() if name != g.name}
 
-# %% ../../nbs/matching/gauges.ipynb #602d0bd6
+# %% ../../nbs/matching/gauges.ipynb #d2de7f63
 TURNS = 200  # of all groups, at most
 STILL = 1e-13  # relative change of scales, below which they rest
 
@@ -66,7 +68,7 @@ STILL = 1e-13  # relative change of scales, below which they rest
 def _stretches(p: Part) -> bool:
     return p.kind in ("scaling", "linear", "rotary") and bool(p.into) and bool(p.out)
 
-
+# %% ../../nbs/matching/gauges.ipynb #bfb010b1
 def shortened(c: Checkpoint, groups: Sequence[Group]) -> dict[str, Element]:
     "The gauge in which a model is shortest; no unit changes its place."
     gauge = {g.name: Element.one(g) for g in groups}
@@ -85,12 +87,12 @@ def shortened(c: Checkpoint, groups: Sequence[Group]) -> dict[str, Element]:
             break
     return gauge
 
-# %% ../../nbs/matching/gauges.ipynb #a92d4200
+# %% ../../nbs/matching/gauges.ipynb #e57eb1e9
 def _shortest_of(c: Checkpoint, g: Group) -> tuple[Tensor | None, ...]:
     "Of each part of a group."
     return tuple(shortest(p.kind, *units(c, g, p)) if _stretches(p) else None for p in g.parts)
 
-
+# %% ../../nbs/matching/gauges.ipynb #ee9bf039
 def _change(old: Sequence[Tensor | None], new: Sequence[Tensor | None]) -> float:
     "The largest relative change of a matrix."
     worst = 0.0
@@ -100,7 +102,7 @@ def _change(old: Sequence[Tensor | None], new: Sequence[Tensor | None]) -> float
             worst = max(worst, float((y - before).abs().max()/y.abs().max()))
     return worst
 
-
+# %% ../../nbs/matching/gauges.ipynb #5272740f
 def neighbours(groups: Sequence[Group]) -> dict[str, set[str]]:
     "Group → the others that move the same tensors, if they move any of its slices."
     held: dict[tuple, list[str]] = {}
@@ -113,17 +115,24 @@ def neighbours(groups: Sequence[Group]) -> dict[str, set[str]]:
             found[name] |= set(names) - {name}
     return found
 
-# %% ../../nbs/matching/gauges.ipynb #354091b9
+# %% ../../nbs/matching/gauges.ipynb #58b9a880
 @dataclass(frozen=True)
 class Site:
     "The units of one group in all models, each as short as it can be."
 
-    g: Group
+    g: Group  # what moves together
     ws: Sequence[float]  # of the models
     zs: list[list[Tensor]]  # of each model, for each part that counts: (h, d, n)
 
     @classmethod
-    def of(cls, models: Sequence[Checkpoint], groups, g: Group, ws, gauges) -> "Site":
+    def of(
+        cls,
+        models: Sequence[Checkpoint],
+        groups: Sequence[Group],
+        g: Group,
+        ws: Sequence[float],
+        gauges: Sequence[Gauge],
+    ) -> "Site":
         "Read from the models, in the gauges of the other groups."
         zs = []
         for c, gauge in zip(models, gauges):
@@ -153,7 +162,8 @@ class Site:
         source = torch.arange(h)
         if self.g.permutes:
             every = zip(counted, middle, self.zs[t])
-            source = assigned(sum(likeness(p.kind, m, z) for (_, p), m, z in every))
+            C = torch.stack([likeness(p.kind, m, z).double() for (_, p), m, z in every])
+            source = assigned(C.sum(0))
         Ms: list[Tensor | None] = [None]*len(self.g.parts)
         for (i, p), m, z in zip(counted, middle, self.zs[t]):
             Ms[i] = turning(p.kind, m.double(), z[source].double())
@@ -222,7 +232,7 @@ class Aligned:
         said = " → ".join(f"{v:.4g}" for v in self.variances)
         return f"Aligned({len(self.gauges)} models, variance {said}, rests={self.rests})"
 
-# %% ../../nbs/matching/gauges.ipynb #b8d2a1b0
+# %% ../../nbs/matching/gauges.ipynb #55e62932
 SWEEPS = 100  # over all groups, at most
 FALL = 1e-9  # of the first variance: a sweep that gains less is the last
 
@@ -231,8 +241,8 @@ FALL = 1e-9  # of the first variance: a sweep that gains less is the last
 class Descent:
     "Models on their way into one gauge."
 
-    models: Sequence[Checkpoint]
-    groups: Sequence[Group]
+    models: Sequence[Checkpoint]  # the first of which does not move
+    groups: Sequence[Group]  # what moves together
     ws: Sequence[float]  # of the sum 1
     stretched: list[dict[str, Element]]  # the gauge in which each is shortest
 
@@ -274,10 +284,14 @@ class Descent:
             if not todo:
                 break
 
-    def run(self, turned: list[dict[str, Element]], order: Sequence[Group]) -> Aligned:
+    def run(
+        self,
+        turned: list[dict[str, Element]],  # where to begin
+        order: Sequence[Group],
+    ) -> Aligned:
         "Sweep until nothing comes nearer."
         variances = [variance(self.models, self.groups, self.ws, self.whole(turned))]
-        T, floor, rests = len(self.models), FALL*variances[0], True
+        T, floor = len(self.models), FALL*variances[0]
         linked, begun = neighbours(self.groups), [dict(gauge) for gauge in turned]
         chained = [g for g in order if linked[g.name]]
         # groups that see each other: the second model to the first, the third to both, …
@@ -294,10 +308,11 @@ class Descent:
             if found > variances[0]:
                 turned, found = begun, variances[0]
             variances.append(found)
-        for gained, rests in self.sweeps(turned, range(1, T), order, floor):
+        swept = [*self.sweeps(turned, range(1, T), order, floor)]
+        for gained, _ in swept:
             # F is half of what all pairs gain, each of which counts twice
             variances.append(max(variances[-1] - 2*gained, 0.0))
-        return Aligned(self.whole(turned), variances, rests)
+        return Aligned(self.whole(turned), variances, swept[-1][1])
 
 # %% ../../nbs/matching/gauges.ipynb #b0701bbd
 def variance(
@@ -354,14 +369,14 @@ def align_gauges(
             best = replace(found, variances=[best.variances[0], *found.variances[1:]])
     return replace(best, gauges=as_the_first(best.gauges))
 
-# %% ../../nbs/matching/gauges.ipynb #0fea1ff8
+# %% ../../nbs/matching/gauges.ipynb #de482ff0
 def as_the_first(gauges: Sequence[Gauge]) -> list[dict[str, Element]]:
     "The same, after what undoes that of the first."
     undo = {n: e.back() for n, e in gauges[0].items()}
     first = {n: Element(torch.arange(len(e.source)), (None,)*len(e.Ms)) for n, e in undo.items()}
     return [first, *({n: undo[n].after(e) for n, e in g.items()} for g in gauges[1:])]
 
-
+# %% ../../nbs/matching/gauges.ipynb #0d1697ab
 def in_one_gauge(
     models: Sequence[Checkpoint], groups: Sequence[Group], found: Aligned
 ) -> list[Checkpoint]:

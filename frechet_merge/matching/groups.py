@@ -6,10 +6,10 @@
 __all__ = ['Gauge', 'TOLERANCE', 'Member', 'Part', 'Group', 'dense', 'Element', 'random_element', 'Move', 'Moved', 'gauged',
            'check_group', 'off_by', 'check_groups', 'refuse_changed']
 
-# %% ../../nbs/matching/groups.ipynb #9b7fad2b
+# %% ../../nbs/matching/groups.ipynb #4b3a0b65
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -107,7 +107,14 @@ def dense(
         found.append(Group(own, size, (Part(kind, tuple(into), (Member(after, 1),)),)))
     return found
 
-# %% ../../nbs/matching/groups.ipynb #132ab8d8
+# %% ../../nbs/matching/groups.ipynb #827b42fe
+def _product(M: Tensor | None, N: Tensor | None) -> Tensor | None:
+    "M·N, where None changes nothing."
+    if M is None or N is None:
+        return N if M is None else M
+    return torch.matmul(M, N)
+
+# %% ../../nbs/matching/groups.ipynb #6bac98d5
 @dataclass(frozen=True)
 class Element:
     "What happens to the units of one group."
@@ -124,10 +131,8 @@ class Element:
         "First the other, then this one."
         Ms = []
         for ours, theirs in zip(self.Ms, first.Ms):
-            theirs = None if theirs is None else theirs[self.source]
-            if ours is not None and theirs is not None:
-                ours = ours @ theirs
-            Ms.append(theirs if ours is None else ours)
+            before = None if theirs is None else theirs[self.source]
+            Ms.append(_product(ours, before))
         return Element(first.source[self.source], tuple(Ms))
 
     def back(self) -> "Element":
@@ -345,8 +350,9 @@ def check_groups(
             refuse_changed(g, changed[g.name])
     return changed
 
-# %% ../../nbs/matching/groups.ipynb #952331d4
+# %% ../../nbs/matching/groups.ipynb #dfae7e59
 def _double(x: Any) -> Any:
+    "Numbers as they are tried in."
     return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 # %% ../../nbs/matching/groups.ipynb #0e7191f5

@@ -6,18 +6,18 @@
 __all__ = ['FIXED', 'HOMOGENEOUS', 'BENT', 'CONVOLUTIONS', 'BATCHED', 'ADDED', 'PLAIN_CALLS', 'Value', 'Spaces', 'Seen', 'Tracer',
            'traced']
 
-# %% ../../nbs/matching/traced.ipynb #fb462f89
+# %% ../../nbs/matching/traced.ipynb #a52b3ff9
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .groups import Group, Member, Part, check_groups
 
-# %% ../../nbs/matching/traced.ipynb #38acc671
+# %% ../../nbs/matching/traced.ipynb #f31cf06f
 FIXED = 0  # the space, and the unit, that nothing may change
 
 
@@ -29,11 +29,12 @@ class Value:
     unit: int = FIXED  # in which they are measured
     axis: int = 1  # on which they are: 1, or -1 for the last
 
-
+# %% ../../nbs/matching/traced.ipynb #b87a0e29
 @dataclass
 class Spaces:
     "Sets of channels that are united as they are found to be the same."
 
+    # a space that it is united with; itself: none
     parent: list[int] = field(default_factory=lambda: [FIXED])
     sizes: dict[int, int] = field(default_factory=dict)  # space → channels
 
@@ -54,17 +55,17 @@ class Spaces:
         a, b = sorted((self.root(i), self.root(j)))
         self.parent[b] = a
 
-# %% ../../nbs/matching/traced.ipynb #af4c5c43
+# %% ../../nbs/matching/traced.ipynb #3f41f7a7
 @dataclass(frozen=True)
 class Seen:
     "Where channels are in one tensor."
 
-    space: int
-    unit: int
-    member: Member
+    space: int  # whose channels they are
+    unit: int  # in which they are measured
+    member: Member  # the tensor, and its axis
     role: str  # "into", "out", "still" or "carried"
 
-# %% ../../nbs/matching/traced.ipynb #0136f385
+# %% ../../nbs/matching/traced.ipynb #fe5b54be
 # that hand channels on, and keep their unit
 HOMOGENEOUS = (nn.ReLU, nn.LeakyReLU, nn.Identity, nn.Dropout, nn.Dropout2d, nn.MaxPool1d,
                nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d,
@@ -72,9 +73,13 @@ HOMOGENEOUS = (nn.ReLU, nn.LeakyReLU, nn.Identity, nn.Dropout, nn.Dropout2d, nn.
 # that hand channels on, in a unit of their own
 BENT = (nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.ELU, nn.Softplus, nn.Hardswish, nn.Mish,
         nn.ReLU6)
+# whose channels are on axis 1
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# that have running statistics
 BATCHED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+# of two values
 ADDED = (operator.add, operator.iadd, torch.add, "add", "add_")
+# function or method → whether it is homogeneous
 PLAIN_CALLS = {torch.relu: True, nn.functional.relu: True, "relu": True, "relu_": True,
                nn.functional.gelu: False, nn.functional.silu: False, torch.tanh: False,
                torch.sigmoid: False, "tanh": False, "sigmoid": False,
@@ -191,7 +196,7 @@ def _is_odd(n: Any) -> bool:
         return "alpha" in n.kwargs or len(n.args) != 2
     return False
 
-# %% ../../nbs/matching/traced.ipynb #22f7d00d
+# %% ../../nbs/matching/traced.ipynb #66494ff6
 def _unite_shared(t: Tracer) -> None:
     "A tensor that is used twice has one order of its rows, and one of its columns."
     first: dict[tuple, Seen] = {}
@@ -200,7 +205,7 @@ def _unite_shared(t: Tracer) -> None:
         t.spaces.unite(other.space, s.space)
         t.units.unite(other.unit, s.unit)
 
-
+# %% ../../nbs/matching/traced.ipynb #457f0288
 def _fix_squares(t: Tracer) -> None:
     "Spaces that are on both axes of a tensor stay as they are."
     axes: dict[tuple, set[int]] = {}
@@ -210,25 +215,28 @@ def _fix_squares(t: Tracer) -> None:
         if len(found) > 1:
             t.spaces.unite(space, FIXED)
 
-# %% ../../nbs/matching/traced.ipynb #812706f6
+# %% ../../nbs/matching/traced.ipynb #0892c63b
+def _part(unit: int, several: Sequence[Seen]) -> Part:
+    "What is measured in one unit; below zero: what is carried along."
+    into = tuple(s.member for s in several if s.role != "out")
+    out = tuple(s.member for s in several if s.role == "out")
+    kind = "scaling" if unit > FIXED and into and out else "still"
+    return Part("carried" if unit < 0 else kind, into, out)
+
+# %% ../../nbs/matching/traced.ipynb #973980c4
 def _group(t: Tracer, space: int) -> Group | None:
     "The group of one space; None if nothing leads into it, or out."
     mine = [*dict.fromkeys(s for s in t.seen if t.spaces.root(s.space) == space)]
-    by_unit: dict[int, list[Seen]] = {}
-    for s in mine:
-        key = -1 if s.role == "carried" else t.units.root(s.unit)
-        by_unit.setdefault(key, []).append(s)
-    parts = []
-    for unit, several in by_unit.items():
-        into = tuple(s.member for s in several if s.role != "out")
-        out = tuple(s.member for s in several if s.role == "out")
-        kind = "scaling" if unit > FIXED and into and out else "still"
-        parts.append(Part("carried" if unit < 0 else kind, into, out))
     name = next((s.member.tensor for s in mine if s.role == "into"), None)
     size = t.spaces.sizes.get(space, 0)
     if name is None or not size or not any(s.role == "out" for s in mine):
         return None
-    return Group(name.rpartition(".")[0], size, tuple(parts))
+    by_unit: dict[int, list[Seen]] = {}
+    for s in mine:
+        key = -1 if s.role == "carried" else t.units.root(s.unit)
+        by_unit.setdefault(key, []).append(s)
+    parts = tuple(_part(unit, several) for unit, several in by_unit.items())
+    return Group(name.rpartition(".")[0], size, parts)
 
 # %% ../../nbs/matching/traced.ipynb #9e761672
 def traced(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['brought_together', 'in_gauge_of', 'align']
 
-# %% ../../nbs/merging/align.ipynb #d8d1f5e7
+# %% ../../nbs/merging/align.ipynb #042aa5b5
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,7 +20,7 @@ from ..files.output import free, staged
 from ..matching.blocks import align as versions
 from ..matching.families import groups_of
 from ..matching.gauges import Aligned, align_gauges, in_one_gauge
-from ..matching.groups import Group, check_groups
+from ..matching.groups import Group
 from ..matching.towers import in_one_layout
 from ..matching.views import alike
 from .plan import Opened
@@ -80,19 +80,20 @@ def in_gauge_of(opened: Opened) -> tuple[Opened, dict[str, Any]]:
     n = len(bases)
     return replace(opened, models=seen[n:], base=seen[0] if n else None), said
 
-# %% ../../nbs/merging/align.ipynb #e58363fe
+# %% ../../nbs/merging/align.ipynb #0b9dff16
 def _folders(models: Sequence[Checkpoint]) -> list[str]:
     "What the folders of models are called, in the output."
     names = [Path(c.source).name or "model" for c in models]
     is_plain = len(set(names)) == len(names) and not any("/" in n or n[:1] == "." for n in names)
     return names if is_plain else [f"{i}" for i in range(len(names))]
 
-
+# %% ../../nbs/merging/align.ipynb #1c0258f6
 def align(
     models: Sequence[Model],  # full checkpoints; the first stays as it is, if there is no base
     out: str | os.PathLike[str] | None = None,  # a folder, in which each gets one; None: nothing
     base: Model | None = None,  # whose gauge they get
-    groups: Sequence[Group] | None = None,  # what moves together; default: derived, and tried
+    # what moves together, as `check_groups` has tried it; default: derived, and tried
+    groups: Sequence[Group] | None = None,
     weights: Sequence[float] | None = None,  # of the models in their mean; default equal
     restarts: int = 0,  # further starts of the descent, where groups share tensors
     dtype: str | torch.dtype | None = None,  # of what is written; default: each tensor's own

@@ -1,0 +1,294 @@
+"""Networks in another gauge are the same network: copies merge to what they are copies of, no gauge
+moves a merge, and what is no symmetry is refused by name."""
+
+import json
+from itertools import permutations
+
+import pytest
+import torch
+from conftest import cli
+from torch import nn
+
+from frechet_merge import MergeError, Sphere, load, merge
+from frechet_merge.files.checkpoint import from_state_dict
+from frechet_merge.geometries.permutation import Symmetric
+from frechet_merge.matching.families import derived, groups_of
+from frechet_merge.matching.gauges import align_gauges, in_one_gauge, neighbours, variance
+from frechet_merge.matching.gauges import Descent, shortened
+from frechet_merge.matching.groups import Element, Group, Member, Part, check_groups, dense
+from frechet_merge.matching.groups import gauged, random_element
+from frechet_merge.matching.traced import traced
+from frechet_merge.merging.align import align
+
+tf = pytest.importorskip("transformers")
+
+
+def mlp(seed, dtype=torch.float64, widths=(12, 40, 30, 20, 5)):
+    torch.manual_seed(seed)
+    layers = [nn.Linear(i, o) for i, o in zip(widths, widths[1:])]
+    return nn.Sequential(*[x for y in layers for x in (y, nn.ReLU())][:-1]).to(dtype)
+
+
+GROUPS = dense(["0.weight", "2.weight", "4.weight", "6.weight"], [40, 30, 20], homogeneous=True)
+
+
+def elsewhere(c, groups, seed):
+    gen = torch.Generator().manual_seed(seed)
+    moved = gauged(c, groups, {g.name: random_element(g, gen) for g in groups})
+    return c.view(lazy=from_state_dict(dict(moved)).lazy)
+
+
+def run(net, state, x):
+    with torch.no_grad():
+        return torch.func.functional_call(net, dict(state), x)
+
+
+def gap(x, y):
+    return float((x - y).detach().abs().max()/y.detach().abs().max())
+
+
+@pytest.mark.parametrize("T", [2, 3, 5])
+@pytest.mark.parametrize("dtype,limit", [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=str)
+def test_permuted_and_rescaled_copies_merge_to_the_network(T, dtype, limit):
+    net = mlp(0, dtype)
+    c = from_state_dict(net.state_dict())
+    copies = [c, *(elsewhere(c, GROUPS, seed) for seed in range(1, T))]
+    x = torch.randn(50, 12, dtype=dtype)
+    assert gap(run(net, copies[1], x), net(x)) < limit
+    views = in_one_gauge(copies, GROUPS, align_gauges(copies, GROUPS))
+    assert gap(run(net, merge(views).tensors, x), net(x)) < limit
+    assert gap(run(net, merge(copies).tensors, x), net(x)) > 0.1
+
+
+def test_the_variance_falls_at_every_sweep_and_is_what_is_said():
+    models = [from_state_dict(mlp(seed).state_dict()) for seed in range(4)]
+    ws = [0.4, 0.3, 0.2, 0.1]
+    descent = Descent(models, GROUPS, ws, [shortened(c, GROUPS) for c in models])
+    start = [{g.name: Element.one(g) for g in GROUPS} for _ in models]
+    found = descent.run(start, GROUPS)
+    assert found.rests and len(found.variances) > 2
+    for before, after in zip(found.variances, found.variances[1:]):
+        assert after <= before*(1 + 1e-12)
+    at_end = variance(models, GROUPS, ws, found.gauges)
+    assert found.variances[-1] == pytest.approx(at_end, rel=1e-8)
+    assert at_end < 0.8*found.variances[0]
+
+
+def test_one_hidden_layer_of_two_models_has_no_better_order():
+    groups = dense(["0.weight", "2.weight"], [5])
+    models = [from_state_dict(mlp(seed, widths=(4, 5, 3)).state_dict()) for seed in (0, 1)]
+    found = align_gauges(models, groups).variances[-1]
+    a, b = (torch.cat([c["0.weight"], c["0.bias"][:, None], c["2.weight"].T], 1) for c in models)
+    best = min(float((a - b[list(p)]).square().sum()) for p in permutations(range(5)))
+    assert found == pytest.approx(best/4, rel=1e-10)
+
+
+def test_restarts_are_never_worse():
+    models = [from_state_dict(mlp(seed).state_dict()) for seed in range(2)]
+    one, several = (align_gauges(models, GROUPS, restarts=n).variances[-1] for n in (0, 4))
+    assert several <= one
+
+
+def test_a_unit_that_is_dead_stays_dead():
+    net = mlp(3)
+    with torch.no_grad():
+        net[0].weight[7] = 0
+        net[0].bias[7] = 0
+        net[2].weight[:, [7, 9]] = 0
+    c = from_state_dict(net.state_dict())
+    copies = [c, elsewhere(c, GROUPS, 1)]
+    views = in_one_gauge(copies, GROUPS, align_gauges(copies, GROUPS))
+    x = torch.randn(50, 12, dtype=torch.float64)
+    assert gap(run(net, merge(views).tensors, x), net(x)) < 1e-9
+
+
+WIDE = dict(hidden_size=32, intermediate_size=40, num_attention_heads=4, vocab_size=99)
+FAMILIES = {
+    "llama": lambda: tf.LlamaForCausalLM(
+        tf.LlamaConfig(**WIDE, num_hidden_layers=2, num_key_value_heads=2)
+    ),
+    "qwen2": lambda: tf.Qwen2ForCausalLM(
+        tf.Qwen2Config(**WIDE, num_hidden_layers=2, num_key_value_heads=2)
+    ),
+    "phi3": lambda: tf.Phi3ForCausalLM(
+        tf.Phi3Config(**WIDE, num_hidden_layers=2, num_key_value_heads=2, pad_token_id=0)
+    ),
+    "gpt2": lambda: tf.GPT2LMHeadModel(
+        tf.GPT2Config(n_embd=32, n_head=4, n_layer=2, vocab_size=99)
+    ),
+    "bert": lambda: tf.BertForMaskedLM(tf.BertConfig(**WIDE, num_hidden_layers=2)),
+    "mixtral": lambda: tf.MixtralForCausalLM(
+        tf.MixtralConfig(
+            **WIDE, num_hidden_layers=2, num_key_value_heads=2, num_local_experts=4
+        )
+    ),
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request, tmp_path):
+    torch.manual_seed(0)
+    model = FAMILIES[request.param]().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05*torch.randn_like(p))
+    model.save_pretrained(tmp_path/"a")
+    return tmp_path/"a"
+
+
+def logits(folder):
+    model = tf.AutoModelForCausalLM
+    if "MaskedLM" in json.loads((folder/"config.json").read_text())["architectures"][0]:
+        model = tf.AutoModelForMaskedLM
+    with torch.no_grad():
+        return model.from_pretrained(folder).eval()(torch.arange(3, 40)[None]).logits
+
+
+def test_gauges_do_not_move_the_merge(family, tmp_path):
+    a = load(family)
+    groups = groups_of(a)
+    near = {
+        n: x + 0.02*torch.randn_like(x) if x.is_floating_point() else x for n, x in a.items()
+    }
+    b = a.view(lazy=from_state_dict(near).lazy, files=())
+    merge([a, b], out=tmp_path/"plain", align=True)
+    for seed in (1, 2):
+        other = [elsewhere(a, groups, seed), elsewhere(b, groups, 10 + seed)]
+        if seed == 1:
+            other[0] = a
+        merge(other, out=tmp_path/f"o{seed}", align=True)
+        assert gap(logits(tmp_path/f"o{seed}"), logits(tmp_path/"plain")) < 1e-5
+        merge(other, out=tmp_path/f"n{seed}")
+        assert gap(logits(tmp_path/f"n{seed}"), logits(tmp_path/"plain")) > 1e-2
+    merge([a, a.view(lazy=elsewhere(a, groups, 5).lazy)], out=tmp_path/"copies", align=True)
+    assert gap(logits(tmp_path/"copies"), logits(family)) < 1e-5
+
+
+def test_align_writes_models_that_load_and_do_the_same(tmp_path):
+    torch.manual_seed(0)
+    for name in ("a", "b"):
+        FAMILIES["llama"]().save_pretrained(tmp_path/name)
+    code, out, err = cli("align", "a", "b", "-o", "one", "--dtype", "fp32", cwd=tmp_path)
+    assert code == 0, err
+    assert "2 models in one gauge, 4 groups, variance" in out
+    for name in ("a", "b"):
+        assert gap(logits(tmp_path/"one"/name), logits(tmp_path/name)) < 1e-5
+    a, first = load(tmp_path/"a"), load(tmp_path/"one"/"a")
+    assert all(torch.equal(a[n], first[n]) for n in a)
+    code, out, err = cli("merge", "a", "b", "-o", "m", "--align", cwd=tmp_path)
+    assert code == 0, err
+    record = json.loads((tmp_path/"m"/"frechet_merge.json").read_text())
+    assert record["aligned"]["groups"] == 4 and "--align" in record["command"]
+    assert record["aligned"]["variances"][-1] < record["aligned"]["variances"][0]
+    mean = merge([tmp_path/"one"/"a", tmp_path/"one"/"b"]).tensors
+    merged = load(tmp_path/"m")
+    assert all(torch.allclose(mean[n], merged[n], atol=1e-6) for n in merged)
+
+
+def test_a_base_gives_the_gauge(tmp_path):
+    torch.manual_seed(0)
+    for name in ("base", "b"):
+        FAMILIES["llama"]().save_pretrained(tmp_path/name)
+    base = load(tmp_path/"base")
+    other = elsewhere(base, groups_of(base), 3)
+    seen, _ = align([other], base=tmp_path/"base")
+    assert max(float((seen[0][n] - base[n]).abs().max()) for n in base) < 1e-5
+
+
+def test_what_cannot_be_aligned_is_refused(tmp_path):
+    with pytest.raises(MergeError, match="no symmetry is known"):
+        merge([{"w": torch.ones(2, 2)}]*2, align=True)
+    with pytest.raises(ValueError, match="align the models first"):
+        merge([{"w": torch.ones(2, 2)}]*2, Symmetric())
+    with pytest.raises(ValueError, match="use still, scaling"):
+        Symmetric("turning")
+    torch.manual_seed(0)
+    FAMILIES["llama"]().save_pretrained(tmp_path/"a")
+    config = json.loads((tmp_path/"a"/"config.json").read_text())
+    config |= {"model_type": "unheard_of", "architectures": ["Unheard"]}
+    (tmp_path/"a"/"config.json").write_text(json.dumps(config))
+    with pytest.raises(MergeError, match="unheard_of.*\n.*check_groups"):
+        merge([tmp_path/"a"]*2, align=True, out=tmp_path/"o")
+    assert not (tmp_path/"o").exists()
+
+
+def test_an_adapter_is_sent_to_its_geometry(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(
+        FAMILIES["llama"](), peft.LoraConfig(r=2, target_modules=["q_proj"])
+    )
+    model.save_pretrained(tmp_path/"x")
+    with pytest.raises(MergeError, match="is an adapter.*\n.*without align"):
+        merge([tmp_path/"x"]*2, align=True)
+    merge([tmp_path/"x"]*2)
+
+
+def test_groups_that_are_wrong_are_refused_by_name():
+    net = mlp(0)
+    x = torch.randn(9, 12, dtype=torch.float64)
+    check_groups(net, GROUPS, x)
+    bad = Group("half", 40, (Part("still", (Member("0.weight"),), (Member("2.weight", 1),)),))
+    with pytest.raises(MergeError, match="'half'.*no symmetry"):
+        check_groups(net, [*GROUPS, bad], x)
+    c = from_state_dict(net.state_dict())
+    far = Group("far", 41, bad.parts)
+    with pytest.raises(MergeError, match="'far' moves 41 units"):
+        align_gauges([c, c], [far])
+    with pytest.raises(MergeError, match="has no 'nowhere'"):
+        align_gauges([c, c], [Group("g", 2, (Part("still", (Member("nowhere"),)),))])
+
+
+def test_a_moved_tensor_reads_any_range():
+    c = load({"w": torch.randn(12, 10), "o": torch.randn(6, 12)})
+    g = Group("h", 3, (Part("linear", (Member("w"),), (Member("o", 1),), 4),))
+    moved = gauged(c, [g], {"h": random_element(g)})
+    for name in ("w", "o"):
+        whole = moved[name].flatten()
+        for i in range(0, whole.numel(), 7):
+            for n in (1, 3, 29):
+                assert torch.allclose(moved.lazy[name].read(i, i + n), whole[i : i + n])
+    assert not torch.equal(moved["w"], c["w"])
+    assert torch.allclose(moved["o"] @ moved["w"], c["o"] @ c["w"], atol=1e-4)
+
+
+def test_stacked_experts_move_each_on_its_own():
+    x, o = torch.randn(3, 8, 5), torch.randn(3, 5, 4)
+    c = load({"experts.gate_up_proj": x, "experts.down_proj": o})
+    groups = derived(c)
+    assert [g.size for g in groups] == [4]*3 and not any(neighbours(groups).values())
+    moved = gauged(c, groups, {groups[1].name: random_element(groups[1])})
+    assert torch.equal(moved["experts.down_proj"][[0, 2]], o[[0, 2]])
+    assert not torch.equal(moved["experts.down_proj"][1], o[1])
+    up = torch.einsum("eoi,eij->eoj", o, x[:, 4:])
+    after = torch.einsum(
+        "eoi,eij->eoj", moved["experts.down_proj"], moved["experts.gate_up_proj"][:, 4:]
+    )
+    assert torch.allclose(up, after, atol=1e-4)
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(1, 6, 3, padding=1), nn.Linear(6*16, 3)
+        self.one, self.two = nn.Conv2d(6, 8, 3, padding=1), nn.Conv2d(8, 6, 3, padding=1)
+        self.norm, self.pool = nn.BatchNorm2d(8), nn.MaxPool2d(2)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        x = x + self.two(torch.relu(self.norm(self.one(x))))
+        return self.head(torch.flatten(self.pool(torch.relu(x)), 1))
+
+
+def test_a_network_with_a_residual_stream_comes_back():
+    torch.manual_seed(0)
+    net, x = Residual().double().eval(), torch.randn(20, 1, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        for b in (*net.parameters(), net.norm.running_mean, net.norm.running_var):
+            b.add_(0.3*torch.rand_like(b))
+    groups = traced(net, x)
+    assert {g.name: g.size for g in groups} == {"stem": 6, "one": 8}
+    c = from_state_dict(net.state_dict())
+    copies = [c, elsewhere(c, groups, 1), elsewhere(c, groups, 2)]
+    views = in_one_gauge(copies, groups, align_gauges(copies, groups))
+    assert gap(run(net, merge(views).tensors, x), net(x)) < 1e-9
+    assert gap(run(net, merge(views, Sphere()).tensors, x), net(x)) < 1e-9
