@@ -169,7 +169,7 @@ def inputs_of(page: Page) -> list[Input]:
         found.append(Input(name, ((*key, "parameters"), ("parameters",)), name == base))
     return found
 
-# %% ../../nbs/merging/mergekit.ipynb #5cdb24e6
+# %% ../../nbs/merging/mergekit.ipynb #cc94b2d3
 def _of_slices(page: Page, base: Any) -> list[Input]:
     "What slices have in each place, as stacks of layers."
     given = page.data["slices"]
@@ -181,15 +181,19 @@ def _of_slices(page: Page, base: Any) -> list[Input]:
             page.refuse(("slices", i), "has other sources than the first slice: as many are read.")
     if len(columns) == 1:
         return columns[0]
-    for column in columns:
-        for place in (p for c in column for p in c.places if p != ("parameters",)):
-            if _mapping(page, place):
-                page.refuse(place, "stands in one of several slices. Give it once, for all.")
+    _refuse_parameters_of_slices(page, columns)
     _refuse_gradients(page)
     rows = zip(*columns)
     return [
         Input("|".join(c.model for c in row), (("parameters",),), row[0].is_base) for row in rows
     ]
+
+# %% ../../nbs/merging/mergekit.ipynb #6719200d
+def _refuse_parameters_of_slices(page: Page, columns: Sequence[Sequence[Input]]) -> None:
+    "`MergeError` for parameters of one of several slices."
+    for place in (p for column in columns for c in column for p in c.places):
+        if place != ("parameters",) and _mapping(page, place):
+            page.refuse(place, "stands in one of several slices. Give it once, for all.")
 
 # %% ../../nbs/merging/mergekit.ipynb #46fe0f6f
 def _refuse_gradients(page: Page) -> None:
