@@ -263,6 +263,13 @@ def _print_preview(
     for line in found.report():
         print(line)
 
+# %% ../../nbs/cli/commands.ipynb #765f8713
+def _pictures(data: str | None, split: str, samples: int) -> Any:
+    "On what a merge is calibrated, if anything is given."
+    from frechet_merge.curvature.calibration import Calibration
+
+    return None if data is None else Calibration(data, split, samples)
+
 # %% ../../nbs/cli/commands.ipynb #a9152c4c
 @app.command("merge")
 def merge_command(
@@ -298,13 +305,10 @@ def merge_command(
     quiet: Quiet = False,
 ):
     "Merge MODELS into the folder OUT."
-    from frechet_merge.curvature.calibration import Calibration
     from frechet_merge.merging.merge import make
     from frechet_merge.merging.recipe import Output, Recipe, Run, as_dtype
 
-    start, feed = time.time(), None
-    if calibrate is not None:
-        feed = Calibration(calibrate, calibrate_split, calibrate_samples)
+    start = time.time()
     scales = by_pattern(scale, "scale", alone=True)
     recipe = Recipe.of(
         models,
@@ -324,7 +328,7 @@ def merge_command(
         allow_nonfinite,
         allow_pickle,
         by_pattern(sum, "sum"),
-        feed,
+        _pictures(calibrate, calibrate_split, calibrate_samples),
         to,
     )
     output = Output(out, as_dtype(dtype), size(shard_size), full_hash)
