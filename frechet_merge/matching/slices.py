@@ -107,7 +107,7 @@ def _said(parts: Sequence[tuple[Checkpoint, Slice]], count: int) -> dict[str, An
     said: dict[str, Any] = {key: count for key in COUNTS if key in config}
     for key, value in config.items():
         counts = [c.config.get(k) for c, _ in parts for k in COUNTS if k in c.config]
-        lists = [c.config.get(key) for c, _ in parts]
+        lists: list[Any] = [c.config.get(key) for c, _ in parts]
         if not isinstance(value, list) or len(counts) != len(parts):
             continue
         if all(isinstance(x, list) and len(x) == n for x, n in zip(lists, counts)):

@@ -265,7 +265,7 @@ class Task:
         "A parameter of each input that is not the base; `MergeError` if one has none."
         found = []
         for x in self.others if among is None else among:
-            value = parameter(self.page, x.places, name)
+            value: Any = parameter(self.page, x.places, name)
             if value is None and default is None:
                 why = f"{x.model} has no {name}, which {self.method} needs."
                 self.page.refuse(x.places[0][:-1], why)
