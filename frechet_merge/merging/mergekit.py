@@ -269,7 +269,8 @@ class Task:
             if value is None and default is None:
                 why = f"{x.model} has no {name}, which {self.method} needs."
                 self.page.refuse(x.places[0][:-1], why)
-            if are_rules(value) and default is not None and "filter" in value[-1]:
+            is_open = value is not None and are_rules(value) and "filter" in value[-1]
+            if value is not None and is_open and default is not None:
                 value = [*value, {"value": default}]
             found.append(default if value is None else value)
         return found
