@@ -189,8 +189,8 @@ def _open(path: Path, allow_pickle: bool, source: str) -> Checkpoint:
 
 # %% ../../nbs/files/open.ipynb #d753e65d
 def load(
-    # folder, file, hub id, "base+adapter", or tensors in memory; a `Checkpoint` is returned as it
-    # is
+    # folder, file, hub id, "base+adapter", layers as "A[0:24]|B[20:40]", or tensors in memory; a
+    # `Checkpoint` is returned as it is
     source: str | os.PathLike | Mapping[str, Tensor],
     allow_pickle: bool = False,  # accept .bin files (plain tensors only)
     name: str = "state dict",  # what messages call a mapping
@@ -209,6 +209,11 @@ def load(
             f"{adapted if hasattr(source, 'peft_config') else ''}."
         )
     path = Path(source).expanduser()
+    if not path.exists() and "[" in str(source):
+        from frechet_merge.matching.slices import load_slices, slices_of
+
+        if pieces := slices_of(str(source)):
+            return load_slices(pieces, allow_pickle)
     if not path.exists() and len(parts := parts_of(str(source))) > 1:
         return _on_its_base(parts, allow_pickle)
     here = snapshot_of(path) if path.exists() else _from_hub(str(source), allow_pickle)

@@ -7,6 +7,7 @@ __all__ = ['Slerp', 'Chordal', 'chordal']
 
 # %% ../../nbs/geometries/directions.ipynb #16633fcc
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ class Slerp(Geometry):
         U = C/norms[:, None]
         points = [Point(torch.cat([u.new_zeros(1), u]), G) for u, G in zip(U, Gs)]
 
-        def lift(m: Tensor) -> Tensor:
+        def lift(m: Tensor) -> Any:
             c = torch.linalg.lstsq(U.T, m[1:, None], driver="gelsd").solution[:, 0]
             return combine(c, thetas)
 

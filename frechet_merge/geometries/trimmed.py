@@ -10,6 +10,7 @@ __all__ = ['RULES', 'largest', 'chances', 'coin', 'rescaled', 'elected', 'Trimme
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,7 +128,7 @@ class Trimmed(Geometry):
         return rescaled(kept, x) if self.rescale else kept
 
 # %% ../../nbs/geometries/trimmed.ipynb #96a32e8a
-def per_model(value: float | Sequence[float], T: int) -> Sequence[float]:
+def per_model(value: Any, T: int) -> Sequence[float]:
     "One number for each of T models; `ValueError` for a list of other length, unless T is 1."
     if not isinstance(value, (list, tuple)):
         return [value]*T

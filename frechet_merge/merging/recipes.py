@@ -56,18 +56,19 @@ def spread(page: Page, key: Key) -> Any:
         return [number(page, (*key, i)) for i in range(len(value))]
     return [_rule(page, (*key, i), spread) for i in range(len(value))]
 
-# %% ../../nbs/merging/recipes.ipynb #9d962757
+# %% ../../nbs/merging/recipes.ipynb #721effac
 def _rule(page: Page, key: Key, read: Callable[[Page, Key], Any]) -> dict[str, Any]:
     "A filter and a value, or a value alone."
     if not isinstance(page.at(key), Mapping):
         page.refuse(key, f"{page.at(key)!r} stands among rules: write {{filter: …, value: …}}.")
-    page.known(key, ["filter", "value"])
+    page.known(key, ["filter", "value", "outside"])
     rule = page.at(key)
     if "value" not in rule:
         page.refuse(key, "this rule has no value: write {filter: …, value: …}.")
+    found = {k: read(page, (*key, k)) for k in ("value", "outside") if k in rule}
     if rule.get("filter") is None:
-        return {"value": read(page, (*key, "value"))}
-    return {"filter": text(page, (*key, "filter")), "value": read(page, (*key, "value"))}
+        return found
+    return {"filter": text(page, (*key, "filter")), **found}
 
 # %% ../../nbs/merging/recipes.ipynb #d1e355e5
 def text(page: Page, key: Key) -> str:
@@ -331,9 +332,9 @@ class Asked:
     page: Page | None = None  # where it says so; None: a record
     notes: tuple[str, ...] = ()  # what is said of it before it runs
 
-# %% ../../nbs/merging/recipes.ipynb #feabefae
+# %% ../../nbs/merging/recipes.ipynb #4b29498e
 def read_recipe(
-    path: Path,  # of a recipe or a record, or a folder that a merge wrote
+    path: Path,  # of a recipe, ours or mergekit's; of a record, or the folder of one
 ) -> Asked:
     "What a file asks for; `MergeError` if it is no recipe."
     path = path.expanduser()
@@ -345,9 +346,13 @@ def read_recipe(
     page = read_file(path)
     return asked_by(page)
 
-# %% ../../nbs/merging/recipes.ipynb #0a35c4de
+# %% ../../nbs/merging/recipes.ipynb #9402471a
 def asked_by(page: Page) -> Asked:
-    "What a page asks for."
+    "What a page asks for, in our words or in mergekit's."
+    from frechet_merge.merging.mergekit import is_of_mergekit, translated
+
+    if is_of_mergekit(page):
+        return translated(page)
     return Asked(*recipe_of(page), page)
 
 # %% ../../nbs/merging/recipes.ipynb #58d2ba96

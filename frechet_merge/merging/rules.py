@@ -17,7 +17,7 @@ def are_rules(value: Any) -> bool:
     several = isinstance(value, (list, tuple)) and bool(value)
     return several and all(isinstance(x, Mapping) and "value" in x for x in value)
 
-# %% ../../nbs/merging/rules.ipynb #ddb74c0f
+# %% ../../nbs/merging/rules.ipynb #1944b7e4
 def by_rules(
     rules: Sequence[Mapping[str, Any]],
     names: Sequence[str],  # of tensors
@@ -25,20 +25,23 @@ def by_rules(
 ) -> dict[str, Any]:  # one for each name
     """What rules give each name, the first that means it; `ValueError` for a name without a value,
     and for a filter that means none."""
+    from frechet_merge.merging.coefficients import layer_of
+
     filters, rest = {}, None
     for rule in rules:
         if rule.get("filter") is None:
-            rest = rule["value"]
+            rest = rule
             break
-        filters.setdefault(rule["filter"], rule["value"])
-    found = by_name(filters, names, rest, what)
-    without = next((n for n in names if found[n] is None), None)
+        filters.setdefault(rule["filter"], rule)
+    deciding = by_name(filters, names, rest, what)
+    without = next((n for n in names if deciding[n] is None), None)
     if without is not None:
         raise ValueError(
             f"{what}: no rule gives tensor {without!r} a value.\n"
             "Let the last rule be one without a filter: {value: …}."
         )
-    return found
+    keys = {n: "value" if layer_of(n) else "outside" for n in names}
+    return {n: deciding[n].get(keys[n], deciding[n]["value"]) for n in names}
 
 # %% ../../nbs/merging/rules.ipynb #6e621a2d
 def without_rules(

@@ -69,6 +69,8 @@ def chosen_templates(
     if choice is None:
         return None
     c = named.get(choice)
+    if c is None and ("{%" in choice or "{{" in choice):
+        return Chosen("the recipe", {"default": choice})
     if c is None and Path(choice).is_file():
         return Chosen(choice, _of_file(Path(choice)))
     if c is None:

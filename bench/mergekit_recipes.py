@@ -1,0 +1,192 @@
+"""Recipes of mergekit, run by mergekit and by frechet-merge: are the tensors the same?
+
+    python bench/mergekit_recipes.py PYTHON
+
+PYTHON is the interpreter of an environment with mergekit. Models are random Llamas of four layers
+in float32. Methods that draw random numbers are compared in the mean and the number of entries kept
+over a few seeds. Writes bench/results/mergekit_recipes.json.
+"""
+import json
+import subprocess
+import sys
+import tempfile
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+HERE = Path(__file__).parent
+BOTH = "models: [{model: $a, parameters: {weight: 0.7}}, {model: $b, parameters: {weight: 0.5}}]"
+THREE = """models:
+  - model: $base
+  - model: $a
+    parameters: {weight: 0.7, density: 0.5}
+  - model: $b
+    parameters: {weight: [0.2, 0.8], density: [0.9, 0.3]}
+  - model: $c
+    parameters: {weight: [{filter: mlp, value: 0.6}, {value: 0.1}], density: 0.3}
+base_model: $base
+"""
+SLICED = """slices:
+  - sources:
+      - {model: $x, layer_range: [0, 4]}
+      - {model: $y, layer_range: [0, 4]}
+base_model: $x
+parameters:
+  t:
+    - {filter: self_attn, value: [0, 0.5, 0.3, 0.7, 1]}
+    - {filter: mlp, value: [1, 0.5, 0.7, 0.3, 0]}
+    - value: 0.5
+"""
+STACK = """slices:
+  - sources: [{model: $x, layer_range: [0, 3]}]
+  - sources: [{model: $y, layer_range: [1, 4]}]
+"""
+TURNED = """slices:
+  - sources:
+      - model: $x
+        layer_range: [0, 4]
+        parameters: {scale: [{filter: down_proj, value: 0.5}, {value: 1}]}
+"""
+PLAIN = "models: [{model: $a}, {model: $b}, {model: $c}]\nbase_model: $base\n"
+ALIKE = "models: [{model: $a}, {model: $b}, {model: $c}]\n"
+FAR = "models: [{model: $x, parameters: {weight: 1}}, {model: $y, parameters: {weight: 3}}]\n"
+RECIPES = {
+    "linear": BOTH,
+    "linear, not normalised": BOTH + "\nparameters: {normalize: false}",
+    "linear, over depth": BOTH.replace("0.7", "[0, 1]"),
+    "slerp, models far apart": SLICED,
+    "slerp, models near": SLICED.replace("$x", "$a").replace("$y", "$b"),
+    "nuslerp": FAR,
+    "nuslerp, of differences": BOTH + "\nbase_model: $base",
+    "multislerp": FAR,
+    "multislerp, of differences": BOTH + "\nbase_model: $base",
+    "karcher": ALIKE,
+    "karcher, of smaller tolerance": ALIKE + "parameters: {tol: 1e-9, max_iter: 100}",
+    "task_arithmetic": THREE + "parameters: {lambda: 0.8}",
+    "task_arithmetic, normalised": THREE + "parameters: {normalize: true}",
+    "ties": THREE,
+    "ties, a sum": THREE + "parameters: {normalize: false, lambda: [0.5, 1], int8_mask: true}",
+    "ties, rescaled": THREE + "parameters: {rescale: true}",
+    "breadcrumbs": THREE,
+    "breadcrumbs_ties": THREE + "parameters: {gamma: 0.1}",
+    "model_stock": PLAIN,
+    "sce": PLAIN + "parameters: {select_topk: 0.3}",
+    "nearswap": "models: [{model: $base}, {model: $a}]\nbase_model: $base\nparameters: {t: 0.01}",
+    "passthrough, slices": STACK,
+    "passthrough, scaled": TURNED,
+    "dare_linear": THREE,
+    "dare_ties": THREE,
+    "della": THREE + "parameters: {epsilon: 0.05}",
+    "della_linear": THREE + "parameters: {epsilon: 0.05}",
+}
+RANDOM = ("dare", "della")
+THEIRS = """
+import json, sys, torch, yaml
+from pathlib import Path
+from mergekit.config import MergeConfiguration
+from mergekit.merge import MergeOptions, run_merge
+for recipe, out, seed in json.loads(sys.stdin.read()):
+    config = MergeConfiguration.model_validate(yaml.safe_load(Path(recipe).read_text()))
+    torch.manual_seed(seed)
+    run_merge(config, out, options=MergeOptions(random_seed=seed, copy_tokenizer=False, quiet=True))
+"""
+SEEDS = 8
+
+
+def llama(folder, seed, base=None):
+    "A random Llama, near a base if there is one."
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    shape = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": False}
+    model = LlamaForCausalLM(LlamaConfig(**shape, **heads)).float()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(torch.randn_like(p)*0.1 + (1 if "norm" in name else 0))
+            if base is not None:
+                p.copy_(base.state_dict()[name] + 0.2*(p - (1 if "norm" in name else 0)))
+    model.save_pretrained(folder)
+    return model
+
+
+def written(folder):
+    "Every recipe as a file."
+    names = ("base", "a", "b", "c", "x", "y")
+    base = llama(folder/"base", 0)
+    for i, name in enumerate(names[1:]):
+        llama(folder/name, i + 1, base if name in "abc" else None)
+    found = {}
+    for i, (title, body) in enumerate(RECIPES.items()):
+        text = f"{body}\nmerge_method: {title.partition(',')[0]}\ndtype: float32\n"
+        for name in sorted(names, key=len, reverse=True):
+            text = text.replace(f"${name}", str(folder/name))
+        found[title] = folder/f"{i}.yml"
+        found[title].write_text(text)
+    return found
+
+
+def ours(recipe, seed):
+    "The tensors of a recipe."
+    from frechet_merge.geometries.trimmed import Trimmed
+    from frechet_merge.geometries.varied import Varied
+    from frechet_merge.merging.recipes import read_recipe, run_recipe
+
+    asked = read_recipe(recipe)
+    g = asked.recipe.geometry
+    if isinstance(g, Varied) and isinstance(g.inner, Trimmed):
+        g = replace(g, inner=replace(g.inner, seed=seed))
+    elif isinstance(g, Trimmed):
+        g = replace(g, seed=seed)
+    return dict(run_recipe(replace(asked, recipe=replace(asked.recipe, geometry=g)), asked.output)
+                .tensors)
+
+
+def error(x, y):
+    "The largest relative error of a tensor, and which."
+    if x.keys() != y.keys():
+        return float("inf"), f"other names: {sorted(x.keys() ^ y.keys())[:3]}"
+    return max((float((x[k].double() - y[k].double()).norm()/y[k].double().norm()), k) for k in y)
+
+
+def drawn(xs, y0, ys):
+    "In units of the spread: means over seeds apart, and shares of entries that moved."
+    names = [k for k in ys[0] if ys[0][k].dim() == 2]
+    flat = [torch.stack([torch.cat([s[k].flatten() for k in names]) for s in seeds])
+            for seeds in (xs, ys)]
+    still = torch.cat([y0[k].flatten() for k in names])
+    spread = ((flat[0].var(0) + flat[1].var(0))/len(xs)).sqrt()
+    moved = [float((f != still).float().mean()) for f in flat]
+    z = (flat[0].mean(0) - flat[1].mean(0))[spread > 0]/spread[spread > 0]
+    return {"z": float(z.pow(2).mean().sqrt()), "moved": moved}
+
+
+def main(python):
+    warnings.simplefilter("ignore")
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        recipes = written(folder)
+        seeds = {t: SEEDS if t.startswith(RANDOM) else 1 for t in recipes}
+        work = [(str(recipes[t]), str(folder/f"{recipes[t].stem}-{s}"), s)
+                for t in recipes for s in range(seeds[t])]
+        subprocess.run([python, "-c", THEIRS], input=json.dumps(work), text=True, check=True)
+        base = load_file(folder/"base"/"model.safetensors")
+        for title, recipe in recipes.items():
+            theirs = [load_file(folder/f"{recipe.stem}-{s}"/"model.safetensors")
+                      for s in range(seeds[title])]
+            mine = [ours(recipe, s) for s in range(seeds[title])]
+            if seeds[title] > 1:
+                found[title] = drawn(mine, base, theirs)
+            else:
+                worst, name = error(mine[0], theirs[0])
+                found[title] = {"error": worst, "tensor": name}
+            print(title, found[title], flush=True)
+    (HERE/"results"/"mergekit_recipes.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,98 @@
+"""What a merge would do is told from headers, writes nothing, and is what the merge then does."""
+import json
+
+import pytest
+import torch
+from conftest import cli, save
+from test_recipe_files import deep, written
+
+from frechet_merge import load, merge
+from frechet_merge.files.tensors import FileTensor
+from frechet_merge.merging.preview import preview
+from frechet_merge.merging.recipe import Output, Recipe
+
+
+@pytest.fixture
+def folders(tmp_path):
+    return [save(tmp_path/n, deep(i)) for i, n in enumerate("abc")]
+
+
+def test_bytes_written_are_those_of_the_merge(tmp_path, folders):
+    for dtype in (None, torch.bfloat16):
+        found = preview(Recipe.of(folders), Output(dtype=dtype))
+        tensors = merge(folders, dtype=dtype).tensors.values()
+        assert found.written == sum(x.numel()*x.dtype.itemsize for x in tensors)
+
+
+def test_bytes_read_are_at_most_those(folders, monkeypatch):
+    count = [0]
+    into, read = FileTensor.into, FileTensor.read
+
+    def counted_into(self, row, start):
+        count[0] += len(row)*self.dtype.itemsize
+        into(self, row, start)
+
+    def counted_read(self, start=0, stop=None):
+        x = read(self, start, stop)
+        count[0] += x.numel()*x.dtype.itemsize
+        return x
+
+    monkeypatch.setattr(FileTensor, "into", counted_into)
+    monkeypatch.setattr(FileTensor, "read", counted_read)
+    base, *models = folders
+    for geometry in ("euclidean", "sphere", "ties", "stock"):
+        recipe = Recipe.of(models, geometry, base)
+        count[0] = 0
+        found = preview(recipe)
+        assert count[0] == 0, "a preview reads no tensor"
+        merge(models, geometry, base)
+        assert 0 < count[0] <= found.read, geometry
+
+
+def test_nothing_is_written(tmp_path, folders):
+    a, b, _ = folders
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = cli("merge", a, b, "-o", tmp_path/"o", "--dry-run", "--scale", "1")
+    assert code == 0 and sorted(tmp_path.rglob("*")) == before, err
+    assert "3 × h.*.mlp.weight 4×4 float32: Euclidean() of 2" in out
+    code, out, _ = cli("merge", a, b, "-o", tmp_path/"o", "--dry-run", "--json")
+    held = json.loads(out)
+    assert code == 0 and held["written"] == sum(
+        x.numel*x.dtype.itemsize for x in load(a).lazy.values()
+    )
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_of_a_recipe_file(tmp_path, folders):
+    a, b, _ = folders
+    text = f"models: [{a}, {b}]\ngeometry: [{{filter: attn, value: sphere}}]\nweights: [1, 3]"
+    path = written(tmp_path, text)
+    code, out, err = cli("run", path, "--dry-run")
+    assert code == 0, err
+    assert "h.*.attn.weight 4×4 float32: Span(Sphere()) of 2, weights 0.25,0.75" in out
+    path = written(tmp_path, text.replace("attn", "atn"))
+    code, out, err = cli("run", path, "--dry-run")
+    assert code == 1 and "line 2" in err and out == ""
+
+
+def test_what_the_merge_refuses_the_preview_refuses(tmp_path, folders):
+    odd = save(tmp_path/"odd", {k: v[:, :2] for k, v in deep(0).items()})
+    one = cli("merge", folders[0], odd, "-o", tmp_path/"o")
+    two = cli("merge", folders[0], odd, "-o", tmp_path/"o", "--dry-run")
+    assert one[0] == two[0] == 1 and one[2] == two[2]
+    save(tmp_path/"taken", deep(0))
+    code, _, err = cli("merge", *folders, "-o", tmp_path/"taken", "--dry-run")
+    assert code == 1 and "taken" in err
+    code, _, err = cli("merge", *folders, "-o", tmp_path/"o", "--json")
+    assert code == 2 and "--dry-run" in err
+
+
+def test_of_adapters(tmp_path):
+    peft = pytest.importorskip("peft")
+    for i in range(2):
+        torch.manual_seed(i)
+        model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 4))
+        config = peft.LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=False)
+        peft.get_peft_model(model, config).save_pretrained(tmp_path/f"m{i}")
+    code, out, err = cli("merge", tmp_path/"m0", tmp_path/"m1", "-o", tmp_path/"o", "--dry-run")
+    assert code == 0 and "rank 4 of 2" in out, out + err
