@@ -38,6 +38,7 @@ from frechet_merge.adapters.extract import extract
 from frechet_merge.cli.demo import DATA
 
 HERE = Path(__file__).parent
+SIZES = 4096, 11008, 32000  # of Llama-7B: hidden, MLP, tokens
 # method → form of the metric, damping
 METHODS = {
     "plain": (None, 0.0),
@@ -115,17 +116,18 @@ def quality(asked):
 
 def shapes(layers):
     "Of Llama-7B, but for the number of layers."
-    found = {"model.embed_tokens.weight": (32000, 4096), "lm_head.weight": (32000, 4096)}
-    found["model.norm.weight"] = (4096,)
+    wide, mlp, tokens = SIZES
+    found = {"model.embed_tokens.weight": (tokens, wide), "lm_head.weight": (tokens, wide)}
+    found["model.norm.weight"] = (wide,)
     for i in range(layers):
         stem = f"model.layers.{i}"
         for n in "qkvo":
-            found[f"{stem}.self_attn.{n}_proj.weight"] = (4096, 4096)
-        found[f"{stem}.mlp.gate_proj.weight"] = (11008, 4096)
-        found[f"{stem}.mlp.up_proj.weight"] = (11008, 4096)
-        found[f"{stem}.mlp.down_proj.weight"] = (4096, 11008)
+            found[f"{stem}.self_attn.{n}_proj.weight"] = (wide, wide)
+        found[f"{stem}.mlp.gate_proj.weight"] = (mlp, wide)
+        found[f"{stem}.mlp.up_proj.weight"] = (mlp, wide)
+        found[f"{stem}.mlp.down_proj.weight"] = (wide, mlp)
         for n in ("input_layernorm", "post_attention_layernorm"):
-            found[f"{stem}.{n}.weight"] = (4096,)
+            found[f"{stem}.{n}.weight"] = (wide,)
     return found
 
 
@@ -138,8 +140,8 @@ def made(folder, layers, seed):
         if seed and len(shape) == 2 and "embed" not in name:
             own = torch.Generator().manual_seed(sum(map(ord, name)))
             U, V = (torch.randn(k, 128, generator=own) for k in shape)
-            W += 3e-5*(U*torch.arange(1.0, 129)**-0.7) @ V.T
-            W += 2e-4*torch.randn(shape, generator=own)
+            W += 1e-4*(U*torch.arange(1.0, 129)**-0.7) @ V.T
+            W += 1e-5*torch.randn(shape, generator=own)
         file = f"{len(index):04}.safetensors"
         save_file({name: W.bfloat16()}, folder/file, {"format": "pt"})
         index[name] = file
@@ -147,11 +149,11 @@ def made(folder, layers, seed):
     config = {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
+        "hidden_size": SIZES[0],
+        "intermediate_size": SIZES[1],
         "num_attention_heads": 32,
         "num_hidden_layers": layers,
-        "vocab_size": 32000,
+        "vocab_size": SIZES[2],
         "torch_dtype": "bfloat16",
     }
     (folder/"config.json").write_text(json.dumps(config))

@@ -25,7 +25,7 @@ from .dialects import layers
 from .peft import Layer
 from .updates import Update, factor_shapes, peft_config
 from ..algebra.factors import Factors, balanced, svd
-from ..algebra.truncation import rank_for, truncated
+from ..algebra.truncation import rank_for, squared, truncated
 from ..files.checkpoint import Checkpoint, token_rows
 from ..files.open import load
 from ..files.output import staged
@@ -205,11 +205,12 @@ def best_factors(
     right: Root = Root(),  # of the metric on columns
 ) -> tuple[Factors, Kept]:
     "The pair of low rank that is nearest to D in a metric, balanced, in float64."
-    norm = float(torch.linalg.vector_norm(D, dtype=torch.float64))
     if left.half is None and right.half is None:
         cut = truncated(D, rank, energy)
+        norm = cut.total**0.5
         known = Kept(len(cut.S), cut.energy, cut.error, norm, cut.slack)
         return balanced(cut.U, cut.S, cut.V), known
+    norm = squared(D)**0.5
     M = _times(right.half, _times(left.half, D.double()).mT).mT
     cut = truncated(M, rank, energy)
     root = cut.S.sqrt()

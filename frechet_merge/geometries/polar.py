@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TERMS', 'ROUNDS', 'PATIENCE', 'LEAP', 'TOL', 'frames', 'expm', 'turned_frame', 'root_along', 'log_amount',
-           'horizontal', 'length', 'turning', 'corrected', 'in_rounds', 'first_tangent', 'Polar3', 'point', 'Polar']
+           'horizontal', 'length', 'turning', 'corrected', 'bounded', 'in_rounds', 'first_tangent', 'Polar3', 'point',
+           'Polar']
 
 # %% ../../nbs/geometries/polar.ipynb #7fd5cedf
 import math
@@ -122,6 +123,16 @@ def corrected(
     back = expm(-turning(F, xi)/2) @ missing
     return *horizontal(F, s, xi + back, X), missing.square().sum((-3, -2, -1)).sqrt()
 
+# %% ../../nbs/geometries/polar.ipynb #d81e0a03
+def bounded(
+    paths: Paths,  # after a round
+    accelerated: bool,  # False: what the plain round made
+) -> Tensor:
+    "Where the next round begins: a leap out of all bounds is none."
+    plain = paths.old[1]
+    leaps = ~(norm(paths.V) <= LEAP*norm(plain)) | (not accelerated)
+    return torch.where(leaps[:, None, None, None], plain, paths.V)
+
 # %% ../../nbs/geometries/polar.ipynb #5553a878
 def in_rounds(
     at: tuple[Tensor, Tensor],  # `frames` of N points
@@ -150,10 +161,7 @@ def in_rounds(
             goes_on &= least[i] <= before[i]/2
             before[i] = least[i]
         paths.advance(k, change.flatten(1), new, goes_on)
-        plain = paths.old[1]
-        # a leap out of all bounds is none
-        leaps = ~(norm(paths.V) <= LEAP*norm(plain)) | (not accelerated)
-        paths.V = torch.where(leaps[:, None, None, None], plain, paths.V)
+        paths.V = bounded(paths, accelerated)
     return xi, X
 
 # %% ../../nbs/geometries/polar.ipynb #d81e0a01
