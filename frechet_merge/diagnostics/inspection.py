@@ -378,8 +378,7 @@ def inspect(
         refuse_codes(c)
     # as `merge` does
     found.unlike = unlike(every)
-    tokens = compare_tokens(every, len(every) > len(models))
-    found.tokens = tokens if tokens is not None and tokens.differ else None
+    found.tokens = compare_tokens(every, len(every) > len(models))
     every, found.refused = _as_merged(every, len(models))
     comparable = compare_headers(found, every, numbers)
     if numbers:

@@ -22,7 +22,7 @@ from ..messages import shown
 # %% ../../nbs/diagnostics/tokens.ipynb #40bbadf1
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")  # that are compared
 
-
+# %% ../../nbs/diagnostics/tokens.ipynb #495cbe9f
 def _token(held: Any) -> str | None:
     "A special token, as a tokenizer_config.json writes it."
     found = held.get("content") if isinstance(held, Mapping) else held
@@ -147,27 +147,39 @@ def _command(found: Tokens, every: Sequence[Checkpoint], has_base: bool) -> str:
     chosen = [] if choice is None else ["--tokenizer", choice]
     return shlex.join(["frechet-merge", "merge", *models, *base, "-o", "OUT", *chosen])
 
-# %% ../../nbs/diagnostics/tokens.ipynb #552d199c
+# %% ../../nbs/diagnostics/tokens.ipynb #bbe4c16e
+def _in_common(found: Tokens, read: Mapping[str, Mapping[str, int]]) -> None:
+    "Count what vocabularies share, and what each lacks of the others."
+    every = [v.keys() for v in read.values()]
+    union = set().union(*every)
+    found.union, found.shared = len(union), len(union.intersection(*every))
+    found.lacks = {n: sorted(union - v.keys()) for n, v in read.items()}
+
+# %% ../../nbs/diagnostics/tokens.ipynb #02dfaa2f
 def compare_tokens(
     every: Sequence[Checkpoint],  # full models, the base first, if there is one
     has_base: bool = False,
-) -> Tokens | None:  # None: no model of them has tokens
+) -> Tokens | None:  # None: they have no tokens, or do not differ in them
     "What a merge would do with the tokens of models."
     known = {c.source: vocabulary(c) for c in every}
     rows = {c.source: vocabulary_size(c.config) for c in every}
-    if len(known) < 2 or not any(known.values()):
+    there = {n: v for n, v in known.items() if v}
+    if not there or len(known) < 2:
         return None
-    found = Tokens({n: None if v is None else len(v) for n, v in known.items()}, rows)
-    read = {n: {t: i for t, i in v.items() if not is_reserved(t)} for n, v in known.items() if v}
-    union = {t for v in read.values() for t in v}
-    found.union, found.shared = len(union), len(set.intersection(*(set(v) for v in read.values())))
-    found.lacks = {n: sorted(union - v.keys()) for n, v in read.items()}
-    found.contradictions = _contradictions({n: v for n, v in known.items() if v})
+    found = Tokens({n: len(v) if v else None for n, v in known.items()}, rows)
+    read = {n: _meant(v) for n, v in there.items()}
+    _in_common(found, read)
+    found.contradictions = _contradictions(there)
     found.special, found.templates = _specials(every), _templates(every)
     if len(read) == len(known):
         found.choices = _choices(found, every, read, has_base)
     found.command = _command(found, every, has_base)
-    return found
+    return found if found.differ else None
+
+# %% ../../nbs/diagnostics/tokens.ipynb #2b5ee64d
+def _meant(known: Mapping[str, int]) -> dict[str, int]:
+    "A vocabulary without names for numbers that are free."
+    return {t: i for t, i in known.items() if not is_reserved(t)}
 
 # %% ../../nbs/diagnostics/tokens.ipynb #e583f07b
 def tokens_table(found: Tokens) -> Table:
