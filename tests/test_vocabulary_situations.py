@@ -312,3 +312,28 @@ def test_a_number_of_the_whole_that_is_old(tmp_path):
         merge(folders)
     merge(folders, tokenizer="union", out=tmp_path/"o")
     check(LlavaForConditionalGeneration, tmp_path/"o", folders)
+
+
+def test_tune_is_told_how_to_bring_models_to_one_vocabulary(tmp_path):
+    "Its remedy, done as it is written, lets it run."
+    import shlex
+
+    from conftest import cli
+    from spoken import texts
+
+    from frechet_merge.tuning.tune import tune
+
+    for i, (name, token) in enumerate((("base", "<|x|>"), ("a", "<|x|>"), ("b", "<|y|>"))):
+        t = with_tokens(byte_level("abcd", 280), [token])
+        t.pad_token = "<|endoftext|>"
+        talker(tmp_path/name, t, i)
+    (tmp_path/"d.txt").write_text("\n".join(texts("abcd")[:10]))
+    given = dict(base=str(tmp_path/"base"), geometries=["euclidean"], max_samples=8)
+    data = [str(tmp_path/"d.txt")]
+    with pytest.raises(MergeError, match="280 for '<.x.>' and for '<.y.>'") as e:
+        tune([str(tmp_path/"a"), str(tmp_path/"b")], data, **given)
+    command = str(e.value).splitlines()[1].partition(": ")[2].rstrip(".")
+    words = command.replace("MODEL", "b").replace("BASE", "base").replace("NEW", "c")
+    code, _, said = cli(*shlex.split(words)[1:], cwd=tmp_path)
+    assert code == 0, said
+    assert tune([str(tmp_path/"a"), str(tmp_path/"c")], data, **given).settings
