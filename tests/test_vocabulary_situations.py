@@ -7,7 +7,8 @@ import json
 
 import pytest
 import torch
-from spoken import SIZES, byte_fallback, byte_level, opened, talker, unigram, with_tokens, word_piece
+from spoken import SIZES, byte_fallback, byte_level, opened, talker, unigram, with_tokens
+from spoken import word_piece
 from test_vocabularies import config
 from tokenizers import Tokenizer
 from transformers import (
@@ -282,3 +283,57 @@ class TestLlama:
         with pytest.warns(UserWarning, match="a has no tokenizer: that of .*b is written"):
             merge([tmp_path/"a", tmp_path/"b"], out=tmp_path/"o")
         assert opened(tmp_path/"o").get_vocab() == opened(tmp_path/"b").get_vocab()
+
+
+def test_an_embedding_that_is_longer_than_its_vocabulary(tmp_path):
+    "As Moshi's and Mllama's are: no row is given to a token by guessing."
+    for i, name in enumerate("ab"):
+        letters = ["abcd", "abce"][i]
+        talker(tmp_path/name, byte_level(letters, 280), i, rows=281)
+        file = tmp_path/name/"config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "vocab_size": 280}))
+    with pytest.raises(MergeError, match="has 281 rows, and the config says that there are 280"):
+        merge([tmp_path/"a", tmp_path/"b"], tokenizer=tmp_path/"a")
+
+
+def test_a_number_of_the_whole_that_is_old(tmp_path):
+    "Beside a part of the config that was resized, transformers leaves the old one."
+    folders = []
+    for i, token in enumerate(("<|x|>", "<|y|>")):
+        t = with_tokens(byte_level("abcd", 280), ["<image>", token])
+        text = dict(model_type="llama", **SIZES, vocab_size=len(t), pad_token_id=None)
+        vision = dict(model_type="clip_vision_model", **VISION)
+        said = LlavaConfig(text_config=text, vision_config=vision, image_token_index=280)
+        f = put(tmp_path/"ab"[i], LlavaForConditionalGeneration, said, t, i)
+        file = f/"config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "vocab_size": 281}))
+        folders.append(f)
+    with pytest.raises(MergeError, match="number 281 for '<.x.>' and for '<.y.>'"):
+        merge(folders)
+    merge(folders, tokenizer="union", out=tmp_path/"o")
+    check(LlavaForConditionalGeneration, tmp_path/"o", folders)
+
+
+def test_tune_is_told_how_to_bring_models_to_one_vocabulary(tmp_path):
+    "Its remedy, done as it is written, lets it run."
+    import shlex
+
+    from conftest import cli
+    from spoken import texts
+
+    from frechet_merge.tuning.tune import tune
+
+    for i, (name, token) in enumerate((("base", "<|x|>"), ("a", "<|x|>"), ("b", "<|y|>"))):
+        t = with_tokens(byte_level("abcd", 280), [token])
+        t.pad_token = "<|endoftext|>"
+        talker(tmp_path/name, t, i)
+    (tmp_path/"d.txt").write_text("\n".join(texts("abcd")[:10]))
+    given = dict(base=str(tmp_path/"base"), geometries=["euclidean"], max_samples=8)
+    data = [str(tmp_path/"d.txt")]
+    with pytest.raises(MergeError, match="280 for '<.x.>' and for '<.y.>'") as e:
+        tune([str(tmp_path/"a"), str(tmp_path/"b")], data, **given)
+    command = str(e.value).splitlines()[1].partition(": ")[2].rstrip(".")
+    words = command.replace("MODEL", "b").replace("BASE", "base").replace("NEW", "c")
+    code, _, said = cli(*shlex.split(words)[1:], cwd=tmp_path)
+    assert code == 0, said
+    assert tune([str(tmp_path/"a"), str(tmp_path/"c")], data, **given).settings

@@ -40,6 +40,7 @@ from ..files.stack import Stack
 from ..matching.statistics import statistics
 from ..files.tensors import LazyTensor
 from ..adapters.updates import Update, align_updates
+from .tokens import Tokens, compare_tokens, tokens_lines, tokens_table
 
 # %% ../../nbs/diagnostics/inspection.ipynb #b32dcb28
 def differences(
@@ -194,6 +195,7 @@ class Inspection(JupyterMixin):
     unlike: list[str] = field(default_factory=list)
     # models that are adapters among full models, which need their base
     adapters: list[str] = field(default_factory=list)
+    tokens: Tokens | None = None  # whose vocabularies differ, and how; None: they do not
     # name, shape, norm of each model, distance of each from the reference (None: it is zero)
     tensors: list[dict] = field(default_factory=list)
     # ‖δ‖/‖θ₀‖ of each model but the reference, over all compared tensors
@@ -248,6 +250,9 @@ class Inspection(JupyterMixin):
         if (changes := eta_table(self, top)) is not None:
             yield changes
             yield Text(shown(self.verdict))
+        if self.tokens is not None:
+            yield tokens_table(self.tokens)
+            yield from (Text(shown(said)) for said in tokens_lines(self.tokens))
         yield from (Text(shown(said)) for said in obstacles(self))
         can = "These can be merged." if self.mergeable else "These cannot be merged as they are."
         yield Text(can)
@@ -373,6 +378,7 @@ def inspect(
         refuse_codes(c)
     # as `merge` does
     found.unlike = unlike(every)
+    found.tokens = compare_tokens(every, len(every) > len(models))
     every, found.refused = _as_merged(every, len(models))
     comparable = compare_headers(found, every, numbers)
     if numbers:

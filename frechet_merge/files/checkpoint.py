@@ -160,11 +160,10 @@ TEXT = ("text_config", "vlm_config", "llm_config", "language_config", "thinker_c
 
 def vocabulary_size(config: Mapping[str, Any]) -> int | None:
     "How many tokens a config.json says that there are; None if it does not."
-    if config.get("vocab_size"):
-        return config["vocab_size"]
     parts = (config.get(key) for key in TEXT)
     found = (vocabulary_size(part) for part in parts if isinstance(part, Mapping))
-    return next((count for count in found if count), None)
+    # beside a part, the number of the whole may be an old one
+    return next((count for count in found if count), config.get("vocab_size") or None)
 
 # %% ../../nbs/files/checkpoint.ipynb #334785aa
 def token_rows(

@@ -26,7 +26,6 @@ def with_rows(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
     "A config of so many tokens, in its parts as well."
     found = dict(config)
     parts = {k: v for k in TEXT if isinstance(v := found.get(k), Mapping)}
-    parts = {k: v for k, v in parts.items() if not config.get("vocab_size") or k == TEXT[0]}
     if "vocab_size" in found or not parts:
         found["vocab_size"] = rows
     return found | {k: with_rows(v, rows) for k, v in parts.items()}
