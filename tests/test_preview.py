@@ -19,7 +19,7 @@ def folders(tmp_path):
 
 def test_bytes_written_are_those_of_the_merge(tmp_path, folders):
     for dtype in (None, torch.bfloat16):
-        found = preview(Recipe.of(folders), Output(dtype=dtype))
+        found = preview(Recipe.of({"models": folders}), Output(dtype=dtype))
         tensors = merge(folders, dtype=dtype).tensors.values()
         assert found.written == sum(x.numel()*x.dtype.itemsize for x in tensors)
 
@@ -41,7 +41,7 @@ def test_bytes_read_are_at_most_those(folders, monkeypatch):
     monkeypatch.setattr(FileTensor, "read", counted_read)
     base, *models = folders
     for geometry in ("euclidean", "sphere", "ties", "stock"):
-        recipe = Recipe.of(models, geometry, base)
+        recipe = Recipe.of({"models": models, "geometry": geometry, "base": base})
         count[0] = 0
         found = preview(recipe)
         assert count[0] == 0, "a preview reads no tensor"

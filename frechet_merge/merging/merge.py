@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Merged', 'main_of', 'homes_of', 'Dress', 'written_in', 'is_one_file', 'dress_of', 'Work', 'parts_for',
            'coefficients_of', 'as_calibration', 'calibration_for', 'files_of', 'staging_of', 'is_finished',
-           'done_before', 'make']
+           'done_before', 'make', 'merge']
 
 # %% ../../nbs/merging/merge.ipynb #30b0928a
 import json
@@ -459,63 +459,6 @@ def merge(
     given = {**locals(), "calibrate": as_calibration(calibrate)}
     recipe = Recipe.of(given)
     name = geometry if isinstance(geometry, str) else None
-<<<<<<< /tmp/tmpuxpl779m/o
     folder = None if out is None else Path(out)
     output = Output(folder, as_dtype(dtype), shard_size, full_hash)
     return make(recipe, output, Run(executor, device, progress, resume), name)
-||||||| /tmp/tmpuxpl779m/b
-    recipe = Recipe.of(
-        models,
-        geometry,
-        base,
-        weights,
-        scale,
-        metrics,
-        bake,
-        drop,
-        absent,
-        any_base,
-        tokenizer,
-        loss,
-        pad_to_multiple_of,
-        chat_template,
-        allow_nonfinite,
-        allow_pickle,
-        sum,
-        as_calibration(calibrate),
-        to,
-        align,
-    )
-    folder = None if out is None else Path(out)
-    output = Output(folder, as_dtype(dtype), shard_size, full_hash)
-    return make(recipe, output, Run(executor, device, progress), name)
-=======
-    recipe = Recipe.of(
-        models,
-        geometry,
-        base,
-        weights,
-        scale,
-        metrics,
-        bake,
-        drop,
-        absent,
-        any_base,
-        tokenizer,
-        loss,
-        pad_to_multiple_of,
-        chat_template,
-        allow_nonfinite,
-        allow_pickle,
-        sum,
-        as_calibration(calibrate),
-        to,
-        align,
-    )
-    return make(
-        recipe,
-        Output(None if out is None else Path(out), as_dtype(dtype), shard_size, full_hash),
-        Run(executor, device, progress),
-        name,
-    )
->>>>>>> /tmp/tmpuxpl779m/t
