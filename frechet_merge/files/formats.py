@@ -112,10 +112,13 @@ def _without_index(folder: Path, kind: str) -> list[Path]:
         return []
     if len(groups) > 1 and len(usual) != 1:
         files = [f for group in groups.values() for f in group]
+        remedy = "Name the file to merge instead of the folder."
+        # one of several is not the model
+        if any(count for _, count in groups):
+            remedy = "Take out of the folder those that are not of the model to merge."
         raise MergeError(
             f"{folder}: holds {len(files)} .{kind} files and no index: "
-            f"{', '.join(f.name for f in files[:3])}{' …'*(len(files) > 3)}.\n"
-            "Name the file to merge instead of the folder."
+            f"{', '.join(f.name for f in files[:3])}{' …'*(len(files) > 3)}.\n{remedy}"
         )
     total = int(key[1] or 1)
     if lacks := [n for n in range(1, total + 1) if n not in _numbers(groups[key])][:1]:
