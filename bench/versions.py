@@ -385,11 +385,15 @@ def row(kind, made, merges, reads, folder):
         for by, tasks in merges.items()
         for said in verdicts(kind, by, tasks, by_name, lost, folder)
     ]
+    found = [x.replace(f"{folder}/", "") for x in found]
+    refused = [x for x in found if "MergeError" in x]
+    wrong = bad or [x for x in found if x != "right" and x not in refused]
     return {
         "kind": kind,
         "right": found.count("right"),
         "of": len(found),
-        "wrong": " | ".join(bad or [x for x in found if x != "right"]),
+        "wrong": " | ".join(wrong),
+        "refused": refused[0] if refused else "",
         "not read before a merge": " | ".join(f"{v} reads {u}: {x}" for (u, v), x in lost.items()),
     }
 
@@ -408,7 +412,7 @@ def main():
     with tempfile.TemporaryDirectory() as name:
         rows = tried((sys.executable, args.python), kinds, Path(name))
     for r in rows:
-        print(f"{r['kind']:24s} {r['right']:2d} of {r['of']:2d}  {r['wrong']}")
+        print(f"{r['kind']:24s} {r['right']:2d} of {r['of']:2d}  {r['wrong']}{r['refused']}")
         if r["not read before a merge"]:
             print(f"{'':24s}   {r['not read before a merge']}")
     if not args.kinds:
