@@ -1,5 +1,5 @@
-"""What an error of `files` or `matching` offers is done, on the input that caused it, and gives what
-it promises. Only remedies that no other test runs are here."""
+"""What an error of `files` or `matching` offers is done, on the input that caused it, and gives
+what it promises. Only remedies that no other test runs are here."""
 
 import json
 import shutil
@@ -210,3 +210,38 @@ def test_an_output_that_is_taken(tmp_path, whole):
     merge([whole, whole], out=tmp_path/"other")
     assert set(load(tmp_path/"other")) == set(ONE)
     assert set(load_file(whole/"model.safetensors")) == set(ONE)
+
+
+def test_an_encoder_in_the_folders_of_an_older_version(tmp_path, monkeypatch):
+    from sentence_transformers import SentenceTransformer
+    from test_libraries import encoder, is_mean
+
+    a, b = (encoder(tmp_path/n, i) for i, n in enumerate("ab"))
+    old = tmp_path/"a"/"0_Transformer"
+    old.mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        shutil.move(tmp_path/"a"/name, old/name)
+    shutil.move(tmp_path/"a"/"sentence_bert_config.json", old)
+    listed = json.loads((tmp_path/"a"/"modules.json").read_text())
+    listed[0]["path"] = "0_Transformer"
+    (tmp_path/"a"/"modules.json").write_text(json.dumps(listed))
+    for order in ("ab", "ba"):
+        said = refused("as sentence-transformers once wrote it", *(tmp_path/n for n in order))
+    monkeypatch.chdir(tmp_path)
+    command = said.partition("again: ")[2].removesuffix(".")
+    exec(command, {"SentenceTransformer": SentenceTransformer})
+    merge([tmp_path/"a-new", tmp_path/"b"], out=tmp_path/"o")
+    found = SentenceTransformer(str(tmp_path/"o"), device="cpu")
+    assert is_mean(found.state_dict(), a.state_dict(), b.state_dict())
+
+
+@pytest.mark.parametrize("theirs", [None, b"2", b"1"], ids=["none", "another", "the same"])
+def test_a_classifier_of_another_library_beside_an_encoder(tmp_path, theirs, recwarn):
+    for n, held in (("a", b"1"), ("b", theirs)):
+        save(tmp_path/n, ONE, {"model_type": "toy"})
+        if held is not None:
+            (tmp_path/n/"model_head.pkl").write_bytes(held)
+    merge([tmp_path/"a", tmp_path/"b"], out=tmp_path/"o")
+    said = [str(w.message) for w in recwarn if "model_head.pkl" in str(w.message)]
+    assert (tmp_path/"o"/"model_head.pkl").read_bytes() == b"1"
+    assert bool(said) == (theirs != b"1")
