@@ -155,8 +155,8 @@ def _in_other_folders(whole: Checkpoint, one: Checkpoint) -> MergeError:
     "What to do with an encoder whose transformer is in a folder, where the other's is not."
     old = Path(whole.source).name
     return MergeError(
-        f"{whole.source} has its transformer in '0_Transformer', as sentence-transformers once wrote "
-        f"it, and {one.source} beside modules.json.\nSave the older one again: "
+        f"{whole.source} has its transformer in '0_Transformer', as sentence-transformers once "
+        f"wrote it, and {one.source} beside modules.json.\nSave the older one again: "
         f"SentenceTransformer({whole.source!r}).save_pretrained({old + '-new'!r})."
     )
 
