@@ -378,18 +378,23 @@ def verdicts(kind, by, merges, by_name, lost, folder):
 def row(kind, made, merges, reads, folder):
     "What came of one kind."
     bad = [t["failed"] for t in made if t["kind"] == kind and "failed" in t]
+    if bad:
+        return told(kind, bad, {})
     by_name = {v: {t["name"]: t for t in ts if t["kind"] == kind} for v, ts in reads.items()}
-    lost = {} if bad else unread(kind, by_name)
-    found = [] if bad else [
-        said
-        for by, tasks in merges.items()
-        for said in verdicts(kind, by, tasks, by_name, lost, folder)
-    ]
+    lost = unread(kind, by_name)
+    found = [verdicts(kind, by, ts, by_name, lost, folder) for by, ts in merges.items()]
+    return told(kind, [x.replace(f"{folder}/", "") for some in found for x in some], lost)
+
+
+def told(kind, found, lost):
+    "A row of the table."
+    refused = [x for x in found if "MergeError" in x]
     return {
         "kind": kind,
         "right": found.count("right"),
         "of": len(found),
-        "wrong": " | ".join(bad or [x for x in found if x != "right"]),
+        "wrong": " | ".join(x for x in found if x != "right" and x not in refused),
+        "refused": refused[0] if refused else "",
         "not read before a merge": " | ".join(f"{v} reads {u}: {x}" for (u, v), x in lost.items()),
     }
 
@@ -408,7 +413,7 @@ def main():
     with tempfile.TemporaryDirectory() as name:
         rows = tried((sys.executable, args.python), kinds, Path(name))
     for r in rows:
-        print(f"{r['kind']:24s} {r['right']:2d} of {r['of']:2d}  {r['wrong']}")
+        print(f"{r['kind']:24s} {r['right']:2d} of {r['of']:2d}  {r['wrong']}{r['refused']}")
         if r["not read before a merge"]:
             print(f"{'':24s}   {r['not read before a merge']}")
     if not args.kinds:

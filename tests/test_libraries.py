@@ -309,3 +309,29 @@ class TestOlderTransformers:
         with pytest.raises(MergeError, match="one architecture in two layouts") as e:
             merge([tmp_path/"a", tmp_path/"b"])
         assert ("pip install 'transformers>=5'" in str(e.value)) == offers
+
+
+def test_labels_of_timm_as_numbers_of_names(tmp_path):
+    "timm writes a list of labels, or a mapping from their numbers."
+    for i, (n, names) in enumerate((("a", {"0": "x", "1": "y"}), ("b", ["y", "x"]))):
+        rows = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        config = {"architecture": "vit_tiny", "num_classes": 2, "label_names": names}
+        save(tmp_path/n, {"head.weight": rows.flip(0) if i else rows}, config)
+    held = merge([tmp_path/"a", tmp_path/"b"]).tensors["head.weight"]
+    assert held.tolist() == [[1.0, 2.0], [3.0, 4.0]]
+
+
+def test_a_stray_shard_without_an_index(tmp_path):
+    "One shard is no model: the remedy is not to name it, and the one that is offered works."
+    state = {n: torch.full((2,), float(i)) for i, n in enumerate("uvx")}
+    for n in "ab":
+        (tmp_path/n).mkdir()
+        for i, name in enumerate("uv", 1):
+            file = tmp_path/n/f"model-{i:05d}-of-00002.safetensors"
+            save_file({name: state[name]}, file)
+    stray = tmp_path/"a"/"model-00003-of-00004.safetensors"
+    save_file({"x": state["x"]}, stray)
+    with pytest.raises(MergeError, match="Take out of the folder those that are not"):
+        merge([tmp_path/"a", tmp_path/"b"])
+    stray.unlink()
+    assert set(merge([tmp_path/"a", tmp_path/"b"]).tensors) == {"u", "v"}

@@ -98,6 +98,19 @@ def _groups(folder: Path, kind: str) -> dict[tuple[str, str], list[Path]]:
             groups.setdefault(key, []).append(file)
     return groups
 
+# %% ../../nbs/files/formats.ipynb #c7cd1a1a
+def _of_several(folder: Path, kind: str, groups: dict[tuple[str, str], list[Path]]) -> MergeError:
+    "What to do about files of several models, which nothing holds together."
+    files = [f for group in groups.values() for f in group]
+    remedy = "Name the file to merge instead of the folder."
+    # one of several is not the model
+    if any(count for _, count in groups):
+        remedy = "Take out of the folder those that are not of the model to merge."
+    return MergeError(
+        f"{folder}: holds {len(files)} .{kind} files and no index: "
+        f"{', '.join(f.name for f in files[:3])}{' …'*(len(files) > 3)}.\n{remedy}"
+    )
+
 # %% ../../nbs/files/formats.ipynb #410910c3
 # files that end like pickles of torch, and are of programs for inference
 NOT_TORCH = ("openvino_*", "ggml-*")
@@ -111,12 +124,7 @@ def _without_index(folder: Path, kind: str) -> list[Path]:
     if key is None:
         return []
     if len(groups) > 1 and len(usual) != 1:
-        files = [f for group in groups.values() for f in group]
-        raise MergeError(
-            f"{folder}: holds {len(files)} .{kind} files and no index: "
-            f"{', '.join(f.name for f in files[:3])}{' …'*(len(files) > 3)}.\n"
-            "Name the file to merge instead of the folder."
-        )
+        raise _of_several(folder, kind, groups)
     total = int(key[1] or 1)
     if lacks := [n for n in range(1, total + 1) if n not in _numbers(groups[key])][:1]:
         raise MergeError(

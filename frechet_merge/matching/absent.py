@@ -141,7 +141,13 @@ def is_output(name: str, x: LazyTensor, c: Checkpoint) -> bool:
     return bool(HEAD.search(name)) and len(x.shape) == 2 and tuple(x.shape) in shapes
 
 # %% ../../nbs/matching/absent.ipynb #32dc2e73
-def missing(name: str, x: LazyTensor, lacks: Checkpoint, has: Checkpoint) -> MergeError:
+def missing(
+    name: str,
+    x: LazyTensor,
+    lacks: Checkpoint,
+    has: Checkpoint,
+    is_first: bool = False,  # whether the one that lacks it brings the config of the result
+) -> MergeError:
     "What to say of a tensor that one model lacks and another has, with what can be done."
     said = f"{lacks.source}: has no tensor {name!r}, which {has.source} has.\n"
     tied = lacks.config.get("tie_word_embeddings")
@@ -151,9 +157,11 @@ def missing(name: str, x: LazyTensor, lacks: Checkpoint, has: Checkpoint) -> Mer
             "(tie_word_embeddings: true)."
         )
     if is_leaf(name, lacks):
+        # a config that does not know a tensor would have it ignored
+        order = f", {has.source} named first, whose config knows it" if is_first else ""
         return MergeError(
             f"{said}It can be merged over the models that have it (absent='renormalise', "
-            "--absent renormalise)."
+            f"--absent renormalise){order}."
         )
     pattern = head_of(name) or name.rpartition(".")[0] + ".*"
     return MergeError(f"{said}Leave it out of all models (drop={pattern!r}, --drop '{pattern}').")

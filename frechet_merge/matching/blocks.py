@@ -176,7 +176,8 @@ def _refuse_absent(
     lacks = next(c for c, x in found if x is None and name not in c.lacks)
     has, x = next((c, x) for c, x in found if x is not None)
     if absent != "renormalise":
-        raise missing(name, x, lacks, has)
+        first = found[has_base][0]
+        raise missing(name, x, lacks, has, lacks is first and bool(first.config))
     refuse_lost_output(name, found[has_base:])
 
 # %% ../../nbs/matching/blocks.ipynb #d73afefd

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..files.checkpoint import Checkpoint
 from ..files.tensors import LazyTensor
+from .hollow import hollow
 from .rows import Known, Rows
 from .views import alike, head_of
 from ..messages import MergeError, warn
@@ -28,8 +29,12 @@ def _named(config: Mapping[str, Any]) -> list[list[str]]:
         found.append([str(ids[k]) for k in sorted(ids, key=int)])
     if isinstance(numbers, dict) and all(str(v).isdigit() for v in numbers.values()):
         found.append([str(k) for k in sorted(numbers, key=lambda k: int(numbers[k]))])
-    if isinstance(config.get("label_names"), list):
-        found.append([str(x) for x in config["label_names"]])
+    # of timm
+    names = config.get("label_names")
+    if isinstance(names, dict) and all(str(k).isdigit() for k in names):
+        names = [names[k] for k in sorted(names, key=int)]
+    if isinstance(names, list):
+        found.append([str(x) for x in names])
     return found
 
 # %% ../../nbs/matching/labels.ipynb #dc744631
@@ -54,32 +59,20 @@ def _contradicts_itself(c: Checkpoint) -> bool:
     return any(x != said[0] for x in said)
 
 # %% ../../nbs/matching/labels.ipynb #4e9a34bb
-def _shapes(c: Checkpoint, count: int) -> dict[str, tuple[int, ...]]:
+def _shapes(c: Checkpoint, count: int) -> dict[str, tuple[int, ...]] | None:
     "The shapes of a model of this config with so many labels, as transformers makes it."
-    import transformers
-
-    config = c.config
-    kind = getattr(transformers, config["architectures"][0])
     known = ("id2label", "label2id", "num_labels")
-    said = {k: v for k, v in config.items() if k not in known}
-    with torch.device("meta"):
-        model = kind(kind.config_class.from_dict({**said, "num_labels": count}))
+    said = {k: v for k, v in c.config.items() if k not in known}
+    model = hollow({**said, "num_labels": count}, named=True)
+    if model is None:
+        return None
     return {name: tuple(x.shape) for name, x in model.state_dict().items()}
 
 # %% ../../nbs/matching/labels.ipynb #7f3aca6a
 def _by_transformers(c: Checkpoint, count: int) -> list[str] | None:
     "The names of tensors whose rows are labels; None if transformers does not know the model."
-    try:
-        from transformers.utils import logging
-
-        loud = logging.get_verbosity()
-        logging.set_verbosity_error()
-        try:
-            ours, more = _shapes(c, count), _shapes(c, count + 1)
-        finally:
-            logging.set_verbosity(loud)
-    # whatever a class of this name says about a config that is not its own
-    except Exception:
+    ours, more = _shapes(c, count), _shapes(c, count + 1)
+    if ours is None or more is None:
         return None
     grown = [n for n, shape in ours.items() if more.get(n, shape)[:1] != shape[:1]]
     return [n for n in grown if more[n][0] == ours[n][0] + 1]

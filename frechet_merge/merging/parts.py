@@ -31,6 +31,7 @@ def _beside(opened: Opened) -> dict[str, Opened]:
     "The modules and heads beside models that are one each; `MergeError` for one that some lack."
     first, *others = opened.models
     _refuse_other_words(opened.models)
+    _say_what_is_copied(opened.models)
     for c in others:
         if odd := modules(first).keys() ^ modules(c).keys():
             raise MergeError(
@@ -62,6 +63,28 @@ def _refuse_other_words(models: Sequence[Checkpoint]) -> None:
                 f"{tables[0].source} and {c.source} are embeddings of other words: the mean of "
                 "their rows would be of no word."
             )
+
+# %% ../../nbs/merging/parts.ipynb #a9781a0d
+OBJECTS = ("*.pkl", "*.joblib", "*.skops", "*.pickle")  # of libraries that keep no tensors
+
+
+def _say_what_is_copied(models: Sequence[Checkpoint]) -> None:
+    "Warn of objects beside the first model that are others beside another."
+    first, *others = models
+    # beside a file that was named alone may lie what is not its
+    if first.folder is None or Path(first.source).expanduser().is_file():
+        return
+    for file in sorted(f for kind in OBJECTS for f in first.folder.glob(kind)):
+        for c in others:
+            theirs = None if c.folder is None else c.folder/file.name
+            there = theirs is not None and theirs.is_file()
+            if not there or theirs.read_bytes() != file.read_bytes():
+                warn(
+                    f"{file.name}: is an object and no tensors; that of {first.source} is copied, "
+                    f"and {c.source} has {'another' if there else 'none'}. Fit it anew on the "
+                    "merged model"
+                )
+                break
 
 # %% ../../nbs/merging/parts.ipynb #f7e46b75
 def _part(opened: Opened, path: str) -> Opened:
@@ -122,6 +145,21 @@ def refuse_parts_without_place(opened: Opened) -> None:
                     "merged into a folder only: give out= (-o)."
                 )
 
+# %% ../../nbs/merging/parts.ipynb #9445b649
+def _has_modules(c: Checkpoint) -> bool:
+    "Whether it is a folder of sentence-transformers."
+    return c.folder is not None and (c.folder/"modules.json").is_file()
+
+# %% ../../nbs/merging/parts.ipynb #b589bb7c
+def _in_other_folders(whole: Checkpoint, one: Checkpoint) -> MergeError:
+    "What to do with an encoder whose transformer is in a folder, where the other's is not."
+    old = Path(whole.source).name
+    return MergeError(
+        f"{whole.source} has its transformer in '0_Transformer', as sentence-transformers once "
+        f"wrote it, and {one.source} beside modules.json.\nSave the older one again: "
+        f"SentenceTransformer({whole.source!r}).save_pretrained({old + '-new'!r})."
+    )
+
 # %% ../../nbs/merging/parts.ipynb #4ed1c39f
 # parts that a pipeline works without, and that many people leave out
 OPTIONAL = ("safety_checker", "image_encoder", "text_encoder_3")
@@ -133,6 +171,8 @@ def _refuse_other_parts(every: Sequence[Checkpoint]) -> None:
     for c in others:
         if bool(first.parts) != bool(c.parts):
             whole, one = (first, c) if first.parts else (c, first)
+            if "0_Transformer" in whole.parts and _has_modules(one):
+                raise _in_other_folders(whole, one)
             raise MergeError(
                 f"{whole.source} is a folder of several models ({', '.join(whole.parts)}), and "
                 f"{one.source} is one.\n"

@@ -1,0 +1,247 @@
+"""What an error of `files` or `matching` offers is done, on the input that caused it, and gives
+what it promises. Only remedies that no other test runs are here."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import save
+from safetensors.torch import load_file, save_file
+
+from frechet_merge import MergeError, load, merge
+
+ONE = {"u": torch.tensor([1.0, 2.0]), "v": torch.tensor([3.0])}
+
+
+def refused(says, *models, **how):
+    "A merge is refused in these words, of three lines at most."
+    with pytest.raises(MergeError, match=says) as e:
+        merge([*models], **how)
+    assert len(str(e.value).splitlines()) <= 3
+    return str(e.value)
+
+
+def is_one(*models, **how):
+    "Whether a merge of copies of ONE is ONE."
+    found = merge([*models], **how).tensors
+    assert found.keys() == ONE.keys() and all(torch.equal(found[n], ONE[n]) for n in ONE)
+
+
+@pytest.fixture
+def whole(tmp_path):
+    return save(tmp_path/"whole", ONE, {"model_type": "toy"})
+
+
+@pytest.mark.parametrize("key", ["model_type", "architectures"])
+def test_a_config_with_a_key_that_is_mended(tmp_path, whole, key):
+    bad = save(tmp_path/"bad", ONE, {key: 3})
+    assert "mend this key" in refused(f"config.json: has {key} = 3", bad, whole)
+    (bad/"config.json").write_text(json.dumps({key: "toy"}))
+    is_one(bad, whole)
+
+
+def test_a_snapshot_of_the_hub_s_cache(tmp_path, whole):
+    place = tmp_path/"models--a--b"
+    for n in ("one", "two"):
+        save(place/"snapshots"/n, ONE, {"model_type": "toy"})
+    said = refused("does not say which snapshot is main", place, whole)
+    assert str(place/"snapshots"/"one") in said
+    is_one(place/"snapshots"/"one", whole)
+
+
+def test_two_indexes_that_no_library_calls_its_own(tmp_path, whole):
+    bad = tmp_path/"bad"
+    bad.mkdir()
+    for stem in ("x", "y"):
+        save_file(ONE, bad/f"{stem}-00001-of-00001.safetensors")
+        held = dict.fromkeys(ONE, f"{stem}-00001-of-00001.safetensors")
+        (bad/f"{stem}.safetensors.index.json").write_text(json.dumps({"weight_map": held}))
+    assert "Name the one to merge" in refused("holds 2 indexes", bad, whole)
+    is_one(bad/"y.safetensors.index.json", whole)
+
+
+def test_a_full_model_beside_an_adapter(tmp_path, whole):
+    bad = save(tmp_path/"bad", ONE, {"model_type": "toy"})
+    factor = {"base_model.model.q.lora_A.weight": torch.ones(1, 2)}
+    save_file(factor, bad/"adapter_model.safetensors")
+    (bad/"adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    assert "Name the file" in refused("a full model .* and an adapter", bad, whole)
+    is_one(bad/"model.safetensors", whole)
+
+
+def test_a_tensor_in_two_shards(tmp_path, whole):
+    bad = tmp_path/"bad"
+    bad.mkdir()
+    for i, part in enumerate(({"u": ONE["u"], "v": ONE["v"]}, {"v": ONE["v"]}), 1):
+        save_file(part, bad/f"model-{i:05d}-of-00002.safetensors")
+    refused("'v' is also in another shard", bad, whole)
+    index = {"weight_map": dict.fromkeys(ONE, "model-00001-of-00002.safetensors")}
+    (bad/"model.safetensors.index.json").write_text(json.dumps(index))
+    (bad/"model-00002-of-00002.safetensors").unlink()
+    is_one(bad, whole)
+
+
+def test_a_text_beside_a_model(whole):
+    said = refused("is a text beside a model", whole/"config.json", whole)
+    assert f"Name its folder, {whole}" in said
+    is_one(whole, whole)
+
+
+def test_safetensors_under_another_name(tmp_path, whole):
+    shutil.copy(whole/"model.safetensors", tmp_path/"x.bin")
+    how = {"allow_pickle": True}
+    said = refused("under another name", tmp_path/"x.bin", whole, **how)
+    assert "Rename it: x.safetensors" in said
+    shutil.move(tmp_path/"x.bin", tmp_path/"x.safetensors")
+    is_one(tmp_path/"x.safetensors", whole, **how)
+
+
+def test_several_sets_of_tensors_in_a_pickle(tmp_path, whole):
+    file = tmp_path/"x.pt"
+    torch.save({"model": ONE, "generator": ONE}, file)
+    said = refused("several sets of tensors", file, whole, allow_pickle=True)
+    command = said.splitlines()[-1].removeprefix("Save one alone: ").removesuffix(".")
+    exec(command, {"torch": torch, "FILE": file, "OTHER": tmp_path/"y.pt"})
+    is_one(tmp_path/"y.pt", whole, allow_pickle=True)
+
+
+def test_a_pickle_with_something_that_is_no_tensor(tmp_path, whole):
+    file, held = tmp_path/"x.pt", {**ONE, "epoch": 3}
+    torch.save(held, file)
+    said = refused("'epoch' is a int", file, whole, allow_pickle=True)
+    command = said.splitlines()[-1].partition(": ")[2].removesuffix(".")
+    exec(command, {"torch": torch, "STATE": torch.load(file), "OTHER": tmp_path/"y.pt"})
+    is_one(tmp_path/"y.pt", whole, allow_pickle=True)
+
+
+def test_a_program_of_torchscript(tmp_path, whole):
+    class Two(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            for n, x in ONE.items():
+                self.register_parameter(n, torch.nn.Parameter(x))
+
+        def forward(self, x):
+            return x*self.u
+
+    file = tmp_path/"x.pt"
+    torch.jit.save(torch.jit.script(Two()), file)
+    said = refused("TorchScript", file, whole, allow_pickle=True)
+    command = said.splitlines()[-1].partition(": ")[2].removesuffix(".")
+    exec(command, {"torch": torch, "FILE": str(file), "OTHER": tmp_path/"y.pt"})
+    is_one(tmp_path/"y.pt", whole, allow_pickle=True)
+
+
+def test_weights_of_mlx_as_an_archive_of_numpy(tmp_path, whole, monkeypatch):
+    import numpy
+    import safetensors.numpy
+
+    file = tmp_path/"weights.npz"
+    numpy.savez(file, **{n: x.numpy() for n, x in ONE.items()})
+    command = refused("NumPy, as MLX wrote", file, whole).splitlines()[-1]
+    command = command.partition("Convert it: ")[2].removesuffix(".")
+    monkeypatch.chdir(tmp_path)
+    exec(command, {"numpy": numpy, "safetensors": safetensors, "FILE": file})
+    is_one(tmp_path/"model.safetensors", whole)
+
+
+def test_integers_that_differ(tmp_path):
+    a = save(tmp_path/"a", {**ONE, "map": torch.tensor([1])}, {"model_type": "toy"})
+    b = save(tmp_path/"b", {**ONE, "map": torch.tensor([2])}, {"model_type": "toy"})
+    assert "drop='map'" in refused("integers have no mean", a, b)
+    is_one(a, b, drop=["map"])
+
+
+def test_a_bias_that_the_first_config_does_not_know(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    made = {}
+    for i, n in enumerate("ab"):
+        torch.manual_seed(i)
+        config = LlamaConfig(num_attention_heads=2, attention_bias=n == "b", **sizes)
+        made[n] = LlamaForCausalLM(config)
+        made[n].save_pretrained(tmp_path/n)
+    a, b = tmp_path/"a", tmp_path/"b"
+    said = refused("has no tensor .*bias", a, b)
+    assert f"{b} named first, whose config knows it" in said
+    assert "named first" not in refused("has no tensor .*bias", b, a)
+    merge([b, a], absent="renormalise", out=tmp_path/"o")
+    model, info = LlamaForCausalLM.from_pretrained(tmp_path/"o", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    name = "model.layers.0.self_attn.q_proj.weight"
+    want = (made["a"].state_dict()[name] + made["b"].state_dict()[name])/2
+    torch.testing.assert_close(model.state_dict()[name], want)
+
+
+def test_a_base_of_another_architecture(tmp_path, whole):
+    base = save(tmp_path/"base", {"w": torch.ones(3)}, {"model_type": "toy"})
+    assert "was trained from" in refused("and most others of it neither", whole, whole, base=base)
+    is_one(whole, whole, base=whole)
+
+
+def test_numbers_and_integers_under_one_name(tmp_path, whole):
+    other = {**ONE, "v": ONE["v"].int()}
+    bad = save(tmp_path/"bad", other, {"model_type": "toy"})
+    assert "Convert one of them" in refused("is torch.int32", whole, bad)
+    save(bad, {n: x.float() for n, x in other.items()})
+    is_one(whole, bad)
+
+
+def test_a_part_whose_library_reads_one_of_two_files(tmp_path):
+    for n in "ab":
+        for part in ("unet", "vae"):
+            save(tmp_path/n/part, ONE)
+        listed = {p: ["diffusers", "UNet2DModel"] for p in ("unet", "vae")}
+        (tmp_path/n/"model_index.json").write_text(json.dumps(listed))
+    unet = tmp_path/"a"/"unet"
+    for stem in ("x", "y"):
+        shutil.copy(unet/"model.safetensors", unet/f"{stem}.safetensors")
+    (unet/"model.safetensors").unlink()
+    said = refused("holds 2 .safetensors files", tmp_path/"a", tmp_path/"b")
+    assert "Leave one of them in this folder" in said
+    (unet/"y.safetensors").unlink()
+    assert len(merge([tmp_path/"a", tmp_path/"b"]).tensors) == 4
+
+
+def test_an_output_that_is_taken(tmp_path, whole):
+    assert "Name another folder, or empty" in refused("exists already", whole, whole, out=whole)
+    merge([whole, whole], out=tmp_path/"other")
+    assert set(load(tmp_path/"other")) == set(ONE)
+    assert set(load_file(whole/"model.safetensors")) == set(ONE)
+
+
+def test_an_encoder_in_the_folders_of_an_older_version(tmp_path, monkeypatch):
+    from sentence_transformers import SentenceTransformer
+    from test_libraries import encoder, is_mean
+
+    a, b = (encoder(tmp_path/n, i) for i, n in enumerate("ab"))
+    old = tmp_path/"a"/"0_Transformer"
+    old.mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        shutil.move(tmp_path/"a"/name, old/name)
+    shutil.move(tmp_path/"a"/"sentence_bert_config.json", old)
+    listed = json.loads((tmp_path/"a"/"modules.json").read_text())
+    listed[0]["path"] = "0_Transformer"
+    (tmp_path/"a"/"modules.json").write_text(json.dumps(listed))
+    for order in ("ab", "ba"):
+        said = refused("as sentence-transformers once wrote it", *(tmp_path/n for n in order))
+    monkeypatch.chdir(tmp_path)
+    command = said.partition("again: ")[2].removesuffix(".")
+    exec(command, {"SentenceTransformer": SentenceTransformer})
+    merge([tmp_path/"a-new", tmp_path/"b"], out=tmp_path/"o")
+    found = SentenceTransformer(str(tmp_path/"o"), device="cpu")
+    assert is_mean(found.state_dict(), a.state_dict(), b.state_dict())
+
+
+@pytest.mark.parametrize("theirs", [None, b"2", b"1"], ids=["none", "another", "the same"])
+def test_a_classifier_of_another_library_beside_an_encoder(tmp_path, theirs, recwarn):
+    for n, held in (("a", b"1"), ("b", theirs)):
+        save(tmp_path/n, ONE, {"model_type": "toy"})
+        if held is not None:
+            (tmp_path/n/"model_head.pkl").write_bytes(held)
+    merge([tmp_path/"a", tmp_path/"b"], out=tmp_path/"o")
+    said = [str(w.message) for w in recwarn if "model_head.pkl" in str(w.message)]
+    assert (tmp_path/"o"/"model_head.pkl").read_bytes() == b"1"
+    assert bool(said) == (theirs != b"1")
