@@ -24,7 +24,7 @@ from .segment import new_axes
 from ..files.checkpoint import Checkpoint
 from ..files.open import load
 from ..files.stack import Stack
-from ..geometries.geometry import Chart, Euclidean, Geometry, written
+from ..geometries.geometry import Chart, Geometry, written
 from ..matching.blocks import align
 from ..merging.block import Job
 from ..merging.plan import open_recipe, plan_recipe
