@@ -7,7 +7,7 @@ __all__ = ['ZERO', 'squares_between', 'Watched', 'Apart', 'distances', 'scaled',
            'plot_spectra']
 
 # %% ../../nbs/diagnostics/apart.ipynb #9f8db18a
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -251,7 +251,7 @@ def subspaces(
     return rows
 
 # %% ../../nbs/diagnostics/apart.ipynb #689f0c3d
-def _updates(every: Sequence[Checkpoint], base: Checkpoint | None):
+def _updates(every: list[Checkpoint], base: Checkpoint | None) -> Iterator[tuple[str, list[Any]]]:
     "Name and what each model changed, a matrix or a pair, of all matrices that all models have."
     T = len(every)
     if all(c.adapter is not None for c in every):
