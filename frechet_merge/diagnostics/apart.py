@@ -300,8 +300,9 @@ def spectra(
             mean = Factors(torch.cat([f.B/T for f in fs], 1), torch.cat([f.A for f in fs], 0))
             values = [svd(f)[1] for f in (*fs, mean)]
         else:
-            mean = sum(x.double() for x in updates)/T
-            values = [torch.linalg.svdvals(x.double()) for x in (*updates, mean)]
+            dense = [x.double() for x in updates]
+            mean = torch.stack(dense).mean(0)
+            values = [torch.linalg.svdvals(x) for x in (*dense, mean)]
         labels = [f"{i} {c.source}" for i, c in enumerate(every)]
         return {n: s.tolist() for n, s in zip([*labels, "mean"], values)}
     raise ValueError(
