@@ -511,7 +511,7 @@ def _ran(models: list[str], base: str | None, how: tuple, fed: dict, pickles: bo
     from frechet_merge.diagnostics.collapse import Texts, collapse_of
 
     geometries, layers = how
-    texts = Texts(**fed | {"data": names(fed["data"], "--data")})
+    texts = Texts(names(fed.pop("data"), "--data") or [], **fed)
     return collapse_of(models, texts, geometries or ["euclidean"], base, layers, pickles)
 
 # %% ../../nbs/cli/commands.ipynb #036a6e24

@@ -179,7 +179,7 @@ def strategy(
     """Flower's `FedAvg` with the Fréchet mean of adapters; `MergeError` if Flower is not
     installed."""
     try:
-        from flwr.serverapp.strategy import FedAvg
+        from flwr.serverapp.strategy import FedAvg  # type: ignore
     except ImportError as e:
         raise MergeError(
             "Flower is not installed, or is older than its message API.\n"
@@ -221,7 +221,7 @@ def _usable(contents: list, key: str, weight: str) -> list:
 # %% ../../nbs/merging/federated.ipynb #4f85bc37
 def _aggregated(contents: list, key: str, weight: str, geometry: Any, loss: Any) -> tuple:
     "Arrays of Flower, and what each reply counted for: 0 if it was left out."
-    from flwr.app import Array, ArrayRecord
+    from flwr.app import Array, ArrayRecord  # type: ignore
 
     clients = [
         {n: torch.from_numpy(np.array(x.numpy())) for n, x in c[key].items()} for c in contents
