@@ -324,7 +324,7 @@ def _of_numbers(
     c: Checkpoint,
     dtype: torch.dtype,
     more: dict[str, Any],  # options of the opener
-) -> tuple[nn.Module, dict]:
+) -> tuple[Any, dict]:
     "A module of the numbers that c stands for, and what transformers says of loading it."
     config = type(config).from_dict(without_codes(config.to_dict()))
     if "num_labels" in more:
@@ -341,6 +341,21 @@ def _of_numbers(
         output_loading_info=True,
         ignore_mismatched_sizes=more.get("ignore_mismatched_sizes", False),
     )
+
+# %% ../../nbs/huggingface/models.ipynb #fd442342
+def _module(
+    opener: Any,  # an Auto class of transformers
+    config: Any,
+    base: Checkpoint,
+    c: Checkpoint,  # the base with the adapters on it
+    dtype: torch.dtype,
+    more: dict[str, Any],  # options of the opener
+) -> tuple[Any, dict]:
+    "The module of a base, or of all of c where transformers would read something else."
+    if _is_read_here(base, c):
+        return _of_numbers(opener, config, c, dtype, more)
+    with _alone(base) as folder:
+        return opener.from_pretrained(folder, dtype=dtype, output_loading_info=True, **more)
 
 # %% ../../nbs/huggingface/models.ipynb #b44bc2ef
 def room_for_tokens(
@@ -413,14 +428,7 @@ def open_model(
             more = dict(NO_CODE)
             if kind == "classifier" and (n := classes(c)):
                 more |= {"num_labels": n, "ignore_mismatched_sizes": True}
-            opener = getattr(transformers, KINDS[kind])
-            if _is_read_here(base, c):
-                m, info = _of_numbers(opener, config, c, dtype, more)
-            else:
-                with _alone(base) as folder:
-                    m, info = opener.from_pretrained(
-                        folder, dtype=dtype, output_loading_info=True, **more
-                    )
+            m, info = _module(getattr(transformers, KINDS[kind]), config, base, c, dtype, more)
         except MergeError:
             raise
         except Exception as e:
@@ -515,7 +523,9 @@ def renamed(
             about[fact] = rename(about[fact])
     if "experts" in about:
         pieces = about["experts"].items()
-        about["experts"] = {names[p]: [names[n] for n in every] for p, every in pieces if p in names}
+        about["experts"] = {
+            names[p]: [names[n] for n in every] for p, every in pieces if p in names
+        }
     if "diagonal" in about:
         about["diagonal"] = list(filter(None, map(name, about["diagonal"])))
     return Statistics(rename(stats), about)
