@@ -407,9 +407,17 @@ class TestUses:
         for name, x in open_model(whole).model.state_dict().items():
             assert torch.equal(opened[name], x)
 
+    @pytest.mark.parametrize("method", ["bitsandbytes", "hqq", "fp8", "torchao"])
+    def test_a_config_that_names_codes_beside_numbers_is_mended(self, tmp_path, method):
+        folder = save(tmp_path/"a", {f"{W}.weight": randn(16, 32)}, {"quant_method": method})
+        merge([folder, folder], out=tmp_path/"out")
+        assert "quantization_config" not in json.loads((tmp_path/"out/config.json").read_text())
+        assert torch.equal(load(tmp_path/"out")[f"{W}.weight"], randn(16, 32))
+
     def test_awq_is_said_once(self, tmp_path):
         words = torch.zeros(32, 4, dtype=torch.int32)
-        state = {f"{W}.qweight": words, f"{W}.qzeros": words[:1].clone(), f"{W}.scales": torch.ones(1, 32)}
+        zeros, scales = words[:1].clone(), torch.ones(1, 32)
+        state = {f"{W}.qweight": words, f"{W}.qzeros": zeros, f"{W}.scales": scales}
         said = {"quant_method": "awq", "bits": 4, "group_size": -1, "version": "gemm"}
         folder = save(tmp_path/"a", state, said)
         with pytest.warns(UserWarning) as heard:
