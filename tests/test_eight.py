@@ -39,6 +39,13 @@ def check_half_a_step(found, want, scale=None):
     assert ((found.float() - want).abs() <= step*1.01 + want.abs()/256).all()
 
 
+def check_which_are_coded(stored):
+    "Weights of layers, and no embedding, head or norm."
+    codes = {n for n, x in stored.items() if x.dtype == torch.float8_e4m3fn}
+    assert codes and all(stored[f"{n}_scale_inv"].dtype == torch.float32 for n in codes)
+    assert not any("embed" in n or "lm_head" in n or "norm" in n for n in codes)
+
+
 @pytest.mark.parametrize("kind, more", [
     ("llama", {}), ("llama", {"tie_word_embeddings": True}), ("qwen3", {}), ("qwen3_moe", {}),
 ])
@@ -47,9 +54,7 @@ def test_transformers_reads_it(tmp_path, kind, more):
     merge(models, out=tmp_path/"eight", dtype="fp8")
     merge(models, out=tmp_path/"whole")
     stored = load_file(tmp_path/"eight"/"model.safetensors")
-    codes = {n for n, x in stored.items() if x.dtype == torch.float8_e4m3fn}
-    assert codes and all(stored[f"{n}_scale_inv"].dtype == torch.float32 for n in codes)
-    assert not any("embed" in n or "lm_head" in n or "norm" in n for n in codes)
+    check_which_are_coded(stored)
     said = json.loads((tmp_path/"eight"/"config.json").read_text())
     assert said["quantization_config"]["weight_block_size"] == [BLOCK, BLOCK]
     assert (said.get("dtype") or said.get("torch_dtype")) == "bfloat16"

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Name', 'KINDS', 'NO_CODE', 'Opened', 'kind_of', 'read_head', 'embeddings', 'names_in', 'names_of_layout',
-           'experts_in', 'open_tokenizer', 'room_for_tokens', 'open_model', 'renamed', 'Asked', 'collect']
+           'all_names_in', 'experts_in', 'open_tokenizer', 'room_for_tokens', 'open_model', 'renamed', 'Asked',
+           'collect']
 
 # %% ../../nbs/huggingface/models.ipynb #b1f3a435
 import json
@@ -197,6 +198,12 @@ def _layout_of(model: Any, c: Checkpoint) -> Any:
         return None
 
 # %% ../../nbs/huggingface/models.ipynb #461c943d
+def all_names_in(model: Any, c: Checkpoint) -> tuple[dict[str, str], dict[str, list[str]]]:
+    "As `names_in`, by transformers' tables too, and `experts_in`."
+    apart = experts_in(model, c)
+    return names_of_layout(model, c) | {p: p for p in apart} | names_in(model, c), apart
+
+# %% ../../nbs/huggingface/models.ipynb #5bb6dcf8
 def experts_in(model: Any, c: Checkpoint) -> dict[str, list[str]]:
     "Parameter of experts → the names of its matrices in the checkpoint, expert by expert."
     how = _layout_of(model, c)
@@ -437,8 +444,7 @@ def open_model(
                 f"transformers cannot open it ({str(e).splitlines()[0][:200]})",
                 "From Python, frechet_merge.curvature.curvature takes any module and its batches.",
             ) from e
-        names, apart = names_in(m, c), experts_in(m, c)
-        names = names_of_layout(m, c) | {p: p for p in apart} | names
+        names, apart = all_names_in(m, c)
         if made_up := _made_up(m, info, names):
             more_of_them = f" and {len(made_up) - 1} more" if made_up[1:] else ""
             raise _no(

@@ -22,6 +22,7 @@ from ..messages import MergeError
 
 # %% ../../nbs/merging/eight.ipynb #7f2e86fc
 BLOCK = 128  # rows and columns of a block
+# what a code is
 EIGHT = torch.float8_e4m3fn
 
 
@@ -55,22 +56,35 @@ def _matrices(model: nn.Module, how: Layout) -> dict[str, str]:
     return found
 
 # %% ../../nbs/merging/eight.ipynb #cd39b23e
+def _opened(c: Checkpoint) -> tuple[Any, dict[str, str]]:
+    "The module without numbers, and its matrices; none if transformers does not know it."
+    says = {**c.says, **without_codes(c.config)}
+    model = skeleton(c.view(folder=None, says=says))
+    try:
+        return model, {} if model is None else _matrices(model, layout(c, model))
+    except (ImportError, AttributeError, TypeError):
+        return model, {}
+
+# %% ../../nbs/merging/eight.ipynb #99d736da
+def _is_whole(shape: tuple[int, ...]) -> bool:
+    "Whether a tensor is a matrix of whole blocks."
+    return len(shape) == 2 and not any(side%BLOCK for side in shape)
+
+# %% ../../nbs/merging/eight.ipynb #e85a3541
+def _others(model: nn.Module, done: set[str]) -> list[str]:
+    "Layers that transformers would take for coded, and that are not."
+    named = model.named_modules()
+    every = [n for n, m in named if type(m) is nn.Linear or n.endswith(".experts")]
+    return [n for n in every if n not in done]
+
+# %% ../../nbs/merging/eight.ipynb #481663d4
 def blocked(
     c: Checkpoint,  # whose names and config are written
     shapes: Mapping[str, tuple[int, ...]],  # of all that is written
 ) -> tuple[list[str], dict[str, Any]]:  # weights that are coded; the quantization_config
     "What is written in eight bits, and how a config says it; `MergeError` if nothing can be."
-    says = {**c.says, **without_codes(c.config)}
-    model = skeleton(c.view(folder=None, says=says))
-    try:
-        how = None if model is None else layout(c, model)
-    except (ImportError, AttributeError, TypeError):
-        how = None
-    found = {} if model is None or how is None else _matrices(model, how)
-    fits = {
-        name: len(shapes.get(name, ())) == 2 and not any(side%BLOCK for side in shapes[name])
-        for name in found
-    }
+    model, found = _opened(c)
+    fits = {name: _is_whole(shapes.get(name, ())) for name in found}
     left = {found[name] for name, ok in fits.items() if not ok}
     chosen = [name for name, layer in found.items() if layer not in left]
     if not chosen:
@@ -79,9 +93,7 @@ def blocked(
             f"blocks of {BLOCK} by {BLOCK}, and it has none.\n"
             "Write bf16 (--dtype bf16)."
         )
-    done = {found[name] for name in chosen}
-    others = [n for n, m in model.named_modules() if type(m) is nn.Linear and n not in done]
-    others += [n for n, _ in model.named_modules() if n.endswith(".experts") and n not in done]
+    others = _others(model, {found[name] for name in chosen})
     return chosen, {
         "quant_method": "fp8",
         "fmt": "e4m3",

@@ -428,5 +428,5 @@ def merge(
         to,
     )
     folder = None if out is None else Path(out)
-    output = Output(folder, as_dtype(dtype, blocks=True), shard_size, full_hash)
+    output = Output(folder, as_dtype(dtype, True), shard_size, full_hash)
     return make(recipe, output, Run(executor, device, progress), name)
