@@ -1,14 +1,16 @@
 """A quantised model is read as the numbers that its codes stand for, or refused by its name."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_examples import make
 
 from frechet_merge import load, merge
 from frechet_merge.diagnostics.inspection import inspect
-from frechet_merge.huggingface.models import _read
+from frechet_merge.huggingface.models import collect, open_model
 from frechet_merge.messages import MergeError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -267,6 +269,93 @@ def fp8(seed):
     return {f"{W}.weight": codes, f"{W}.weight_scale": scale}, codes.float()*scale
 
 
+def coded_llama(tmp_path):
+    "A model in fp8 with a scale for each row, as FBGEMM has it, and the same in numbers."
+    transformers = pytest.importorskip("transformers")
+    make("llama", tmp_path/"whole")
+    file = tmp_path/"whole"/"model.safetensors"
+    state, numbers = {}, {}
+    for name, x in load_file(file).items():
+        state[name] = numbers[name] = x
+        if "proj" in name:
+            scale = x.abs().amax(1, keepdim=True)/448
+            codes = (x/scale).to(torch.float8_e4m3fn)
+            state |= {name: codes, f"{name}_scale": scale}
+            numbers[name] = codes.float()*scale
+    save_file(numbers, file, {"format": "pt"})
+    shutil.copytree(tmp_path/"whole", tmp_path/"codes")
+    save_file(state, tmp_path/"codes"/"model.safetensors", {"format": "pt"})
+    config = tmp_path/"codes"/"config.json"
+    said = json.loads(config.read_text()) | {"quantization_config": {"quant_method": "fbgemm_fp8"}}
+    config.write_text(json.dumps(said))
+    assert transformers
+    return tmp_path/"codes", tmp_path/"whole"
+
+
+class TestOtherDialects:
+    "Formats whose formula is published, written here by it."
+
+    def test_fbgemm(self, tmp_path):
+        codes, scale = randn(16, 32).to(torch.float8_e4m3fn), randn(16, 1, seed=1).abs()
+        state = {
+            f"{W}.weight": codes, f"{W}.weight_scale": scale,
+            f"{W}.input_scale_ub": torch.tensor([1200.0]),
+        }
+        folder = save(tmp_path/"a", state, {"quant_method": "fbgemm_fp8"})
+        check(folder, codes.float()*scale, tmp_path/"out")
+
+    def test_comfy(self, tmp_path):
+        codes, scale = randn(16, 32).to(torch.float8_e4m3fn), torch.tensor([0.37])
+        state = {
+            f"{W}.weight": codes, f"{W}.scale_weight": scale, f"{W}.scale_input": torch.ones(1),
+            "scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn),
+        }
+        check(save(tmp_path/"a", state), codes.float()*scale, tmp_path/"out")
+
+    @pytest.mark.parametrize("beside", [True, False])
+    def test_modelopt_fp8(self, tmp_path, beside):
+        codes, scale = randn(16, 32).to(torch.float8_e4m3fn), torch.tensor(0.37)
+        state = {
+            f"{W}.weight": codes, f"{W}.weight_scale": scale, f"{W}.input_scale": torch.tensor(1.0)
+        }
+        said = {"quant_method": "modelopt", "quant_algo": "FP8"}
+        folder = save(tmp_path/"a", state, None if beside else said)
+        if beside:
+            text = json.dumps({"producer": {}, "quantization": {"quant_algo": "FP8"}})
+            (folder/"hf_quant_config.json").write_text(text)
+        check(folder, codes.float()*scale, tmp_path/"out")
+
+    def test_modelopt_nvfp4(self, tmp_path):
+        draw = torch.Generator().manual_seed(0)
+        q = torch.randint(0, 16, (8, 64), generator=draw)
+        scale = torch.rand(8, 4, generator=draw).add(0.5).to(torch.float8_e4m3fn)
+        whole = torch.tensor(0.03)
+        table = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+        numbers = table[q & 7]*torch.where(q < 8, 1.0, -1.0)
+        want = numbers*(scale.float()*whole).repeat_interleave(16, 1)
+        state = {
+            f"{W}.weight": (q[:, ::2] | (q[:, 1::2] << 4)).to(torch.uint8),
+            f"{W}.weight_scale": scale, f"{W}.weight_scale_2": whole,
+            f"{W}.input_scale": torch.tensor(1.0),
+        }
+        said = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+        check(save(tmp_path/"a", state, said), want, tmp_path/"out")
+
+    @pytest.mark.parametrize("algorithm", ["NVFP4_AWQ", "W4A8_AWQ", None])
+    def test_other_algorithms_are_refused(self, tmp_path, algorithm):
+        state, _ = fp8(1)
+        folder = save(tmp_path/"a", state, {"quant_method": "modelopt", "quant_algo": algorithm})
+        with pytest.raises(MergeError, match=rf"quantised \(modelopt\).*{algorithm}"):
+            merge([folder, folder])
+
+    def test_factors_of_inputs_are_refused(self, tmp_path):
+        state, _ = fp8(1)
+        state[f"{W}.pre_quant_scale"] = torch.ones(32)
+        folder = save(tmp_path/"a", state, {"quant_method": "modelopt", "quant_algo": "FP8"})
+        with pytest.raises(MergeError, match="quantised"):
+            merge([folder, folder])
+
+
 class TestUses:
     "What is done with quantised models."
 
@@ -304,14 +393,36 @@ class TestUses:
         dense = [{"model.norm.weight": torch.ones(4), f"{W}.weight": fp8(s)[1]} for s in (0, 1)]
         assert text.splitlines()[1:] == str(inspect(dense)).splitlines()[1:]
 
-    def test_curvature_is_refused_with_a_remedy(self, tmp_path):
-        state, numbers = fp8(1)
-        folder = save(tmp_path/"a", state, {"quant_method": "compressed-tensors"})
-        with pytest.raises(MergeError, match="is quantised.*\n.*merge .*-o NUMBERS"):
-            _read(str(folder), False)
-        merge([folder], out=tmp_path/"numbers")
-        base, _ = _read(str(tmp_path/"numbers"), False)
-        assert torch.equal(base[f"{W}.weight"], numbers)
+    def test_curvature_and_tune_see_the_numbers(self, tmp_path):
+        folder, whole = coded_llama(tmp_path)
+        (tmp_path/"data.jsonl").write_text("\n".join(json.dumps({"text": "b c d"}) for _ in "ab"))
+        found = {}
+        for one in (folder, whole):
+            found[one] = collect(one, tmp_path/"data.jsonl", tmp_path/f"{one.name}.stats")
+        assert set(found[folder]) == set(found[whole]) and len(found[folder]) > 8
+        for name, x in found[whole].items():
+            torch.testing.assert_close(found[folder][name], x)
+        # which opens its models in the same way
+        opened = open_model(folder).model.state_dict()
+        for name, x in open_model(whole).model.state_dict().items():
+            assert torch.equal(opened[name], x)
+
+    @pytest.mark.parametrize("method", ["bitsandbytes", "hqq", "fp8", "torchao"])
+    def test_a_config_that_names_codes_beside_numbers_is_mended(self, tmp_path, method):
+        folder = save(tmp_path/"a", {f"{W}.weight": randn(16, 32)}, {"quant_method": method})
+        merge([folder, folder], out=tmp_path/"out")
+        assert "quantization_config" not in json.loads((tmp_path/"out/config.json").read_text())
+        assert torch.equal(load(tmp_path/"out")[f"{W}.weight"], randn(16, 32))
+
+    def test_awq_is_said_once(self, tmp_path):
+        words = torch.zeros(32, 4, dtype=torch.int32)
+        zeros, scales = words[:1].clone(), torch.ones(1, 32)
+        state = {f"{W}.qweight": words, f"{W}.qzeros": zeros, f"{W}.scales": scales}
+        said = {"quant_method": "awq", "bits": 4, "group_size": -1, "version": "gemm"}
+        folder = save(tmp_path/"a", state, said)
+        with pytest.warns(UserWarning) as heard:
+            load(folder)
+        assert len(heard) == 1 and "mixes two scalings" in str(heard[0].message)
 
     @pytest.mark.parametrize("broken", ["weight_scale", "extra"])
     def test_scales_that_do_not_fit_are_refused(self, tmp_path, broken):

@@ -158,6 +158,17 @@ def collected(model, form):
     )
 
 
+def pieces(want, halves):
+    "The dense sums under the names of pieces: left, right, tokens, squares and those of the bias."
+    for name, (left, right, tokens, square, bias) in want.items():
+        stem, role, e = name.rsplit(".", 2)
+        stem = f"{stem}.gate_up_proj" if role == "up" else f"{stem}.down_proj"
+        n = halves if role == "up" else 1
+        for i in range(n if tokens else 0):
+            rows = slice(i*len(left)//n, (i + 1)*len(left)//n)
+            yield f"{stem}.{int(e)*n + i}", left[rows, rows], right, tokens, square[rows], bias
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings("ignore")
 def test_are_those_of_layers(kind):
@@ -165,34 +176,32 @@ def test_are_those_of_layers(kind):
     sides, squares = collected(model, "kronecker"), collected(model, "diagonal")
     want, count = dense(tiny(kind), examples())
     turned = kind == "gpt_oss"
-    halves = 1 if turned else 2
     # whose router computes in float32
     close = {"rtol": 1e-4, "atol": 1e-5} if kind == "deepseek_v3" else {}
     seen = 0
-    for name, (left, right, tokens, square, bias) in want.items():
-        stem, _, e = name.rpartition(".")
-        role = stem.rpartition(".")[2]
-        stem = stem.rpartition(".")[0] + (".gate_up_proj" if role == "up" else ".down_proj")
-        n = halves if role == "up" else 1
-        for i in range(n):
-            piece = f"{stem}.{int(e)*n + i}"
-            if not tokens:
-                assert not sides[f"{piece}.left"].any() and not sides[f"{piece}.right"].any()
-                continue
-            seen += 1
-            m = len(left)//n
-            rows = slice(i*m, (i + 1)*m)
-            ours = sides[f"{piece}.right"], sides[f"{piece}.left"]
-            ours = ours[::-1] if turned else ours
-            torch.testing.assert_close(ours[0], right/tokens, **close)
-            torch.testing.assert_close(ours[1], left[rows, rows]/count, **close)
-            found = squares[piece].T if turned else squares[piece]
-            torch.testing.assert_close(found, square[rows]/count, **close)
-            if turned:
-                torch.testing.assert_close(squares[f"{stem}_bias.{e}"], bias/count)
+    for piece, left, right, tokens, square, bias in pieces(want, 1 if turned else 2):
+        seen += 1
+        ends = (".left", ".right") if turned else (".right", ".left")
+        went_in, came_back = (sides[piece + end] for end in ends)
+        torch.testing.assert_close(went_in, right/tokens, **close)
+        torch.testing.assert_close(came_back, left/count, **close)
+        found = squares[piece].T if turned else squares[piece]
+        torch.testing.assert_close(found, square/count, **close)
+        if turned:
+            stem, _, e = piece.rpartition(".")
+            torch.testing.assert_close(squares[f"{stem}_bias.{e}"], bias/count)
     assert seen > 8
-    assert set(sides.about["experts"]) == {n for n, p in model.named_parameters()
-                                           if ".experts." in n and p.dim() == 3}
+    fused = {n for n, p in model.named_parameters() if ".experts." in n and p.dim() == 3}
+    assert set(sides.about["experts"]) == fused
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_expert_that_no_token_reached_knows_nothing():
+    model = tiny("mixtral")
+    one = {"input_ids": torch.tensor([[3]]), "attention_mask": torch.ones(1, 1, dtype=torch.long)}
+    stats = curvature(model, [one], "inputs", forward=lambda m, b: m(**b, use_cache=False).logits)
+    name = "model.layers.0.mlp.experts.down_proj"
+    assert sum(bool(stats[f"{name}.{e}.right"].any()) for e in range(4)) == 2
 
 
 def folder_of(model, folder, fused):

@@ -142,7 +142,8 @@ CalibrateSamples = Annotated[
 WrittenType = Annotated[
     Optional[str],
     typer.Option(
-        help="bf16, fp16, fp32 or fp64; default: each tensor's own.", show_default=False
+        help="bf16, fp16, fp32, fp64, or fp8 in blocks; default: each tensor's own.",
+        show_default=False,
     ),
 ]
 Executor = Annotated[str, typer.Option(help="threads or serial.")]

@@ -589,5 +589,6 @@ def make_sink(
             del choice.parameters[name]
         elif form != "diagonal" and p.dim() < (3 if name in choice.fused else 2):
             choice.drop(name, VECTOR)
-    fused = {n: (choice.parameters[n], k) for n, k in choice.fused.items() if n in choice.parameters}
+    kept = choice.parameters
+    fused = {n: (kept[n], k) for n, k in choice.fused.items() if n in kept}
     return ByExpert(sink, fused) if fused else sink

@@ -127,10 +127,16 @@ class Weight:
     turned: bool = False  # whether its last two dimensions are exchanged
 
 # %% ../../nbs/curvature/routed.ipynb #1fa8fa97
-TURNS = {Tensor.t, Tensor.T.__get__, Tensor.mT.__get__, Tensor.transpose, torch.transpose}
+# functions that exchange the last two dimensions
+TURNS = {Tensor.t, Tensor.transpose, torch.transpose}
+TURNS |= {x.__get__ for x in (vars(torch._C.TensorBase)["T"], vars(torch._C.TensorBase)["mT"])}
+# x @ w
 PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm}
+# the same for all experts at once
 BATCHED = {torch.bmm, Tensor.bmm, *PRODUCTS}
+# x + b
 SUMS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__}
+# the same numbers
 CASTS = {Tensor.to, Tensor.float, Tensor.double, Tensor.bfloat16, Tensor.half, Tensor.contiguous}
 
 # %% ../../nbs/curvature/routed.ipynb #9d0960f0
@@ -191,10 +197,7 @@ class Tracing(TorchFunctionMode):
             return
         found = None
         if func is Tensor.__getitem__ and weight.expert is None:
-            i = args[1]
-            if isinstance(i, int) or (isinstance(i, Tensor) and i.numel() == 1 and i.dim() == 0):
-                p = next(p for name, p in self.live.values() if name == weight.name)
-                found = replace(weight, expert=int(i)%len(p))
+            found = self._picked(weight, args[1])
         elif func in CASTS and out.shape == args[0].shape:
             found = weight
         elif func in TURNS and out.dim() >= 2 and out.shape[-2:] == args[0].shape[-2:][::-1]:
@@ -202,18 +205,18 @@ class Tracing(TorchFunctionMode):
         if found is not None:
             self.views[id(out)] = out, found
 
+    def _picked(self, weight: Weight, i: Any) -> Weight | None:
+        "One expert's weights of all; None if the index is of another kind."
+        is_number = isinstance(i, int) or (isinstance(i, Tensor) and i.dim() == 0)
+        if not is_number:
+            return None
+        p = next(p for name, p in self.live.values() if name == weight.name)
+        return replace(weight, expert=int(i)%len(p))
+
     def _carry(self, func: Callable, args: tuple, out: Tensor):
         "Note which rows of the input a tensor's rows are made of."
         if func is Tensor.__getitem__:
-            held = self.rows.get(id(args[0]))
-            index = args[1][0] if isinstance(args[1], tuple) else args[1]
-            if held is None:
-                return
-            rows = None
-            if isinstance(index, Tensor) and index.dim() == 1:
-                rows = held[1][index]
-            elif index is Ellipsis or index == slice(None):
-                rows = held[1]
+            rows = self._rows_at(args[0], args[1])
             if rows is not None and out.shape[:1] == rows.shape:
                 self._note(out, rows)
             return
@@ -223,6 +226,16 @@ class Tracing(TorchFunctionMode):
             self._note(out, same[0])
         elif args and args[0] is self.x and out.dim() == 2 and len(out) == self.total:
             self._note(out, torch.arange(self.total, device=out.device))
+
+    def _rows_at(self, x: Tensor, index: Any) -> Tensor | None:
+        "The rows that an index leaves of those that a tensor is made of."
+        held = self.rows.get(id(x))
+        index = index[0] if isinstance(index, tuple) else index
+        if held is None:
+            return None
+        if isinstance(index, Tensor):
+            return held[1][index] if index.dim() == 1 else None
+        return held[1] if index is Ellipsis or index == slice(None) else None
 
     def _product(self, func: Callable, args: tuple, kwargs: dict) -> Tensor | None:
         "What comes of a product with a weight, or a sum with a bias; None if this is neither."
@@ -236,12 +249,13 @@ class Tracing(TorchFunctionMode):
             x, w, weight = w, x, self._of(x)
         if weight is None or not isinstance(x, Tensor):
             return None
-        if func in SUMS and w.dim() == 1 and weight.expert is not None:
+        if weight.expert is None:
+            are_all = func in BATCHED and w.dim() == x.dim() == 3
+            return self._all_at_once(func(*args), x, w, weight) if are_all else None
+        if func in SUMS and w.dim() == 1:
             return self._with_bias(func(*args), x, w, weight)
-        if func in PRODUCTS and w.dim() == 2 and weight.expert is not None:
+        if func in PRODUCTS and w.dim() == 2:
             return self._listened(func(*args), x, w, weight, "weight", not weight.turned)
-        if func in BATCHED and w.dim() == x.dim() == 3 and weight.expert is None:
-            return self._all_at_once(func(*args), x, w, weight)
         return None
 
     def _linear(self, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor | None:
@@ -395,7 +409,7 @@ class ByExpert(Form):
             return self.form.refuses(p, uses)
         if isinstance(self.form, Projected):
             return "it holds experts, and a basis is of one matrix"
-        turned = {u.turned for role, u in uses if role == "weight"}
+        turned = {u.by_input for role, u in uses if role == "weight"}
         if len(turned) > 1 or (self.fused[p][1] > 1 and True in turned):
             return "its experts are stored in a way that is not known here"
         return next(filter(None, (self.form.refuses(p, [use]) for use in uses)), None)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Name', 'KINDS', 'NO_CODE', 'Opened', 'kind_of', 'read_head', 'embeddings', 'names_in', 'names_of_layout',
-           'experts_in', 'open_tokenizer', 'room_for_tokens', 'open_model', 'renamed', 'Asked', 'collect']
+           'all_names_in', 'experts_in', 'open_tokenizer', 'room_for_tokens', 'open_model', 'renamed', 'Asked',
+           'collect']
 
 # %% ../../nbs/huggingface/models.ipynb #b1f3a435
 import json
@@ -197,6 +198,12 @@ def _layout_of(model: Any, c: Checkpoint) -> Any:
         return None
 
 # %% ../../nbs/huggingface/models.ipynb #461c943d
+def all_names_in(model: Any, c: Checkpoint) -> tuple[dict[str, str], dict[str, list[str]]]:
+    "As `names_in`, by transformers' tables too, and `experts_in`."
+    apart = experts_in(model, c)
+    return names_of_layout(model, c) | {p: p for p in apart} | names_in(model, c), apart
+
+# %% ../../nbs/huggingface/models.ipynb #5bb6dcf8
 def experts_in(model: Any, c: Checkpoint) -> dict[str, list[str]]:
     "Parameter of experts → the names of its matrices in the checkpoint, expert by expert."
     how = _layout_of(model, c)
@@ -324,7 +331,7 @@ def _of_numbers(
     c: Checkpoint,
     dtype: torch.dtype,
     more: dict[str, Any],  # options of the opener
-) -> tuple[nn.Module, dict]:
+) -> tuple[Any, dict]:
     "A module of the numbers that c stands for, and what transformers says of loading it."
     config = type(config).from_dict(without_codes(config.to_dict()))
     if "num_labels" in more:
@@ -341,6 +348,21 @@ def _of_numbers(
         output_loading_info=True,
         ignore_mismatched_sizes=more.get("ignore_mismatched_sizes", False),
     )
+
+# %% ../../nbs/huggingface/models.ipynb #fd442342
+def _module(
+    opener: Any,  # an Auto class of transformers
+    config: Any,
+    base: Checkpoint,
+    c: Checkpoint,  # the base with the adapters on it
+    dtype: torch.dtype,
+    more: dict[str, Any],  # options of the opener
+) -> tuple[Any, dict]:
+    "The module of a base, or of all of c where transformers would read something else."
+    if _is_read_here(base, c):
+        return _of_numbers(opener, config, c, dtype, more)
+    with _alone(base) as folder:
+        return opener.from_pretrained(folder, dtype=dtype, output_loading_info=True, **more)
 
 # %% ../../nbs/huggingface/models.ipynb #b44bc2ef
 def room_for_tokens(
@@ -413,14 +435,7 @@ def open_model(
             more = dict(NO_CODE)
             if kind == "classifier" and (n := classes(c)):
                 more |= {"num_labels": n, "ignore_mismatched_sizes": True}
-            opener = getattr(transformers, KINDS[kind])
-            if _is_read_here(base, c):
-                m, info = _of_numbers(opener, config, c, dtype, more)
-            else:
-                with _alone(base) as folder:
-                    m, info = opener.from_pretrained(
-                        folder, dtype=dtype, output_loading_info=True, **more
-                    )
+            m, info = _module(getattr(transformers, KINDS[kind]), config, base, c, dtype, more)
         except MergeError:
             raise
         except Exception as e:
@@ -429,8 +444,7 @@ def open_model(
                 f"transformers cannot open it ({str(e).splitlines()[0][:200]})",
                 "From Python, frechet_merge.curvature.curvature takes any module and its batches.",
             ) from e
-        names, apart = names_in(m, c), experts_in(m, c)
-        names = names_of_layout(m, c) | {p: p for p in apart} | names
+        names, apart = all_names_in(m, c)
         if made_up := _made_up(m, info, names):
             more_of_them = f" and {len(made_up) - 1} more" if made_up[1:] else ""
             raise _no(
@@ -515,7 +529,9 @@ def renamed(
             about[fact] = rename(about[fact])
     if "experts" in about:
         pieces = about["experts"].items()
-        about["experts"] = {names[p]: [names[n] for n in every] for p, every in pieces if p in names}
+        about["experts"] = {
+            names[p]: [names[n] for n in every] for p, every in pieces if p in names
+        }
     if "diagonal" in about:
         about["diagonal"] = list(filter(None, map(name, about["diagonal"])))
     return Statistics(rename(stats), about)

@@ -29,6 +29,8 @@ COMPANIONS = {
     r"[.]weight[.]_(data|scale|shift)$": "quanto",
     r"[.](q_weight|q_invperm|q_scale_max)$": "EXL2",
     r"[.]trellis$": "EXL3",
+    r"[.]pre_quant_scale$": "modelopt, with factors for what goes in",
+    r"[.]comfy_quant$": "ComfyUI",
 }
 
 

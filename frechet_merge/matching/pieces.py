@@ -82,7 +82,7 @@ def piece_shape(shape: Sequence[int], count: int) -> tuple[int, ...]:
     n = count//shape[0]
     return (shape[1]//n, *shape[2:])
 
-
+# %% ../../nbs/matching/pieces.ipynb #b8d6f139
 def piece_of(name: str) -> str | None:
     "The tensor that statistics of this name would be of a piece of."
     found = re.fullmatch(r"(.+)[.]\d+(?:[.](?:left|right))?", name)

@@ -168,6 +168,7 @@ class Says:
     classes: int | None = None  # of the head, which the config may not know; None: what it says
     untied: bool = False  # the output layer is stored, and is not the embedding
     more: Mapping[str, Any] = field(default_factory=dict)  # of tokens that an adapter brought
+    codes: Mapping[str, Any] | None = None  # quantization_config of what is written
 
 # %% ../../nbs/merging/companions.ipynb #5cff0a9e
 # what transformers calls the dtype in a config, now and before
@@ -176,7 +177,7 @@ DTYPE = ("dtype", "torch_dtype")
 
 def _changes(config: dict[str, Any], says: Says) -> dict[str, Any]:
     "What a config must say otherwise."
-    said: dict[str, Any] = {}
+    said: dict[str, Any] = {} if says.codes is None else {"quantization_config": says.codes}
     dtype, classes = says.dtype, says.classes
     is_of_transformers = any(k in config for k in ("model_type", "architectures", *DTYPE))
     if dtype is not None and is_of_transformers and "_class_name" not in config:

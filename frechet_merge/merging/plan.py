@@ -199,6 +199,9 @@ def _check_adapters(recipe: Recipe) -> None:
 # %% ../../nbs/merging/plan.ipynb #667f13fe
 def as_written(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
     "What a tensor is written as: as it is wanted, if it has numbers that can be rounded."
+    if wanted is not None and wanted.itemsize == 1:
+        # what is not coded in blocks
+        wanted = torch.bfloat16
     return wanted if wanted is not None and dtype.is_floating_point else dtype
 
 # %% ../../nbs/merging/plan.ipynb #60079e24

@@ -194,11 +194,14 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "flo
 
 def as_dtype(
     dtype: str | torch.dtype | None,  # or its name: bf16, fp16, fp32, fp64, or torch's
+    blocks: bool = False,  # whether fp8 is one, which a matrix has with scales
 ) -> torch.dtype | None:  # None stays None
     "A floating-point dtype by its name; `ValueError` if there is none of that name."
     if dtype is None:
         return dtype
     found = dtype
+    if blocks and dtype in ("fp8", "float8_e4m3fn", torch.float8_e4m3fn):
+        return torch.float8_e4m3fn
     if not isinstance(dtype, torch.dtype):
         found = getattr(torch, DTYPES.get(dtype, dtype), None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize == 1:

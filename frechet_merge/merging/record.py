@@ -85,7 +85,7 @@ class Record:
 
     def output(self, folder: Path | None = None) -> Output:
         "As what it was written, to be written again."
-        return Output(folder, as_dtype(self.dtype), self.shard_size)
+        return Output(folder, as_dtype(self.dtype, blocks=True), self.shard_size)
 
     def again(self) -> Recipe:
         "Its recipe, to be run again; `MergeError` if a model of it was in memory."
