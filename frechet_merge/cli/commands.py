@@ -349,7 +349,7 @@ def merge_command(
         "calibrate": _pictures(calibrate, calibrate_split, calibrate_samples),
     }
     recipe = Recipe.of(typed)
-    output = Output(out, as_dtype(dtype), size(shard_size), full_hash)
+    output = Output(out, as_dtype(dtype, True), size(shard_size), full_hash)
     run = Run(executor, device, not quiet and sys.stderr.isatty(), resume)
     if is_dry(dry_run, as_json):
         return _print_preview(recipe, output, run, geometry, as_json)

@@ -26,6 +26,7 @@ from ..files.checkpoint import Checkpoint, from_state_dict, vocabulary_size
 from ..files.folders import library_of
 from ..files.open import PICKLES, load
 from .align import in_gauge_of
+from .eight import in_blocks
 from .companions import Says, carry_the_rest, config_of, write_companions
 from ..matching.ties import is_untied
 from ..geometries.geometry import Euclidean, Geometry
@@ -39,7 +40,7 @@ from .templates import say_other_templates
 from .run import Plan, disk_errors, in_memory, into_folder, report
 from .robust import counting
 from ..spaces.robust import Loss
-from ..messages import heard, warn
+from ..messages import MergeError, heard, warn
 from ..files.output import free, hidden, staged, staged_file, Staging
 from .journal import Journal, key_of
 from .coefficients import as_used
@@ -94,7 +95,10 @@ class Dress:
         kinds = {d for _, d in plan.layout.values() if d.is_floating_point}
         one = kinds.pop() if len(kinds) == 1 else None
         untied = is_untied({n: s for n, (s, _) in plan.layout.items()}, config_of(self.homes))
-        says = Says(self.dtype or one, self.classes, untied, self.says)
+        dtype = self.dtype or one
+        if plan.codes is not None:
+            dtype = torch.bfloat16
+        says = Says(dtype, self.classes, untied, self.says, plan.codes)
         write_companions(folder, self.homes, says, self.alone, self.tokens, merged)
         if self.homes and not self.alone:
             carry_the_rest(folder, self.homes[-1], merged, self.read)
@@ -256,6 +260,7 @@ def _put_on(work: Work, plan: Plan) -> Merged:
     alone = Opened(Recipe([full], Euclidean(), allow_nonfinite=nonfinite), [full])
     whole = plan_root(alone, work.output.dtype, work.run.device)
     whole = replace(whole, names=[], start=plan.start)
+    whole = _in_dtype(whole, alone, work.output)
     if alone.are_folders:
         work = replace(work, parts=parts_for(alone, work.output, work.run))
     if work.output.folder is None:
@@ -277,6 +282,20 @@ def parts_for(opened: Opened, output: Output, run: Run) -> dict[str, tuple[Opene
         return {}
     found = parts_of(opened)
     return {path: (o, plan_models(o, output.dtype, run.device)) for path, o in found.items()}
+
+# %% ../../nbs/merging/merge.ipynb #4047b399
+def _in_dtype(plan: Plan, opened: Opened, output: Output) -> Plan:
+    "A plan in blocks of fp8, if that is asked for; `MergeError` or `ValueError` if it cannot be."
+    if output.dtype is None or output.dtype.itemsize > 1:
+        return plan
+    if output.folder is None:
+        raise ValueError("fp8 is written with scales beside it: name a folder (out=).")
+    if written_in(opened) is not None or opened.are_folders:
+        raise MergeError(
+            f"{opened.models[0].source}: fp8 is for full models that are one checkpoint.\n"
+            "Write bf16 (--dtype bf16)."
+        )
+    return in_blocks(plan, opened.models[0] if opened.base is None else opened.base)
 
 # %% ../../nbs/merging/merge.ipynb #1d4c3cbb
 def coefficients_of(recipe: Recipe, plan: Plan) -> list[dict[str, Any]]:
@@ -379,6 +398,8 @@ def make(
             plans, counted = counting(plans, recipe, run)
             plan, parts = plans[""], {path: (o, plans[path]) for path, (o, _) in parts.items()}
             record = replace(record, counted=counted)
+        if opened.onto is None:
+            plan = _in_dtype(plan, opened, output)
         staging = staging_of(opened, record, plan, run)
         record = replace(record, key=staging.key)
         if finished:
@@ -460,5 +481,5 @@ def merge(
     recipe = Recipe.of(given)
     name = geometry if isinstance(geometry, str) else None
     folder = None if out is None else Path(out)
-    output = Output(folder, as_dtype(dtype), shard_size, full_hash)
+    output = Output(folder, as_dtype(dtype, True), shard_size, full_hash)
     return make(recipe, output, Run(executor, device, progress, resume), name)

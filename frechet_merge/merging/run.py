@@ -45,6 +45,8 @@ class Plan:
     given: Any = None  # `Numbers`: weights and scale of every tensor, as they are used
     metadata: dict[str, str] = field(default_factory=dict)  # for the headers of its files
     whole: str = ""  # who reads what is written, if that looks for one file; empty: shards
+    # the quantization_config of what is written with scales for blocks; None: nothing is
+    codes: dict[str, Any] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -91,7 +93,13 @@ def overflow(
 def cast_into(plan: Plan, sink: Any) -> Write:
     "What jobs write with: numbers are cast, looked at, and handed to the sink."
 
+    from .eight import Blocked
+
+    blocks = Blocked(plan.layout if plan.codes else {}, sink)
+
     def write(name: str, i: int, x: Tensor) -> None:
+        if name in blocks.shapes:
+            return blocks.write(name, i, x)
         y = x.to(plan.layout[name][1])
         if _may_overflow(x, y):
             overflow(name, x, y, plan.allow_nonfinite or may_be_infinite(name))
