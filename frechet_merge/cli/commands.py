@@ -231,7 +231,9 @@ FullHash = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Show what would be merged how, and write nothing.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="With --dry-run: everything, as JSON.")]
+PlanAsJson = Annotated[
+    bool, typer.Option("--json", help="With --dry-run: everything, as JSON.")
+]
 
 # %% ../../nbs/cli/commands.ipynb #aa1g0003
 def _print_written(out: Path, done: str, start: float) -> None:
@@ -259,12 +261,7 @@ def _print_numbers(record: Any) -> None:
 # %% ../../nbs/cli/commands.ipynb #8ddc3791
 def _print_merged(out: Path, n_models: int, record: Any, start: float) -> None:
     "What was written, in a line, and by which numbers."
-    written = load(out).lazy
-    n = fsum(x.numel for x in written.values())
-    print(
-        f"{out}: {n_models} models merged, {len(written)} tensors, {_count(int(n))} "
-        f"parameters, {time.time() - start:.1f} s"
-    )
+    _print_written(out, f"{n_models} models merged", start)
     _print_numbers(record)
 
 # %% ../../nbs/cli/commands.ipynb #5f4d0aec
@@ -296,6 +293,21 @@ def _pictures(data: str | None, split: str, samples: int) -> Any:
     from frechet_merge.curvature.calibration import Calibration
 
     return None if data is None else Calibration(data, split, samples)
+
+# %% ../../nbs/cli/commands.ipynb #a9152c40
+def _recipe_typed(typed: dict[str, Any]) -> Any:
+    "A recipe of the words of a command line."
+    from frechet_merge.merging.recipe import Recipe
+
+    scales = by_pattern(typed["scale"], "scale", alone=True)
+    read = {
+        "weights": by_pattern(typed["weights"], "weights"),
+        "sum": by_pattern(typed["sum"], "sum"),
+        "scale": 1.0 if scales is None else scales,
+        "metrics": names(typed["metrics"]),
+        "drop": typed["drop"] or (),
+    }
+    return Recipe.of(typed | read)
 
 # %% ../../nbs/cli/commands.ipynb #a9152c4c
 @app.command("merge")
@@ -330,25 +342,17 @@ def merge_command(
     full_hash: FullHash = False,
     resume: ResumeMerge = False,
     dry_run: DryRun = False,
-    as_json: AsJson = False,
+    as_json: PlanAsJson = False,
     quiet: Quiet = False,
 ):
     "Merge MODELS into the folder OUT."
     typed = dict(locals())
     from frechet_merge.merging.merge import make
-    from frechet_merge.merging.recipe import Output, Recipe, Run, as_dtype
+    from frechet_merge.merging.recipe import Output, Run, as_dtype
 
     start = time.time()
-    scales = by_pattern(scale, "scale", alone=True)
-    typed |= {
-        "weights": by_pattern(weights, "weights"),
-        "sum": by_pattern(sum, "sum"),
-        "scale": 1.0 if scales is None else scales,
-        "metrics": names(metrics),
-        "drop": drop or (),
-        "calibrate": _pictures(calibrate, calibrate_split, calibrate_samples),
-    }
-    recipe = Recipe.of(typed)
+    typed["calibrate"] = _pictures(calibrate, calibrate_split, calibrate_samples)
+    recipe = _recipe_typed(typed)
     output = Output(out, as_dtype(dtype, True), size(shard_size), full_hash)
     run = Run(executor, device, not quiet and sys.stderr.isatty(), resume)
     if is_dry(dry_run, as_json):
@@ -385,8 +389,9 @@ def run_command(
         Optional[str], typer.Option(help="Largest file to write.", show_default="the recipe's")
     ] = None,
     full_hash: FullHash = False,
+    resume: ResumeMerge = False,
     dry_run: DryRun = False,
-    as_json: AsJson = False,
+    as_json: PlanAsJson = False,
     quiet: Quiet = False,
 ):
     "Merge what the file RECIPE says."
@@ -402,7 +407,7 @@ def run_command(
         output = replace(output, shard_size=size(shard_size))
     if out is not None:
         output = replace(output, folder=out)
-    run = Run(executor, device, not quiet and sys.stderr.isatty())
+    run = Run(executor, device, not quiet and sys.stderr.isatty(), resume)
     if is_dry(dry_run, as_json):
         return run_recipe(asked, output, run, partial(_print_preview, as_json=as_json))
     if output.folder is None:

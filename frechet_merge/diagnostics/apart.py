@@ -133,8 +133,8 @@ def distances(
 ) -> Apart:
     """How far models are from one another and from their mean, in any geometry; `MergeError` or
     `ValueError` where a merge would raise it. Integers and running statistics do not count."""
-    given = Recipe.of(models, geometry, base, weights, 1.0, metrics, None, (), None)
-    opened = open_recipe(replace(given, allow_pickle=allow_pickle))
+    given = dict(locals())
+    opened = open_recipe(Recipe.of(given))
     plan, T = plan_recipe(opened), len(opened.models)
     ws = normalise(weights, T)
     total, variance, rows = torch.zeros(T, T, dtype=torch.float64), 0.0, []

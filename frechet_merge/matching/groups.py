@@ -156,7 +156,7 @@ def random_element(g: Group, generator: torch.Generator | None = None) -> Elemen
         a, b = torch.randn(sizes, generator=generator, dtype=torch.float64)
         turn = turning(p.kind, a, b)
         M = shortest(p.kind, a, b*(1 + torch.rand(g.size, 1, 1, generator=generator)))
-        return M if turn is None else turn @ M
+        return M if turn is None or M is None else turn @ M
 
     order = torch.randperm(g.size, generator=generator)
     return Element(order if g.permutes else torch.arange(g.size), tuple(map(drawn, g.parts)))

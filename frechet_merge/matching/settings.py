@@ -89,12 +89,13 @@ def _of_known(made: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, An
     found = {}
     for key, x in made.items():
         default = known.get(key)
-        are_parts = isinstance(x, Mapping) and isinstance(default, Mapping)
-        is_part = are_parts and key.endswith("_config")
+        if key not in known:
+            continue
+        found[key] = x
         # a part may be of another class than by default
-        is_same = is_part and x.get("model_type") == default.get("model_type")
-        if key in known:
-            found[key] = _of_known(x, default) if is_same else x
+        if isinstance(x, Mapping) and isinstance(default, Mapping) and key.endswith("_config"):
+            if x.get("model_type") == default.get("model_type"):
+                found[key] = _of_known(x, default)
     return found
 
 # %% ../../nbs/matching/settings.ipynb #6989c52b

@@ -78,7 +78,7 @@ def _say_what_is_copied(models: Sequence[Checkpoint]) -> None:
         for c in others:
             theirs = None if c.folder is None else c.folder/file.name
             there = theirs is not None and theirs.is_file()
-            if not there or theirs.read_bytes() != file.read_bytes():
+            if theirs is None or not there or theirs.read_bytes() != file.read_bytes():
                 warn(
                     f"{file.name}: is an object and no tensors; that of {first.source} is copied, "
                     f"and {c.source} has {'another' if there else 'none'}. Fit it anew on the "
