@@ -186,8 +186,8 @@ def test_unknown_geometry(models, tmp_path, name, near):
         ("linear", "It is euclidean"),
         ("Task-Arithmetic", "a base and a scale"),
         ("fisher", "curvature"),
-        ("ties", "none of these"),
-        ("nothing like it", "There are: curved"),
+        ("nuslerp", "It is slerp"),
+        ("nothing like it", "There are: breadcrumbs, chordal"),
     ],
 )
 def test_geometries_by_other_names(models, tmp_path, name, says):

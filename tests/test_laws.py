@@ -14,6 +14,7 @@ from frechet_merge.geometries.sphere import Cylinder, karcher
 from frechet_merge.geometries.laws import LAWS, mean_of
 from frechet_merge.geometries.manifold import Manifold, import_geomstats
 from frechet_merge.geometries.registry import geometries
+from frechet_merge.geometries.selected import Times
 
 GEOMETRIES = {
     "Euclidean": Euclidean(),
@@ -98,13 +99,14 @@ def test_every_installed_geometry_is_covered():
     import test_trimmed
 
     found = {n: e.load()() for n, e in geometries().items()}
-    # and `LoRA()` in test_lora.py
+    # and `LoRA()` in test_lora.py, `Times()` in test_mergekit.py
     assert found and set(found.values()) <= {
         *GEOMETRIES.values(),
         *test_adapter_geometries.GEOMETRIES.values(),
         *test_metrics_merge.GEOMETRIES.values(),
         *test_trimmed.GEOMETRIES.values(),
         LoRA(),
+        Times(),
     }
 
 

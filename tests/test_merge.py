@@ -826,11 +826,18 @@ def test_spellings_of_one_function_are_one(tmp_path):
             {"sliding_window": 131072, "use_sliding_window": False},
             {"sliding_window": None, "use_sliding_window": False},
         ),
-        ({"head_dim": None}, {"head_dim": 4}),
-        ({"hidden_act": "gelu"}, {"hidden_act": "gelu_pytorch_tanh"}),
+        ({"head_dim": None, "hidden_size": 8}, {"head_dim": 4, "hidden_size": 8}),
         (
             {"model_type": "qwen2_vl"},
-            {"model_type": "qwen2_vl", "text_config": {"model_type": "qwen2_vl_text"}},
+            {
+                "model_type": "qwen2_vl",
+                "text_config": {
+                    "model_type": "qwen2_vl_text",
+                    "num_attention_heads": 2,
+                    "vocab_size": 11,
+                    "tie_word_embeddings": False,
+                },
+            },
         ),
         ({"rope_theta": 1e4}, {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}),
         ({"text_config": "x"}, {}),
@@ -845,7 +852,15 @@ def test_spellings_of_one_function_are_one(tmp_path):
             == []
         )
     x, y = (
-        load(llama(tmp_path/f"t{k}", 0, False, text_config={"num_key_value_heads": k}))
+        load(
+            llama(
+                tmp_path/f"t{k}",
+                0,
+                False,
+                model_type="qwen2_vl",
+                text_config={"model_type": "qwen2_vl_text", "num_key_value_heads": k},
+            )
+        )
         for k in (1, 2)
     )
     assert "num_key_value_heads = 1 and 2" in unlike([x, y])[0]

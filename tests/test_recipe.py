@@ -28,7 +28,8 @@ def tensors(seed):
 @pytest.fixture
 def whole(tmp_path):
     "A base and two models."
-    return [save(tmp_path/name, tensors(i), {"k": 1}) for i, name in enumerate(("base", "a", "b"))]
+    config = {"model_type": "none"}
+    return [save(tmp_path/n, tensors(i), config) for i, n in enumerate(("base", "a", "b"))]
 
 
 @pytest.fixture

@@ -424,7 +424,9 @@ def _said_by(adapter: Checkpoint) -> tuple[dict[str, Layer], dict[str, LazyTenso
     "Its layers, and what it saved whole, without single rows."
     if is_single(adapter):
         return {}, dict(adapter.lazy)
-    is_dora = bool(lengths_in(adapter.lazy) or (adapter.adapter or {}).get("use_dora"))
+    said = adapter.adapter or {}
+    # a config of PEFT says it; other dialects have no word but the lengths
+    is_dora = bool(said.get("use_dora") or "dialect" in said and lengths_in(adapter.lazy))
     found, rest = layers(without_lengths(adapter) if is_dora else adapter)
     return with_lengths(adapter, found) if is_dora else found, rest
 

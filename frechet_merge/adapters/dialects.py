@@ -155,6 +155,11 @@ def spoken(c: Checkpoint) -> Checkpoint:
         dialect = dialect_of(names, c.adapter)
     except MergeError as e:
         raise MergeError(f"{c.source}: {e}") from None
+    if dialect is None and (name := next(filter(MAGNITUDE.search, c.lazy), None)):
+        raise MergeError(
+            f"{c.source}: has the lengths of a DoRA ({name!r}), and no factors that they are of.\n"
+            "Put it on its base with the library that made it, and merge full models."
+        )
     if dialect == "peft" and (name := alpha_beside(c.lazy.keys())):
         raise MergeError(
             f"{c.source}: has a scaling of its own beside the factors of LoRA ({name!r}), and "

@@ -304,7 +304,7 @@ class Watch:
 
     def _hook(self, layer: nn.Module, watched: "Watched") -> Any:
         "What looks at the calls of a layer, until it is removed."
-        from .routed import Replaced, holds_experts
+        from frechet_merge.curvature.routed import Replaced, holds_experts
 
         if any(holds_experts(name, self.chosen[name]) for name, _ in watched.own):
             return Replaced(self, layer, watched.name)

@@ -93,7 +93,7 @@ def overflow(
 def cast_into(plan: Plan, sink: Any) -> Write:
     "What jobs write with: numbers are cast, looked at, and handed to the sink."
 
-    from .eight import Blocked
+    from frechet_merge.merging.eight import Blocked
 
     blocks = Blocked(plan.layout if plan.codes else {}, sink)
 
