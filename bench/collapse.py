@@ -20,22 +20,12 @@ import warnings
 
 import torch
 from adapters import about, write_rows
+from robust import experts
 from transformers import AutoModel, AutoTokenizer
 
-from frechet_merge import load, merge
-from frechet_merge.adapters.baking import bake
-from frechet_merge.cli.demo import DATA, TOKENS, accuracy, base_folder, tasks
+from frechet_merge import merge
+from frechet_merge.cli.demo import TOKENS, accuracy, base_folder, tasks
 from frechet_merge.curvature.activations import Moments, blocks_of, rows_of, watching
-
-
-def experts():
-    "Full models by the task, in memory, and their base."
-    base = load(base_folder())
-    found = {}
-    for name in tasks():
-        full = bake(base, load(DATA/name))
-        found[name] = {n: full[n].clone() for n in full}
-    return found, {n: base[n].clone() for n in base}
 
 
 def rescaled(models, base=None):

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from adapters import about
 from safetensors.torch import load_file
 
 HERE = Path(__file__).parent
@@ -185,7 +186,8 @@ def main(python):
                 worst, name = error(mine[0], theirs[0])
                 found[title] = {"error": worst, "tensor": name}
             print(title, found[title], flush=True)
-    (HERE/"results"/"mergekit_recipes.json").write_text(json.dumps(found, indent=1) + "\n")
+    said = about("python bench/mergekit_recipes.py PYTHON_WITH_MERGEKIT", recipes=found)
+    (HERE/"results"/"mergekit_recipes.json").write_text(json.dumps(said, indent=1) + "\n")
 
 
 if __name__ == "__main__":

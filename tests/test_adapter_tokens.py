@@ -17,6 +17,18 @@ E, H = "model.embed_tokens.weight", "lm_head.weight"
 IDS = torch.arange(3, 13)[None]
 
 
+def filled(m, tokenizer, folder, seed):
+    "The folder of an adapter whose trained numbers are drawn at random."
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in m.parameters():
+            if p.requires_grad:
+                p.copy_(torch.randn(p.shape, generator=g)*0.3)
+    m.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def adapter(folder, base, seed, tokens, saved=("embed_tokens", "lm_head"), template=None):
     "An adapter trained on a base whose vocabulary was enlarged by tokens; its tokenizer with it."
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -32,14 +44,7 @@ def adapter(folder, base, seed, tokens, saved=("embed_tokens", "lm_head"), templ
         task_type="CAUSAL_LM",
     )
     m = get_peft_model(full, lora)
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in m.parameters():
-            if p.requires_grad:
-                p.copy_(torch.randn(p.shape, generator=g)*0.3)
-    m.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return filled(m, tokenizer, folder, seed)
 
 
 def in_peft(base, folder):
@@ -164,14 +169,7 @@ def single(folder, base, seed, tokens=(), at=(), modules=None, config=None):
     rows = indices if modules is None else dict.fromkeys(modules, indices)
     lora = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=rows)
     m = get_peft_model(full, lora if config is None else config(indices))
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in m.parameters():
-            if p.requires_grad:
-                p.copy_(torch.randn(p.shape, generator=g)*0.3)
-    m.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return filled(m, tokenizer, folder, seed)
 
 
 class TestSingleRows:

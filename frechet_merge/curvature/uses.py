@@ -306,7 +306,7 @@ class Watch:
         "What looks at the calls of a layer, until it is removed."
         from frechet_merge.curvature.routed import Replaced, holds_experts
 
-        if any(holds_experts(name, self.chosen[name]) for name, _ in watched.own):
+        if any(holds_experts(name, self.chosen[name].shape) for name, _ in watched.own):
             return Replaced(self, layer, watched.name)
         return layer.register_forward_hook(partial(self._called, watched), with_kwargs=True)
 

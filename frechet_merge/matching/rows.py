@@ -115,7 +115,8 @@ def _filled(every: Sequence[Known], start: int, stop: int) -> Tensor:
 # what tensors with a row for each token are called
 OF_TOKENS = re.compile(
     r"(^|[._])(embed\w*|\w*embeddings?|wte|shared|emb|lm_head|output|output_projection|decoder"
-    r"|predictions|proj_out|final_logits_bias|vocab_projector|lm_loss|pred_layer[.]proj|head|unembed"
+    r"|predictions|proj_out|final_logits_bias|vocab_projector|lm_loss"
+    r"|pred_layer[.]proj|head|unembed"
     r"|output_layer|transformer[.]w|log_softmax[.]mlp[.]layer0)([.](weight|bias))?$"
 )
 # the embeddings and output layers among them

@@ -34,7 +34,8 @@ from .coefficients import Numbers, in_a_row, numbers_for, refuse_sum_of
 from .coefficients import refuse_without_base, refuse_without_difference
 from .coefficients import say_of_statistics
 from .each import geometry_of_each, refuse_choice
-from .experts import by_expert, fusions, is_fused
+from ..curvature.routed import holds_experts
+from .experts import by_expert, fusions
 from .recipe import Recipe
 from .run import Plan
 from .spelled import OF_ONE_RANK, in_names_of_peft, respelled
@@ -322,7 +323,7 @@ def _jobs(opened: Opened, blocks: Sequence[Block], given: Numbers, device: Any) 
     # a base has what no model has, and it is copied
     merged = [b.name for b in blocks if b.mergeable]
     geometry_of = geometry_of_each(recipe.geometry, merged)
-    has_fused = any(is_fused(b.name, b.first.shape) for b in blocks)
+    has_fused = any(holds_experts(b.name, b.first.shape) for b in blocks)
     fused = fusions(opened.models[0]) if has_fused else {}
     of_base = "" if base is None else base.source
 
