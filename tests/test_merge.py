@@ -851,6 +851,11 @@ def test_spellings_of_one_function_are_one(tmp_path):
             )
             == []
         )
+    # two functions, be they near
+    near = [
+        load(llama(tmp_path/act, 0, False, hidden_act=act)) for act in ("gelu", "gelu_pytorch_tanh")
+    ]
+    assert "hidden_act = 'gelu' and 'gelu_pytorch_tanh'" in unlike(near)[0]
     x, y = (
         load(
             llama(

@@ -186,7 +186,7 @@ def test_what_has_no_way_is_nan():
 
 def test_batched_is_one_by_one():
     gen = torch.Generator().manual_seed(7)
-    near, far = (family(3, gen, spread=0.15) for _ in range(2))
+    near, far = family(3, gen), family(3, gen)
     far[1] = Factors(-1.5*far[0].B, far[0].A)
     fs = [Factors(torch.stack([a.B, b.B]), torch.stack([a.A, b.A])) for a, b in zip(near, far)]
     chart = Polar().chart(fs)
