@@ -76,11 +76,10 @@ DENSE = """
 import sys, torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-*files, out, rank, every = sys.argv[1:]
-rank, every = int(rank), int(every)
+*files, out, rank, stems = sys.argv[1:]
+rank = int(rank)
 opened, merged = [safe_open(f, "pt") for f in files], {}
-stems = [k.removesuffix(".alpha") for k in opened[0].keys() if k.endswith(".alpha")]
-for stem in stems[::every]:
+for stem in stems.split(","):
     total = 0
     for f in opened:
         up, down = (f.get_tensor(f"{stem}.lora_{x}.weight").float() for x in ("up", "down"))
@@ -156,7 +155,8 @@ def main():
         words += ["--geometry", f"lora:rank={asked.rank}", "-o", out]
         rows = [row("frechet-merge", asked.every, few, files, out, words)]
         out = Path(folder)/"dense.safetensors"
-        words = [python, "-c", DENSE, *files, out, asked.rank, asked.dense]
+        stems = ",".join([*shapes()][::few])
+        words = [python, "-c", DENSE, *files, out, asked.rank, stems]
         rows.append(row("dense SVD", few, few, files, out, words))
         if asked.mecha:
             out = Path(folder)/"mecha.safetensors"
