@@ -225,6 +225,14 @@ ResumeMerge = Annotated[
         help="Go on where the same merge was stopped; if this one is, what is done stays.",
     ),
 ]
+Part = Annotated[
+    Optional[str],
+    typer.Option(
+        help="Write some of the files, as 2/4, into a folder beside OUT: one part a machine.",
+        show_default="all of them",
+    ),
+]
+Join = Annotated[bool, typer.Option("--join", help="Put together what all parts wrote.")]
 FullHash = Annotated[
     bool, typer.Option("--full-hash", help="Hash every byte of the inputs for the model card.")
 ]
@@ -236,12 +244,12 @@ PlanAsJson = Annotated[
 ]
 
 # %% ../../nbs/cli/commands.ipynb #aa1g0003
-def _print_written(out: Path, done: str, start: float) -> None:
+def _print_written(merged: Any, done: str, start: float) -> None:
     "What was written, and how long it took."
-    written = load(out).lazy
+    written = merged.tensors.lazy
     n = fsum(x.numel for x in written.values())
     print(
-        f"{out}: {done}, {len(written)} tensors, {_count(int(n))} parameters, "
+        f"{merged.out}: {done}, {len(written)} tensors, {_count(int(n))} parameters, "
         f"{time.time() - start:.1f} s"
     )
 
@@ -259,10 +267,10 @@ def _print_numbers(record: Any) -> None:
         )
 
 # %% ../../nbs/cli/commands.ipynb #8ddc3791
-def _print_merged(out: Path, n_models: int, record: Any, start: float) -> None:
+def _print_merged(merged: Any, n_models: int, start: float) -> None:
     "What was written, in a line, and by which numbers."
-    _print_written(out, f"{n_models} models merged", start)
-    _print_numbers(record)
+    _print_written(merged, f"{n_models} models merged", start)
+    _print_numbers(merged.record)
 
 # %% ../../nbs/cli/commands.ipynb #5f4d0aec
 def is_dry(
@@ -341,6 +349,8 @@ def merge_command(
     allow_pickle: Pickle = False,
     full_hash: FullHash = False,
     resume: ResumeMerge = False,
+    part: Part = None,
+    join: Join = False,
     dry_run: DryRun = False,
     as_json: PlanAsJson = False,
     quiet: Quiet = False,
@@ -354,12 +364,12 @@ def merge_command(
     typed["calibrate"] = _pictures(calibrate, calibrate_split, calibrate_samples)
     recipe = _recipe_typed(typed)
     output = Output(out, as_dtype(dtype, True), size(shard_size), full_hash)
-    run = Run(executor, device, not quiet and sys.stderr.isatty(), resume)
+    run = Run.of(typed | {"progress": not quiet and sys.stderr.isatty()})
     if is_dry(dry_run, as_json):
         return _print_preview(recipe, output, run, geometry, as_json)
-    record = make(recipe, output, run, geometry).record
+    merged = make(recipe, output, run, geometry)
     _warn_of_few(models, alone=bake is None and base is None)
-    _print_merged(out, len(models), record, start)
+    _print_merged(merged, len(models), start)
 
 # %% ../../nbs/cli/commands.ipynb #cf575ff3
 RecipeFile = Annotated[
@@ -390,11 +400,14 @@ def run_command(
     ] = None,
     full_hash: FullHash = False,
     resume: ResumeMerge = False,
+    part: Part = None,
+    join: Join = False,
     dry_run: DryRun = False,
     as_json: PlanAsJson = False,
     quiet: Quiet = False,
 ):
     "Merge what the file RECIPE says."
+    typed = dict(locals())
     from dataclasses import replace
     from functools import partial
     from frechet_merge.merging.recipe import Run
@@ -407,13 +420,13 @@ def run_command(
         output = replace(output, shard_size=size(shard_size))
     if out is not None:
         output = replace(output, folder=out)
-    run = Run(executor, device, not quiet and sys.stderr.isatty(), resume)
+    run = Run.of(typed | {"progress": not quiet and sys.stderr.isatty()})
     if is_dry(dry_run, as_json):
         return run_recipe(asked, output, run, partial(_print_preview, as_json=as_json))
     if output.folder is None:
         raise ValueError(f"{recipe} names no output: give a folder, -o OUT.")
     merged = run_recipe(asked, output, run)
-    _print_merged(output.folder, len(asked.recipe.models), merged.record, start)
+    _print_merged(merged, len(asked.recipe.models), start)
 
 # %% ../../nbs/cli/commands.ipynb #aa1g0002
 @app.command("align")

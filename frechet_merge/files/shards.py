@@ -14,6 +14,7 @@ import os
 import stat
 import struct
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -408,19 +409,25 @@ class ShardWriter:
         metadata: dict[str, str] | None = None,  # for the header of every file
         # files that are there already are filled further, as if they were new
         resume: bool = False,
+        # which files are written here, by their number from 0 on, and without an index; None: all
+        has: Callable[[int], bool] | None = None,
     ):
         self.resume = resume
-        self.ledger = Ledger({name: math.prod(shape) for name, (shape, _) in tensors.items()})
         _refuse_what_no_file_holds(tensors, metadata or {})
         self.entries, self.fds, files = {}, {}, plan(tensors, shard_size, stem)
+        mine = files
+        if has is not None:
+            mine = {file: group for i, (file, group) in enumerate(files.items()) if has(i)}
+        sizes = {n: math.prod(shape) for group in mine.values() for n, (shape, _) in group.items()}
+        self.ledger = Ledger(sizes)
         try:
-            for file, group in files.items():
+            for file, group in mine.items():
                 self._lay_out(str(folder/file), group, metadata or {})
         # files that are open keep their space when they are deleted
         except BaseException:
             self.close()
             raise
-        if len(files) > 1:
+        if len(files) > 1 and has is None:
             index = {
                 "metadata": {"total_size": sum(e.nbytes for e in self.entries.values())},
                 "weight_map": {name: file for file, group in files.items() for name in group},

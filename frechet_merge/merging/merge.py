@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['Merged', 'main_of', 'homes_of', 'Dress', 'written_in', 'is_one_file', 'dress_of', 'Work', 'parts_for',
-           'coefficients_of', 'as_calibration', 'calibration_for', 'files_of', 'staging_of', 'is_finished',
-           'done_before', 'make', 'merge']
+           'coefficients_of', 'as_calibration', 'calibration_for', 'files_of', 'staging_of', 'refuse_shares',
+           'is_finished', 'done_before', 'make', 'merge']
 
 # %% ../../nbs/merging/merge.ipynb #30b0928a
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -44,6 +45,8 @@ from ..messages import MergeError, heard, warn
 from ..files.output import free, hidden, staged, staged_file, Staging
 from .journal import Journal, key_of
 from .coefficients import as_used
+from .shares import JOURNAL, Share, gather, is_sealed, seal, shares_of
+from .shares import tensors_of
 from ..curvature.calibration import Calibration
 
 # %% ../../nbs/merging/merge.ipynb #dcf14495
@@ -191,28 +194,57 @@ class Work:
         out, start = self.output.folder, plan.start
         assert out is not None
         nbytes = plan.nbytes + sum(p.nbytes for _, p in self.parts.values())
+        if self.run.part is not None:
+            return self.share(plan, self.run.part)
+        shares = shares_of(out, self.staging.key) if self.run.join else []
         with disk_errors(out, nbytes), staged(out, self.staging) as part:
             dress.put(part, plan, self.parts)
-            journal = Journal.at(part.parent/"journal") if self.staging.key else Journal()
-            found = self._fill(plan, part, journal) if plan.layout else {}
             for path, (opened, one) in self.parts.items():
                 if (part/path).suffix not in PICKLES:
                     (part/path).mkdir(parents=True, exist_ok=True)
                     dress_of(opened, self.output).put(part/path, one)
-                of_one = self._fill(one, part/path, journal, path)
-                found |= {f"{path}/{n}": m for n, m in of_one.items()}
+            if shares:
+                gather(shares, part, part.parent/JOURNAL)
+            journal = Journal.at(part.parent/JOURNAL) if self.staging.key else Journal()
+            found = self._fill_all(plan, part, journal)
             means = found if means is None else means
             known = None if self.calibrate is None else self.calibrate(part)
             record = replace(self.done(means, start), calibrated=known)
             record.write(part)
             text = card(record, out.name, plan.config, library_of(part))
             (part/"README.md").write_text(text)
+        for share in shares:
+            shutil.rmtree(share, ignore_errors=True)
         return Merged(load(out), means, out, record)
+
+    def share(self, plan: Plan, share: Share) -> Merged:
+        "Some of the files of a plan, in a folder beside the output."
+        assert self.output.folder is not None
+        out, means = share.folder(self.output.folder), {}
+        if is_sealed(out, self.staging.key):
+            warn(f"{out}: is done already")
+        else:
+            with disk_errors(out, plan.nbytes), staged(out, self.staging) as part:
+                means = self._fill_all(plan, part, Journal.at(part.parent/JOURNAL))
+                seal(part, part.parent/JOURNAL, self.staging.key)
+        return Merged(tensors_of(out), means, out, self.done(means, plan.start))
+
+    def _fill_all(self, plan: Plan, folder: Path, journal: Journal) -> dict[str, Mean]:
+        "The tensors of a plan and those of parts in a folder; what is known about each mean."
+        found = self._fill(plan, folder, journal) if plan.layout else {}
+        for path, (_, one) in self.parts.items():
+            of_one = self._fill(one, folder/path, journal, path)
+            found |= {f"{path}/{n}": m for n, m in of_one.items()}
+        return found
 
     def _fill(self, plan: Plan, place: Path, journal: Journal, path: str = "") -> dict[str, Mean]:
         "The tensors of a plan in a folder, or in a file that has to be a pickle."
         if place.suffix not in PICKLES:
+            place.mkdir(parents=True, exist_ok=True)
             return into_folder(plan, place, self.output.shard_size, self.run, journal, path)
+        # small, and written when all is put together
+        if self.run.part is not None:
+            return {}
         tensors, means = in_memory(plan, self.run)
         torch.save(dict(tensors), place)
         return means
@@ -343,12 +375,27 @@ def staging_of(opened: Opened, record: Record, plan: Plan, run: Run) -> Staging:
     read += [[] for c in record.inputs.get("metrics", []) if not c["files"]]
     depends = record.recipe, record.inputs, record.dtype, record.shard_size, record.versions
     key = key_of(read, depends, record.counted, plan.layout, run.device)
-    if run.resume and not (key and record.inputs):
+    takes_more = run.resume or run.join or run.part is not None
+    if takes_more and not (key and record.inputs):
         raise ValueError(
-            "resume=True goes on with what was written of models on disk: some are in memory, or "
-            "there is no folder to write to (out=)."
+            "resume, part and join go on with what was written of models on disk: some are in "
+            "memory, or there is no folder to write to (out=)."
         )
     return Staging(key if record.inputs else "", run.resume)
+
+# %% ../../nbs/merging/merge.ipynb #9a0c0f02
+def refuse_shares(plan: Plan, run: Run) -> None:
+    "`ValueError` if a merge cannot be divided, and is asked to be."
+    if run.part is None and not run.join:
+        return
+    if run.part is not None and run.join:
+        raise ValueError("part writes some of the files and join puts all together: give one.")
+    if plan.config is not None or plan.codes is not None:
+        raise ValueError(
+            "part and join are for full models whose files are many: adapters, and models in fp8 "
+            "with scales, are merged whole."
+        )
+
 
 # %% ../../nbs/merging/merge.ipynb #9a0c0f20
 def is_finished(output: Output, run: Run) -> bool:
@@ -402,6 +449,7 @@ def make(
             plan = _in_dtype(plan, opened, output)
         staging = staging_of(opened, record, plan, run)
         record = replace(record, key=staging.key)
+        refuse_shares(plan, run)
         if finished:
             return done_before(output, staging)
         work = Work(opened, output, run, record, said, since, parts, feed, staging)
@@ -473,6 +521,8 @@ def merge(
     progress: bool = False,  # a progress bar on stderr
     # go on where the same merge into `out` was stopped; if this one is stopped, what is done stays
     resume: bool = False,
+    part: str | None = None,  # "2/4": write every fourth file, into a folder beside `out`
+    join: bool = False,  # put together what all parts wrote
 ) -> Merged:  # tensors, and what is known about each mean
     """Merge models as weighted Fréchet means, tensor by tensor; `MergeError` or `ValueError` if
     they cannot be, and then `out` is untouched; a `ConvergenceWarning` names means that are in
@@ -482,4 +532,4 @@ def merge(
     name = geometry if isinstance(geometry, str) else None
     folder = None if out is None else Path(out)
     output = Output(folder, as_dtype(dtype, True), shard_size, full_hash)
-    return make(recipe, output, Run(executor, device, progress, resume), name)
+    return make(recipe, output, Run.of(given), name)

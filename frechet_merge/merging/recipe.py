@@ -22,6 +22,7 @@ from ..files.checkpoint import Checkpoint
 from .coefficients import in_a_row
 from ..messages import MergeError
 from .rules import are_rules
+from .shares import Share
 from .each import as_geometry
 from ..geometries.registry import as_data, from_data, spelled
 from ..geometries.geometry import Euclidean, Geometry
@@ -186,6 +187,16 @@ class Run:
     progress: bool = False  # a bar on stderr
     # go on where the same merge was stopped, and leave what is done if this one is
     resume: bool = False
+    part: Share | None = None  # which of the files are written; None: all
+    join: bool = False  # put together what all parts wrote
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> "Run":  # may hold more than its fields
+        "By what somebody asked for it to be computed; a part as it is typed."
+        own = {f.name: given[f.name] for f in fields(cls) if f.name in given}
+        if isinstance(own.get("part"), str):
+            own["part"] = Share.typed(own["part"])
+        return cls(**own)
 
 # %% ../../nbs/merging/recipe.ipynb #b9ee4b61
 # what commands call dtypes

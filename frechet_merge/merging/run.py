@@ -285,9 +285,11 @@ def into_folder(
             f"{plan.whole} reads one file, and no shards"
         )
     said = {**plan.metadata, **plan.tied}
-    with ShardWriter(folder, plan.layout, size, plan.stem, said, run.resume) as sink:
+    goes_on, has = run.resume or run.join, None if run.part is None else run.part.has
+    with ShardWriter(folder, plan.layout, size, plan.stem, said, goes_on, has) as sink:
         jobs = journal.around(plan.jobs, sink, place)
-        return do_jobs(replace(plan, jobs=jobs), sink, run)
+        mine = [job for job in jobs if has is None or job.name in sink.entries]
+        return do_jobs(replace(plan, jobs=mine), sink, run)
 
 # %% ../../nbs/merging/run.ipynb #e43b26bc
 def doubtful(
