@@ -137,6 +137,8 @@ BAD = [
     ("loss: hubr", 2, "hubr"),
     ("scale: [1", 2, "cannot be read as YAML"),
     ("---\nmodels: [a]", 2, "several recipes"),
+    ("scale: 1\ndtype: \x08fp32", 3, "special characters are not allowed"),
+    ("? !!set {x: null}\n: 1", 2, "is no name"),
 ]
 
 

@@ -6,7 +6,7 @@
 __all__ = ['Key', 'MOST', 'spelled_key', 'Page', 'Reader', 'read_page', 'read_file']
 
 # %% ../../nbs/merging/lines.ipynb #47eeb941
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -104,7 +104,7 @@ class Reader:
     def _mapping(self, node: Any, key: Key) -> dict:
         names = [self.loader.construct_object(k, deep=True) for k, _ in node.value]
         for i, name in enumerate(names):
-            if isinstance(name, (dict, list)) or name in names[:i]:
+            if not isinstance(name, Hashable) or name in names[:i]:
                 raise MergeError(
                     f"{self.source}, line {node.value[i][0].start_mark.line + 1}: "
                     f"{name!r} is given twice, or is no name."
@@ -125,7 +125,11 @@ def read_page(
     "What a text says, and where; `MergeError` with the line if it is no YAML."
     import yaml
 
-    loader = yaml.SafeLoader(text)
+    # which refuses characters that no text has
+    try:
+        loader = yaml.SafeLoader(text)
+    except yaml.YAMLError as e:
+        raise _no_yaml(source, e, text) from e
     try:
         node = loader.get_single_node()
         reader = Reader(source, loader)
@@ -133,7 +137,7 @@ def read_page(
     except (yaml.YAMLError, ValueError, RecursionError) as e:
         if isinstance(e, MergeError):
             raise
-        raise _no_yaml(source, e) from e
+        raise _no_yaml(source, e, text) from e
     finally:
         loader.dispose()
     if not isinstance(data, dict):
@@ -141,10 +145,13 @@ def read_page(
     return Page(source, data, reader.lines)
 
 # %% ../../nbs/merging/lines.ipynb #b677efcd
-def _no_yaml(source: str, e: Exception) -> MergeError:
+def _no_yaml(source: str, e: Exception, text: str) -> MergeError:
     "What to say of a text that is no YAML."
-    mark = getattr(e, "problem_mark", None)
+    mark, at = getattr(e, "problem_mark", None), getattr(e, "position", None)
     line = "" if mark is None else f", line {mark.line + 1}"
+    # of a character that no text has
+    if isinstance(at, int):
+        line = f", line {text[:at].count(chr(10)) + 1}"
     why = getattr(e, "problem", None) or str(e).splitlines()[0]
     if "single document" in str(e):
         why = "it holds several recipes (---), and one is run at a time: write a file for each"
