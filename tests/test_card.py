@@ -18,6 +18,7 @@ from frechet_merge.merging import said
 from frechet_merge.merging.card import in_ticks, in_title, in_yaml
 from frechet_merge.merging.recipes import read_recipe, run_recipe
 from frechet_merge.merging.recipe import Output
+from frechet_merge.merging.record import Record
 
 CAUSAL = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 
@@ -210,6 +211,10 @@ def test_a_name_that_is_no_text(tmp_path):
     name = os.fsdecode(b"caf\xe9")
     assert yaml.safe_load(in_yaml([name])) == [name]
     in_ticks(name).encode(), in_title(name).encode()
+    models = [save(tmp_path/n, tensors(i), CAUSAL) for i, n in enumerate((name, "b"))]
+    text = card_of(*models, out=tmp_path/"o")
+    assert yaml.safe_load(blocks(text)[2][1])["models"] == [name, "b"]
+    assert Record.read(tmp_path/"o").recipe["models"] == [str(m) for m in models]
 
 
 STRANGE = {

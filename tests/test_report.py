@@ -11,6 +11,7 @@ import torch
 from conftest import cli, save, tensors
 
 from frechet_merge import MergeError, merge
+from frechet_merge.diagnostics.drawings import breakable
 from frechet_merge.diagnostics.pages import SCRIPT, STYLES, hash_of
 from frechet_merge.diagnostics.report import Seen, by_layer, report_of, write_report
 from frechet_merge.merging.record import NAME, Record
@@ -77,9 +78,9 @@ def test_it_says_what_the_record_knows(tmp_path):
     assert place == out/"report.html"
     record = json.loads((out/NAME).read_text())
     for name in record["means"]:
-        assert f">{name}</td>" in text
+        assert f">{breakable(name)}</td>" in text
     for c in record["inputs"]["models"]:
-        assert c["name"] in text
+        assert breakable(c["name"]) in text
         assert all(h in text for h in c["files"].values())
     assert "8×11" in text and "3 models" in text and "Nothing needs a look" in text
     # a number is sorted by all of its digits
@@ -112,8 +113,8 @@ def test_a_choice_of_geometries_has_a_column():
     record = record_of(LAYERS)
     record.recipe["geometry"] = data["geometry"]
     text = report_of(record, "x")
-    assert "<td>sphere</td>" in text and "<td>euclidean</td>" in text
-    assert "<td>euclidean</td>" not in report_of(record_of(LAYERS), "x")
+    assert ">sphere</td>" in text and ">euclidean</td>" in text
+    assert ">euclidean</td>" not in report_of(record_of(LAYERS), "x")
 
 
 def test_what_was_seen_is_drawn(tmp_path):
@@ -212,6 +213,19 @@ class TestTheCommands:
         assert code == 0 and (tmp_path/"p"/"report.html").is_file(), err
         code, _, err = cli("merge", *models, "-o", tmp_path/"q", "--report", "--dry-run")
         assert code == 2 and "--report" in err and not (tmp_path/"q").exists()
+
+    def test_of_a_single_file(self, tmp_path):
+        from test_dialects import flux_file
+
+        files = [tmp_path/f"{n}.safetensors" for n in "ab"]
+        for i, f in enumerate(files):
+            flux_file(f, i)
+        code, said, err = cli("merge", *files, "-o", tmp_path/"o.safetensors", "--report")
+        assert code == 0 and f"report: {tmp_path/'o.report.html'}" in said, err
+        code, _, err = cli("merge", *files, "-o", tmp_path/"o.safetensors", "--report")
+        assert code == 1 and "exists already" in err
+        code, _, err = cli("report", tmp_path/"o.safetensors")
+        assert code == 1 and "merge --report" in err
 
     def test_it_is_not_carried_into_the_next_merge(self, tmp_path, models):
         out = merge(models, out=tmp_path/"o").out
@@ -332,6 +346,12 @@ def test_a_large_page_shows_some_and_finds_all(site, browser):
     page.goto((site/"large.html").as_uri())
     assert len(shown(page, 1)) == 300
     assert page.get_by_role("status").text_content() == "5,000 of 5,000 blocks, the first 300 shown"
+    for _ in range(2):
+        page.get_by_role("button", name="variance").click()
+    assert shown(page, 0)[:2] == ["1", "2"]
+    # which a browser would pass again for each row that is moved
+    between = "document.querySelector('.sortable tbody').childNodes.length"
+    assert page.evaluate(between) == 5000
     page.get_by_role("button", name="Show 1,000 more").click()
     assert len(shown(page, 1)) == 1300
     page.get_by_label("Filter by name").fill("layers.49. experts.99.")

@@ -12,7 +12,7 @@ from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .drawings import digits, words
+from .drawings import breakable, digits, words
 
 # %% ../../nbs/diagnostics/pages.ipynb #c609606a
 # the styles of a page
@@ -74,14 +74,14 @@ pre {
   margin: .6rem 0; white-space: pre; max-height: 26rem;
 }
 pre.wraps { white-space: pre-wrap; overflow-wrap: anywhere; }
-td:last-child, summary { white-space: nowrap; }
+td.short, summary { white-space: nowrap; }
 td details[open] { white-space: normal; min-width: 20rem; }
 details > summary { cursor: pointer; color: var(--blue); padding: .15rem 0; }
 figure { margin: 0; }
 figcaption { font-weight: 600; margin-bottom: .5rem; }
 figcaption span { display: block; font-weight: 400; color: var(--soft); font-size: .88rem; }
 .scroll { overflow: auto; max-width: 100%; }
-.drawing { display: block; width: 100%; min-width: 500px; height: auto; }
+.drawing { display: block; width: 100%; min-width: 500px; max-width: 720px; height: auto; }
 .drawing.small { min-width: 0; max-width: 34rem; }
 .pictures {
   display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 33rem), 1fr));
@@ -198,7 +198,7 @@ for (const box of document.querySelectorAll('.sortable')) {
     heads[i].setAttribute('aria-sort', way > 0 ? 'ascending' : 'descending');
     // off the page, which is then laid out once
     body.remove();
-    body.append(...rows);
+    body.replaceChildren(...rows);
     table.append(body);
     show();
   };
@@ -264,7 +264,8 @@ def cell(
 ) -> str:
     "One cell, as text."
     if not column.numbers:
-        return f"<td{' class=long' if column.wide else ''}>{words(value)}</td>"
+        kind = "long" if column.wide else "short"
+        return f"<td class={kind}>{breakable(value)}</td>"
     given, text = value if isinstance(value, tuple) else (value, None)
     x = given if isinstance(given, (int, float)) and math.isfinite(given) else None
     shown = digits(x) if text is None else text
@@ -285,7 +286,8 @@ def sortable(
         f'title="{words(c.hint)}">{words(c.name)}</button></th>'
         for c in columns
     )
-    body = "\n".join(
+    # nothing stands between rows: a browser passes it again for each row that is moved
+    body = "".join(
         f'<tr{" class=odd" if is_odd else ""} data-find="{words(text)}">'
         f"{''.join(map(cell, row, columns))}</tr>"
         for row, is_odd, text in zip(rows, odd, find)
@@ -300,6 +302,6 @@ def sortable(
         f'<input type="search" autocomplete="off" spellcheck="false"></label>{check}'
         f'<p role="status"></p></div><div class="scroll tall" tabindex="0" role="region" '
         f'aria-label="{words(name)}"><table><thead><tr>{heads}</tr></thead>'
-        f'<tbody>\n{body}\n</tbody></table></div><button type="button" class="more" hidden>'
+        f'<tbody>{body}</tbody></table></div><button type="button" class="more" hidden>'
         "Show more</button></div>"
     )

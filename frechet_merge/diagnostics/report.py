@@ -19,7 +19,8 @@ import torch
 
 from ..adapters.updates import align_updates
 from .apart import scaled
-from .drawings import bars, digits, lines, plane, strips, words
+from .drawings import bars, breakable, digits, lines, plane, strips
+from .drawings import words
 from .pages import Column, page, sortable
 from ..files.checkpoint import Checkpoint, read_json
 from ..files.open import load
@@ -243,11 +244,11 @@ def _inputs(record: Record, blocks: Blocks) -> str:
             way = math.sqrt(totals[i]) if is_model and whole else None
             cells = [
                 f"<th scope=row>{words(labels[i] if is_model else word)}</th>",
-                f"<td class=long>{words(c['name'])}</td>",
+                f"<td class=long>{breakable(c['name'])}</td>",
                 f"<td class=number>{digits(weight)}</td>",
                 f"<td class=number>{digits(way)}</td>",
                 f"<td class=number>{share}</td>",
-                f"<td>{words(_said_by(record, c['name']))}</td>",
+                f"<td class=short>{words(_said_by(record, c['name']))}</td>",
                 f"<td>{_files(c['files'])}</td>",
             ]
             rows.append(f"<tr>{''.join(cells)}</tr>")

@@ -70,7 +70,8 @@ class Record:
     def write(self, folder: Path) -> None:
         "Into a folder, as JSON."
         text = json.dumps(_without_nan(asdict(self)), indent=1, ensure_ascii=False)
-        (folder/NAME).write_text(text + "\n", encoding="utf-8")
+        # bytes of a name that are no text are written as JSON escapes them
+        (folder/NAME).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
     @classmethod
     def read(cls, folder: str | Path) -> "Record":
