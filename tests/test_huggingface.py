@@ -137,7 +137,7 @@ def test_the_card_states_all_that_decided(base, tmp_path):
     assert (said["scale"], said["absent"], said["any_base"]) == (1.5, "renormalise", True)
     assert "rank=2" in said["geometry"]
     onto = recipe(scale=2.0, bake=base)
-    assert onto["scale"] == 2.0 and onto["bake"]["model"] == str(base)
+    assert onto["scale"] == 2.0 and onto["bake"]["model"] == base.name
     assert "any_base" not in onto
 
 

@@ -669,7 +669,7 @@ def test_the_hub_learns_what_a_merge_is_made_of(models, tmp_path):
         "library_name": "transformers",
         "base_model": ["org/a", "org/b"],
         "base_model_relation": "merge",
-        "tags": ["merge", "frechet_merge"],
+        "tags": ["merge", "frechet_merge", "euclidean"],
     }
     assert "base_model" not in head("org/a", "./b") and "base_model" not in head(
         "org/a+org/b", "org/c"

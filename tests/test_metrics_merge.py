@@ -459,8 +459,9 @@ def test_the_card_identifies_the_metrics(models, stats, tmp_path):
     s = labelled(stats, tmp_path)
     out = merge(models, metrics=[*s[:2], stats[2]], out=tmp_path/"out").out
     card = (out/"README.md").read_text()
+    assert str(tmp_path.parent) not in card
     for f in s[:2]:
-        assert f"- metrics: {f}" in card
+        assert f"- metrics: {f.name}\n" in card
         assert f"{tmp_path.name}/{f.name}: sha256:{sha256(f.read_bytes()).hexdigest()}" in card
     assert "- metrics: in memory" in card
 

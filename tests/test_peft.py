@@ -783,8 +783,7 @@ def test_the_card_says_how_and_what_is_in_doubt(make, tmp_path):
         (tmp_path/"out"/"README.md").read_text().split("```")[1].removeprefix("yaml")
     )
     assert recipe["command"] == (
-        f"frechet-merge merge {models[0]} {models[1]} -o out --geometry "
-        "lora:metric=mix --weights 2,1"
+        "frechet-merge merge a b -o out --geometry lora:metric=mix --weights 2,1"
     )
     assert "no single shortest path" in recipe["doubtful"] and "lora:rank" in recipe["doubtful"]
 

@@ -63,6 +63,7 @@ NOT_CARRIED = (
     "quant_config.json",
     "hf_quant_config.json",
     "frechet_merge.json",
+    "report.html",
     "adapter_config.json",
     ".*",
 )

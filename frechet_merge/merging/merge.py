@@ -35,7 +35,8 @@ from ..spaces.mean import Mean
 from .parts import parts_of, plan_root, refuse_parts_without_place
 from .plan import Opened, open_recipe, plan_models
 from .recipe import Model, Output, Recipe, Run, as_dtype
-from .record import NAME, Record, begun, came_of, card
+from .card import card
+from .record import NAME, Record, begun, came_of
 from .templates import Chosen, chosen_templates, home_of, put_templates
 from .templates import say_other_templates
 from .run import Plan, disk_errors, in_memory, into_folder, report
@@ -211,8 +212,8 @@ class Work:
             known = None if self.calibrate is None else self.calibrate(part)
             record = replace(self.done(means, start), calibrated=known)
             record.write(part)
-            text = card(record, out.name, plan.config, library_of(part))
-            (part/"README.md").write_text(text)
+            text = card(record, out.name, plan.config, library_of(part), part)
+            (part/"README.md").write_text(text, encoding="utf-8")
         for share in shares:
             shutil.rmtree(share, ignore_errors=True)
         return Merged(load(out), means, out, record)

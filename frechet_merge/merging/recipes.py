@@ -260,6 +260,7 @@ FIELDS: dict[str, Callable[[Page, Key], Any]] = {
     "allow_pickle": switch,
     "calibrate": _calibrate,
     "to": text,
+    "align": switch,
 }
 OF_OUTPUT = ("dtype", "out_dtype", "shard_size", "output")  # fields of what is written
 # what people write → where it is
