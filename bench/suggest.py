@@ -8,17 +8,17 @@ A family is one training of experts, with all sets of its models. What its rules
 measurement is chosen on the other families alone: whose side is shared, and the anchor, by the best
 mean accuracy over those that share the rule's condition (over all others, where none does), each
 family counting once; the geometry by how many families it is the best one on (by the mean, one
-family of large differences decides; it is written beside). Then it is looked up how good that choice
-was on the family that was left out.
+family of large differences decides; it is written beside). Then it is looked up how good that
+choice was on the family that was left out.
 
 Three situations: *both*, with statistics and unlabelled examples of each task; *metrics*, with
-statistics and no examples to find an anchor on; *nothing*, where the tables have scales that labels
-chose, for all methods alike (what a fixed scale costs is in `suggest_scales.py`). *Best* is the best
-of our methods that the situation allows, of those in the table of the family; *fixed* is the better
-one on that family of the two rules that ask nothing: always TSV-M, at a scale that labels chose, and
-always the pullback mean, with anchor and side by outputs (without examples: the default anchor;
-with nothing: always the average). Standard errors are over examples; of two methods of which
-neither is TSV-M, an upper bound from those of their differences from it, if these are not
+statistics and no examples to find an anchor on; *nothing*, where the tables have scales that
+labels chose, for all methods alike (what a fixed scale costs is in `suggest_scales.py`). *Best* is
+the best of our methods that the situation allows, of those in the table of the family; *fixed* is
+the better one on that family of the two rules that ask nothing: always TSV-M, at a scale that
+labels chose, and always the pullback mean, with anchor and side by outputs (without examples: the
+default anchor; with nothing: always the average). Standard errors are over examples; of two methods
+of which neither is TSV-M, an upper bound from those of their differences from it, if these are not
 anticorrelated. A *hit* is less than two of them below the best."""
 
 import csv

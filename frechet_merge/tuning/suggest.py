@@ -45,7 +45,7 @@ def _fits(value: Any, wanted: Any) -> bool:
     least, below = wanted
     return value is not None and least <= value < below
 
-# %% ../../nbs/tuning/suggest.ipynb #be56afbb
+# %% ../../nbs/tuning/suggest.ipynb #dbe80d77
 # the first that holds decides
 RULES = (
     Rule(
@@ -76,7 +76,7 @@ RULES = (
         {"files": "full models", "base": False},
         None,
         "what they changed is known with their base only: name it with --base",
-        "quality_*.csv: the average, which needs none, is 3.5 to 17.8 points below TSV-M",
+        "quality_*.csv: the average, which needs none, is 3.5 to 17.9 points below TSV-M",
     ),
     Rule(
         "geometry",
@@ -90,35 +90,52 @@ RULES = (
     ),
     Rule(
         "geometry",
+        {"files": "adapters", "base": False, "knows": "metrics"},
+        None,
+        "statistics are of full models: name the base of these adapters with --base",
+        "none is needed",
+    ),
+    Rule(
+        "geometry",
         {"knows": "metrics"},
         "pullback",
         "each model has statistics of its own inputs and outputs",
-        "suggest.csv: with its anchor by outputs 0.9 to 11.9 points above TSV-M at its best "
-        "scale, on all five families",
+        "sizes_*.csv: with the anchors below 0.2 to 11.6 points above TSV-M at its best scale, on "
+        "all 19 sets of two to five models",
     ),
     Rule(
         "geometry",
         {"knows": "both"},
         "pullback",
         "each model has statistics of its own inputs and outputs",
-        "suggest.csv: with its anchor by outputs 0.9 to 11.9 points above TSV-M at its best "
-        "scale, on all five families",
+        "quality_*.csv: with its anchor by outputs and the sides below 0.9 to 11.9 points above "
+        "TSV-M at its best scale, on all five families",
     ),
     Rule(
         "geometry",
-        {"files": "adapters"},
+        {"reads": "pictures", "rank": "low"},
+        None,
+        "adapters of a model of pictures, of which no statistics are given. What adds them up "
+        "well is not known: statistics of a few unlabelled examples of each task would decide",
+        "quality_images_lora.csv: on the one such family TSV-M is 2.4 points below the best of "
+        "what needs no more than a scale, and both are 9 or more below the pullback mean",
+    ),
+    Rule(
+        "geometry",
+        {"files": "adapters", "base": False},
         "tsvm",
-        "adapters, of which no statistics are given",
-        "quality_*_lora.csv: of what needs no more than a scale TSV-M is the best on two of "
-        "three families of adapters, and 1.4 ± 1.3 points below the best on the third",
+        "adapters without their base. With it (--base) the merge would be of whole matrices",
+        "quality_*_lora.csv: 0.3 to 1.3 points below TSV-M of whole matrices, each at its best "
+        "scale",
     ),
     Rule(
         "geometry",
-        {"files": "full models"},
+        {},
         "epimer",
-        "full models with their base, of which no statistics are given",
-        "quality_*.csv: of what needs no more than a scale TSV-M is the best on both families "
-        "of full models",
+        "no statistics are given, and it is known what the models changed. A few hundred "
+        "unlabelled examples of each task would say more: frechet-merge curvature",
+        "quality_*.csv: TSV-M is the best of what needs no more than a scale, within 0.1 "
+        "points, on four of five families; the pullback mean is above it on all five",
     ),
     Rule(
         "share",
@@ -179,21 +196,14 @@ RULES = (
     ),
     Rule(
         "scale",
-        {"knows": "examples", "reads": "pictures", "rank": "full"},
+        {"knows": "examples", "reads": "pictures"},
         1.4,
         "examples of text alone can be run by `tune`",
-        "quality_*_full.csv: labels choose 1.3 and 1.7",
+        "quality_images_full.csv: labels choose 1.7, outputs 1.48",
     ),
     Rule(
         "scale",
-        {"knows": "examples", "reads": "pictures"},
-        0.7,
-        "examples of text alone can be run by `tune`",
-        "quality_*_lora.csv: labels choose 0.35 to 0.98",
-    ),
-    Rule(
-        "scale",
-        {"knows": "examples", "base": True},
+        {"knows": "examples"},
         OUTPUTS,
         "there are examples to find it on",
         "quality_*.csv: as good as a scale that labels chose, within 0.6 points",
@@ -214,10 +224,17 @@ RULES = (
     ),
     Rule(
         "rank",
-        {"files": "adapters"},
+        {"files": "adapters", "base": False},
         "the sum of theirs",
         "cut to {cut} again, the sum would keep {kept:.0%} of its squared length",
         "quality_*_lora.csv, adapter_quality.csv: the cut costs 0.9 to 3.8 points",
+    ),
+    Rule(
+        "rank",
+        {},
+        "whole matrices",
+        "what is written is a full model",
+        "quality_*.csv: with 32 directions of each model TSV-M is within 0.4 points",
     ),
 )
 
@@ -231,7 +248,7 @@ class Reason:
     why: str  # with the numbers of these models
     measured: str  # which result argues for it
 
-# %% ../../nbs/tuning/suggest.ipynb #7959fbb1
+# %% ../../nbs/tuning/suggest.ipynb #950ff382
 @dataclass
 class Suggestion:
     "A recipe and its reasons; or why there is none."
@@ -251,6 +268,10 @@ class Suggestion:
         if self.recipe is None:
             return [f"no suggestion: {self.abstains}", f"  ({self.reasons[-1].measured})"]
         return [line for r in self.reasons for line in _lines(r)]
+
+    def told(self) -> str:
+        "What a command line prints: the reasons, and the recipe, or why there is none."
+        return "\n".join(self.report()) if self.recipe is None else self.yaml().rstrip("\n")
 
     def yaml(self) -> str:
         "A file that `frechet-merge run` runs; `ValueError` if there is no suggestion."
@@ -277,11 +298,11 @@ def _lines(reason: Reason) -> list[str]:
     "A reason, and what was measured."
     return [f"{reason.of}: {reason.says}, for {reason.why}", f"  ({reason.measured})"]
 
-# %% ../../nbs/tuning/suggest.ipynb #f6b9c041
+# %% ../../nbs/tuning/suggest.ipynb #d23de874
 PARTS = {
     "pullback": ("share", "anchor"),
     "tsvm": ("scale", "rank"),
-    "epimer": ("scale",),
+    "epimer": ("scale", "rank"),
 }  # geometry → what else is to be decided
 
 
