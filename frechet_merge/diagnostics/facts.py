@@ -36,7 +36,7 @@ def reads(
         return "unknown"
     return "pictures" if sees else "text"
 
-# %% ../../nbs/diagnostics/facts.ipynb #72b77fa5
+# %% ../../nbs/diagnostics/facts.ipynb #4270839e
 def size_of(
     models: Sequence[Checkpoint],  # full models
     base: Checkpoint,  # what they were trained from
@@ -47,7 +47,7 @@ def size_of(
         if block.base is None or len(block.first.shape) < 2 or not block.who:
             continue
         updates = Stack(block.lazy, block.base, name=block.name)
-        total = sum(x.flatten(1) for x in updates)
+        total = torch.stack([x.flatten(1) for x in updates]).sum(0)
         if bool(total.any()):
             weight = block.base.tensor().to(total).flatten(1)
             found.append(_largest(total)/max(_largest(weight), 1e-30))

@@ -250,13 +250,13 @@ class Reason:
     why: str  # with the numbers of these models
     measured: str  # which result argues for it
 
-# %% ../../nbs/tuning/suggest.ipynb #950ff382
+# %% ../../nbs/tuning/suggest.ipynb #9abf08e2
 @dataclass
 class Suggestion:
     "A recipe and its reasons; or why there is none."
 
     facts: dict[str, Any]  # of `facts_of`
-    reasons: list[Reason] = field(default_factory=list)
+    reasons: list[Reason] = field(default_factory=list)  # one for each decision
     recipe: dict[str, Any] | None = None  # as a recipe file has it; None: there is no suggestion
     tuned: Tuned | None = None  # what was tried on examples
 
@@ -323,7 +323,7 @@ def _first(of: str, facts: Mapping[str, Any], rules: Sequence[Rule]) -> Rule:
     "The first rule about a decision that holds."
     return next(r for r in rules if r.of == of and r.holds(facts))
 
-# %% ../../nbs/tuning/suggest.ipynb #d3918f4e
+# %% ../../nbs/tuning/suggest.ipynb #752e63e4
 def suggest(
     models: Sequence[Name],  # full models, BASE+ADAPTER, or adapters: folders or hub ids
     base: Name | None = None,  # what they were trained from
@@ -351,7 +351,7 @@ def suggest(
     if OUTPUTS in made.values():
         found.tuned = tune(
             said["models"],
-            [*data] if not isinstance(data, (str, Path)) else [data],
+            data or [],
             str(base),
             _choices(made),
             said.get("metrics"),
