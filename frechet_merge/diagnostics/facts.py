@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PICTURES', 'reads', 'size_of', 'kept_by_cut', 'pairs_mean', 'facts_of']
 
-# %% ../../nbs/diagnostics/facts.ipynb #86d5df8b
+# %% ../../nbs/diagnostics/facts.ipynb #b292d3d7
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from ..adapters.updates import align_updates
 from ..algebra.factors import core
 from ..algebra.truncation import EXACT, truncated
-from .inspection import Inspection, inspect
+from .inspection import Inspection, inspect, obstacles
 from ..files.checkpoint import Checkpoint, vocabulary_size
 from ..files.open import load
 from ..files.stack import Stack
@@ -87,7 +87,7 @@ def pairs_mean(
         return None
     return sum(cosines[i][j] for i in range(T) for j in range(T) if i != j)/(T*(T - 1))
 
-# %% ../../nbs/diagnostics/facts.ipynb #1d50c7d9
+# %% ../../nbs/diagnostics/facts.ipynb #3a0ad3cc
 def facts_of(
     models: Sequence[Model],  # as for `merge`
     base: Model | None = None,  # what they were trained from
@@ -114,6 +114,7 @@ def facts_of(
         "reads": reads(config),
         "knows": known[metrics is not None, data is not None],
         "mergeable": found.mergeable,
+        "obstacle": next(iter(obstacles(found)), ""),
     }
     return facts | _numbers(found, every, origin, any_base)
 

@@ -45,7 +45,7 @@ def _fits(value: Any, wanted: Any) -> bool:
     least, below = wanted
     return value is not None and least <= value < below
 
-# %% ../../nbs/tuning/suggest.ipynb #50f3ecac
+# %% ../../nbs/tuning/suggest.ipynb #74a70070
 # the first that holds decides
 RULES = (
     Rule(
@@ -59,7 +59,8 @@ RULES = (
         "geometry",
         {"mergeable": False},
         None,
-        "they cannot be merged as they are: `frechet-merge inspect` says what is in the way",
+        "they cannot be merged as they are ({obstacle}): `frechet-merge inspect` names what mends "
+        "it, if anything does",
         "none is needed",
     ),
     Rule(
