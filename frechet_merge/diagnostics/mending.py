@@ -38,7 +38,7 @@ def options_in(
             found.append((option, "" if option in SWITCHES else word.strip("'")))
     return [(o, w) for o, w in found if w or o in SWITCHES]
 
-# %% ../../nbs/diagnostics/mending.ipynb #8f1fbd37
+# %% ../../nbs/diagnostics/mending.ipynb #95b056b6
 @dataclass
 class Refusal:
     "One thing that is in the way of a merge."
@@ -47,7 +47,7 @@ class Refusal:
     remedy: str  # what the plan says that mends it
     option: str = ""  # of that, what was taken and helped, as one types it; empty: none
 
-
+# %% ../../nbs/diagnostics/mending.ipynb #55894e2b
 @dataclass
 class Mended:
     "What is in the way of a merge, and a command that goes through."

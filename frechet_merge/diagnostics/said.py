@@ -63,7 +63,7 @@ def _beginning(file: Path) -> str:
     except OSError:
         return ""
 
-# %% ../../nbs/diagnostics/said.ipynb #df5cbcd3
+# %% ../../nbs/diagnostics/said.ipynb #1d210b98
 @dataclass
 class Said:
     "What one model says of itself."
@@ -76,7 +76,7 @@ class Said:
     names: str  # whether it calls its tensors as the first does
     licence: str | None  # None: nothing beside it says it
 
-
+# %% ../../nbs/diagnostics/said.ipynb #73dbe9b0
 def kind_of_model(c: Checkpoint) -> str:
     "The class of a model, as its config names it."
     if c.adapter is not None:
