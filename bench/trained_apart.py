@@ -1,6 +1,8 @@
 """Two to eight networks that were trained apart, merged: of three kinds, on scikit-learn's digits.
 
-    python bench/trained_apart.py
+    python bench/trained_apart.py perceptron
+    python bench/trained_apart.py convolutions
+    python bench/trained_apart.py transformer
 
 A perceptron (three layers, ReLU), a convolutional network with BatchNorm and a small vision
 transformer of transformers learn digits, eight times each, from another start and in another order.
@@ -12,7 +14,7 @@ blocks share. Beside them stands the ensemble, the mean of what the networks say
 Reported are accuracy and loss on digits that no network has seen, the mean over up to --sets sets
 of T networks, the least and the largest accuracy among these; the least of the ratios of variance
 of layers (`frechet_merge.diagnostics.collapse`), and what aligning took in seconds. Writes
-bench/results/trained_apart.csv and what it was made with."""
+bench/results/trained_apart_KIND.csv and what it was made with."""
 
 import argparse
 import copy
@@ -79,7 +81,7 @@ class Transformer(nn.Module):
 
 
 KINDS = {"perceptron": perceptron, "convolutions": convolutions, "transformer": Transformer}
-LEARNING = {"perceptron": (20, 2e-3), "convolutions": (12, 2e-3), "transformer": (60, 1e-3)}
+LEARNING = {"perceptron": (20, 2e-3), "convolutions": (12, 2e-3), "transformer": (40, 2e-3)}
 
 
 def trained(kind, seed, x, y):
@@ -183,9 +185,17 @@ def summary(kind, T, sets):
         yield row
 
 
+def picks(T, sets):
+    "Numbers of networks, in sets that have as little in common as can be."
+    starts = range(0, NETWORKS, max(1, min(T, NETWORKS//sets)))
+    every = [[(s + i)%NETWORKS for i in range(T)] for s in starts]
+    return every[: sets if T < NETWORKS else 1]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sets", type=int, default=3)
+    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("--sets", type=int, default=2)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     held = load_digits()
@@ -194,20 +204,16 @@ def main():
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     learn, ask = order[:TRAIN], order[TRAIN:]
     x, y, tx, ty = x[learn], y[learn], x[ask], y[ask]
-    rows = []
-    for kind in KINDS:
-        nets = [trained(kind, seed, x, y) for seed in range(NETWORKS)]
-        for T in range(2, NETWORKS + 1):
-            # sets that have as little in common as can be
-            starts = range(0, NETWORKS, max(1, min(T, NETWORKS//arguments.sets)))
-            picks = [[(s + i)%NETWORKS for i in range(T)] for s in starts][: arguments.sets]
-            picks = picks if T < NETWORKS else picks[:1]
-            sets = [[*rows_of_set(kind, [nets[i] for i in p], x, tx, ty)] for p in picks]
-            rows += summary(kind, T, sets)
-            for row in rows[-len(sets[0]) :]:
-                print(row, flush=True)
-    said = about(f"python bench/trained_apart.py --sets {arguments.sets}", test=len(ty))
-    write_rows("trained_apart", rows, said)
+    kind, rows = arguments.kind, []
+    nets = [trained(kind, seed, x, y) for seed in range(NETWORKS)]
+    for T in range(2, NETWORKS + 1):
+        several = [[nets[i] for i in p] for p in picks(T, arguments.sets)]
+        sets = [[*rows_of_set(kind, some, x, tx, ty)] for some in several]
+        rows += summary(kind, T, sets)
+        for row in rows[-len(sets[0]) :]:
+            print(row, flush=True)
+    said = about(f"python bench/trained_apart.py {kind} --sets {arguments.sets}", test=len(ty))
+    write_rows(f"trained_apart_{kind}", rows, said)
 
 
 if __name__ == "__main__":
