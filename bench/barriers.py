@@ -189,11 +189,8 @@ if __name__ == "__main__":
     said = ["fashion-mnist/"] if args.data else []
     given = {k: v for k, v in vars(args).items() if k not in ("data", "widths")}
     odd = [f"--{k} {v}" for k, v in given.items() if v != parser.get_default(k)]
-    if tuple(args.widths) != WIDTHS:
-        odd.append(" ".join(["--widths", *map(str, args.widths)]))
     words = " ".join(["python bench/barriers.py", *said, *odd])
-    if args.pairs:
-        rows = rows_of_barriers(args.data, args.epochs, args.width, args.pairs)
-        write_rows("barriers", rows, about(words))
+    rows = rows_of_barriers(args.data, args.epochs, args.width, args.pairs)
+    write_rows("barriers", rows, about(words))
     if args.widths:
         write_rows("barriers_cost", rows_of_cost(args.widths), about(words))
