@@ -195,6 +195,44 @@ def test_a_base_of_another_layout(tmp_path, cls, layouts):
     means(tmp_path/"o", cls, want)
 
 
+def vae(seed=0):
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(seed)
+    return AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, sample_size=8)
+
+
+def before_0_12(folder, model):
+    "A VAE as the first versions of diffusers wrote its attention."
+    model.save_pretrained(folder)
+    file = folder/"diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    words = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    for new, once in words.items():
+        tensors = {n.replace(f".0.{new}.", f".0.{once}."): x for n, x in tensors.items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("first", ["old", "new"])
+@pytest.mark.parametrize("based", [False, True], ids=["alone", "with a base"])
+def test_the_attention_of_an_old_vae(tmp_path, first, based):
+    from diffusers import AutoencoderKL
+
+    a, b, base = (vae(i) for i in range(3))
+    folders = [before_0_12(tmp_path/"a", a), tmp_path/"b"]
+    b.save_pretrained(tmp_path/"b")
+    how = {"base": before_0_12(tmp_path/"base", base), "scale": 0.5} if based else {}
+    merge(folders if first == "old" else folders[::-1], out=tmp_path/"o", **how)
+    assert {*load(tmp_path/"o")} == {*load(tmp_path/("a" if first == "old" else "b"))}
+    found = AutoencoderKL.from_pretrained(tmp_path/"o").state_dict()
+    states = [m.state_dict() for m in (a, b, base)]
+    for name, x in found.items():
+        mean = (states[0][name] + states[1][name])/2
+        want = (mean + states[2][name])/2 if based else mean
+        torch.testing.assert_close(x, want, msg=name)
+
+
 @pytest.mark.parametrize("geometry", ["sphere", "epimer", "euclidean"])
 @pytest.mark.parametrize("cls", ["MixtralForCausalLM", "Qwen3MoeForCausalLM"])
 def test_experts_apart_and_fused_have_one_merge(tmp_path, cls, geometry):

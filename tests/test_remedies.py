@@ -1,7 +1,9 @@
 """What an error of `files` or `matching` offers is done, on the input that caused it, and gives
 what it promises. Only remedies that no other test runs are here."""
 
+import ast
 import json
+import shlex
 import shutil
 
 import pytest
@@ -245,3 +247,88 @@ def test_a_classifier_of_another_library_beside_an_encoder(tmp_path, theirs, rec
     said = [str(w.message) for w in recwarn if "model_head.pkl" in str(w.message)]
     assert (tmp_path/"o"/"model_head.pkl").read_bytes() == b"1"
     assert bool(said) == (theirs != b"1")
+
+
+def made(cls, config, seed, folder):
+    "A model of transformers of random numbers, saved."
+    torch.manual_seed(seed)
+    model = cls(config)
+    model.save_pretrained(folder)
+    return model
+
+
+def bert():
+    from transformers import BertConfig
+
+    sizes = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    return BertConfig(num_attention_heads=2, max_position_embeddings=8, **sizes)
+
+
+def left_out(said):
+    "The patterns of a remedy, as Python spells them, which are those of the command line."
+    python, typed = said.rpartition("(drop=")[2].removesuffix(").").split(", --drop ", 1)
+    patterns = ast.literal_eval(python)
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    assert shlex.split("--drop " + typed) == [w for p in patterns for w in ("--drop", p)]
+    return patterns
+
+
+@pytest.mark.parametrize("order", [("a", "b"), ("b", "a")], ids=["first", "second"])
+def test_all_that_only_one_class_has_is_left_out_at_once(tmp_path, order):
+    from transformers import BartConfig
+    from transformers import BartForConditionalGeneration, BartForSequenceClassification
+
+    sizes = {"vocab_size": 9, "d_model": 8, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 8}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    made_of = (BartForConditionalGeneration, BartForSequenceClassification)
+    models = []
+    for i, (n, cls) in enumerate(zip("ab", made_of)):
+        config = BartConfig(**sizes, **layers, **heads, **tokens, forced_eos_token_id=2)
+        models.append(made(cls, config, i, tmp_path/n))
+    folders = [tmp_path/n for n in order]
+    # a name without a part in front is a pattern, too
+    patterns = left_out(refused("Leave what only some have out", *folders))
+    assert {*patterns} == {"final_logits_bias", "classification_head*"}
+    found = merge(folders, drop=patterns).tensors
+    states = [m.state_dict() for m in models]
+    assert {*found} == {n for n in states[0] if n in states[1] and n in load(tmp_path/"a")}
+    for n, x in found.items():
+        torch.testing.assert_close(x, (states[0][n] + states[1][n])/2)
+
+
+def test_something_in_each_layer_is_one_pattern(tmp_path):
+    for n in "ab":
+        layers = {f"h.{i}.{k}.w": torch.ones(1) for i in range(3) for k in ("q", "k")}
+        more = {f"h.{i}.gate.w": torch.ones(1) for i in range(3)} if n == "a" else {}
+        save(tmp_path/n, {**layers, **more})
+    patterns = left_out(refused("has no tensor 'h.0.gate.w'", tmp_path/"b", tmp_path/"a"))
+    assert patterns == ["h.*.gate.*"]
+    assert len(merge([tmp_path/"a", tmp_path/"b"], drop=patterns).tensors) == 6
+
+
+def test_a_head_that_the_base_lacks(tmp_path):
+    from transformers import BertForSequenceClassification, BertModel
+
+    base = made(BertModel, bert(), 9, tmp_path/"base").state_dict()
+    a, b = (made(BertForSequenceClassification, bert(), i, tmp_path/n) for i, n in enumerate("ab"))
+    folders, how = [tmp_path/"a", tmp_path/"b"], {"base": tmp_path/"base", "scale": 0.5}
+    assert "It can be merged whole" in refused("base: has no tensor 'classifier", *folders, **how)
+    merge(folders, absent="renormalise", out=tmp_path/"o", **how)
+    found = BertForSequenceClassification.from_pretrained(tmp_path/"o").state_dict()
+    for n, x in found.items():
+        mean = (a.state_dict()[n] + b.state_dict()[n])/2
+        start = base.get(n.removeprefix("bert."), mean)
+        torch.testing.assert_close(x, start + 0.5*(mean - start))
+
+
+def test_one_matrix_under_two_names(tmp_path):
+    a = {"norm": torch.ones(2), "embeddings.w": torch.ones(3, 2)}
+    save(tmp_path/"a", a)
+    save(tmp_path/"b", {"norm": a["norm"], "embedding.w": 3*a["embeddings.w"]})
+    said = refused("If .embedding.w. is the same", tmp_path/"a", tmp_path/"b")
+    assert "save both models with one version" in said
+    save(tmp_path/"b", {"norm": a["norm"], "embeddings.w": 3*a["embeddings.w"]})
+    found = merge([tmp_path/"a", tmp_path/"b"]).tensors["embeddings.w"]
+    assert torch.equal(found, 2*a["embeddings.w"])

@@ -159,7 +159,8 @@ def left_out(name: str, lacks: Checkpoint, has: Checkpoint) -> list[str]:
 # %% ../../nbs/matching/absent.ipynb #18774324
 def _only(c: Checkpoint, d: Checkpoint) -> list[str]:
     "The tensors that one of two models has alone, without what is computed."
-    return [n for n, x in c.lazy.items() if n not in d and n not in d.lacks and not is_constant(n, x)]
+    alone = [n for n in c.lazy if n not in d and n not in d.lacks]
+    return [n for n in alone if not is_constant(n, c.lazy[n])]
 
 # %% ../../nbs/matching/absent.ipynb #e444b2d3
 def _in_all_layers(pattern: str, other: Checkpoint) -> str:
