@@ -1,5 +1,6 @@
 "One architecture, written in several ways, against what transformers makes of each."
 
+import ast
 import re
 import warnings
 from pathlib import Path
@@ -433,3 +434,24 @@ def test_a_model_of_text_of_another_kind_is_refused(tmp_path):
     with pytest.raises(MergeError):
         merge([folders[0], saved(tmp_path/"c", other, "original")], out=tmp_path/"o")
     assert not (tmp_path/"o").exists()
+
+def test_what_has_no_place_in_a_tower_is_left_out(tmp_path):
+    whole = made("LlavaForConditionalGeneration", ALL["LlavaForConditionalGeneration"](), 0)
+    text = made("LlamaForCausalLM", transformers.LlamaConfig(**TEXT), 1)
+    folders = [saved(tmp_path/"a", whole, "original"), saved(tmp_path/"b", text, "original")]
+    # the value of training by rewards
+    file = tmp_path/"b"/"model.safetensors"
+    more = {"v_head.summary.weight": torch.ones(1, 16), "v_head.summary.bias": torch.ones(1)}
+    save_file(load_file(file) | more, file, metadata={"format": "pt"})
+    for order in (folders, folders[::-1]):
+        with pytest.raises(MergeError, match="has no place in .*\n.*--drop") as e:
+            merge(order, out=tmp_path/"o")
+        assert len(str(e.value).splitlines()) <= 3
+    patterns = str(e.value).rpartition("(drop=")[2].partition(", --drop")[0]
+    merge(folders, drop=ast.literal_eval(patterns), out=tmp_path/"o")
+    found = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path/"o").state_dict()
+    ours, theirs = whole.state_dict(), text.state_dict()
+    for name, x in found.items():
+        # lm_head is called alike
+        own = theirs.get(name.replace("model.language_model.", "model."), ours[name])
+        torch.testing.assert_close(x, (ours[name] + own)/2, msg=name)
