@@ -1,0 +1,360 @@
+"""What an error of `merging` offers, or one of statistics, is done on the input that caused it, and
+gives what it promises."""
+
+import json
+
+import pytest
+import torch
+from conftest import cli, save
+from safetensors.torch import load_file, save_file
+
+from frechet_merge import MergeError, load, merge
+from frechet_merge.curvature.collecting import Statistics
+
+BASE = {"layers.0.w": torch.tensor([[1.0, 1.0]]), "v": torch.tensor([[2.0]])}
+A = {"layers.0.w": torch.tensor([[2.0, 5.0]]), "v": torch.tensor([[4.0]])}
+B = {"layers.0.w": torch.tensor([[6.0, 1.0]]), "v": torch.tensor([[8.0]])}
+
+
+def refused(says, call, *args, **how):
+    "A call is refused in these words, of three lines at most."
+    with pytest.raises(ValueError, match=says) as e:
+        call(*args, **how)
+    assert len(str(e.value).splitlines()) <= 3
+    return str(e.value)
+
+
+def summed(a, b):
+    "The base and a·(A − BASE) + b·(B − BASE)."
+    return {n: x + a*(A[n] - x) + b*(B[n] - x) for n, x in BASE.items()}
+
+
+def mean(a, b):
+    return {n: (a*A[n] + b*B[n])/(a + b) for n in A}
+
+
+def is_same(found, want):
+    assert found.keys() == want.keys()
+    for n, x in want.items():
+        torch.testing.assert_close(found[n], x, msg=n)
+
+
+# what is asked for, how it is refused, what is asked for instead, and what it gives
+ASKED = {
+    "negative shares": (
+        {"weights": [2, -1]},
+        "--sum 2,-1 ",
+        {"sum": [2, -1], "base": BASE},
+        summed(2, -1),
+    ),
+    "an empty list over depth": (
+        {"weights": [[], [1]]},
+        "a list of values over depth is empty: give at least one",
+        {"weights": [[3], [1]]},
+        mean(3, 1),
+    ),
+    "one coefficient of two": (
+        {"sum": [1], "base": BASE},
+        "1 coefficients .* for 2 models: give one per model",
+        {"sum": [1, 1], "base": BASE},
+        summed(1, 1),
+    ),
+    "one weight of a pattern": (
+        {"weights": {"*": 1}},
+        "give one number per model, in a list",
+        {"weights": {"*": [1, 1]}},
+        mean(1, 1),
+    ),
+    "a pattern for some": (
+        {"sum": {"v": [1, 1]}, "base": BASE},
+        "Give the others theirs: {…, '\\*': \\[1, 1\\]}",
+        {"sum": {"v": [1, 1], "*": [1, 1]}, "base": BASE},
+        summed(1, 1),
+    ),
+    "a sum without a base": (
+        {"sum": [1, 1]},
+        "Name what the models were trained from: base=",
+        {"sum": [1, 1], "base": BASE},
+        summed(1, 1),
+    ),
+    "a reflection without a base": (
+        {"sum": [1.5, -0.5], "geometry": "sphere"},
+        "reflects a model about the base",
+        {"sum": [1.5, -0.5], "base": BASE},
+        summed(1.5, -0.5),
+    ),
+    "a scale without a base": (
+        {"scale": 0.5},
+        r"give base= \(--base\) too",
+        {"scale": 0.5, "base": BASE},
+        summed(0.25, 0.25),
+    ),
+    "a sum of sums": (
+        {"geometry": "epimer", "sum": [1, 1], "base": BASE},
+        r"Give it weights and a scale \(--weights, --scale\)",
+        {"geometry": "euclidean", "weights": [1, 1], "scale": 2, "base": BASE},
+        summed(1, 1),
+    ),
+    "shares and coefficients": (
+        {"weights": [1, 1], "sum": [1, 1], "base": BASE},
+        "give one of them",
+        {"sum": [1, 1], "base": BASE},
+        summed(1, 1),
+    ),
+    "another name of a dtype": (
+        {"dtype": "int8"},
+        "use bf16, fp16, fp32 or fp64",
+        {"dtype": "fp32"},
+        mean(1, 1),
+    ),
+    "another executor": (
+        {"executor": "processes"},
+        "use 'serial', 'threads', or a function",
+        {"executor": "threads"},
+        mean(1, 1),
+    ),
+    "no geometry": (
+        {"geometry": torch.nn.Identity()},
+        "pass an instance, such as Euclidean",
+        {"geometry": "euclidean"},
+        mean(1, 1),
+    ),
+    "fp8 in memory": (
+        {"dtype": "fp8"},
+        r"name a folder \(out=\)",
+        {"dtype": "fp32"},
+        mean(1, 1),
+    ),
+    "a pattern that decides nothing": (
+        {"weights": {"*": [1, 1], "v": [1, 3]}},
+        "put this one first",
+        {"weights": {"v": [1, 3], "*": [1, 1]}},
+        {**mean(1, 1), "v": mean(1, 3)["v"]},
+    ),
+    "a pattern that matches nothing": (
+        {"weights": {"layer.0.w": [1, 3], "*": [1, 1]}},
+        "The nearest name is 'layers.0.w'",
+        {"weights": {"layers.0.w": [1, 3], "*": [1, 1]}},
+        {**mean(1, 1), "layers.0.w": mean(1, 3)["layers.0.w"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("what", ASKED)
+def test_what_is_asked_for_in_another_way(what):
+    wrong, says, right, want = ASKED[what]
+    refused(says, merge, [A, B], **wrong)
+    is_same(merge([A, B], **right).tensors, want)
+
+
+def test_weights_over_depth_without_layers():
+    models = [{"v": A["v"]}, {"v": B["v"]}]
+    refused("Give them by pattern: {pattern: …}", merge, models, weights=[[1, 0], [0, 1]])
+    found = merge(models, weights={"*": [1, 3]}).tensors
+    assert torch.equal(found["v"], mean(1, 3)["v"])
+
+
+def test_a_tensor_whose_models_have_no_weight():
+    models = [{**A, "x": torch.ones(2)}, B]
+    how = {"absent": "renormalise"}
+    refused("(?s)'x': .*Give one of them a weight", merge, models, weights=[0, 1], **how)
+    found = merge(models, weights=[1, 1], **how).tensors
+    is_same(found, {**mean(1, 1), "x": torch.ones(2)})
+
+
+def test_a_model_that_the_sum_of_epimer_takes_away(tmp_path):
+    said = refused("alone with --scale -1", merge, [A, B], "epimer", base=BASE, sum=[1, -1])
+    assert "and what that wrote with the others" in said
+    save(tmp_path/"away", dict(merge([B], base=BASE, scale=-1).tensors))
+    found = merge([A, tmp_path/"away"], base=BASE, weights=[1, 1], scale=2).tensors
+    is_same(found, summed(1, -1))
+
+
+def test_a_number_that_a_dtype_cannot_hold():
+    large = [{"w": torch.tensor([x])} for x in (6e4, 8e4)]
+    said = refused("would be written with 1 values", merge, large, dtype="fp16")
+    assert "Write a wider dtype (bf16 or fp32), or lower the scale" in said
+    assert merge(large, dtype="fp32").tensors["w"].item() == 7e4
+    how = {"base": {"w": torch.zeros(1)}, "dtype": "fp16"}
+    assert merge(large, scale=0.5, **how).tensors["w"].item() == pytest.approx(3.5e4, 1e-3)
+
+
+@pytest.mark.parametrize("allowed", [False, True], ids=["", "where NaN is allowed"])
+def test_differences_that_overflow(allowed):
+    huge = [{**A, "x": torch.tensor([3e38, float("inf") if allowed else 1.0])}]*2
+    how = {"base": {**BASE, "x": torch.tensor([-3e38, 1.0])}, "allow_nonfinite": allowed}
+    refused("(?s)'x' has values so large.*leave it out", merge, huge, **how)
+    is_same(merge(huge, drop=["x"], **how).tensors, A)
+
+
+def test_what_is_no_number(tmp_path):
+    broken = {**A, "v": torch.tensor([[float("nan")]])}
+    said = refused("'v' is nan at element 0", merge, [broken, B])
+    assert "allow_nonfinite=True (--allow-nonfinite)" in said
+    found = merge([broken, B], allow_nonfinite=True).tensors
+    assert found["v"].isnan().all()
+    assert torch.equal(found["layers.0.w"], mean(1, 1)["layers.0.w"])
+
+
+def test_a_mean_that_is_larger_than_its_dtype():
+    "Only elements that are numbers count."
+    huge = {"w": torch.tensor([[3e38, float("inf")]])}
+    how = {"base": {"w": torch.tensor([[1e38, 0.0]])}, "allow_nonfinite": True}
+    said = refused("'w': its mean is larger than float32", merge, [huge]*2, scale=2, **how)
+    assert said.endswith("Lower the scale.")
+    assert merge([huge]*2, scale=0.5, **how).tensors["w"][0, 0].item() == pytest.approx(2e38)
+
+
+def test_names_longer_than_a_header(tmp_path, monkeypatch):
+    monkeypatch.setattr("frechet_merge.files.shards.MAX_HEADER", 140)
+    said = refused("a safetensors file has room for 140", merge, [A, B], out=tmp_path/"o")
+    assert "shard_size=, --shard-size" in said
+    merge([A, B], out=tmp_path/"o", shard_size=8)
+    is_same(dict(load(tmp_path/"o")), mean(1, 1))
+
+
+class TestAdapters:
+    "They are no full models, and full models no adapters."
+
+    @pytest.fixture
+    def there(self, tmp_path):
+        "Two adapters in folders, and the model that they are of."
+        torch.manual_seed(0)
+        name = "base_model.model.layers.0.w"
+        config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["w"]}
+        for n in "ab":
+            (tmp_path/n).mkdir()
+            (tmp_path/n/"adapter_config.json").write_text(json.dumps(config))
+            a, b = torch.randn(1, 4), torch.randn(3, 1)
+            factors = {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+            save_file(factors, tmp_path/n/"adapter_model.safetensors")
+        save(tmp_path/"base", {"layers.0.w.weight": torch.randn(3, 4)})
+        return tmp_path
+
+    def baked(self, folder):
+        "The mean of the two, on their model."
+        files = [load_file(folder/n/"adapter_model.safetensors") for n in "ab"]
+        updates = [b @ a for a, b in (f.values() for f in files)]
+        base = load_file(folder/"base"/"model.safetensors")["layers.0.w.weight"]
+        return base + (updates[0] + updates[1])/2
+
+    def on_base(self, folder):
+        return [f"{folder/'base'}+{folder/n}" for n in "ab"]
+
+    def is_baked(self, folder, found):
+        torch.testing.assert_close(found["layers.0.w.weight"], self.baked(folder))
+
+    def test_with_a_base(self, there):
+        models = [there/"a", there/"b"]
+        said = refused("differences from their base already", merge, models, base=there/"base")
+        assert "write a full model with bake= (--bake)" in said
+        self.is_baked(there, merge(models, bake=there/"base", out=there/"o").tensors)
+
+    @pytest.mark.parametrize(
+        ("how", "says"),
+        [
+            ({"metrics": [{"layers.0.w.weight": torch.ones(3, 4)}]*2}, "put the adapters on their"),
+            ({"geometry": {"*": "euclidean"}}, "Name each as BASE.ADAPTER"),
+        ],
+        ids=["metrics", "geometries by name"],
+    )
+    def test_with_what_full_models_have(self, there, how, says):
+        refused(says, merge, [there/"a", there/"b"], **how)
+        self.is_baked(there, merge(self.on_base(there), **how).tensors)
+
+    def test_beside_a_full_model(self, there):
+        models = [there/"a", there/"base"]
+        with pytest.raises(MergeError) as e:
+            merge(models)
+        assert len(str(e.value).splitlines()) <= 3
+
+
+class TestStatistics:
+    "Metrics that do not fit."
+
+    SHAPES = {"layers.0.w": (1, 2), "v": (1, 1)}
+
+    def given(self, seed=0, form=None, **names):
+        "Diagonal statistics of a model."
+        g = torch.Generator().manual_seed(seed)
+        about = {} if form is None else {"form": form}
+        shapes = names or self.SHAPES
+        return Statistics({n: torch.rand(*s, generator=g) + 0.5 for n, s in shapes.items()}, about)
+
+    def is_weighted(self, found, metrics):
+        for n in A:
+            d, e = (m[n] for m in metrics)
+            torch.testing.assert_close(found[n], (d*A[n] + e*B[n])/(d + e), atol=1e-4, rtol=1e-4)
+
+    @pytest.fixture
+    def right(self):
+        return [self.given(0), self.given(1)]
+
+    def refusals(self):
+        good = self.given(1)
+        bad = Statistics({**good, "v": -good["v"]}, {})
+        return {
+            "negative": ([self.given(0), bad], "collect it again"),
+            "one of two": ([self.given(0)], "1 metrics for 2 models: give one per model"),
+            "other names": (
+                [self.given(i, **{"x.y": (1, 2), "z": (1, 1)}) for i in (0, 1)],
+                "Metrics go by the names of the checkpoint, such as 'layers.0.w'",
+            ),
+            "one other name": (
+                [self.given(i, **{"x.y": (1, 2), "v": (1, 1)}) for i in (0, 1)],
+                "Give the statistics the checkpoint's names",
+            ),
+            "another shape": (
+                [self.given(i, **{"layers.0.w": (1, 3), "v": (1, 1)}) for i in (0, 1)],
+                "Collect the statistics from the model that is merged",
+            ),
+            "another form": (
+                [self.given(0, "diagonal"), self.given(1, "kronecker")],
+                "(?s)which do not add up.*Collect the statistics of every model in the same way",
+            ),
+            "one lacks a tensor": (
+                [self.given(0), self.given(1, **{"v": (1, 1)})],
+                "(?s)missing, though another.*Collect the statistics of every model in the same",
+            ),
+        }
+
+    @pytest.mark.parametrize(
+        "what",
+        [
+            "negative",
+            "one of two",
+            "other names",
+            "one other name",
+            "another shape",
+            "another form",
+            "one lacks a tensor",
+        ],
+    )
+    def test_are_given_as_it_is_said(self, right, what):
+        metrics, says = self.refusals()[what]
+        refused(says, merge, [A, B], "curved", metrics=metrics)
+        self.is_weighted(merge([A, B], "curved", metrics=right).tensors, right)
+
+    def test_of_a_geometry_that_takes_none(self, right):
+        said = refused("takes one number per model", merge, [A, B], "sphere", metrics=right)
+        assert "--geometry curved" in said
+        for geometry in ("euclidean", "curved"):
+            self.is_weighted(merge([A, B], geometry, metrics=right).tensors, right)
+
+    def test_a_model_in_their_place(self, tmp_path, right):
+        folders = [save(tmp_path/n, x, {"model_type": "toy"}) for n, x in (("a", A), ("b", B))]
+        said = refused("is a model, and not", merge, folders, "curved", metrics=folders)
+        assert "name the file that it writes" in said
+        files = []
+        for i, m in enumerate(right):
+            files.append(tmp_path/f"{i}.safetensors")
+            save_file(dict(m), files[-1], metadata={"form": '"diagonal"'})
+        self.is_weighted(merge(folders, "curved", metrics=files).tensors, right)
+
+
+def test_models_with_commas(tmp_path):
+    a, b = (save(tmp_path/n, x) for n, x in (("a", A), ("b", B)))
+    code, _, said = cli("merge", f"{a},{b}", "-o", tmp_path/"o")
+    assert code and "Several models are separated by spaces" in said
+    assert cli("merge", a, b, "-o", tmp_path/"o")[0] == 0
+    is_same(dict(load(tmp_path/"o")), mean(1, 1))
