@@ -12,6 +12,7 @@ from conftest import save
 from safetensors.torch import load_file, save_file
 
 from frechet_merge import MergeError, load, merge
+from frechet_merge.files.output import free
 
 ONE = {"u": torch.tensor([1.0, 2.0]), "v": torch.tensor([3.0])}
 
@@ -332,3 +333,156 @@ def test_one_matrix_under_two_names(tmp_path):
     save(tmp_path/"b", {"norm": a["norm"], "embeddings.w": 3*a["embeddings.w"]})
     found = merge([tmp_path/"a", tmp_path/"b"]).tensors["embeddings.w"]
     assert torch.equal(found, 2*a["embeddings.w"])
+
+
+def test_several_models_are_no_path_with_commas(tmp_path, whole):
+    assert "separated by spaces" in refused("no such folder", f"{whole},{whole}")
+    assert "Check the path" in refused("no such folder or file", tmp_path/"no"/"such"/"place")
+    is_one(whole, whole)
+
+
+def test_a_file_without_tensors(tmp_path, whole):
+    save_file({}, tmp_path/"x.safetensors")
+    assert "Name a folder or file with weights" in refused("holds no tensors", tmp_path, whole)
+    is_one(whole, whole)
+
+
+def test_a_module_in_place_of_its_tensors(whole):
+    module = torch.nn.ParameterDict(ONE)
+    with pytest.raises(ValueError, match="ParameterDict is not a model.*\n.*`model.state_dict"):
+        merge([module, whole])
+    is_one(module.state_dict(), whole)
+
+
+def test_what_is_no_tensor_in_memory(whole):
+    with pytest.raises(ValueError, match="'v' is a list.*\n.*`model.state_dict"):
+        merge([{**ONE, "v": [3.0]}, whole])
+    is_one(torch.nn.ParameterDict(ONE).state_dict(), whole)
+
+
+def test_a_pickle_that_was_not_allowed(tmp_path, whole):
+    torch.save(ONE, tmp_path/"x.pt")
+    said = refused("can run code when it is opened", tmp_path/"x.pt", whole)
+    assert "(allow_pickle=True, --allow-pickle)" in said
+    is_one(tmp_path/"x.pt", whole, allow_pickle=True)
+    save_file(torch.load(tmp_path/"x.pt", weights_only=True), tmp_path/"x.safetensors")
+    is_one(tmp_path/"x.safetensors", whole)
+
+
+def test_a_pickle_of_a_list(tmp_path, whole):
+    torch.save([ONE], tmp_path/"x.pt")
+    said = refused("it holds a list", tmp_path/"x.pt", whole, allow_pickle=True)
+    assert "Save a dict of names and tensors" in said
+    torch.save(torch.load(tmp_path/"x.pt")[0], tmp_path/"x.pt")
+    is_one(tmp_path/"x.pt", whole, allow_pickle=True)
+
+
+def test_a_pickle_that_torch_does_not_read(tmp_path, whole):
+    torch.save(ONE, tmp_path/"x.pt", pickle_protocol=4)
+    said = refused("cannot be loaded as plain tensors", tmp_path/"x.pt", whole, allow_pickle=True)
+    assert "Save it as safetensors" in said
+    save_file(torch.load(tmp_path/"x.pt", weights_only=False), tmp_path/"x.safetensors")
+    is_one(tmp_path/"x.safetensors", whole)
+
+
+def test_a_whole_model_as_an_object(tmp_path, whole):
+    torch.save(torch.nn.ParameterDict(ONE), tmp_path/"x.pt")
+    said = refused("a whole model as an object", tmp_path/"x.pt", whole, allow_pickle=True)
+    command = said.partition("where that code is: ")[2].removesuffix(".")
+    model = torch.load(tmp_path/"x.pt", weights_only=False)
+    exec(command, {"torch": torch, "model": model, "OTHER": tmp_path/"y.pt"})
+    is_one(tmp_path/"y.pt", whole, allow_pickle=True)
+
+
+def test_a_tensor_that_is_no_plain_numbers(tmp_path, whole):
+    torch.save({**ONE, "v": ONE["v"].to_sparse()}, tmp_path/"x.pt")
+    said = refused("'v' is .*, and no plain numbers", tmp_path/"x.pt", whole, allow_pickle=True)
+    assert "Save the model as safetensors" in said
+    held = torch.load(tmp_path/"x.pt", weights_only=True)
+    save_file({n: x.to_dense() for n, x in held.items()}, tmp_path/"x.safetensors")
+    is_one(tmp_path/"x.safetensors", whole)
+
+
+@pytest.mark.parametrize(
+    ("held", "says"),
+    [
+        (b"PK\x03\x04" + bytes(60), "Name the model that it was made of, or convert it first"),
+        (b"some words that are no tensors", "Name a file of tensors"),
+    ],
+    ids=["an archive", "a text"],
+)
+def test_something_else_as_safetensors(tmp_path, whole, held, says):
+    (tmp_path/"x.safetensors").write_bytes(held)
+    assert says in refused("and not safetensors", tmp_path/"x.safetensors", whole)
+    save_file(ONE, tmp_path/"x.safetensors")
+    is_one(tmp_path/"x.safetensors", whole)
+
+
+def test_a_dtype_that_cannot_be_merged(tmp_path, whole):
+    file = tmp_path/"x.safetensors"
+    save_file(ONE, file)
+    file.write_bytes(file.read_bytes().replace(b'"F32"', b'"C99"', 1))
+    said = refused("has dtype C99, which cannot be merged", file, whole)
+    assert "F32" in said.partition("Convert it to one of ")[2]
+    save_file(ONE, file)
+    is_one(file, whole)
+
+
+def test_what_no_file_of_tensors_holds(tmp_path):
+    strange = {**ONE, "__metadata__": torch.ones(1)}
+    says = "has a name that safetensors files cannot hold"
+    said = refused(says, strange, strange, out=tmp_path/"o")
+    assert "merge in memory (out=None)" in said
+    found = merge([strange, strange]).tensors
+    assert all(torch.equal(found[n], x) for n, x in strange.items())
+    waves = {**ONE, "w": torch.tensor([1 + 2j])}
+    said = refused("'w' is torch.complex64, which", waves, waves, out=tmp_path/"o")
+    assert "Leave it out of the models, or merge in memory" in said
+    assert torch.equal(merge([waves, waves]).tensors["w"], waves["w"])
+    merge([waves, waves], drop=["w"], out=tmp_path/"o")
+    assert {*load(tmp_path/"o")} == {*ONE}
+
+
+def test_places_of_files(tmp_path, monkeypatch):
+    for out, says in (
+        (tmp_path, "is a folder.\nName a file in a folder that exists"),
+        (tmp_path/"no"/"x", "its folder does not exist.\nName a file in a folder that exists"),
+    ):
+        with pytest.raises(MergeError, match=says):
+            free(out, folder=False)
+    (tmp_path/"x").touch()
+    with pytest.raises(MergeError, match="exists already.\nRemove it, or name another file"):
+        free(tmp_path/"x", folder=False)
+    assert free(tmp_path/"y", folder=False) == tmp_path/"y"
+    (tmp_path/"x").unlink()
+    assert free(tmp_path/"x", folder=False) == tmp_path/"x"
+
+
+def test_the_current_folder_as_an_output(tmp_path, whole, monkeypatch):
+    (tmp_path/"here").mkdir()
+    monkeypatch.chdir(tmp_path/"here")
+    assert "Name a folder in it" in refused("is the current folder", whole, whole, out=".")
+    merge([whole, whole], out="in")
+    assert {*load(tmp_path/"here"/"in")} == {*ONE}
+
+
+def test_an_adapter_among_full_models(tmp_path):
+    model = {"q.weight": torch.ones(3, 2)}
+    base = save(tmp_path/"base", model, {"model_type": "toy"})
+    adapter = tmp_path/"x"
+    adapter.mkdir()
+    name = "base_model.model.q.lora_"
+    factors = {f"{name}A.weight": torch.ones(1, 2), f"{name}B.weight": torch.ones(3, 1)}
+    save_file(factors, adapter/"adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q"]}
+    (adapter/"adapter_config.json").write_text(json.dumps(config))
+    refused("(?s)adapter", adapter, base)
+    found = merge([f"{base}+{adapter}", base]).tensors
+    assert torch.equal(found["q.weight"], 1.5*model["q.weight"])
+
+
+def test_heads_of_two_tasks(tmp_path):
+    for n, k in (("a", 2), ("b", 3)):
+        save(tmp_path/n, {**ONE, "classifier.weight": torch.ones(k, 2)})
+    patterns = left_out(refused("Heads of different tasks", tmp_path/"a", tmp_path/"b"))
+    is_one(tmp_path/"a", tmp_path/"b", drop=patterns)
