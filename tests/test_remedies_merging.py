@@ -358,3 +358,127 @@ def test_models_with_commas(tmp_path):
     assert code and "Several models are separated by spaces" in said
     assert cli("merge", a, b, "-o", tmp_path/"o")[0] == 0
     is_same(dict(load(tmp_path/"o")), mean(1, 1))
+
+
+class TestDialects:
+    "What another dialect of adapters has no place for."
+
+    def adapters(self, folder, A, B, **more):
+        "Two adapters of one layer, as PEFT writes them."
+        name = "base_model.model.layers.0.c"
+        config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["c"]}
+        torch.manual_seed(0)
+        for n in "ab":
+            factors = {f"{name}.lora_A.weight": torch.randn(1, *A)}
+            factors[f"{name}.lora_B.weight"] = torch.randn(*B)
+            factors |= {f"{name}.{k}": torch.randn(*shape) for k, shape in more.items()}
+            (folder/n).mkdir()
+            save_file(factors, folder/n/"adapter_model.safetensors")
+            bias = {"lora_bias": True} if "lora_B.bias" in more else {}
+            (folder/n/"adapter_config.json").write_text(json.dumps({**config, **bias}))
+        return [folder/"a", folder/"b"]
+
+    def is_merged(self, found, models):
+        name = "base_model.model.layers.0.c.lora_"
+        every = [found, *(load_file(m/"adapter_model.safetensors") for m in models)]
+        pairs = [[h[f"{name}{k}.weight"].flatten(1) for k in "BA"] for h in every]
+        merged, one, other = (up @ down for up, down in pairs)
+        torch.testing.assert_close(merged, (one + other)/2, atol=1e-5, rtol=1e-4)
+
+    @pytest.mark.parametrize(
+        ("dialect", "A", "B", "more", "says"),
+        [
+            ("mlx", (3, 3, 3), (4, 1, 1, 1), {}, "is a convolution"),
+            ("mlx", (5,), (4, 1), {"lora_B.bias": (4,)}, "has a bias"),
+        ],
+        ids=["a convolution", "a bias"],
+    )
+    def test_a_kind_of_layer(self, tmp_path, dialect, A, B, more, says):
+        models = self.adapters(tmp_path, A, B, **more)
+        said = refused(says, merge, models, to=dialect, out=tmp_path/"o")
+        assert "(--to peft)" in said
+        merge(models, to="peft", out=tmp_path/"o")
+        self.is_merged(load(tmp_path/"o"), models)
+
+    def test_a_tensor_that_was_saved_whole(self, tmp_path):
+        models = self.adapters(tmp_path, (5,), (4, 1))
+        for m in models:
+            file = m/"adapter_model.safetensors"
+            whole = {"base_model.model.classifier.weight": torch.ones(2, 2)}
+            save_file(load_file(file) | whole, file)
+            config = json.loads((m/"adapter_config.json").read_text())
+            config["modules_to_save"] = ["classifier"]
+            (m/"adapter_config.json").write_text(json.dumps(config))
+        how = {"to": "mlx", "out": tmp_path/"o"}
+        said = refused("saved '.*classifier.weight' whole", merge, models, **how)
+        name = said.rpartition("(drop='")[2].partition("'")[0]
+        assert f"--drop '{name}'" in said
+        merge(models, drop=[name], **how)
+        assert len(load(tmp_path/"o")) == 2
+        merge(models, to="peft", out=tmp_path/"p")
+        self.is_merged(load(tmp_path/"p"), models)
+
+    def test_fp8(self, tmp_path):
+        models = self.adapters(tmp_path, (5,), (4, 1))
+        said = refused("fp8 is for full models", merge, models, dtype="fp8", out=tmp_path/"o")
+        assert said.endswith("Write bf16 (--dtype bf16).")
+        merge(models, dtype="bf16", out=tmp_path/"o")
+        assert {x.dtype for x in load(tmp_path/"o").values()} == {torch.bfloat16}
+
+
+def test_fp8_of_what_is_no_number(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 8, "hidden_size": 128, "intermediate_size": 128}
+    config = LlamaConfig(num_hidden_layers=1, num_attention_heads=1, **sizes)
+    model = LlamaForCausalLM(config)
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+    model.save_pretrained(tmp_path/"a")
+    how = {"allow_nonfinite": True, "out": tmp_path/"o"}
+    said = refused("has NaN or Inf, which", merge, [tmp_path/"a"]*2, dtype="fp8", **how)
+    assert said.endswith("Write bf16 (--dtype bf16).")
+    merge([tmp_path/"a"]*2, dtype="bf16", **how)
+    found = load(tmp_path/"o")["model.layers.0.mlp.up_proj.weight"]
+    assert found.isnan().sum() == 1 and found.dtype == torch.bfloat16
+
+
+class TestCoupled:
+    "Metrics of two factors, or in a basis."
+
+    def test_that_are_negative(self):
+        def given(x):
+            return Statistics({"v.left": torch.tensor([x]), "v.right": torch.ones(1)}, {})
+
+        models = [{"v": A["v"]}, {"v": B["v"]}]
+        bad, good = [given(1.0), given(-3.0)], [given(1.0), given(3.0)]
+        said = refused("entries that are negative", merge, models, "curved", metrics=bad)
+        assert said.endswith("Collect the statistics again.")
+        found = merge(models, "curved", metrics=good).tensors
+        torch.testing.assert_close(found["v"], mean(1, 3)["v"])
+
+    def test_in_a_basis(self):
+        known = [Statistics({"v.projected": torch.ones(1, 1), "v.sigma": torch.ones(1)}, {})]*2
+        models = [{"v": A["v"]}, {"v": B["v"]}]
+        said = refused("which only EpiMer makes", merge, models, "curved", metrics=known)
+        assert "or collect another form (kronecker)" in said
+        kronecker = [Statistics({"v.left": torch.ones(1), "v.right": torch.ones(1)}, {})]*2
+        found = merge(models, "curved", metrics=kronecker).tensors
+        torch.testing.assert_close(found["v"], mean(1, 1)["v"])
+
+
+def test_a_basis_of_models_that_are_their_base():
+    from frechet_merge.matching.bases import bases
+
+    base, a, b = ({"w": torch.diag(torch.arange(1.0, 5)) + i} for i in range(3))
+    said = refused("the models differ from it in no matrix", bases, [base, base], base)
+    assert said.endswith("Name the models, and the base that they were trained from.")
+    assert {*bases([a, b], base)} == {"w.U", "w.V", "w.sigma"}
+
+
+def test_a_recipe_that_is_not_there(tmp_path):
+    a, b = (save(tmp_path/n, x) for n, x in (("a", A), ("b", B)))
+    code, _, said = cli("run", tmp_path/"x.yaml", "-o", tmp_path/"o")
+    assert code and "Name a recipe" in said
+    (tmp_path/"x.yaml").write_text(f"models:\n- {a}\n- {b}\n")
+    assert cli("run", tmp_path/"x.yaml", "-o", tmp_path/"o")[0] == 0
+    is_same(dict(load(tmp_path/"o")), mean(1, 1))
