@@ -226,6 +226,10 @@ class TestPipelines:
         x = {"w": torch.ones(2)}
         with pytest.raises(MergeError, match="(?s)metrics are of one.*a/text_encoder"):
             merge([tmp_path/"a", tmp_path/"a"], metrics=[x, x], out=tmp_path/"o")
+        part = tmp_path/"a"/"text_encoder"
+        metrics = [{n: torch.ones(y.shape) for n, y in load(part).items()}]*2
+        found = merge([part, part], "curved", metrics=metrics).tensors
+        assert mean_of(found, load(part), load(part))
 
     def test_single_files_beside_the_parts_are_named(self, tmp_path):
         for i, n in enumerate("ab"):

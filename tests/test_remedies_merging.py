@@ -442,6 +442,60 @@ def test_fp8_of_what_is_no_number(tmp_path):
     assert found.isnan().sum() == 1 and found.dtype == torch.bfloat16
 
 
+def test_rules_that_leave_some_without_a_value(tmp_path):
+    a, b, base = (save(tmp_path/n, x) for n, x in (("a", A), ("b", B), ("base", BASE)))
+    models = f"models:\n- {a}\n- {b}\nbase: {base}\n"
+    file = tmp_path/"x.yaml"
+    file.write_text(models + "scale: [{filter: layers, value: 2}]\n")
+    code, _, said = cli("run", file, "-o", tmp_path/"o")
+    assert code and "Let the last rule be one without a filter: {value: …}" in said
+    file.write_text(models + "scale: [{filter: layers, value: 2}, {value: 1}]\n")
+    assert cli("run", file, "-o", tmp_path/"o")[0] == 0
+    want = {"layers.0.w": summed(1, 1)["layers.0.w"], "v": summed(0.5, 0.5)["v"]}
+    is_same(dict(load(tmp_path/"o")), want)
+
+
+def test_a_folder_of_several_models_is_not_aligned(tmp_path):
+    for n, x in (("a", A), ("b", B)):
+        listed = {p: ["diffusers", "UNet2DModel"] for p in ("unet", "vae")}
+        for part in listed:
+            save(tmp_path/n/part, x)
+        (tmp_path/n/"model_index.json").write_text(json.dumps(listed))
+    models = [tmp_path/"a", tmp_path/"b"]
+    said = refused("whose symmetries are not known", merge, models, align=True)
+    assert said.endswith("Merge it without align= (--align).")
+    merge(models, out=tmp_path/"o")
+    is_same(dict(load(tmp_path/"o"/"unet")), mean(1, 1))
+
+
+def test_a_record_of_tensors_in_memory():
+    record = merge([A, B], weights=[1, 3]).record
+    assert "as models=" in refused("tensors in memory", record.again)
+    is_same(merge(models=[A, B], weights=record.recipe["weights"]).tensors, mean(1, 3))
+
+
+def test_a_mean_of_products_is_cut(tmp_path):
+    import peft
+
+    deltas = []
+    for i, n in enumerate("ab"):
+        torch.manual_seed(i)
+        config = peft.LoHaConfig(r=12, target_modules=["q"], init_weights=False)
+        net = torch.nn.Sequential()
+        net.add_module("q", torch.nn.Linear(200, 150, bias=False))
+        model = peft.get_peft_model(net, config)
+        model.save_pretrained(tmp_path/n)
+        deltas.append(model.base_model.model.q.get_delta_weight("default").detach())
+    models = [tmp_path/"a", tmp_path/"b"]
+    with pytest.warns(UserWarning, match="the mean of products .*--geometry lora:rank=32 cuts it"):
+        merge(models, out=tmp_path/"whole")
+    assert cli("merge", *models, "--geometry", "lora:rank=32", "-o", tmp_path/"o")[0] == 0
+    found = load(tmp_path/"o")
+    b, a = (found[f"base_model.model.q.lora_{k}.weight"] for k in "BA")
+    U, s, Vh = torch.linalg.svd((deltas[0] + deltas[1])/2, full_matrices=False)
+    torch.testing.assert_close(b @ a, (U*s)[:, :32] @ Vh[:32], atol=1e-3, rtol=1e-3)
+
+
 class TestCoupled:
     "Metrics of two factors, or in a basis."
 
