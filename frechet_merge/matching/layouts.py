@@ -265,8 +265,10 @@ def _of_diffusers(text: str) -> Any:
     try:
         import diffusers
 
-        cls = getattr(diffusers, config["_class_name"])
-        if not issubclass(cls, diffusers.ModelMixin):
+        # its names are made when they are asked for
+        library: Any = diffusers
+        cls: Any = getattr(library, config["_class_name"])
+        if not issubclass(cls, library.ModelMixin):
             return None
         with _in_silence(), torch.device("meta"):
             return cls.from_config(config)
