@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -68,4 +69,61 @@ def cli(*args, cwd=None, **kw):
         text=True,
         **kw,
     )
+    SAID.append(r.stdout + r.stderr)
     return r.returncode, r.stdout, r.stderr
+
+
+def remedies():
+    "(module:function, words, test) for each remedy in `remedies.txt`; a test in brackets is none."
+    place = words = ""
+    for line in (ROOT/"tests"/"remedies.txt").read_text().splitlines():
+        if not line.startswith(" "):
+            place, words = line, ""
+        elif not words:
+            words = line.strip()
+        else:
+            yield place, words, line.strip()
+            words = ""
+
+
+# test → what is said in it
+TRIED: dict[str, list[str]] = {}
+for _, of_message, named in remedies():
+    TRIED.setdefault(named, []).append(of_message)
+
+# what errors and warnings said in the test that runs
+SAID: list[str] = []
+
+
+class Heard:
+    "`pytest.raises`, written down."
+
+    def __init__(self, context):
+        self.context = context
+
+    def __enter__(self):
+        return self.context.__enter__()
+
+    def __exit__(self, kind, error, trace):
+        SAID.append(str(error))
+        return self.context.__exit__(kind, error, trace)
+
+
+@pytest.fixture(autouse=True)
+def said(request, monkeypatch):
+    "A test that is said to try a remedy meets the message that offers it."
+    expected = TRIED.get(request.node.nodeid.removeprefix("tests/"), [])
+    # one of a name with parameters is not asked: others of them may meet it
+    if expected:
+        raises, warn = pytest.raises, warnings.warn
+
+        def warned(message, category=None, stacklevel=1, **how):
+            SAID.append(str(message))
+            return warn(message, category, stacklevel + 1, **how)
+
+        monkeypatch.setattr(pytest, "raises", lambda *args, **how: Heard(raises(*args, **how)))
+        monkeypatch.setattr(warnings, "warn", warned)
+    SAID.clear()
+    yield
+    silent = [words for words in expected if not any(words in text for text in SAID)]
+    assert not silent, f"no message says {silent}"

@@ -107,6 +107,8 @@ class TestBadClients:
             factors_in({"x.lora_A.weight": torch.ones(2, 3)})
         with pytest.raises(MergeError, match="have no product"):
             factors_in({"x.lora_A.weight": torch.ones(2, 3), "x.lora_B.weight": torch.ones(4, 3)})
+        right = {"x.lora_A.weight": torch.ones(2, 3), "x.lora_B.weight": torch.ones(4, 2)}
+        assert len(factors_in(right)) == 1 and as_adapter(right, "client 0").adapter is not None
         with pytest.raises(MergeError, match="sends no lora_A"):
             as_adapter({"weight": torch.ones(2)}, "client 0")
 

@@ -146,11 +146,14 @@ class TestPipelines:
         from diffusers import UNet2DConditionModel
 
         a, b = (stable_diffusion(tmp_path/n, i) for i, n in enumerate("ab"))
-        merge([tmp_path/"a"/"unet", tmp_path/"b"/"unet"], out=tmp_path/"o")
+        one = tmp_path/"b"/"unet"
+        with pytest.raises(MergeError, match="(?s)several models.*is one.*Name the part") as e:
+            merge([tmp_path/"a", one], out=tmp_path/"p")
+        part = str(e.value).rpartition(", as ")[2].removesuffix(".")
+        assert part == str(tmp_path/"a"/"unet")
+        merge([part, one], out=tmp_path/"o")
         found = UNet2DConditionModel.from_pretrained(tmp_path/"o").state_dict()
         assert mean_of(found, a.unet.state_dict(), b.unet.state_dict())
-        with pytest.raises(MergeError, match="(?s)several models.*is one.*Name the part"):
-            merge([tmp_path/"a", tmp_path/"b"/"unet"], out=tmp_path/"p")
 
     def test_with_a_base_and_weights_by_name(self, tmp_path):
         a, b, z = (stable_diffusion(tmp_path/n, i) for i, n in enumerate("abz"))
@@ -223,6 +226,10 @@ class TestPipelines:
         x = {"w": torch.ones(2)}
         with pytest.raises(MergeError, match="(?s)metrics are of one.*a/text_encoder"):
             merge([tmp_path/"a", tmp_path/"a"], metrics=[x, x], out=tmp_path/"o")
+        part = tmp_path/"a"/"text_encoder"
+        metrics = [{n: torch.ones(y.shape) for n, y in load(part).items()}]*2
+        found = merge([part, part], "curved", metrics=metrics).tensors
+        assert mean_of(found, load(part), load(part))
 
     def test_single_files_beside_the_parts_are_named(self, tmp_path):
         for i, n in enumerate("ab"):

@@ -210,6 +210,9 @@ def test_what_cannot_be_aligned_is_refused(tmp_path):
     with pytest.raises(MergeError, match="unheard_of.*\n.*check_groups"):
         merge([tmp_path/"a"]*2, align=True, out=tmp_path/"o")
     assert not (tmp_path/"o").exists()
+    # without aligning, or with groups that are said
+    found, want = merge([tmp_path/"a"]*2).tensors, load(tmp_path/"a")
+    assert all(torch.allclose(found[n], want[n]) for n in want)
 
 
 def test_an_adapter_is_sent_to_its_geometry(tmp_path):

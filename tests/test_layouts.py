@@ -1,5 +1,6 @@
 "One architecture, written in several ways, against what transformers makes of each."
 
+import ast
 import re
 import warnings
 from pathlib import Path
@@ -193,6 +194,44 @@ def test_a_base_of_another_layout(tmp_path, cls, layouts):
     s0, s1, s2 = (m.state_dict() for m in (base, a, b))
     want = {n: s0[n] + 0.5*((s1[n] + s2[n])/2 - s0[n]) for n in s0}
     means(tmp_path/"o", cls, want)
+
+
+def vae(seed=0):
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(seed)
+    return AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, sample_size=8)
+
+
+def before_0_12(folder, model):
+    "A VAE as the first versions of diffusers wrote its attention."
+    model.save_pretrained(folder)
+    file = folder/"diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    words = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    for new, once in words.items():
+        tensors = {n.replace(f".0.{new}.", f".0.{once}."): x for n, x in tensors.items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("first", ["old", "new"])
+@pytest.mark.parametrize("based", [False, True], ids=["alone", "with a base"])
+def test_the_attention_of_an_old_vae(tmp_path, first, based):
+    from diffusers import AutoencoderKL
+
+    a, b, base = (vae(i) for i in range(3))
+    folders = [before_0_12(tmp_path/"a", a), tmp_path/"b"]
+    b.save_pretrained(tmp_path/"b")
+    how = {"base": before_0_12(tmp_path/"base", base), "scale": 0.5} if based else {}
+    merge(folders if first == "old" else folders[::-1], out=tmp_path/"o", **how)
+    assert {*load(tmp_path/"o")} == {*load(tmp_path/("a" if first == "old" else "b"))}
+    found = AutoencoderKL.from_pretrained(tmp_path/"o").state_dict()
+    states = [m.state_dict() for m in (a, b, base)]
+    for name, x in found.items():
+        mean = (states[0][name] + states[1][name])/2
+        want = (mean + states[2][name])/2 if based else mean
+        torch.testing.assert_close(x, want, msg=name)
 
 
 @pytest.mark.parametrize("geometry", ["sphere", "epimer", "euclidean"])
@@ -395,3 +434,24 @@ def test_a_model_of_text_of_another_kind_is_refused(tmp_path):
     with pytest.raises(MergeError):
         merge([folders[0], saved(tmp_path/"c", other, "original")], out=tmp_path/"o")
     assert not (tmp_path/"o").exists()
+
+def test_what_has_no_place_in_a_tower_is_left_out(tmp_path):
+    whole = made("LlavaForConditionalGeneration", ALL["LlavaForConditionalGeneration"](), 0)
+    text = made("LlamaForCausalLM", transformers.LlamaConfig(**TEXT), 1)
+    folders = [saved(tmp_path/"a", whole, "original"), saved(tmp_path/"b", text, "original")]
+    # the value of training by rewards
+    file = tmp_path/"b"/"model.safetensors"
+    more = {"v_head.summary.weight": torch.ones(1, 16), "v_head.summary.bias": torch.ones(1)}
+    save_file(load_file(file) | more, file, metadata={"format": "pt"})
+    for order in (folders, folders[::-1]):
+        with pytest.raises(MergeError, match="has no place in .*\n.*--drop") as e:
+            merge(order, out=tmp_path/"o")
+        assert len(str(e.value).splitlines()) <= 3
+    patterns = str(e.value).rpartition("(drop=")[2].partition(", --drop")[0]
+    merge(folders, drop=ast.literal_eval(patterns), out=tmp_path/"o")
+    found = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path/"o").state_dict()
+    ours, theirs = whole.state_dict(), text.state_dict()
+    for name, x in found.items():
+        # lm_head is called alike
+        own = theirs.get(name.replace("model.language_model.", "model."), ours[name])
+        torch.testing.assert_close(x, (ours[name] + own)/2, msg=name)

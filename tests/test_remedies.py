@@ -1,7 +1,9 @@
 """What an error of `files` or `matching` offers is done, on the input that caused it, and gives
 what it promises. Only remedies that no other test runs are here."""
 
+import ast
 import json
+import shlex
 import shutil
 
 import pytest
@@ -10,6 +12,7 @@ from conftest import save
 from safetensors.torch import load_file, save_file
 
 from frechet_merge import MergeError, load, merge
+from frechet_merge.files.output import free
 
 ONE = {"u": torch.tensor([1.0, 2.0]), "v": torch.tensor([3.0])}
 
@@ -245,3 +248,241 @@ def test_a_classifier_of_another_library_beside_an_encoder(tmp_path, theirs, rec
     said = [str(w.message) for w in recwarn if "model_head.pkl" in str(w.message)]
     assert (tmp_path/"o"/"model_head.pkl").read_bytes() == b"1"
     assert bool(said) == (theirs != b"1")
+
+
+def made(cls, config, seed, folder):
+    "A model of transformers of random numbers, saved."
+    torch.manual_seed(seed)
+    model = cls(config)
+    model.save_pretrained(folder)
+    return model
+
+
+def bert():
+    from transformers import BertConfig
+
+    sizes = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    return BertConfig(num_attention_heads=2, max_position_embeddings=8, **sizes)
+
+
+def left_out(said):
+    "The patterns of a remedy, as Python spells them, which are those of the command line."
+    python, typed = said.rpartition("(drop=")[2].removesuffix(").").split(", --drop ", 1)
+    patterns = ast.literal_eval(python)
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    assert shlex.split("--drop " + typed) == [w for p in patterns for w in ("--drop", p)]
+    return patterns
+
+
+@pytest.mark.parametrize("order", [("a", "b"), ("b", "a")], ids=["first", "second"])
+def test_all_that_only_one_class_has_is_left_out_at_once(tmp_path, order):
+    from transformers import BartConfig
+    from transformers import BartForConditionalGeneration, BartForSequenceClassification
+
+    sizes = {"vocab_size": 9, "d_model": 8, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 8}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    made_of = (BartForConditionalGeneration, BartForSequenceClassification)
+    models = []
+    for i, (n, cls) in enumerate(zip("ab", made_of)):
+        config = BartConfig(**sizes, **layers, **heads, **tokens, forced_eos_token_id=2)
+        models.append(made(cls, config, i, tmp_path/n))
+    folders = [tmp_path/n for n in order]
+    # a name without a part in front is a pattern, too
+    patterns = left_out(refused("Leave what only some have out", *folders))
+    assert {*patterns} == {"final_logits_bias", "classification_head*"}
+    found = merge(folders, drop=patterns).tensors
+    states = [m.state_dict() for m in models]
+    assert {*found} == {n for n in states[0] if n in states[1] and n in load(tmp_path/"a")}
+    for n, x in found.items():
+        torch.testing.assert_close(x, (states[0][n] + states[1][n])/2)
+
+
+def test_something_in_each_layer_is_one_pattern(tmp_path):
+    for n in "ab":
+        layers = {f"h.{i}.{k}.w": torch.ones(1) for i in range(3) for k in ("q", "k")}
+        more = {f"h.{i}.gate.w": torch.ones(1) for i in range(3)} if n == "a" else {}
+        save(tmp_path/n, {**layers, **more})
+    patterns = left_out(refused("has no tensor 'h.0.gate.w'", tmp_path/"b", tmp_path/"a"))
+    assert patterns == ["h.*.gate.*"]
+    assert len(merge([tmp_path/"a", tmp_path/"b"], drop=patterns).tensors) == 6
+
+
+def test_a_head_that_the_base_lacks(tmp_path):
+    from transformers import BertForSequenceClassification, BertModel
+
+    base = made(BertModel, bert(), 9, tmp_path/"base").state_dict()
+    a, b = (made(BertForSequenceClassification, bert(), i, tmp_path/n) for i, n in enumerate("ab"))
+    folders, how = [tmp_path/"a", tmp_path/"b"], {"base": tmp_path/"base", "scale": 0.5}
+    assert "It can be merged whole" in refused("base: has no tensor 'classifier", *folders, **how)
+    merge(folders, absent="renormalise", out=tmp_path/"o", **how)
+    found = BertForSequenceClassification.from_pretrained(tmp_path/"o").state_dict()
+    for n, x in found.items():
+        mean = (a.state_dict()[n] + b.state_dict()[n])/2
+        start = base.get(n.removeprefix("bert."), mean)
+        torch.testing.assert_close(x, start + 0.5*(mean - start))
+
+
+def test_one_matrix_under_two_names(tmp_path):
+    a = {"norm": torch.ones(2), "embeddings.w": torch.ones(3, 2)}
+    save(tmp_path/"a", a)
+    save(tmp_path/"b", {"norm": a["norm"], "embedding.w": 3*a["embeddings.w"]})
+    said = refused("If .embedding.w. is the same", tmp_path/"a", tmp_path/"b")
+    assert "save both models with one version" in said
+    save(tmp_path/"b", {"norm": a["norm"], "embeddings.w": 3*a["embeddings.w"]})
+    found = merge([tmp_path/"a", tmp_path/"b"]).tensors["embeddings.w"]
+    assert torch.equal(found, 2*a["embeddings.w"])
+
+
+def test_several_models_are_no_path_with_commas(tmp_path, whole):
+    assert "separated by spaces" in refused("no such folder", f"{whole},{whole}")
+    assert "Check the path" in refused("no such folder or file", tmp_path/"no"/"such"/"place")
+    is_one(whole, whole)
+
+
+def test_a_file_without_tensors(tmp_path, whole):
+    save_file({}, tmp_path/"x.safetensors")
+    assert "Name a folder or file with weights" in refused("holds no tensors", tmp_path, whole)
+    is_one(whole, whole)
+
+
+def test_a_module_in_place_of_its_tensors(whole):
+    module = torch.nn.ParameterDict(ONE)
+    with pytest.raises(ValueError, match="ParameterDict is not a model.*\n.*`model.state_dict"):
+        merge([module, whole])
+    is_one(module.state_dict(), whole)
+
+
+def test_what_is_no_tensor_in_memory(whole):
+    with pytest.raises(ValueError, match="'v' is a list.*\n.*`model.state_dict"):
+        merge([{**ONE, "v": [3.0]}, whole])
+    is_one(torch.nn.ParameterDict(ONE).state_dict(), whole)
+
+
+def test_a_pickle_that_was_not_allowed(tmp_path, whole):
+    torch.save(ONE, tmp_path/"x.pt")
+    said = refused("can run code when it is opened", tmp_path/"x.pt", whole)
+    assert "(allow_pickle=True, --allow-pickle)" in said
+    is_one(tmp_path/"x.pt", whole, allow_pickle=True)
+    save_file(torch.load(tmp_path/"x.pt", weights_only=True), tmp_path/"x.safetensors")
+    is_one(tmp_path/"x.safetensors", whole)
+
+
+def test_a_pickle_of_a_list(tmp_path, whole):
+    torch.save([ONE], tmp_path/"x.pt")
+    said = refused("it holds a list", tmp_path/"x.pt", whole, allow_pickle=True)
+    assert "Save a dict of names and tensors" in said
+    torch.save(torch.load(tmp_path/"x.pt")[0], tmp_path/"x.pt")
+    is_one(tmp_path/"x.pt", whole, allow_pickle=True)
+
+
+def test_a_pickle_that_torch_does_not_read(tmp_path, whole):
+    torch.save(ONE, tmp_path/"x.pt", pickle_protocol=4)
+    said = refused("cannot be loaded as plain tensors", tmp_path/"x.pt", whole, allow_pickle=True)
+    assert "Save it as safetensors" in said
+    save_file(torch.load(tmp_path/"x.pt", weights_only=False), tmp_path/"x.safetensors")
+    is_one(tmp_path/"x.safetensors", whole)
+
+
+def test_a_whole_model_as_an_object(tmp_path, whole):
+    torch.save(torch.nn.ParameterDict(ONE), tmp_path/"x.pt")
+    said = refused("a whole model as an object", tmp_path/"x.pt", whole, allow_pickle=True)
+    command = said.partition("where that code is: ")[2].removesuffix(".")
+    model = torch.load(tmp_path/"x.pt", weights_only=False)
+    exec(command, {"torch": torch, "model": model, "OTHER": tmp_path/"y.pt"})
+    is_one(tmp_path/"y.pt", whole, allow_pickle=True)
+
+
+def test_a_tensor_that_is_no_plain_numbers(tmp_path, whole):
+    torch.save({**ONE, "v": ONE["v"].to_sparse()}, tmp_path/"x.pt")
+    said = refused("'v' is .*, and no plain numbers", tmp_path/"x.pt", whole, allow_pickle=True)
+    assert "Save the model as safetensors" in said
+    held = torch.load(tmp_path/"x.pt", weights_only=True)
+    save_file({n: x.to_dense() for n, x in held.items()}, tmp_path/"x.safetensors")
+    is_one(tmp_path/"x.safetensors", whole)
+
+
+@pytest.mark.parametrize(
+    ("held", "says"),
+    [
+        (b"PK\x03\x04" + bytes(60), "Name the model that it was made of, or convert it first"),
+        (b"some words that are no tensors", "Name a file of tensors"),
+    ],
+    ids=["an archive", "a text"],
+)
+def test_something_else_as_safetensors(tmp_path, whole, held, says):
+    (tmp_path/"x.safetensors").write_bytes(held)
+    assert says in refused("and not safetensors", tmp_path/"x.safetensors", whole)
+    save_file(ONE, tmp_path/"x.safetensors")
+    is_one(tmp_path/"x.safetensors", whole)
+
+
+def test_a_dtype_that_cannot_be_merged(tmp_path, whole):
+    file = tmp_path/"x.safetensors"
+    save_file(ONE, file)
+    file.write_bytes(file.read_bytes().replace(b'"F32"', b'"C99"', 1))
+    said = refused("has dtype C99, which cannot be merged", file, whole)
+    assert "F32" in said.partition("Convert it to one of ")[2]
+    save_file(ONE, file)
+    is_one(file, whole)
+
+
+def test_what_no_file_of_tensors_holds(tmp_path):
+    strange = {**ONE, "__metadata__": torch.ones(1)}
+    says = "has a name that safetensors files cannot hold"
+    said = refused(says, strange, strange, out=tmp_path/"o")
+    assert "merge in memory (out=None)" in said
+    found = merge([strange, strange]).tensors
+    assert all(torch.equal(found[n], x) for n, x in strange.items())
+    waves = {**ONE, "w": torch.tensor([1 + 2j])}
+    said = refused("'w' is torch.complex64, which", waves, waves, out=tmp_path/"o")
+    assert "Leave it out of the models, or merge in memory" in said
+    assert torch.equal(merge([waves, waves]).tensors["w"], waves["w"])
+    merge([waves, waves], drop=["w"], out=tmp_path/"o")
+    assert {*load(tmp_path/"o")} == {*ONE}
+
+
+def test_places_of_files(tmp_path, monkeypatch):
+    for out, says in (
+        (tmp_path, "is a folder.\nName a file in a folder that exists"),
+        (tmp_path/"no"/"x", "its folder does not exist.\nName a file in a folder that exists"),
+    ):
+        with pytest.raises(MergeError, match=says):
+            free(out, folder=False)
+    (tmp_path/"x").touch()
+    with pytest.raises(MergeError, match="exists already.\nRemove it, or name another file"):
+        free(tmp_path/"x", folder=False)
+    assert free(tmp_path/"y", folder=False) == tmp_path/"y"
+    (tmp_path/"x").unlink()
+    assert free(tmp_path/"x", folder=False) == tmp_path/"x"
+
+
+def test_the_current_folder_as_an_output(tmp_path, whole, monkeypatch):
+    (tmp_path/"here").mkdir()
+    monkeypatch.chdir(tmp_path/"here")
+    assert "Name a folder in it" in refused("is the current folder", whole, whole, out=".")
+    merge([whole, whole], out="in")
+    assert {*load(tmp_path/"here"/"in")} == {*ONE}
+
+
+def test_an_adapter_among_full_models(tmp_path):
+    model = {"q.weight": torch.ones(3, 2)}
+    base = save(tmp_path/"base", model, {"model_type": "toy"})
+    adapter = tmp_path/"x"
+    adapter.mkdir()
+    name = "base_model.model.q.lora_"
+    factors = {f"{name}A.weight": torch.ones(1, 2), f"{name}B.weight": torch.ones(3, 1)}
+    save_file(factors, adapter/"adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q"]}
+    (adapter/"adapter_config.json").write_text(json.dumps(config))
+    refused("(?s)adapter", adapter, base)
+    found = merge([f"{base}+{adapter}", base]).tensors
+    assert torch.equal(found["q.weight"], 1.5*model["q.weight"])
+
+
+def test_heads_of_two_tasks(tmp_path):
+    for n, k in (("a", 2), ("b", 3)):
+        save(tmp_path/n, {**ONE, "classifier.weight": torch.ones(k, 2)})
+    patterns = left_out(refused("Heads of different tasks", tmp_path/"a", tmp_path/"b"))
+    is_one(tmp_path/"a", tmp_path/"b", drop=patterns)

@@ -254,6 +254,13 @@ class TestChosen:
         with pytest.raises(ValueError, match=says):
             merge([*two], tokenizer=choice)
 
+    def test_the_base_s_is_that_of_a_base(self, two):
+        with pytest.raises(ValueError, match=r"give base= \(--base\) too"):
+            merge([*two], tokenizer="base")
+        merge([*two], tokenizer="base", base=two[1], out=two[0].parent/"o")
+        found = (two[0].parent/"o"/"tokenizer.json").read_bytes()
+        assert found == (two[1]/"tokenizer.json").read_bytes()
+
     def test_a_model_without_a_tokenizer(self, two):
         (two[1]/"tokenizer.json").unlink()
         with pytest.raises(MergeError, match="no tokenizer of a kind"):

@@ -4,6 +4,7 @@ The oracle is the mean of each token's rows in the state dicts that transformers
 opens the result with nothing missing.
 """
 import json
+import shutil
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ from transformers import (
     XLNetLMHeadModel,
 )
 
-from frechet_merge import merge
+from frechet_merge import load, merge
 from frechet_merge.messages import MergeError
 
 ENCODER = dict(encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=24)
@@ -294,6 +295,12 @@ def test_an_embedding_that_is_longer_than_its_vocabulary(tmp_path):
         file.write_text(json.dumps({**json.loads(file.read_text()), "vocab_size": 280}))
     with pytest.raises(MergeError, match="has 281 rows, and the config says that there are 280"):
         merge([tmp_path/"a", tmp_path/"b"], tokenizer=tmp_path/"a")
+    # models that have one tokenizer
+    shutil.copy(tmp_path/"a"/"tokenizer.json", tmp_path/"b")
+    found = merge([tmp_path/"a", tmp_path/"b"]).tensors
+    both = [load(tmp_path/n) for n in "ab"]
+    for n, x in found.items():
+        torch.testing.assert_close(x, (both[0][n] + both[1][n])/2, msg=n)
 
 
 def test_a_number_of_the_whole_that_is_old(tmp_path):

@@ -114,7 +114,26 @@ class Stack(Sequence[Tensor]):
         for row, sign in zip(X, self.signs):
             if sign < 0:
                 row.neg_()
-        return X.nan_to_num_(0, 0, 0) if self.allow_nonfinite else X
+        if self.allow_nonfinite:
+            self._refuse_overflow(X, i)
+            X.nan_to_num_(0, 0, 0)
+        return X
+
+    def _overflow(self) -> MergeError:
+        return MergeError(
+            f"tensor {self.name!r} has values so large that their differences overflow.\n"
+            "Mend it, or leave it out of the models."
+        )
+
+    def _refuse_overflow(self, X: Tensor, i: int) -> None:
+        "`MergeError` if numbers have a difference that is none: it is no NaN that was allowed."
+        bad = ~X.isfinite()
+        if self.base is None or not bad.any():
+            return
+        every = Stack([*self.lazy, self.base], device=self.device, role="check")
+        *versions, base = every.raw(i, i + X.shape[1]).isfinite()
+        if (bad & torch.stack(versions) & base).any():
+            raise self._overflow()
 
     def nonfinite(self, i: int, j: int) -> Tensor:
         "Which of the elements i to j are NaN or Inf in some version or in the base: (j-i,), bool."
@@ -144,10 +163,7 @@ class Stack(Sequence[Tensor]):
         every = Stack(lazy, role="check").raw(i, i + X.shape[1])
         bad = (~every.isfinite()).nonzero()
         if len(bad) == 0:
-            raise MergeError(
-                f"tensor {self.name!r} has values so large that their differences overflow.\n"
-                "Mend it, or leave it out of the models."
-            )
+            raise self._overflow()
         # the base is last
         t, k = bad[-1].tolist()
         who = self.sources[t] if t < len(self.sources) else f"model {t}"

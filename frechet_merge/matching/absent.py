@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['CONSTANT', 'NUMBER', 'is_constant', 'Names', 'apart', 'refuse_other_layouts', 'refuse_another_base', 'depth_of',
-           'refuse_other_counts', 'is_leaf', 'is_output', 'missing', 'refuse_lost_output']
+           'refuse_other_counts', 'is_leaf', 'is_output', 'left_out', 'missing', 'refuse_lost_output']
 
 # %% ../../nbs/matching/absent.ipynb #ff59d45c
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from ..files.checkpoint import HEAD, Checkpoint
 from ..messages import MergeError
@@ -140,6 +141,52 @@ def is_output(name: str, x: LazyTensor, c: Checkpoint) -> bool:
     shapes = {tuple(y.shape) for y in c.lazy.values()}
     return bool(HEAD.search(name)) and len(x.shape) == 2 and tuple(x.shape) in shapes
 
+# %% ../../nbs/matching/absent.ipynb #fe9541a0
+def _twin(x: LazyTensor, lacks: Checkpoint, has: Checkpoint) -> str | None:
+    "A matrix of no head that only the one has who lacks x, of the shape of x."
+    alone = [n for n in _only(lacks, has) if lacks.lazy[n].shape == x.shape and not head_of(n)]
+    return alone[0] if alone and len(x.shape) > 1 else None
+
+# %% ../../nbs/matching/absent.ipynb #3f3804cb
+def left_out(name: str, lacks: Checkpoint, has: Checkpoint) -> list[str]:
+    "The patterns that leave out a tensor, and all else that only one of two models has."
+    found: dict[str, None] = {}
+    for n in [name, *_only(has, lacks), *_only(lacks, has)]:
+        other = lacks if n in has else has
+        found[head_of(n) or _branch(n, other)] = None
+    return [*found]
+
+# %% ../../nbs/matching/absent.ipynb #18774324
+def _only(c: Checkpoint, d: Checkpoint) -> list[str]:
+    "The tensors that one of two models has alone, without what is computed."
+    alone = [n for n in c.lazy if n not in d and n not in d.lacks]
+    return [n for n in alone if not is_constant(n, c.lazy[n])]
+
+# %% ../../nbs/matching/absent.ipynb #e444b2d3
+def _in_all_layers(pattern: str, other: Checkpoint) -> str:
+    "A pattern for every number of a layer, if another model still has nothing of it."
+    every = re.sub(r"(^|[.])\d+(?=[.]|$)", r"\1*", pattern)
+    return pattern if any(fnmatchcase(n, every) for n in other) else every
+
+# %% ../../nbs/matching/absent.ipynb #75a07f46
+def _branch(name: str, other: Checkpoint) -> str:
+    "The pattern of the largest part of the tree of names around one that another has nothing of."
+    parts = name.split(".")
+    for i in range(1, len(parts)):
+        lead = ".".join(parts[:i]) + "."
+        if not any(n.startswith(lead) for n in other):
+            return _in_all_layers(lead + "*", other)
+    return _in_all_layers(name, other)
+
+# %% ../../nbs/matching/absent.ipynb #f697adaa
+def _how_to_leave_out(patterns: Sequence[str]) -> str:
+    "A sentence that says how to leave out some tensors."
+    first, *more = patterns
+    as_python = repr([*patterns]) if more else repr(first)
+    typed = " ".join(f"--drop '{p}'" for p in patterns)
+    what = "what only some have" if more else "it"
+    return f"Leave {what} out of all models (drop={as_python}, {typed})."
+
 # %% ../../nbs/matching/absent.ipynb #32dc2e73
 def missing(
     name: str,
@@ -147,6 +194,7 @@ def missing(
     lacks: Checkpoint,
     has: Checkpoint,
     is_first: bool = False,  # whether the one that lacks it brings the config of the result
+    is_base: bool = False,  # whether the one that lacks it is the base of the others
 ) -> MergeError:
     "What to say of a tensor that one model lacks and another has, with what can be done."
     said = f"{lacks.source}: has no tensor {name!r}, which {has.source} has.\n"
@@ -163,8 +211,17 @@ def missing(
             f"{said}It can be merged over the models that have it (absent='renormalise', "
             f"--absent renormalise){order}."
         )
-    pattern = head_of(name) or name.rpartition(".")[0] + ".*"
-    return MergeError(f"{said}Leave it out of all models (drop={pattern!r}, --drop '{pattern}').")
+    if is_base:
+        return MergeError(
+            f"{said}It can be merged whole, as what the models alone have (absent='renormalise', "
+            "--absent renormalise)."
+        )
+    if twin := _twin(x, lacks, has):
+        return MergeError(
+            f"{said}If {twin!r} is the same under another name, save both models with one version "
+            "of their library."
+        )
+    return MergeError(f"{said}{_how_to_leave_out(left_out(name, lacks, has))}")
 
 # %% ../../nbs/matching/absent.ipynb #66f5268d
 def refuse_lost_output(

@@ -177,7 +177,8 @@ def _refuse_absent(
     has, x = next((c, x) for c, x in found if x is not None)
     if absent != "renormalise":
         first = found[has_base][0]
-        raise missing(name, x, lacks, has, lacks is first and bool(first.config))
+        is_base = has_base and lacks is found[0][0]
+        raise missing(name, x, lacks, has, lacks is first and bool(first.config), is_base)
     refuse_lost_output(name, found[has_base:])
 
 # %% ../../nbs/matching/blocks.ipynb #d73afefd

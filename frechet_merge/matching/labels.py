@@ -109,7 +109,8 @@ def of_labels(c: Checkpoint, count: int) -> list[str]:
 # %% ../../nbs/matching/labels.ipynb #b5e16847
 def remedy(c: Checkpoint, names: Sequence[str]) -> str:
     "How to leave heads out, in words."
-    patterns = dict.fromkeys(head_of(n) or n.rpartition(".")[0] + "*" for n in names)
+    stems = {n: n.rpartition(".")[0] for n in names}
+    patterns = dict.fromkeys(head_of(n) or (stem and f"{stem}.*") or n for n, stem in stems.items())
     as_python = ", ".join(map(repr, patterns))
     typed = " ".join(f"--drop '{p}'" for p in patterns)
     several = f"[{as_python}]" if len(patterns) > 1 else as_python

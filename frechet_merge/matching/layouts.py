@@ -7,18 +7,19 @@ __all__ = ['LAZILY', 'skeleton', 'Group', 'Layout', 'layout', 'as_module', 'as_s
            'has_names_of']
 
 # %% ../../nbs/matching/layouts.ipynb #3a14b743
+import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 
 from ..files.checkpoint import Checkpoint
 from ..files.tensors import LazyTensor
-from .hollow import hollow
+from .hollow import _in_silence, _is_modest, hollow
 from .promises import Joined, Part, Range, Worked
 
 # %% ../../nbs/matching/layouts.ipynb #c72200c0
@@ -254,6 +255,48 @@ def _layout(c: Checkpoint, model: Any) -> Layout | None:
         names = _renamed_of_old(c, model)
         return None if names is None else Layout(model, names, {}, ())
 
+# %% ../../nbs/matching/layouts.ipynb #8887656b
+@lru_cache(8)
+def _of_diffusers(text: str) -> Any:
+    "The module of diffusers that a config names, as JSON, without numbers; None if it has none."
+    config = json.loads(text)
+    if not _is_modest(config):
+        return None
+    try:
+        import diffusers
+
+        # its names are made when they are asked for
+        library: Any = diffusers
+        cls: Any = getattr(library, config["_class_name"])
+        if not issubclass(cls, library.ModelMixin):
+            return None
+        with _in_silence(), torch.device("meta"):
+            return cls.from_config(config)
+    # whatever a library raises for a config that it does not understand
+    except Exception:
+        return None
+
+# %% ../../nbs/matching/layouts.ipynb #827c05fa
+def _mended(c: Checkpoint, model: Any) -> dict[str, str]:
+    "Stored name → the name that the module of diffusers gives it."
+    stored = {n: n for n in [*c.lazy, *c.tied]}
+    found = model._fix_state_dict_keys_on_load(stored)
+    return {old: new for new, old in (stored if found is None else found).items()}
+
+# %% ../../nbs/matching/layouts.ipynb #5a74d8a9
+def _like_of_diffusers(c: Checkpoint, like: Checkpoint) -> Checkpoint | None:
+    "c under the names of another, as their class of diffusers has both; None if it does not say."
+    config = like.config if "_class_name" in like.config else c.config
+    model = _of_diffusers(json.dumps(config, sort_keys=True)) if "_class_name" in config else None
+    if model is None or not hasattr(model, "_fix_state_dict_keys_on_load"):
+        return None
+    back = {new: old for old, new in _mended(like, model).items()}
+    names = {old: back.get(new, new) for old, new in _mended(c, model).items()}
+    if len({*names.values()}) < len(names):
+        return None
+    lazy = {names[n]: x for n, x in c.lazy.items()}
+    return c.view(lazy=lazy, tied={names[n]: names[k] for n, k in c.tied.items()})
+
 # %% ../../nbs/matching/layouts.ipynb #603d9248
 def in_layout_of(
     c: Checkpoint,
@@ -266,7 +309,8 @@ def in_layout_of(
         return other
     model = skeleton(like) if like.config else skeleton(c)
     if model is None:
-        return other
+        made = _like_of_diffusers(c, like)
+        return other if made is None or _in_common(made, like) <= _in_common(other, like) else made
     ours, theirs = _layout(c, model), _layout(like, model)
     if ours is None or theirs is None:
         return other

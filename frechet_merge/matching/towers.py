@@ -88,11 +88,12 @@ def in_tower_of(
         return place + name.removeprefix(lead)
 
     seen = renamed(text, to)
-    strange = [n for n in seen.lazy if n not in whole and not HEAD.search(n)]
+    strange = [n for n in text.lazy if to(n) not in whole and not HEAD.search(n)]
     if strange:
+        typed = " ".join(f"--drop '{n}'" for n in strange)
         raise MergeError(
             f"{text.source}: {strange[0]!r} has no place in {whole.source}.\n"
-            f"Leave it out (drop={strange[0]!r}, --drop '{strange[0]}')."
+            f"Leave what has none out (drop={strange}, {typed})."
         )
     rest = frozenset(n for n in whole if n not in seen and not HEAD.search(n))
     warn(

@@ -160,6 +160,11 @@ def _in_other_folders(whole: Checkpoint, one: Checkpoint) -> MergeError:
         f"SentenceTransformer({whole.source!r}).save_pretrained({old + '-new'!r})."
     )
 
+# %% ../../nbs/merging/parts.ipynb #a81e4678
+def _nearest(whole: Checkpoint, one: Checkpoint) -> str:
+    "The part of a folder of several that has the most tensors in common with a model."
+    return max(sorted(whole.parts), key=lambda p: len({*whole.parts[p]} & {*one}))
+
 # %% ../../nbs/merging/parts.ipynb #4ed1c39f
 # parts that a pipeline works without, and that many people leave out
 OPTIONAL = ("safety_checker", "image_encoder", "text_encoder_3")
@@ -176,7 +181,7 @@ def _refuse_other_parts(every: Sequence[Checkpoint]) -> None:
             raise MergeError(
                 f"{whole.source} is a folder of several models ({', '.join(whole.parts)}), and "
                 f"{one.source} is one.\n"
-                f"Name the part that it is a version of, as {whole.source}/{min(whole.parts)}."
+                f"Name the part that it is a version of, as {whole.source}/{_nearest(whole, one)}."
             )
         odd = [p for p in sorted(first.parts.keys() ^ c.parts.keys()) if p not in OPTIONAL]
         if odd:

@@ -82,16 +82,22 @@ def open_recipe(recipe: Recipe) -> Opened:
         models.append(load(model, pickles, f"models[{i}]"))
     base = None if recipe.base is None else load(recipe.base, pickles, "base")
     onto = None if recipe.bake is None else load(recipe.bake, pickles, "bake")
+    stored = [*models, *([] if base is None else [base])]
+    # what is left out by a file's own name has no place in the layout of another
+    if recipe.drop:
+        models = [without(c, recipe.drop) for c in models]
+        base = None if base is None else without(base, recipe.drop)
     models, base = in_one_layout(models, base)
     opened = Opened(recipe, models, base, onto)
-    return _labelled_alike(_in_one_vocabulary(_dropped(opened) if recipe.drop else opened))
+    opened = _dropped(opened, stored) if recipe.drop else opened
+    return _labelled_alike(_in_one_vocabulary(opened))
 
 # %% ../../nbs/merging/plan.ipynb #ace289df
-def _dropped(opened: Opened) -> Opened:
+def _dropped(opened: Opened, stored: Sequence[Checkpoint]) -> Opened:
     "Without what the recipe leaves out; `ValueError` for a pattern that leaves out nothing."
     patterns = opened.recipe.drop
     for pattern in patterns:
-        if all(len(without(c, [pattern])) == len(c) for c in opened.every):
+        if all(len(without(c, [pattern])) == len(c) for c in (*stored, *opened.every)):
             raise ValueError(f"drop = {pattern!r}: no model has a tensor of this name.")
     models = [without(c, patterns) for c in opened.models]
     base = None if opened.base is None else without(opened.base, patterns)

@@ -216,7 +216,7 @@ def _refuse_whole(c: Checkpoint, dialect: str, whole: Collection[str]) -> None:
         name = min(whole)
         raise MergeError(
             f"{c.source}: saved {name!r} whole, and the spelling of {dialect} has no place for "
-            f"that.\nLeave it out (drop={name!r}, --drop), or write --to peft."
+            f"that.\nLeave it out (drop={name!r}, --drop '{name}'), or write --to peft."
         )
 
 # %% ../../nbs/merging/spelled.ipynb #a98a93c2
