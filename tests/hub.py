@@ -50,7 +50,7 @@ class Hub:
     def __init__(self):
         self.repos, self.asked = {}, []
         self.role, self.address = "write", ""
-        self.is_silent, self.ended = False, Event()
+        self.is_silent, self.is_full, self.ended = False, False, Event()
 
     def put(self, name, files, branch="main", **how):
         "Files, or those of a folder, in a repository."
@@ -185,6 +185,9 @@ class Answers(BaseHTTPRequestHandler):
         return self.reply(200, {"files": said})
 
     def commit(self, name, revision):
+        if self.hub.is_full:
+            self.body()
+            return self.reply(403, {"error": "storage quota exceeded"})
         lines = [json.loads(x) for x in self.body().splitlines() if x.strip()]
         repo = self.hub.repos[name]
         files = dict(repo.at(revision)[1])

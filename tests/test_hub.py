@@ -1,14 +1,16 @@
-"""Ids of the hub: what is downloaded, of which commit, and what is said of those that are not there.
-The hub is one on this machine, or a cache without a network."""
+"""Ids of the hub: what is downloaded, of which commit, what is said of those that are not there,
+and what a push asks before it uploads. The hub is one on this machine, or a cache without a network."""
 
 import json
+import os
+import pty
 import shutil
 import subprocess
 import sys
 
 import pytest
 from conftest import cli, save, tensors
-from hub import TOKEN, running
+from hub import TOKEN, files_in, running
 
 from frechet_merge import MergeError
 from frechet_merge.files.hub import Found, exact, ids_in, needed
@@ -212,3 +214,101 @@ def test_a_base_and_its_adapters_have_commits_of_their_own():
     assert ids_in("org/base+org/x@v") == ["org/base", "org/x@v"]
     assert exact("org/base[0:2]|org/x@v[2:4]", found) == "org/base@1[0:2]|org/x@2[2:4]"
     assert exact(["org/base-7b", None, 3], found) == ["org/base-7b", None, 3]
+
+
+def pushes(hub, tmp_path, *words, home="home", token=TOKEN, answer=None, **how):
+    "Merge, and push; on a terminal if there is an answer."
+    words = ["merge", tmp_path/"of0", tmp_path/"of1", "-o", tmp_path/"OUT", "-q", *words]
+    env = hub.env(tmp_path/home, token, **how)
+    if answer is None:
+        return cli(*words, cwd=tmp_path, env=env, stdin=subprocess.DEVNULL)
+    master, slave = pty.openpty()
+    os.write(master, answer)
+    try:
+        return cli(*words, cwd=tmp_path, env=env, stdin=slave)
+    finally:
+        os.close(master)
+        os.close(slave)
+
+
+@pytest.fixture
+def two(tmp_path):
+    return [model(tmp_path, 0), model(tmp_path, 1)]
+
+
+def test_a_push_makes_a_private_model_of_the_whole_folder(tmp_path, hub, two):
+    code, out, err = pushes(hub, tmp_path, "--push", "merged", "--yes")
+    assert code == 0 and f"pushed to {hub.address}/me/merged" in out, err
+    repo = hub.repos["me/merged"]
+    files = repo.at("main")[1]
+    files.pop(".gitattributes")
+    assert files == files_in(tmp_path/"OUT") and repo.private
+
+
+def test_a_public_one_has_to_be_asked_for(tmp_path, hub, two):
+    hub.put("org/merged", {"a.txt": b"a"})
+    code, _, err = pushes(hub, tmp_path, "--push", "org/merged", "--yes")
+    assert code == 1 and "exists, and is public" in err and "--public" in err
+    assert not (tmp_path/"OUT").exists()
+    assert pushes(hub, tmp_path, "--push", "org/merged", "--yes", "--public")[0] == 0
+    assert {"a.txt", "model.safetensors"} <= hub.repos["org/merged"].at("main")[1].keys()
+    shutil.rmtree(tmp_path/"OUT")
+    assert pushes(hub, tmp_path, "--push", "org/new", "--yes", "--public")[0] == 0
+    assert not hub.repos["org/new"].private
+
+
+@pytest.mark.parametrize("answer, is_pushed", [(b"y\n", True), (b"n\n", False), (b"\n", False)])
+def test_a_terminal_is_asked_first(tmp_path, hub, two, answer, is_pushed):
+    code, _, err = pushes(hub, tmp_path, "--push", "merged", answer=answer)
+    assert "Push the merge to me/merged (new, private)? [y/N]" in err and str(two[0]) in err
+    assert (code == 0) == is_pushed == ("me/merged" in hub.repos) == (tmp_path/"OUT").exists()
+    assert is_pushed or "nothing was merged" in err
+
+
+@pytest.mark.parametrize(
+    "words, says, how",
+    [
+        ("--push merged", "no terminal to ask on|--yes", {}),
+        ("--push me/-x --yes", "no id of a model|OWNER/NAME", {}),
+        ("--push a/b/c --yes", "no id of a model|OWNER/NAME", {}),
+        ("--push other/x --yes", "me may not write to other|me/x, org/x", {}),
+        ("--push x --yes", "nobody is logged in|hf auth login", {"token": None}),
+        ("--push x --yes", "does not know this login|hf auth login", {"token": "hf_old"}),
+        ("--push x --yes", "HF_HUB_OFFLINE is set", {"offline": True}),
+    ],
+)
+def test_what_would_stop_a_push_is_found_before_the_merge(tmp_path, hub, two, words, says, how):
+    code, _, err = pushes(hub, tmp_path, *words.split(), **how)
+    assert code == 1 and len(err.strip().splitlines()) <= 3, err
+    assert all(word in err for word in says.split("|")), err
+    assert not (tmp_path/"OUT").exists() and not hub.repos
+
+
+def test_a_login_that_may_only_read_and_a_hub_that_is_away(tmp_path, hub, two):
+    hub.role = "read"
+    code, _, err = pushes(hub, tmp_path, "--push", "x", "--yes")
+    assert code == 1 and "may only read" in err and not (tmp_path/"OUT").exists()
+    hub.is_silent = True
+    code, _, err = pushes(hub, tmp_path, "--push", "x", "--yes", HF_HUB_ETAG_TIMEOUT="1")
+    assert code == 1 and "TimeoutError" in err and not (tmp_path/"OUT").exists()
+
+
+def test_options_of_a_push_without_one(tmp_path, hub, two):
+    for words in (["--yes"], ["--public"], ["--push", "x", "--yes", "--dry-run"]):
+        code, _, err = pushes(hub, tmp_path, *words)
+        assert code == 2 and "--push" in err
+
+
+def test_a_push_that_is_refused_leaves_the_merge(tmp_path, hub, two):
+    hub.put("me/full", {"a": b"a"}, private=True)
+    hub.is_full = True
+    code, _, err = pushes(hub, tmp_path, "--push", "full", "--yes")
+    assert code == 1 and "is merged and whole" in err and "hf upload me/full" in err, err
+    assert (tmp_path/"OUT"/"model.safetensors").exists()
+
+
+def test_a_recipe_is_pushed_too(tmp_path, hub, two):
+    (tmp_path/"r.yaml").write_text("models: [of0, of1]\noutput: OUT\n")
+    env = hub.env(tmp_path/"home", TOKEN)
+    code, out, err = cli("run", "r.yaml", "--push", "x", "--yes", "-q", cwd=tmp_path, env=env)
+    assert code == 0 and "model.safetensors" in hub.repos["me/x"].at("main")[1], err

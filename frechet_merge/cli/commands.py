@@ -29,6 +29,7 @@ from ..messages import MergeError, warn
 from .options import Absent, AnyBase, Base, BatchSize, MaxLength, Metrics, Models
 from .options import PairColumn, Pickle, Quiet, Split, TextColumn, Tokenizer
 from .options import Weights
+from .pushing import Public, Push, Yes, asked_to_push, push as push_
 from .options import by_pattern, names, numbers, pair_of, picture_path, size
 
 # %% ../../nbs/cli/commands.ipynb #01e69ee9
@@ -343,6 +344,9 @@ def merge_command(
     resume: ResumeMerge = False,
     dry_run: DryRun = False,
     as_json: PlanAsJson = False,
+    push: Push = None,
+    public: Public = False,
+    yes: Yes = False,
     quiet: Quiet = False,
 ):
     "Merge MODELS into the folder OUT."
@@ -356,10 +360,13 @@ def merge_command(
     output = Output(out, as_dtype(dtype, True), size(shard_size), full_hash)
     run = Run(executor, device, not quiet and sys.stderr.isatty(), resume)
     if is_dry(dry_run, as_json):
+        asked_to_push(push, public, yes, dry_run)
         return _print_preview(recipe, output, run, geometry, as_json)
+    target = asked_to_push(push, public, yes, names=models)
     record = make(recipe, output, run, geometry).record
     _warn_of_few(models, alone=bake is None and base is None)
     _print_merged(out, len(models), record, start)
+    push_(target, out)
 
 # %% ../../nbs/cli/commands.ipynb #cf575ff3
 RecipeFile = Annotated[
@@ -392,6 +399,9 @@ def run_command(
     resume: ResumeMerge = False,
     dry_run: DryRun = False,
     as_json: PlanAsJson = False,
+    push: Push = None,
+    public: Public = False,
+    yes: Yes = False,
     quiet: Quiet = False,
 ):
     "Merge what the file RECIPE says."
@@ -409,11 +419,14 @@ def run_command(
         output = replace(output, folder=out)
     run = Run(executor, device, not quiet and sys.stderr.isatty(), resume)
     if is_dry(dry_run, as_json):
+        asked_to_push(push, public, yes, dry_run)
         return run_recipe(asked, output, run, partial(_print_preview, as_json=as_json))
     if output.folder is None:
         raise ValueError(f"{recipe} names no output: give a folder, -o OUT.")
+    target = asked_to_push(push, public, yes, names=asked.recipe.models)
     merged = run_recipe(asked, output, run)
     _print_merged(output.folder, len(asked.recipe.models), merged.record, start)
+    push_(target, output.folder)
 
 # %% ../../nbs/cli/commands.ipynb #aa1g0002
 @app.command("align")
