@@ -1,5 +1,7 @@
 """Ids of the hub: what is downloaded, of which commit, what is said of those that are not there,
-and what a push asks before it uploads. The hub is one on this machine, or a cache without a network."""
+and what a push asks before it uploads.
+
+The hub is one on this machine, or a cache without a network."""
 
 import json
 import os

@@ -23,9 +23,8 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from ..files.formats import weight_files
-from ..files.open import load
 from ..messages import MergeError, warn
+from .helped import ERASED, App, geometry_names, one_of
 from .options import Absent, AnyBase, Base, BatchSize, MaxLength, Metrics, Models
 from .options import PairColumn, Pickle, Quiet, Split, TextColumn, Tokenizer
 from .options import Weights
@@ -34,8 +33,7 @@ from .options import by_pattern, names, numbers, pair_of, picture_path, size
 
 # %% ../../nbs/cli/commands.ipynb #01e69ee9
 # the commands
-app = typer.Typer(
-    add_completion=False,
+app = App(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -67,6 +65,8 @@ def _count(n: int) -> str:
 # %% ../../nbs/cli/commands.ipynb #141fd7e9
 def _place(model: str) -> str:
     "Where a model is: the first of its files, if it is here."
+    from frechet_merge.files.formats import weight_files
+
     path = Path(model).expanduser()
     try:
         files = weight_files(path)[0] if path.is_dir() else []
@@ -100,7 +100,8 @@ Geometry = Annotated[
     typer.Option(
         help="What a distance between models is, with its arguments, as lora:rank=16: "
         "euclidean, sphere, curved, pullback, epimer; of adapters lora, knots, tsvm; "
-        "or an installed one."
+        "or an installed one.",
+        autocompletion=geometry_names,
     ),
 ]
 Shares = Annotated[
@@ -144,10 +145,14 @@ WrittenType = Annotated[
     Optional[str],
     typer.Option(
         help="bf16, fp16, fp32, fp64, or fp8 in blocks; default: each tensor's own.",
+        autocompletion=one_of("bf16", "fp16", "fp32", "fp64", "fp8"),
         show_default=False,
     ),
 ]
-Executor = Annotated[str, typer.Option(help="threads or serial.")]
+Executor = Annotated[
+    str,
+    typer.Option(help="threads or serial.", autocompletion=one_of("threads", "serial")),
+]
 ChunkDevice = Annotated[
     Optional[str],
     typer.Option(help="Where chunks are computed: cpu, cuda.", show_default=False),
@@ -187,6 +192,7 @@ To = Annotated[
     Optional[str],
     typer.Option(
         help="The dialect of the merged adapter: peft, kohya, diffusers, mlx; default: the first.",
+        autocompletion=one_of("peft", "kohya", "diffusers", "mlx"),
         show_default=False,
     ),
 ]
@@ -239,6 +245,8 @@ PlanAsJson = Annotated[
 # %% ../../nbs/cli/commands.ipynb #aa1g0003
 def _print_written(out: Path, done: str, start: float) -> None:
     "What was written, and how long it took."
+    from frechet_merge.files.open import load
+
     written = load(out).lazy
     n = fsum(x.numel for x in written.values())
     print(
@@ -485,6 +493,7 @@ def convert_command(
     allow_pickle: Pickle = False,
 ):
     "Write ADAPTER in another dialect."
+    from frechet_merge.files.open import load
     from frechet_merge.merging.convert import convert
 
     start = time.time()
@@ -1123,7 +1132,9 @@ def main():
     # a terminal that was closed; nohup has it ignored
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
         signal.signal(signal.SIGHUP, lambda *_: sys.exit(129))
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    # over the line that says that a command is at work
+    over = ERASED if sys.stderr.isatty() else ""
+    warnings.showwarning = lambda text, *_: print(f"{over}warning: {text}", file=sys.stderr)
     code = 0
     try:
         app()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Push', 'Public', 'Yes', 'Target', 'whoami', 'may_write', 'target_of', 'agree', 'asked_to_push', 'push']
 
-# %% ../../nbs/cli/pushing.ipynb #2d9c8401
+# %% ../../nbs/cli/pushing.ipynb #5e1dd8a3
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,6 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from ..files.hub import in_time, is_offline, misspelled, patience
 from ..messages import MergeError, shown
 
 # %% ../../nbs/cli/pushing.ipynb #f9ffa249
@@ -57,9 +56,10 @@ class Target:
             said = f"README.md and frechet_merge.json will name these paths: {shown(some)}\n"
         return f"{said}Push the merge to {self.repo} ({kind})? [y/N] "
 
-# %% ../../nbs/cli/pushing.ipynb #f96c2972
+# %% ../../nbs/cli/pushing.ipynb #386bc595
 def whoami() -> dict[str, Any]:
     "Who is logged in; `MergeError` if nobody is, or the hub does not say."
+    from frechet_merge.files.hub import in_time, is_offline, patience
     from huggingface_hub import HfApi, constants, get_token
 
     if is_offline():
@@ -102,9 +102,10 @@ def may_write(
         )
     return f"{owner}/{name}"
 
-# %% ../../nbs/cli/pushing.ipynb #5114eb0a
+# %% ../../nbs/cli/pushing.ipynb #b8934f4a
 def _visible(repo: str) -> Any:
     "What the hub has under this id; None: nothing."
+    from frechet_merge.files.hub import in_time, patience
     from huggingface_hub import HfApi, errors
 
     try:
@@ -117,13 +118,15 @@ def _visible(repo: str) -> Any:
             "Check the network, or leave out --push."
         ) from None
 
-# %% ../../nbs/cli/pushing.ipynb #583bd412
+# %% ../../nbs/cli/pushing.ipynb #867c53cb
 def target_of(
     repo: str,  # as it was typed
     public: bool = False,
     names: Sequence[str] = (),  # of the models
 ) -> Target:
     "Where a merge will be pushed to; `MergeError` if it could not be."
+    from frechet_merge.files.hub import misspelled
+
     if why := misspelled(repo) or ("it has one /" if repo.count("/") > 1 else ""):
         raise MergeError(f"--push {repo}: is no id of a model ({why}).\nWrite OWNER/NAME.")
     repo = may_write(repo, whoami())
