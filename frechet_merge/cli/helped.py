@@ -163,13 +163,13 @@ class App(typer.Typer):
         "As `Typer.command`."
         return super().command(name, **{"cls": Helped, **how})
 
-# %% ../../nbs/cli/helped.ipynb #22a6422b
+# %% ../../nbs/cli/helped.ipynb #c0a59ae0
 def geometry_names(incomplete: str = "") -> list[str]:
     "Geometries that are installed and begin like this."
     names = {e.name for e in entry_points(group="frechet_merge.geometries")}
     return sorted(n for n in names if n.startswith(incomplete))
 
-
+# %% ../../nbs/cli/helped.ipynb #71085909
 def one_of(*words: str) -> Callable[[str], list[str]]:
     "What completes an option that takes one of these."
     return lambda incomplete: [w for w in words if w.startswith(incomplete)]

@@ -61,7 +61,7 @@ def options(make: Callable[..., Geometry]) -> dict[str, bool | int | float]:
     defaults = {n: p.default for n, p in signature(make).parameters.items()}
     return {n: d for n, d in defaults.items() if isinstance(d, (bool, int, float))}
 
-# %% ../../nbs/merging/within_mergekit.ipynb #3c06dde6
+# %% ../../nbs/merging/within_mergekit.ipynb #a7e4d2bb
 def _with_signature(f: Callable, name: str, takes: Sequence[Parameter]) -> Callable:
     "The function, which says that it takes these."
     f.__name__ = f.__qualname__ = name
@@ -69,7 +69,7 @@ def _with_signature(f: Callable, name: str, takes: Sequence[Parameter]) -> Calla
     f.__annotations__ = {p.name: p.annotation for p in takes} | {"return": Tensor}
     return f
 
-
+# %% ../../nbs/merging/within_mergekit.ipynb #3d771136
 def _parameter(name: str, kind: Any, default: Any = Parameter.empty) -> Parameter:
     return Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=kind)
 
@@ -139,7 +139,7 @@ def register() -> list[str]:  # the names of the methods
             _register(kinds, name, make)
     return [*names]
 
-# %% ../../nbs/merging/within_mergekit.ipynb #3dc89628
+# %% ../../nbs/merging/within_mergekit.ipynb #e3bf9d2a
 def _is_known(kinds: Any, name: str) -> bool:
     "Whether mergekit has a method of this name."
     try:
@@ -148,7 +148,7 @@ def _is_known(kinds: Any, name: str) -> bool:
     except (KeyError, ValueError, RuntimeError):
         return False
 
-
+# %% ../../nbs/merging/within_mergekit.ipynb #93f9d1be
 def _register(kinds: Any, name: str, make: Callable[..., Geometry]) -> None:
     "One method."
     about = {"pretty_name": f"Fréchet mean ({name.partition('_')[2]})"}
