@@ -12,6 +12,7 @@ import torch
 import yaml
 from conftest import cli, save, tensors
 
+from frechet_merge.cli.helped import examples_of
 from frechet_merge import Euclidean, LoRA, load, merge
 from frechet_merge.adapters.baking import bake
 from frechet_merge.cli.demo import DATA, base_folder, embed, tasks
@@ -150,7 +151,9 @@ def test_rslora_scales_by_the_root_of_the_rank():
 
 def test_demo(tmp_path):
     # the notebook runs it whole
-    rc, out, err = cli("demo", "-o", "picture.png", "--texts", 20, cwd=tmp_path)
+    (line,) = examples_of("demo")
+    assert "-o picture.png" in line
+    rc, out, err = cli(*line.split()[1:], cwd=tmp_path)
     assert rc == 0, err
     methods = ("mean of weights", "LoRA(rank=4)", "TSV-M", "pullback by outputs")
     assert all(word in out for word in (*tasks(), "base", "experts", *methods, "points "))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ADAPTED', 'EMBEDDINGS', 'TASKS', 'Place', 'places', 'Root', 'Kept', 'best_factors', 'Asked', 'Extracted',
-           'factor_tensors', 'base_name', 'extract', 'resize']
+           'factor_tensors', 'base_name', 'revision_of', 'extract', 'resize']
 
 # %% ../../nbs/adapters/extract.ipynb #fe839333
 import json
@@ -27,6 +27,7 @@ from .updates import Update, factor_shapes, peft_config
 from ..algebra.factors import Factors, balanced, svd
 from ..algebra.truncation import rank_for, squared, truncated
 from ..files.checkpoint import Checkpoint, token_rows
+from ..files.hub import look_up
 from ..files.open import load
 from ..files.output import staged
 from ..files.shards import save_tensors
@@ -276,6 +277,7 @@ class Extracted:
 # %% ../../nbs/adapters/extract.ipynb #2357b160
 def _opened(model: Any, base: Any, pickles: bool) -> tuple[Checkpoint, Checkpoint]:
     "Model and base under one set of names; `MergeError` for an adapter."
+    look_up(model, base)
     tuned, start = load(model, pickles, "model"), load(base, pickles, "base")
     if tuned.adapter is not None:
         raise MergeError(
@@ -498,12 +500,20 @@ def base_name(base: Checkpoint) -> str | None:
     "What an adapter calls its base: a hub id, or a path as it was typed if it is a relative one."
     path = Path(base.source).expanduser()
     if not path.exists():
-        is_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base.source) and base.files
-        return base.source if is_id else None
+        # PEFT writes its revision beside it
+        repo = base.source.partition("@")[0]
+        is_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo) and base.files
+        return repo if is_id else None
     cached = re.search(r"models--([^/]+?)--([^/]+)/snapshots/", str(path.absolute()) + "/")
     if cached:
         return f"{cached[1]}/{cached[2]}"
     return path.name if path.is_absolute() or ".." in path.parts else base.source
+
+# %% ../../nbs/adapters/extract.ipynb #5a186ee1
+def revision_of(base: Checkpoint) -> str | None:
+    "The revision of a base on the hub, if one was asked for."
+    is_here = Path(base.source).expanduser().exists()
+    return None if is_here else base.source.partition("@")[2] or None
 
 # %% ../../nbs/adapters/extract.ipynb #dbbcf225
 # what classes of transformers end in → PEFT's task
@@ -533,6 +543,7 @@ def _config(work: _Work, whole: list[str], modules: Mapping[str, str]) -> dict[s
         "peft_type": "LORA",
         "task_type": _task(work.tuned.config or work.base.config, whole),
         "base_model_name_or_path": base_name(work.base),
+        "revision": revision_of(work.base),
         "r": usual,
         "lora_alpha": usual,
         "rank_pattern": odd,

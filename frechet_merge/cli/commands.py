@@ -24,19 +24,17 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from ..files.formats import weight_files
-from ..files.open import load
-from ..files.output import free
 from ..messages import MergeError, warn
+from .helped import ERASED, App, geometry_names, one_of
 from .options import Absent, AnyBase, Base, BatchSize, MaxLength, Metrics, Models
 from .options import PairColumn, Pickle, Quiet, Split, TextColumn, Tokenizer
 from .options import Weights
+from .pushing import Public, Push, Yes, asked_to_push, push as push_
 from .options import by_pattern, names, numbers, pair_of, picture_path, size
 
 # %% ../../nbs/cli/commands.ipynb #01e69ee9
 # the commands
-app = typer.Typer(
-    add_completion=False,
+app = App(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -68,6 +66,8 @@ def _count(n: int) -> str:
 # %% ../../nbs/cli/commands.ipynb #141fd7e9
 def _place(model: str) -> str:
     "Where a model is: the first of its files, if it is here."
+    from frechet_merge.files.formats import weight_files
+
     path = Path(model).expanduser()
     try:
         files = weight_files(path)[0] if path.is_dir() else []
@@ -101,7 +101,8 @@ Geometry = Annotated[
     typer.Option(
         help="What a distance between models is, with its arguments, as lora:rank=16: "
         "euclidean, sphere, curved, pullback, epimer; of adapters lora, knots, tsvm; "
-        "or an installed one."
+        "or an installed one.",
+        autocompletion=geometry_names,
     ),
 ]
 Shares = Annotated[
@@ -145,10 +146,14 @@ WrittenType = Annotated[
     Optional[str],
     typer.Option(
         help="bf16, fp16, fp32, fp64, or fp8 in blocks; default: each tensor's own.",
+        autocompletion=one_of("bf16", "fp16", "fp32", "fp64", "fp8"),
         show_default=False,
     ),
 ]
-Executor = Annotated[str, typer.Option(help="threads or serial.")]
+Executor = Annotated[
+    str,
+    typer.Option(help="threads or serial.", autocompletion=one_of("threads", "serial")),
+]
 ChunkDevice = Annotated[
     Optional[str],
     typer.Option(help="Where chunks are computed: cpu, cuda.", show_default=False),
@@ -188,6 +193,7 @@ To = Annotated[
     Optional[str],
     typer.Option(
         help="The dialect of the merged adapter: peft, kohya, diffusers, mlx; default: the first.",
+        autocompletion=one_of("peft", "kohya", "diffusers", "mlx"),
         show_default=False,
     ),
 ]
@@ -290,6 +296,7 @@ def _refuse_report(out: Path | None, reported: bool, dry_run: bool) -> None:
     if dry_run:
         raise ValueError("--report is of what was merged: leave out --dry-run, or --report.")
     from frechet_merge.diagnostics.report import page_of
+    from frechet_merge.files.output import free
 
     if out is not None and page_of(out.expanduser()).parent != out.expanduser():
         free(page_of(out), folder=False)
@@ -376,6 +383,9 @@ def merge_command(
     join: Join = False,
     dry_run: DryRun = False,
     as_json: PlanAsJson = False,
+    push: Push = None,
+    public: Public = False,
+    yes: Yes = False,
     quiet: Quiet = False,
 ):
     "Merge MODELS into the folder OUT."
@@ -390,10 +400,13 @@ def merge_command(
     output = Output(out, as_dtype(dtype, True), size(shard_size), full_hash)
     run = Run.of(typed | {"progress": not quiet and sys.stderr.isatty()})
     if is_dry(dry_run, as_json):
+        asked_to_push(push, public, yes, dry_run)
         return _print_preview(recipe, output, run, geometry, as_json)
+    target = asked_to_push(push, public, yes, names=models)
     merged = make(recipe, output, run, geometry)
     _warn_of_few(models, alone=bake is None and base is None)
     _print_merged(merged, len(models), start, report)
+    push_(target, out)
 
 # %% ../../nbs/cli/commands.ipynb #cf575ff3
 RecipeFile = Annotated[
@@ -429,6 +442,9 @@ def run_command(
     join: Join = False,
     dry_run: DryRun = False,
     as_json: PlanAsJson = False,
+    push: Push = None,
+    public: Public = False,
+    yes: Yes = False,
     quiet: Quiet = False,
 ):
     "Merge what the file RECIPE says."
@@ -448,11 +464,14 @@ def run_command(
     run = Run.of(typed | {"progress": not quiet and sys.stderr.isatty()})
     _refuse_report(output.folder, report, dry_run)
     if is_dry(dry_run, as_json):
+        asked_to_push(push, public, yes, dry_run)
         return run_recipe(asked, output, run, partial(_print_preview, as_json=as_json))
     if output.folder is None:
         raise ValueError(f"{recipe} names no output: give a folder, -o OUT.")
+    target = asked_to_push(push, public, yes, names=asked.recipe.models)
     merged = run_recipe(asked, output, run)
     _print_merged(merged, len(asked.recipe.models), start, report)
+    push_(target, output.folder)
 
 # %% ../../nbs/cli/commands.ipynb #4e9a01c2
 MergedBefore = Annotated[
@@ -537,6 +556,7 @@ def convert_command(
     allow_pickle: Pickle = False,
 ):
     "Write ADAPTER in another dialect."
+    from frechet_merge.files.open import load
     from frechet_merge.merging.convert import convert
 
     start = time.time()
@@ -1248,7 +1268,9 @@ def main():
     # a terminal that was closed; nohup has it ignored
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
         signal.signal(signal.SIGHUP, lambda *_: sys.exit(129))
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    # over the line that says that a command is at work
+    over = ERASED if sys.stderr.isatty() else ""
+    warnings.showwarning = lambda text, *_: print(f"{over}warning: {text}", file=sys.stderr)
     code = 0
     try:
         app()

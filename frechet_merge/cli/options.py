@@ -14,7 +14,6 @@ from typing import Annotated, Any, Optional
 import typer
 
 from ..messages import MergeError
-from ..files.output import free
 
 # %% ../../nbs/cli/options.ipynb #c6312de4
 # the models to merge, in every command that takes some
@@ -169,6 +168,8 @@ def picture_path(
     "`MergeError` if no picture can be written there, before there is one."
     if path is None:
         return None
+    from frechet_merge.files.output import free
+
     path = free(path, folder=False, replace=True)
     from matplotlib.backend_bases import FigureCanvasBase
 

@@ -18,6 +18,7 @@ from rich.text import Text
 from torch import nn
 
 from ..curvature.activations import Spread, activations
+from ..files.hub import look_up
 from .segment import new_axes
 from ..geometries.geometry import Geometry
 from ..geometries.registry import spelled
@@ -177,6 +178,7 @@ def collapse_of(
     `ValueError` if they cannot be merged or run."""
     if not texts.data:
         raise ValueError("there are no examples to run the models on: name some (data=).")
+    look_up(models, base, texts.tokenizer)
     of_models = [_seen(m, texts, layers, allow_pickle) for m in models]
     if any(seen.keys() != of_models[0].keys() for seen in of_models):
         raise MergeError(

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..matching.blocks import Block, align, get
 from ..files.checkpoint import Checkpoint
+from ..files.hub import look_up
 from ..files.open import load
 from ..messages import MergeError
 from ..matching.codes import refuse_codes
@@ -391,6 +392,7 @@ def inspect(
             "what metrics would change is not in the headers: leave out --headers "
             "(numbers=False), or the metrics."
         )
+    look_up(models, base, metrics)
     every = [load(m, allow_pickle, f"models[{i}]") for i, m in enumerate(models)]
     if base is not None:
         every = [load(base, allow_pickle, "base"), *every]

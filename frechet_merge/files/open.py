@@ -15,6 +15,7 @@ from torch import Tensor
 from .checkpoint import Checkpoint, FACTOR, from_state_dict, read_json
 from .astray import foreign, no_weights
 from .folders import components, pipeline_parts, snapshot_of
+from .hub import download
 from .formats import INDEX, SHARD, STEMS, _of_index, _open_files, weight_files
 from .pickles import _open_pickles
 from ..messages import MergeError, warn
@@ -37,44 +38,6 @@ def parts_of(
         out.append("+".join(parts[:k]))
         parts = parts[k:]
     return out
-
-# %% ../../nbs/files/open.ipynb #fca5e12a
-def _from_hub(repo: str, allow_pickle: bool) -> Path:
-    from huggingface_hub import snapshot_download
-
-    repo, _, revision = repo.partition("@")
-    if "," in repo:
-        raise MergeError(
-            f"{repo}: there is no such folder or file.\nSeveral models are separated by spaces."
-        )
-    if repo[:1] in "./~" or repo.count("/") > 1:
-        raise MergeError(
-            f"{repo}: there is no such folder or file.\n"
-            "Check the path; a hub id is NAME or OWNER/NAME."
-        )
-    wanted = [
-        "*.safetensors",
-        "*.json",
-        "*.txt",
-        "*.model",
-        "*.jinja",
-        "*.py",
-        "*.spm",
-        "*.codes",
-        "*.tiktoken",
-        "*.yaml",
-        "*.vocab",
-        "LICENSE*",
-        *(["*.bin", "*_linear.pt"] if allow_pickle else []),
-    ]
-    try:
-        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted))
-    except Exception as e:
-        # what lies behind it are pages about sockets
-        raise MergeError(
-            f"{repo}: not a folder here, and the hub did not give it ({type(e).__name__}).\n"
-            "Check the path or the id, and the network or HF_HUB_OFFLINE."
-        ) from None
 
 # %% ../../nbs/files/open.ipynb #b9eb2d4c
 def _refuse_no_model(file: Path) -> None:
@@ -216,7 +179,7 @@ def load(
             return load_slices(pieces, allow_pickle)
     if not path.exists() and len(parts := parts_of(str(source))) > 1:
         return _on_its_base(parts, allow_pickle)
-    here = snapshot_of(path) if path.exists() else _from_hub(str(source), allow_pickle)
+    here = snapshot_of(path) if path.exists() else download(str(source), allow_pickle)
     return _open(here, allow_pickle, str(source))
 
 # %% ../../nbs/files/open.ipynb #94a6e039

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from ..adapters.baking import bake, classes
 from ..files.checkpoint import Checkpoint, read_json
 from ..files.decoded import Decoded
+from ..files.hub import beside
 from ..files.open import load, parts_of
 from ..messages import MergeError
 from ..files.shards import open_file, read_header, refuse_another
@@ -238,6 +239,8 @@ def open_tokenizer(
             "Copy its files there from the base model, or name a folder that has one "
             "(--tokenizer)."
         )
+    if not Path(folder).expanduser().exists():
+        folder = beside(str(folder))
     for f in Path(folder).iterdir() if Path(folder).is_dir() else ():
         if f.exists() and not f.is_dir():
             # a pipe would never end

@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from torch import Tensor
 
 from .blocks import Block, align
+from ..files.hub import look_up
 from ..files.open import load
 from ..messages import MergeError
 from ..messages import Notes
@@ -51,6 +52,7 @@ def bases(
     `MergeError` if there is none."""
     from tqdm import tqdm
 
+    look_up(models, base)
     every = [load(m, allow_pickle, f"models[{i}]") for i, m in enumerate(models)]
     start = load(base, allow_pickle, "base")
     matrices = [b for b in align(every, start)[0] if b.mergeable and len(b.first.shape) > 1]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..files.checkpoint import Checkpoint
+from ..files.hub import look_up
 from ..files.open import load
 from ..files.output import free, staged
 from ..matching.blocks import align as versions
@@ -102,6 +103,7 @@ def align(
     "Models in one gauge; `MergeError` if their symmetries are not known, or they do not match."
     from frechet_merge.merging.merge import make
 
+    look_up(models, base)
     opened = [load(m, allow_pickle, f"models[{i}]") for i, m in enumerate(models)]
     first = None if base is None else load(base, allow_pickle, "base")
     opened, first = in_one_layout(opened, first)

@@ -20,6 +20,7 @@ from ..adapters.tokens import adapters_lined_up
 from ..matching.blocks import Block, align
 from ..files.checkpoint import Checkpoint
 from ..files.formats import SHARD, STEMS, spec_of
+from ..files.hub import agreed, bring, look_up
 from ..files.open import load
 from ..files.whole import reader_of_one_file
 from ..geometries.lora import LoRA
@@ -77,11 +78,14 @@ class Opened:
 def open_recipe(recipe: Recipe) -> Opened:
     "The checkpoints of a recipe; `MergeError` for one that cannot be opened."
     pickles = recipe.allow_pickle
+    found = look_up(recipe.models, recipe.base, recipe.bake, recipe.metrics)
     models = []
-    for i, model in enumerate(recipe.models):
-        models.append(load(model, pickles, f"models[{i}]"))
-    base = None if recipe.base is None else load(recipe.base, pickles, "base")
-    onto = None if recipe.bake is None else load(recipe.bake, pickles, "bake")
+    with agreed(found):
+        for i, model in enumerate(recipe.models):
+            models.append(load(model, pickles, f"models[{i}]"))
+        base = None if recipe.base is None else load(recipe.base, pickles, "base")
+        onto = None if recipe.bake is None else load(recipe.bake, pickles, "bake")
+        bring(recipe.metrics, pickles)
     stored = [*models, *([] if base is None else [base])]
     # what is left out by a file's own name has no place in the layout of another
     if recipe.drop:
@@ -90,7 +94,8 @@ def open_recipe(recipe: Recipe) -> Opened:
     models, base = in_one_layout(models, base)
     opened = Opened(recipe, models, base, onto)
     opened = _dropped(opened, stored) if recipe.drop else opened
-    return _labelled_alike(_in_one_vocabulary(opened))
+    opened = _labelled_alike(_in_one_vocabulary(opened))
+    return replace(opened, recipe=recipe.exact(found)) if found else opened
 
 # %% ../../nbs/merging/plan.ipynb #ace289df
 def _dropped(opened: Opened, stored: Sequence[Checkpoint]) -> Opened:

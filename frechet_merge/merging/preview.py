@@ -191,7 +191,7 @@ def preview(
     if opened.onto is not None:
         read, size = read + _onto(opened, None), _onto(opened, output.dtype)
     return Preview(
-        recipe.as_data(),
+        opened.recipe.as_data(),
         lines_of(plan),
         read,
         size,

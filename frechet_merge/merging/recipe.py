@@ -10,7 +10,7 @@ __all__ = ['Model', 'READ', 'MODELS', 'DTYPES', 'Recipe', 'numbers_of', 'Output'
 import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..curvature.calibration import Calibration
 from ..files.checkpoint import Checkpoint
+from ..files.hub import Found, exact, exact_of
 from .coefficients import in_a_row
 from ..messages import MergeError
 from .rules import are_rules
@@ -88,6 +89,11 @@ class Recipe:
         own = {f.name: given[f.name] for f in fields(cls) if f.name in given}
         return cls(**{k: READ[k](v) if k in READ else v for k, v in own.items()})
 
+    def exact(self, found: Mapping[str, Found]) -> "Recipe":
+        "The same recipe, in which every hub id has the commit that was found."
+        named = (*MODELS, "tokenizer", "chat_template")
+        return replace(self, **{f: exact(getattr(self, f), found) for f in named})
+
     def as_data(self) -> dict[str, Any]:
         "As plain data, for JSON: what is left to its default is left out."
         kept = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -139,7 +145,7 @@ def _name(model: Any) -> Any:
     if isinstance(model, (str, os.PathLike)):
         return str(model)
     if isinstance(model, Checkpoint) and model.files:
-        return model.source
+        return exact_of(model.source, model.folder)
     return None if model is None else {"in memory": getattr(model, "source", "state dict")}
 
 # %% ../../nbs/merging/recipe.ipynb #c1daa0c3

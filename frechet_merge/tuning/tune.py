@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..adapters.baking import bake
 from ..files.checkpoint import Checkpoint
+from ..files.hub import look_up
 from ..files.open import load
 from ..messages import MergeError
 from ..curvature.estimators import default_forward, default_mask, size, take
@@ -480,6 +481,7 @@ def tune(
     if not 0 < bounds[0] < bounds[1] < math.inf:
         raise ValueError(f"bounds {bounds} must be positive and rising.")
     place = _place(out)
+    look_up(models, base, metrics, tokenizer)
     more = dict(absent=absent, any_base=any_base, allow_pickle=allow_pickle)
     merging = _Merging(models, base, normalise(weights, T), metrics, device, more)
     gs = _choices(geometries, merging)
