@@ -9,6 +9,7 @@ __all__ = ['LARGE', 'TURNS', 'STILL', 'ROUNDS', 'SWEEPS', 'FALL', 'units', 'shor
 # %% ../../nbs/matching/gauges.ipynb #2f958712
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from ..files.checkpoint import Checkpoint
 from ..files.tensors import LazyTensor
 from ..geometries.permutation import assigned, dressed, likeness, shortest, turning
 from .groups import Element, Gauge, Group, Member, Part, check_group, gauged
+from .pairs import Pairs
 
 # %% ../../nbs/matching/gauges.ipynb #49d9352f
 LARGE = 1 << 22  # numbers of a group, from which on likeness is computed in float32
@@ -195,7 +197,7 @@ ROUNDS = 50  # over the models, for one group, at most
 
 
 def settled(
-    site: Site,
+    site: Site | Pairs,
     es: Sequence[Element],  # of all models
     movers: Sequence[int],  # the models that may move
     first: bool,  # each is brought to those in front of it, before all are compared
@@ -205,7 +207,8 @@ def settled(
     now, T = list(es), len(es)
     if first:
         for t in movers:
-            now[t] = site.best(t, site.middle(now, range(t)))
+            middle: Any = site.middle(now, range(t))
+            now[t] = site.best(t, middle)
     for _ in range(ROUNDS if len(movers) > 1 else 1):
         moved = False
         for t in movers:
