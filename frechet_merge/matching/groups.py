@@ -279,7 +279,9 @@ def gauged(
 def _moved(x: LazyTensor, moves: Mapping[int | None, Sequence[Move]]) -> LazyTensor:
     "A tensor, or one whose slices are moved each on its own."
     if None in moves:
-        return Moved(x, tuple(moves[None]))
+        # other axes than those of slices, so that the order of both does not matter
+        others = {i: of_slice for i, of_slice in moves.items() if i is not None}
+        return Moved(_moved(x, others) if others else x, tuple(moves[None]))
     count, *one = x.shape
     n = math.prod(one)
     slices: list[LazyTensor] = [Range(x, i*n, tuple(one)) for i in range(count)]
