@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..curvature.calibration import Calibration
 from ..files.checkpoint import Checkpoint
+from .alignment import Alignment, as_alignment
 from .coefficients import in_a_row
 from ..messages import MergeError
 from .rules import are_rules
@@ -62,7 +63,8 @@ class Recipe:
     # on what running statistics are collected anew; None: they are averaged
     calibrate: Calibration | None = None
     to: str | None = None  # the dialect of the merged adapter; None: the first one's
-    align: bool = False  # bring hidden units and heads into one gauge first
+    # how hidden units and heads are brought into one gauge first; None: they stay
+    align: Alignment | None = None
 
     def __post_init__(self):
         if isinstance(self.models, (str, os.PathLike, Mapping)):
@@ -109,6 +111,7 @@ READ: dict[str, Callable[[Any], Any]] = {
     "geometry": as_geometry,
     "loss": lambda x: loss_named(x) if isinstance(x, str) else x,
     "drop": lambda x: [x] if isinstance(x, str) else [*x],
+    "align": as_alignment,
     "tokenizer": lambda x: None if x is None else str(x),
     "chat_template": lambda x: None if x is None else str(x),
 }
@@ -128,6 +131,9 @@ def _plain(field: str, value: Any) -> Any:
         return [_name(m) for m in value] if several else _name(value)
     if field == "calibrate":
         return None if value is None else asdict(value)
+    if field == "align":
+        how = as_alignment(value)
+        return None if how is None else how.as_data() or True
     if field in ("weights", "sum", "scale"):
         return numbers_of(value)
     return list(value) if isinstance(value, (list, tuple)) else value
@@ -269,6 +275,8 @@ def _can_be_typed(recipe: Recipe, name: str) -> bool:
     unusual = feed is not None and feed != Calibration(feed.data, feed.split, feed.max_samples)
     by_name = [v for v in (recipe.weights, recipe.sum, recipe.scale) if isinstance(v, Mapping)]
     numbers = [recipe.weights, recipe.sum, recipe.scale]
+    how = as_alignment(recipe.align)
+    unusual |= how is not None and not how.can_be_typed
     unsaid = unusual or any(None in v.values() for v in by_name) or any(map(_has_rules, numbers))
     return name != repr(recipe.geometry) and not unsaid
 
@@ -281,6 +289,7 @@ def command(recipe: Recipe, output: Output) -> str | None:
     said = recipe.as_data()
     out = "OUT" if output.folder is None else output.folder.name
     feed = said.get("calibrate") or {}
+    how = as_alignment(recipe.align) or Alignment()
     words = [
         *said["models"],
         "-o",
@@ -299,10 +308,13 @@ def command(recipe: Recipe, output: Output) -> str | None:
         *flag("to", said.get("to")),
         *flag("pad_to_multiple_of", str(said.get("pad_to_multiple_of") or "")),
         *flag("chat_template", said.get("chat_template")),
+        *flag("align", bool(recipe.align)),
+        *flag("align_data", how.data),
+        *flag("align_residual", how.residual),
     ]
     for name in ("split", "max_samples"):
         if feed and feed[name] != getattr(Calibration, name):
             words += flag(f"calibrate_{name.removeprefix('max_')}", str(feed[name]))
-    for switch in ("drop", "absent", "any_base", "align", "allow_nonfinite", "allow_pickle"):
+    for switch in ("drop", "absent", "any_base", "allow_nonfinite", "allow_pickle"):
         words += flag(switch, said.get(switch))
     return shlex.join(["frechet-merge", "merge", *words])
