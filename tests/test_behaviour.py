@@ -1,11 +1,13 @@
 """Units are paired by what they say on examples: copies come back, networks that were trained apart
 come nearer, and what is not heard is said."""
 
+import json
 import warnings
 from copy import deepcopy
 
 import pytest
 import torch
+from conftest import cli
 from torch import nn
 
 from frechet_merge import MergeError
@@ -224,3 +226,71 @@ def test_copies_of_transformers_come_back(name, tmp_path, recwarn):
     assert all(gap(c, first) < 1e-4 for c in in_one_gauge(models, groups, found))
     said = [str(w.message) for w in recwarn if "matched by their weights" in str(w.message)]
     assert len(said) == (1 if name == "mixtral" else 0)
+
+
+@pytest.fixture
+def talkers(tmp_path):
+    "A small model, the same one in another gauge, its stream too, and texts."
+    from spoken import byte_level, talker, texts
+
+    from frechet_merge import load, merge
+    from frechet_merge.matching.stream import groups_with_stream
+
+    tokenizer = byte_level("abcd")
+    talker(tmp_path/"a", tokenizer, 0, num_hidden_layers=2)
+    a = load(tmp_path/"a")
+    merge([elsewhere(a, groups_with_stream(a), 1)], out=tmp_path/"b", dtype="fp32")
+    tokenizer.save_pretrained(tmp_path/"b")
+    lines = [json.dumps({"text": t}) for t in texts("abcd")]
+    (tmp_path/"texts.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+def test_commands_align_by_what_models_say(talkers):
+    from frechet_merge import load
+
+    args = ["a", "b", "-o", "one", "--data", "texts.jsonl", "--residual", "--max-samples", "40"]
+    code, out, err = cli("align", *args, cwd=talkers)
+    assert code == 0, err
+    a, b = load(talkers/"a"), load(talkers/"one"/"b")
+    assert gap(b, a) < 1e-4 < gap(load(talkers/"b"), a)
+    args = ["a", "b", "-o", "m", "--align", "--align-data", "texts.jsonl", "--align-residual"]
+    code, out, err = cli("merge", *args, cwd=talkers)
+    assert code == 0, err
+    assert gap(load(talkers/"m"), a) < 1e-4
+    record = json.loads((talkers/"m"/"frechet_merge.json").read_text())
+    assert record["aligned"]["data"] == "texts.jsonl" and record["aligned"]["residual"]
+    # what it says to type is what was typed, and it can be run again
+    assert "--align --align-data texts.jsonl --align-residual" in record["command"]
+    code, out, err = cli("run", "m", "-o", "again", cwd=talkers)
+    assert code == 0, err
+    assert gap(load(talkers/"again"), load(talkers/"m")) == 0
+
+
+def test_what_cannot_be_run_is_refused_and_the_remedy_works(talkers):
+    from spoken import byte_level, talker
+
+    from frechet_merge import load, merge
+    from frechet_merge.merging.align import align
+    from frechet_merge.merging.alignment import Alignment
+
+    how = Alignment(str(talkers/"texts.jsonl"))
+    held = [dict(load(talkers/n)) for n in ("a", "b")]
+    with pytest.raises(MergeError, match="cannot be tried here"):
+        merge(held, align=how)
+    groups = dense(["x.weight", "y.weight"], [4], bias=False)
+    states = [{"x.weight": torch.randn(4, 3), "y.weight": torch.randn(2, 4)} for _ in range(2)]
+    with pytest.raises(MergeError, match=r"models\[0\] is in memory.*\n.*without data"):
+        align(states, groups=groups, how=how)
+    align(states, groups=groups)
+    talker(talkers/"other", byte_level("efgh"), 1, num_hidden_layers=2)
+    pair = [talkers/"a", talkers/"other"]
+    with pytest.raises(MergeError, match="other: knows other tokens.*\n.*by their weights"):
+        align(pair, how=how)
+    align(pair)
+    with pytest.raises(ValueError, match="restarts= are of weights"):
+        align([talkers/"a", talkers/"b"], how=how, restarts=2)
+    with pytest.raises(ValueError, match="have the stream in groups"):
+        align(states, groups=groups, how=Alignment(residual=True))
+    code, out, err = cli("merge", "a", "b", "-o", "m", "--align-data", "t.jsonl", cwd=talkers)
+    assert code == 2 and "give --align, too" in err
