@@ -4,6 +4,7 @@ come nearer, and what is not heard is said."""
 import json
 import warnings
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -289,7 +290,7 @@ def test_what_cannot_be_run_is_refused_and_the_remedy_works(talkers):
         align(pair, how=how)
     align(pair)
     with pytest.raises(ValueError, match="restarts= are of weights"):
-        align([talkers/"a", talkers/"b"], how=how, restarts=2)
+        align([talkers/"a", talkers/"b"], how=replace(how, restarts=2))
     with pytest.raises(ValueError, match="have the stream in groups"):
         align(states, groups=groups, how=Alignment(residual=True))
     code, out, err = cli("merge", "a", "b", "-o", "m", "--align-data", "t.jsonl", cwd=talkers)

@@ -2,21 +2,23 @@
 merge to the network, and what forbids it is refused by name."""
 
 import json
+from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
-from conftest import cli
 
-from frechet_merge import MergeError, check_geometry, load, merge
+from frechet_merge import Geometry, MergeError, check_geometry, load, merge
 from frechet_merge.files.checkpoint import from_state_dict
+from frechet_merge.geometries.geometry import Chart
 from frechet_merge.matching.behaviour import match_activations
 from frechet_merge.matching.families import groups_of
 from frechet_merge.matching.gauges import Site, align_gauges, in_one_gauge, neighbours, paired
 from frechet_merge.matching.groups import Element, Group, Member, Part, dense, gauged
 from frechet_merge.matching.groups import random_element
 from frechet_merge.matching.stream import STREAM, groups_with_stream, stream_of
-from frechet_merge.merging.align import align
 from frechet_merge.merging.alignment import Alignment
+from frechet_merge.spaces.space import Point
 
 tf = pytest.importorskip("transformers")
 WIDE = dict(hidden_size=32, intermediate_size=40, num_attention_heads=4, vocab_size=99)
@@ -197,3 +199,72 @@ def test_pairs_say_what_units_say():
         assert torch.equal(a.source, b.source)
         gains = [s.gain(t, a, s.middle(es, others)) for s in (long, short)]
         assert gains[0] == pytest.approx(gains[1], rel=1e-12)
+
+
+@dataclass(frozen=True)
+class Networks(Geometry):
+    "Whole networks, as vectors: brought into one gauge, and averaged."
+
+    net: Any = field(repr=False)  # whose numbers they are
+    groups: Any = field(repr=False)
+
+    def state(self, theta):
+        "A network of a vector."
+        held = dict(self.net.named_parameters())
+        parts = theta.split([p.numel() for p in held.values()])
+        return {n: x.view(p.shape) for (n, p), x in zip(held.items(), parts)}
+
+    def vector(self, state):
+        return torch.cat([state[n].flatten() for n, _ in self.net.named_parameters()])
+
+    def chart(self, thetas, Gs=None):
+        models = [from_state_dict(self.state(t)) for t in thetas]
+        seen = in_one_gauge(models, self.groups, align_gauges(models, self.groups))
+        points = [Point(self.vector(dict(c)), 1.0) for c in seen]
+        return Chart(points, lambda m: m)
+
+
+def held_to_the_laws(net, groups, run, aligned=None):
+    "Networks near each other, each in a gauge of its own: what the laws say of their mean."
+    g = Networks(net, groups if aligned is None else aligned)
+    middle = g.vector(dict(net.named_parameters())).detach()
+    gen = torch.Generator().manual_seed(0)
+
+    def act(theta):
+        gauge = {one.name: random_element(one, gen) for one in groups}
+        return g.vector(dict(gauged(from_state_dict(g.state(theta)), groups, gauge)))
+
+    def same(theta):
+        with torch.no_grad():
+            return torch.func.functional_call(net, g.state(theta), (), run)
+
+    def outputs(theta):
+        y = same(theta)
+        return getattr(y, "logits", y)
+
+    noise = torch.randn(3, len(middle), dtype=middle.dtype)
+    thetas = [act(middle + 0.01*middle.std()*x) for x in noise]
+    # rotations of heads of three models come to rest by and by
+    return check_geometry(g, thetas, act=act, same=outputs, tol=1e-6)
+
+
+def test_the_laws_hold_of_networks_with_their_stream(tmp_path):
+    torch.manual_seed(0)
+    config = tf.GPT2Config(n_embd=32, n_head=4, n_layer=2, vocab_size=99, tie_word_embeddings=False)
+    net = random_numbers(tf.GPT2LMHeadModel(config)).double()
+    net.save_pretrained(tmp_path)
+    groups = groups_with_stream(load(tmp_path))
+    errors = held_to_the_laws(net, groups, {"input_ids": torch.arange(3, 20)[None]})
+    assert set(errors) == set(range(1, 11))
+    # without the stream, it is no mean of orbits
+    with pytest.raises(AssertionError, match="breaks law"):
+        held_to_the_laws(net, groups, {"input_ids": torch.arange(3, 20)[None]}, groups[1:])
+
+
+def test_the_laws_hold_of_a_chain_with_its_scales():
+    torch.manual_seed(0)
+    shape = [torch.nn.Linear(6, 20), torch.nn.ReLU(), torch.nn.Linear(20, 15), torch.nn.ReLU()]
+    net = torch.nn.Sequential(*shape, torch.nn.Linear(15, 4)).double()
+    groups = dense(["0.weight", "2.weight", "4.weight"], [20, 15], homogeneous=True)
+    errors = held_to_the_laws(net, groups, {"input": torch.randn(30, 6, dtype=torch.float64)})
+    assert errors[5] < 1e-10

@@ -493,8 +493,8 @@ def align_command(
     start = time.time()
     ws = numbers(weights, "weights")
     sizes = max_samples, batch_size, max_length
-    how = Alignment(data, residual, split, text, *sizes, tokenizer)
-    seen, found = align(models, out, base, None, ws, restarts, dtype, allow_pickle, how)
+    how = Alignment(data, residual, split, text, *sizes, tokenizer, restarts)
+    seen, found = align(models, out, base, None, ws, dtype, allow_pickle, how)
     first, last = found.variances[0], found.variances[-1]
     print(
         f"{out}: {len(seen)} models in one gauge, {len(found.gauges[0])} groups, variance "

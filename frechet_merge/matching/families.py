@@ -65,6 +65,11 @@ def config_at(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     held = config.get("text_config")
     return {**config, **held} if isinstance(held, Mapping) else found
 
+# %% ../../nbs/matching/families.ipynb #32a6d58c
+def hidden_size(config: Mapping[str, Any]) -> int:
+    "How wide the residual stream is; 0: a config does not say it of the whole model."
+    return int(_said(config, ("hidden_size", "n_embd", "d_model", "dim")) or 0)
+
 # %% ../../nbs/matching/families.ipynb #17ebc60e
 # names of (gate, up, down)
 GATED = [("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("wi_0", "wi_1", "wo")]
@@ -86,11 +91,6 @@ PLAIN = [
 # keys of a config that name the activation
 ACTIVATION = ("hidden_act", "hidden_activation", "activation_function", "activation", "act_fn",
               "dense_act_fn", "feed_forward_proj")
-
-
-def hidden_size(config: Mapping[str, Any]) -> int:
-    "How wide the residual stream is; 0: a config does not say it of the whole model."
-    return int(_said(config, ("hidden_size", "n_embd", "d_model", "dim")) or 0)
 
 
 def _is_relu(config: Mapping[str, Any]) -> bool:

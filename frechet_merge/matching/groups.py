@@ -280,7 +280,8 @@ def _moved(x: LazyTensor, moves: Mapping[int | None, Sequence[Move]]) -> LazyTen
     "A tensor, or one whose slices are moved each on its own."
     if None in moves:
         # other axes than those of slices, so that the order of both does not matter
-        others = {i: of_slice for i, of_slice in moves.items() if i is not None}
+        others: dict[int | None, Sequence[Move]] = dict(moves)
+        del others[None]
         return Moved(_moved(x, others) if others else x, tuple(moves[None]))
     count, *one = x.shape
     n = math.prod(one)

@@ -9,12 +9,11 @@ __all__ = ['Axes', 'STREAM', 'axes_of', 'stream_of', 'groups_with_stream']
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..files.checkpoint import Checkpoint
 from .families import NOTHING, Trial, derived, groups_of, hidden_size

@@ -54,14 +54,13 @@ def brought_together(
     every: Sequence[Checkpoint],  # under the same names; the first stays as it is
     groups: Sequence[Group] | None = None,  # what moves together; None: derived from the first
     ws: Sequence[float] | None = None,
-    restarts: int = 0,
     how: Alignment = Alignment(),
     sources: Sequence[Model] = (),  # as what they were given, if they are to be run
     allow_pickle: bool = False,
 ) -> tuple[list[Checkpoint], Aligned]:
     "Views of models in one gauge; `MergeError` where no symmetry is known."
     _refuse_what_has_no_units(every)
-    groups, found = aligned_by(how, every, sources, groups, ws, restarts, allow_pickle)
+    groups, found = aligned_by(how, every, sources, groups, ws, allow_pickle)
     return in_one_gauge(every, groups, found), found
 
 # %% ../../nbs/merging/align.ipynb #95ef71f6
@@ -81,7 +80,7 @@ def in_gauge_of(opened: Opened) -> tuple[Opened, dict[str, Any]]:
     n = len(bases)
     sources = [*([recipe.base] if n else []), *recipe.models]
     all_ws = [*(sum(ws)/len(ws) for _ in bases), *ws]
-    seen, found = brought_together(models, None, all_ws, 0, how, sources, recipe.allow_pickle)
+    seen, found = brought_together(models, None, all_ws, how, sources, recipe.allow_pickle)
     said = {"groups": len(found.gauges[0]), "variances": found.variances, "rests": found.rests}
     said |= how.as_data()
     return replace(opened, models=seen[n:], base=seen[0] if n else None), said
@@ -101,7 +100,6 @@ def align(
     # what moves together, as `check_groups` has tried it; default: derived, and tried
     groups: Sequence[Group] | None = None,
     weights: Sequence[float] | None = None,  # of the models in their mean; default equal
-    restarts: int = 0,  # further starts of the descent, where groups share tensors
     dtype: str | torch.dtype | None = None,  # of what is written; default: each tensor's own
     allow_pickle: bool = False,  # accept .bin files (plain tensors only)
     # by what units are compared, and whether the residual stream moves; default: by weights, no
@@ -124,7 +122,7 @@ def align(
     place = None if out is None else free(out)
     all_ws = [*(sum(ws)/len(ws) for _ in bases), *ws]
     sources = [*([] if base is None else [base]), *models]
-    seen, found = brought_together(every, groups, all_ws, restarts, how, sources, allow_pickle)
+    seen, found = brought_together(every, groups, all_ws, how, sources, allow_pickle)
     seen = seen[len(bases) :]
     if place is not None:
         with staged(place) as part:

@@ -32,6 +32,7 @@ class Alignment:
     batch_size: int = 8  # texts at a time
     max_length: int = 512  # tokens; longer texts are cut
     tokenizer: str | None = None  # folder or hub id, where the models have none
+    restarts: int = 0  # further starts of the descent over weights, where groups share tensors
 
     def as_data(self) -> dict[str, Any]:
         "As plain data: what is left to its default is left out."
@@ -124,16 +125,15 @@ def aligned_by(
     sources: Sequence[Any],  # as what they were given
     groups: Sequence[Group] | None = None,  # what moves together; None: derived from the first
     ws: Sequence[float] | None = None,
-    restarts: int = 0,  # of the descent over weights
     allow_pickle: bool = False,  # open pickles (plain tensors only)
 ) -> tuple[list[Group], Aligned]:
     "What moves together, and the gauges; `MergeError` where no symmetry is known."
     if groups is not None and how.residual:
         raise ValueError("residual= is of groups that are derived: have the stream in groups=.")
-    if how.data is not None and restarts:
+    if how.data is not None and how.restarts:
         raise ValueError("restarts= are of weights: activations have one best order.")
     if groups is None:
         groups = groups_with_stream(every[0]) if how.residual else groups_of(every[0])
     if how.data is None:
-        return [*groups], align_gauges(every, groups, ws, restarts)
+        return [*groups], align_gauges(every, groups, ws, how.restarts)
     return [*groups], _by_activations(every, sources, groups, ws, how, allow_pickle)

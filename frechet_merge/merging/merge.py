@@ -461,7 +461,7 @@ def merge(
     to: str | None = None,
     # bring the hidden units and heads of full models into one gauge first: of models that were
     # trained apart; by their weights, or by what they say on texts
-    align: bool | str | os.PathLike[str] | Alignment = False,
+    align: bool | str | Alignment = False,
     # rows of tokens are added until their number is a multiple of this
     pad_to_multiple_of: int | None = None,
     # whose chat template is written: "base", a model as it is named, or a file; default: that of

@@ -263,6 +263,14 @@ def _has_rules(value: Any) -> bool:
         return any(map(_has_rules, value.values()))
     return in_a_row(value) and (are_rules(value) or any(map(_has_rules, value)))
 
+# %% ../../nbs/merging/recipe.ipynb #5e98f824
+def _is_unusual(recipe: Recipe) -> bool:
+    "Whether it is calibrated or aligned in a way for which options have no words."
+    feed, how = recipe.calibrate, as_alignment(recipe.align)
+    if how is not None and not how.can_be_typed:
+        return True
+    return feed is not None and feed != Calibration(feed.data, feed.split, feed.max_samples)
+
 # %% ../../nbs/merging/recipe.ipynb #29fe6a00
 def _can_be_typed(recipe: Recipe, name: str) -> bool:
     "Whether a command line can say this recipe."
@@ -271,14 +279,18 @@ def _can_be_typed(recipe: Recipe, name: str) -> bool:
     names = [x for x in named if x is not None]
     if not all(isinstance(x, str) and not x.startswith("-") and "," not in x for x in names):
         return False
-    feed = recipe.calibrate
-    unusual = feed is not None and feed != Calibration(feed.data, feed.split, feed.max_samples)
     by_name = [v for v in (recipe.weights, recipe.sum, recipe.scale) if isinstance(v, Mapping)]
     numbers = [recipe.weights, recipe.sum, recipe.scale]
+    unsaid = any(None in v.values() for v in by_name) or any(map(_has_rules, numbers))
+    return name != repr(recipe.geometry) and not unsaid and not _is_unusual(recipe)
+
+# %% ../../nbs/merging/recipe.ipynb #509f45d8
+def _of_alignment(recipe: Recipe) -> list[str]:
+    "The options that say how models are aligned, if they are."
     how = as_alignment(recipe.align)
-    unusual |= how is not None and not how.can_be_typed
-    unsaid = unusual or any(None in v.values() for v in by_name) or any(map(_has_rules, numbers))
-    return name != repr(recipe.geometry) and not unsaid
+    if how is None:
+        return []
+    return ["--align", *flag("align_data", how.data), *flag("align_residual", how.residual)]
 
 # %% ../../nbs/merging/recipe.ipynb #1b4aa679
 def command(recipe: Recipe, output: Output) -> str | None:
@@ -289,7 +301,6 @@ def command(recipe: Recipe, output: Output) -> str | None:
     said = recipe.as_data()
     out = "OUT" if output.folder is None else output.folder.name
     feed = said.get("calibrate") or {}
-    how = as_alignment(recipe.align) or Alignment()
     words = [
         *said["models"],
         "-o",
@@ -308,9 +319,7 @@ def command(recipe: Recipe, output: Output) -> str | None:
         *flag("to", said.get("to")),
         *flag("pad_to_multiple_of", str(said.get("pad_to_multiple_of") or "")),
         *flag("chat_template", said.get("chat_template")),
-        *flag("align", bool(recipe.align)),
-        *flag("align_data", how.data),
-        *flag("align_residual", how.residual),
+        *_of_alignment(recipe),
     ]
     for name in ("split", "max_samples"):
         if feed and feed[name] != getattr(Calibration, name):
