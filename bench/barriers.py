@@ -16,7 +16,7 @@ each: heads and hidden units alone, or the residual stream too.
 
 The cost is the time to align one gated MLP of a transformer with 2048 inputs, of random numbers in
 float32, of widths up to that of a model of a billion parameters (8192 units). Each width runs in a
-process of its own, whose peak memory is told. Of the seconds, `likeness` and `assignment` are told
+process of its own, whose peak memory is told. Of the seconds of processor, `likeness` and `assignment` are told
 apart, also for an MLP of other random numbers, whose assignment is harder; and `moments` are what
 matching by activations takes in likeness' place, of 4096 tokens. Writes
 bench/results/barriers.csv, barriers_stream.csv and barriers_cost.csv, and what they were made with
@@ -201,19 +201,19 @@ def gated(h, n):
 
 
 def timed(call, into, name):
-    "The same function, whose seconds are added up."
+    "The same function, whose seconds of processor are added up."
 
     def run(*given):
-        since = time.time()
+        since = time.process_time()
         found = call(*given)
-        into[name] = into.get(name, 0.0) + time.time() - since
+        into[name] = into.get(name, 0.0) + time.process_time() - since
         return found
 
     return run
 
 
 def of_strangers(h):
-    "Seconds of an assignment between MLPs that have nothing in common, and of moments."
+    "Seconds of processor of an assignment between MLPs that have nothing in common, and of moments."
     one, other = gated(h, INPUTS)[0], gated(h, INPUTS)[0]
     C = sum(one[k] @ other[k].T for k in ("up", "gate")) + one["down"].T @ other["down"]
     del one, other
@@ -236,9 +236,9 @@ def cost(h):
     parts: dict = {}
     gauges.likeness = timed(likeness, parts, "likeness")
     gauges.assigned = timed(assigned, parts, "assignment")
-    since = time.time()
+    since = time.process_time()
     found = align_gauges([from_state_dict(one), from_state_dict(noisy)], [group])
-    seconds = time.time() - since
+    seconds = time.process_time() - since
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
     right = (order[found.gauges[1]["mlp"].source] == torch.arange(h)).float().mean()
     del noisy, other, found
@@ -247,7 +247,7 @@ def cost(h):
     return {
         "units": h,
         "inputs": INPUTS,
-        "seconds": round(seconds, 1),
+        "seconds": round(seconds, 2),
         "likeness": round(parts["likeness"], 2),
         "assignment": round(parts["assignment"], 2),
         "share_of_assignment": round(parts["assignment"]/seconds, 3),
