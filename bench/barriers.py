@@ -14,13 +14,13 @@ that are matched by their activations on training pictures.
 With --stream, pairs of small transformers do the same with scikit-learn's digits, read as 16 tokens
 each: heads and hidden units alone, or the residual stream too.
 
-The cost is the time to align one gated MLP of a transformer with 2048 inputs, of random numbers in
-float32, of widths up to that of a model of a billion parameters (8192 units). Each width runs in a
-process of its own, whose peak memory is told. Of the seconds of processor, `likeness` and `assignment` are told
-apart, also for an MLP of other random numbers, whose assignment is harder; and `moments` are what
-matching by activations takes in likeness' place, of 4096 tokens. Writes
-bench/results/barriers.csv, barriers_stream.csv and barriers_cost.csv, and what they were made with
-beside them."""
+The cost is what it takes to align one gated MLP of a transformer with 2048 inputs, of random
+numbers in float32, of widths up to that of a model of a billion parameters (8192 units). Each width
+runs in a process of its own, whose peak memory is told. Seconds are of the processor, so that what
+else a machine does counts less. Of them `likeness` and `assignment` are told apart, also for an MLP
+of other random numbers, whose assignment is harder; and `moments` are what matching by activations
+takes in likeness' place, of 4096 tokens. Writes bench/results/barriers.csv, barriers_stream.csv and
+barriers_cost.csv, and what they were made with beside them."""
 
 import argparse
 import gzip
@@ -213,7 +213,7 @@ def timed(call, into, name):
 
 
 def of_strangers(h):
-    "Seconds of processor of an assignment between MLPs that have nothing in common, and of moments."
+    "What an assignment of MLPs that have nothing in common takes, and what moments take."
     one, other = gated(h, INPUTS)[0], gated(h, INPUTS)[0]
     C = sum(one[k] @ other[k].T for k in ("up", "gate")) + one["down"].T @ other["down"]
     del one, other
