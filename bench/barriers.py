@@ -2,20 +2,35 @@
 one gauge; and what aligning costs, by width.
 
     python bench/barriers.py DATA
+    python bench/barriers.py --pairs 0 --stream 2 --widths 1024 2048 4096 8192
 
 Two networks 784-512-512-10 learn the pictures in DATA, a folder with the four IDX files of
 Fashion-MNIST or MNIST (as Debian's dataset-fashion-mnist has them; without it, scikit-learn's
 digits, 64 pixels wide, take their place), from other starts and in other orders. The barrier is the
 largest test loss on the segment between them, less the mean of its ends' (Frankle et al. 2020).
-Beside it stand its value after aligning, as Git Re-Basin reports it, and with restarts.
+Beside it stand its value after aligning, as Git Re-Basin reports it, with restarts, and with units
+that are matched by their activations on training pictures.
 
-The cost is the time to align one gated MLP of a transformer, of random numbers in float32, of
-widths up to that of a model of a billion parameters (8192 units of 2048 inputs). Writes
-bench/results/barriers.csv and barriers_cost.csv, and what they were made with beside them."""
+With --stream, pairs of small transformers do the same with scikit-learn's digits, read as 16 tokens
+each: heads and hidden units alone, or the residual stream too.
+
+The cost is what it takes to align one gated MLP of a transformer with 2048 inputs, of random
+numbers in float32, of widths up to that of a model of a billion parameters (8192 units). Each width
+runs in a process of its own, whose peak memory is told. Seconds are of the processor, so that what
+else a machine does counts less. Of them `likeness` and `assignment` are told apart, also for an MLP
+of other random numbers, whose assignment is harder; and `moments` are what matching by activations
+takes in likeness' place, of 4096 tokens. Writes bench/results/barriers.csv, barriers_stream.csv and
+barriers_cost.csv, and what they were made with beside them."""
 
 import argparse
 import gzip
+import json
+import resource
+import subprocess
+import sys
+import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +39,18 @@ from adapters import about, write_rows
 from torch import nn
 
 from frechet_merge.files.checkpoint import from_state_dict
+from frechet_merge.files.open import load
+from frechet_merge.geometries.permutation import assigned, likeness
+from frechet_merge.matching import gauges
+from frechet_merge.matching.behaviour import Crossed, match_activations
+from frechet_merge.matching.families import groups_of
 from frechet_merge.matching.gauges import align_gauges, in_one_gauge
 from frechet_merge.matching.groups import Group, Member, Part
+from frechet_merge.matching.stream import stream_of
 from frechet_merge.matching.traced import traced
 
 STEPS = 11  # points on a segment
-WIDTHS = (512, 1024, 2048, 4096, 8192)
+WIDTHS = (1024, 2048, 4096, 8192)
 
 
 def idx(path):
@@ -109,6 +130,33 @@ def barrier(losses):
     return float(np.max(np.array(losses) - ends))
 
 
+def by_weights(nets, models, fed, groups):
+    "The gauges that weights say."
+    return align_gauges(models, groups)
+
+
+def restarted(nets, models, fed, groups):
+    "The same, from four starts."
+    return align_gauges(models, groups, restarts=3)
+
+
+def by_activations(nets, models, fed, groups):
+    "The gauges that what units say tells."
+    return match_activations(nets, fed, groups)
+
+
+def row_of(found):
+    "What is told of a segment."
+    losses, rights = zip(*found)
+    return {
+        "barrier": round(barrier(losses), 4),
+        "loss_of_ends": round((losses[0] + losses[-1])/2, 4),
+        "loss_in_the_middle": round(losses[STEPS//2], 4),
+        "accuracy_of_ends": round((rights[0] + rights[-1])/2, 4),
+        "accuracy_in_the_middle": round(rights[STEPS//2], 4),
+    }
+
+
 def rows_of_barriers(folder, epochs, width, seeds):
     "A row for each pair of networks and each way to put them together."
     x, y, tx, ty = pictures(folder)
@@ -121,60 +169,175 @@ def rows_of_barriers(folder, epochs, width, seeds):
             Group(g.name, g.size, tuple(Part("still", p.into, p.out) for p in g.parts))
             for g in groups
         ]
-        for name, these, restarts in (
-            ("as they are", None, 0),
-            ("permuted", still, 0),
-            ("permuted and rescaled", groups, 0),
-            ("permuted, 3 restarts", still, 3),
+        fed = x[:5000].split(500)
+        for name, these, how in (
+            ("as they are", None, None),
+            ("permuted", still, by_weights),
+            ("permuted and rescaled", groups, by_weights),
+            ("permuted, 3 restarts", still, restarted),
+            ("permuted, by activations", still, by_activations),
+            ("both, by activations", groups, by_activations),
         ):
             since = time.time()
             pair = models
             if these is not None:
-                pair = in_one_gauge(models, these, align_gauges(models, these, restarts=restarts))
+                pair = in_one_gauge(models, these, how(nets, models, fed, these))
             seconds = time.time() - since
             found = segment(nets[0], dict(pair[0]), dict(pair[1]), tx, ty)
-            losses = [loss for loss, _ in found]
-            rows.append(
-                {
-                    "pair": seed,
-                    "way": name,
-                    "barrier": round(barrier(losses), 4),
-                    "loss_of_ends": round((losses[0] + losses[-1])/2, 4),
-                    "loss_in_the_middle": round(losses[STEPS//2], 4),
-                    "accuracy_of_ends": round((found[0][1] + found[-1][1])/2, 4),
-                    "accuracy_in_the_middle": round(found[STEPS//2][1], 4),
-                    "seconds": round(seconds, 1),
-                }
-            )
+            rows.append({"pair": seed, "way": name, **row_of(found), "seconds": round(seconds, 1)})
             print(rows[-1], flush=True)
     return rows
 
 
-def gated(h):
-    "A gated MLP of h units, four times as many as it has inputs, and its group."
-    n = h//4
+INPUTS = 2048  # of an MLP, as in a model of a billion parameters
+TOKENS = 4096  # of which moments are taken
+
+
+def gated(h, n):
+    "A gated MLP of h units with n inputs, and its group."
     up, gate, down = Member("up"), Member("gate"), Member("down", 1)
     group = Group("mlp", h, (Part("scaling", (up,), (down,)), Part("still", (gate,))))
     return {"up": torch.randn(h, n), "gate": torch.randn(h, n), "down": torch.randn(n, h)}, group
 
 
+def timed(call, into, name):
+    "The same function, whose seconds of processor are added up."
+
+    def run(*given):
+        since = time.process_time()
+        found = call(*given)
+        into[name] = into.get(name, 0.0) + time.process_time() - since
+        return found
+
+    return run
+
+
+def of_strangers(h):
+    "What an assignment of MLPs that have nothing in common takes, and what moments take."
+    one, other = gated(h, INPUTS)[0], gated(h, INPUTS)[0]
+    C = sum(one[k] @ other[k].T for k in ("up", "gate")) + one["down"].T @ other["down"]
+    del one, other
+    said: dict = {}
+    timed(assigned, said, "assignment")(C)
+    del C
+    timed(Crossed(h, 1).add, said, "moments")(torch.randn(2, TOKENS, h))
+    return said
+
+
+def cost(h):
+    "Noisy copies in another order: what it takes to find the order, and whether it is found."
+    torch.manual_seed(0)
+    one, group = gated(h, INPUTS)
+    order = torch.randperm(h)
+    other = {"up": one["up"][order], "gate": one["gate"][order], "down": one["down"][:, order]}
+    noisy = {k: x + torch.randn_like(x) for k, x in other.items()}
+    # scipy is imported at the first
+    assigned(torch.eye(2))
+    parts: dict = {}
+    gauges.likeness = timed(likeness, parts, "likeness")
+    gauges.assigned = timed(assigned, parts, "assignment")
+    since = time.process_time()
+    found = align_gauges([from_state_dict(one), from_state_dict(noisy)], [group])
+    seconds = time.process_time() - since
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
+    right = (order[found.gauges[1]["mlp"].source] == torch.arange(h)).float().mean()
+    del noisy, other, found
+    del one
+    said = of_strangers(h)
+    return {
+        "units": h,
+        "inputs": INPUTS,
+        "seconds": round(seconds, 2),
+        "likeness": round(parts["likeness"], 2),
+        "assignment": round(parts["assignment"], 2),
+        "share_of_assignment": round(parts["assignment"]/seconds, 3),
+        "assignment_of_strangers": round(said["assignment"], 2),
+        "moments": round(said["moments"], 2),
+        "peak_mib": round(peak),
+        "found": float(right),
+    }
+
+
 def rows_of_cost(widths):
-    "A row for each width: noisy copies in another order, and whether the order is found."
+    "A row for each width."
     rows = []
     for h in widths:
-        torch.manual_seed(0)
-        one, group = gated(h)
-        order = torch.randperm(h)
-        other = {"up": one["up"][order], "gate": one["gate"][order], "down": one["down"][:, order]}
-        noisy = {k: x + torch.randn_like(x) for k, x in other.items()}
-        since = time.time()
-        found = align_gauges([from_state_dict(one), from_state_dict(noisy)], [group])
-        seconds = time.time() - since
-        right = (order[found.gauges[1]["mlp"].source] == torch.arange(h)).float().mean()
-        rows.append(
-            {"units": h, "inputs": h//4, "seconds": round(seconds, 1), "found": float(right)}
-        )
+        call = [sys.executable, __file__, "--one", str(h)]
+        done = subprocess.run(call, check=True, capture_output=True, text=True)
+        rows.append(json.loads(done.stdout.splitlines()[-1]))
         print(rows[-1], flush=True)
+    return rows
+
+
+def tokens():
+    "scikit-learn's digits as 16 tokens of 17 each; a fifth of them is for the test."
+    x, y, tx, ty = digits()
+    pool = nn.functional.avg_pool2d
+    few = [pool(16*p.view(-1, 1, 8, 8), 2).flatten(1).round().long() + 1 for p in (x, tx)]
+    return few[0], y, few[1], ty
+
+
+def reader(x, y, seed, epochs):
+    "A small transformer that learnt to read them."
+    import transformers
+
+    torch.manual_seed(seed)
+    config = transformers.GPT2Config(
+        n_embd=32, n_head=4, n_layer=2, vocab_size=18, n_positions=16, num_labels=10,
+        pad_token_id=0, bos_token_id=0, eos_token_id=0,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    net = transformers.GPT2ForSequenceClassification(config)
+    adam = torch.optim.AdamW(net.parameters(), 3e-3)
+    turns = torch.optim.lr_scheduler.OneCycleLR(adam, 3e-3, total_steps=epochs*14)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(x)).chunk(14):
+            adam.zero_grad()
+            nn.functional.cross_entropy(net(x[rows]).logits, y[rows]).backward()
+            adam.step()
+            turns.step()
+    return net.eval()
+
+
+class Says(nn.Module):
+    "A transformer that returns its logits alone."
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x).logits
+
+
+def rows_of_stream(pairs, epochs=20):
+    "A row for each pair of transformers and each way to put them together."
+    x, y, tx, ty = tokens()
+    rows = []
+    for seed in range(pairs):
+        nets = [reader(x, y, 2*seed + i, epochs) for i in range(2)]
+        with tempfile.TemporaryDirectory() as folder:
+            nets[0].save_pretrained(folder)
+            held = load(folder)
+            own, whole = groups_of(held), [stream_of(held), *groups_of(held)]
+        models = [from_state_dict(n.state_dict()) for n in nets]
+        fed = x.split(200)
+        for name, these, how in (
+            ("as they are", None, None),
+            ("heads and units", own, by_weights),
+            ("heads and units, by activations", own, by_activations),
+            ("the stream too", whole, by_weights),
+            ("the stream too, by activations", whole, by_activations),
+        ):
+            since = time.time()
+            pair = models
+            if these is not None:
+                pair = in_one_gauge(models, these, how(nets, models, fed, these))
+            seconds = time.time() - since
+            a, b = ({f"net.{n}": p for n, p in dict(c).items()} for c in pair)
+            found = segment(Says(nets[0]), a, b, tx, ty)
+            rows.append({"pair": seed, "way": name, **row_of(found), "seconds": round(seconds, 1)})
+            print(rows[-1], flush=True)
     return rows
 
 
@@ -184,13 +347,24 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--pairs", type=int, default=2)
+    parser.add_argument("--stream", type=int, default=0, help="pairs of transformers")
     parser.add_argument("--widths", type=int, nargs="*", default=WIDTHS)
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    warnings.filterwarnings("ignore", ".*say the same to all examples")
+    if args.one:
+        print(json.dumps(cost(args.one)))
+        sys.exit()
     said = ["fashion-mnist/"] if args.data else []
-    given = {k: v for k, v in vars(args).items() if k not in ("data", "widths")}
+    given = {k: v for k, v in vars(args).items() if k not in ("data", "widths", "one")}
     odd = [f"--{k} {v}" for k, v in given.items() if v != parser.get_default(k)]
+    if args.widths != WIDTHS:
+        odd.append(" ".join(["--widths", *map(str, args.widths)]))
     words = " ".join(["python bench/barriers.py", *said, *odd])
-    rows = rows_of_barriers(args.data, args.epochs, args.width, args.pairs)
-    write_rows("barriers", rows, about(words))
+    if args.pairs:
+        rows = rows_of_barriers(args.data, args.epochs, args.width, args.pairs)
+        write_rows("barriers", rows, about(words))
+    if args.stream:
+        write_rows("barriers_stream", rows_of_stream(args.stream), about(words))
     if args.widths:
         write_rows("barriers_cost", rows_of_cost(args.widths), about(words))

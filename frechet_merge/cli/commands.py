@@ -205,6 +205,22 @@ Align = Annotated[
         "first.",
     ),
 ]
+AlignData = Annotated[
+    Optional[str],
+    typer.Option(
+        "--align-data",
+        help="With --align: compare units by what they say on these texts, and not by their "
+        "weights: a file, a folder, or a hub data set[:config].",
+        show_default=False,
+    ),
+]
+AlignResidual = Annotated[
+    bool,
+    typer.Option(
+        "--align-residual",
+        help="With --align: the residual stream too, of models that share no base.",
+    ),
+]
 PadTo = Annotated[
     Optional[int],
     typer.Option(
@@ -331,6 +347,17 @@ def _pictures(data: str | None, split: str, samples: int) -> Any:
 
     return None if data is None else Calibration(data, split, samples)
 
+# %% ../../nbs/cli/commands.ipynb #164d0891
+def _alignment(align: bool, data: str | None, residual: bool) -> Any:
+    "How models are brought into one gauge, if they are; `ValueError` for choices without --align."
+    from frechet_merge.merging.alignment import Alignment
+
+    if not align and (data is not None or residual):
+        raise ValueError(
+            "--align-data and --align-residual say how models are aligned: give --align, too."
+        )
+    return Alignment(data, residual) if align else None
+
 # %% ../../nbs/cli/commands.ipynb #a9152c40
 def _recipe_typed(typed: dict[str, Any]) -> Any:
     "A recipe of the words of a command line."
@@ -372,6 +399,8 @@ def merge_command(
     calibrate_samples: CalibrateSamples = 1024,
     to: To = None,
     align: Align = False,
+    align_data: AlignData = None,
+    align_residual: AlignResidual = False,
     pad_to_multiple_of: PadTo = None,
     chat_template: Template = None,
     allow_nonfinite: Nonfinite = False,
@@ -395,6 +424,7 @@ def merge_command(
 
     start = time.time()
     _refuse_report(out, report, dry_run)
+    typed["align"] = _alignment(align, align_data, align_residual)
     typed["calibrate"] = _pictures(calibrate, calibrate_split, calibrate_samples)
     recipe = _recipe_typed(typed)
     output = Output(out, as_dtype(dtype, True), size(shard_size), full_hash)
@@ -515,15 +545,40 @@ def align_command(
     restarts: Annotated[
         int, typer.Option(help="Further starts, where groups share tensors.", min=0)
     ] = 0,
+    data: Annotated[
+        Optional[str],
+        typer.Option(
+            "--data",
+            help="Compare units by what they say on these texts, and not by their weights.",
+            show_default=False,
+        ),
+    ] = None,
+    residual: Annotated[
+        bool,
+        typer.Option(
+            "--residual", help="The residual stream too, of models that share no base."
+        ),
+    ] = False,
+    max_samples: Annotated[
+        int, typer.Option(help="With --data: a random subset of this size.", min=2)
+    ] = 256,
+    batch_size: BatchSize = 8,
+    max_length: MaxLength = 512,
+    text: TextColumn = None,
+    split: Split = "train",
+    tokenizer: Tokenizer = None,
     dtype: WrittenType = None,
     allow_pickle: Pickle = False,
 ):
     "Write MODELS in one gauge, each in a folder below OUT."
     from frechet_merge.merging.align import align
+    from frechet_merge.merging.alignment import Alignment
 
     start = time.time()
     ws = numbers(weights, "weights")
-    seen, found = align(models, out, base, None, ws, restarts, dtype, allow_pickle)
+    sizes = max_samples, batch_size, max_length
+    how = Alignment(data, residual, split, text, *sizes, tokenizer, restarts)
+    seen, found = align(models, out, base, None, ws, dtype, allow_pickle, how)
     first, last = found.variances[0], found.variances[-1]
     print(
         f"{out}: {len(seen)} models in one gauge, {len(found.gauges[0])} groups, variance "

@@ -182,19 +182,24 @@ def watching(
     module: nn.Module,
     names: Iterable[str],  # of layers
     see: Callable[[str, nn.Module, Tensor], None],  # called with what each of them puts out
+    reads: bool = False,  # with what each of them is given, instead
 ) -> Iterator[None]:
-    "Within, `see` is told what layers put out."
+    "Within, `see` is told what layers put out, or what they are given."
     layers = dict(module.named_modules())
 
     def hook(name: str) -> Callable:
-        def seen(layer, args, given):
-            x = output_of(given)
+        def seen(layer, args, given=None):
+            x = output_of(args if reads else given)
             if x is not None:
                 see(name, layer, x)
 
         return seen
 
-    handles = [layers[name].register_forward_hook(hook(name)) for name in names]
+    if reads:
+        # before what is given may be changed in its place
+        handles = [layers[name].register_forward_pre_hook(hook(name)) for name in names]
+    else:
+        handles = [layers[name].register_forward_hook(hook(name)) for name in names]
     try:
         yield
     finally:

@@ -279,7 +279,10 @@ def gauged(
 def _moved(x: LazyTensor, moves: Mapping[int | None, Sequence[Move]]) -> LazyTensor:
     "A tensor, or one whose slices are moved each on its own."
     if None in moves:
-        return Moved(x, tuple(moves[None]))
+        # other axes than those of slices, so that the order of both does not matter
+        others: dict[int | None, Sequence[Move]] = dict(moves)
+        del others[None]
+        return Moved(_moved(x, others) if others else x, tuple(moves[None]))
     count, *one = x.shape
     n = math.prod(one)
     slices: list[LazyTensor] = [Range(x, i*n, tuple(one)) for i in range(count)]

@@ -19,11 +19,11 @@ from ..files.hub import look_up
 from ..files.open import load
 from ..files.output import free, staged
 from ..matching.blocks import align as versions
-from ..matching.families import groups_of
-from ..matching.gauges import Aligned, align_gauges, in_one_gauge
+from ..matching.gauges import Aligned, in_one_gauge
 from ..matching.groups import Group
 from ..matching.towers import in_one_layout
 from ..matching.views import alike
+from .alignment import Alignment, aligned_by, as_alignment
 from .plan import Opened
 from .recipe import Model, Output, Recipe, as_dtype
 from ..messages import MergeError
@@ -55,12 +55,13 @@ def brought_together(
     every: Sequence[Checkpoint],  # under the same names; the first stays as it is
     groups: Sequence[Group] | None = None,  # what moves together; None: derived from the first
     ws: Sequence[float] | None = None,
-    restarts: int = 0,
+    how: Alignment = Alignment(),
+    sources: Sequence[Model] = (),  # as what they were given, if they are to be run
+    allow_pickle: bool = False,
 ) -> tuple[list[Checkpoint], Aligned]:
     "Views of models in one gauge; `MergeError` where no symmetry is known."
     _refuse_what_has_no_units(every)
-    groups = groups_of(every[0]) if groups is None else groups
-    found = align_gauges(every, groups, ws, restarts)
+    groups, found = aligned_by(how, every, sources, groups, ws, allow_pickle)
     return in_one_gauge(every, groups, found), found
 
 # %% ../../nbs/merging/align.ipynb #95ef71f6
@@ -76,9 +77,13 @@ def in_gauge_of(opened: Opened) -> tuple[Opened, dict[str, Any]]:
         )
     models = alike([*bases, *opened.models], opened.models)
     ws = _weights_of(recipe)
-    seen, found = brought_together(models, None, [*(sum(ws)/len(ws) for _ in bases), *ws])
-    said = {"groups": len(found.gauges[0]), "variances": found.variances, "rests": found.rests}
+    how = as_alignment(recipe.align) or Alignment()
     n = len(bases)
+    sources = [*([recipe.base] if n else []), *recipe.models]
+    all_ws = [*(sum(ws)/len(ws) for _ in bases), *ws]
+    seen, found = brought_together(models, None, all_ws, how, sources, recipe.allow_pickle)
+    said = {"groups": len(found.gauges[0]), "variances": found.variances, "rests": found.rests}
+    said |= how.as_data()
     return replace(opened, models=seen[n:], base=seen[0] if n else None), said
 
 # %% ../../nbs/merging/align.ipynb #0b9dff16
@@ -96,9 +101,10 @@ def align(
     # what moves together, as `check_groups` has tried it; default: derived, and tried
     groups: Sequence[Group] | None = None,
     weights: Sequence[float] | None = None,  # of the models in their mean; default equal
-    restarts: int = 0,  # further starts of the descent, where groups share tensors
     dtype: str | torch.dtype | None = None,  # of what is written; default: each tensor's own
     allow_pickle: bool = False,  # accept .bin files (plain tensors only)
+    # by what units are compared, and whether the residual stream moves; default: by weights, no
+    how: Alignment = Alignment(),
 ) -> tuple[list[Checkpoint], Aligned]:  # of the models; and of the base, too, which is the first
     "Models in one gauge; `MergeError` if their symmetries are not known, or they do not match."
     from frechet_merge.merging.merge import make
@@ -116,9 +122,9 @@ def align(
     if len(ws) != len(opened):
         raise ValueError(f"weights = {ws}: give one for each of the {len(opened)} models.")
     place = None if out is None else free(out)
-    seen, found = brought_together(
-        every, groups, [*(sum(ws)/len(ws) for _ in bases), *ws], restarts
-    )
+    all_ws = [*(sum(ws)/len(ws) for _ in bases), *ws]
+    sources = [*([] if base is None else [base]), *models]
+    seen, found = brought_together(every, groups, all_ws, how, sources, allow_pickle)
     seen = seen[len(bases) :]
     if place is not None:
         with staged(place) as part:

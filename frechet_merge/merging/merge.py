@@ -27,6 +27,7 @@ from ..files.checkpoint import Checkpoint, from_state_dict, vocabulary_size
 from ..files.folders import library_of
 from ..files.open import PICKLES, load
 from .align import in_gauge_of
+from .alignment import Alignment
 from .eight import in_blocks
 from .companions import Says, carry_the_rest, config_of, write_companions
 from ..matching.ties import is_untied
@@ -508,8 +509,8 @@ def merge(
     # one's
     to: str | None = None,
     # bring the hidden units and heads of full models into one gauge first: of models that were
-    # trained apart
-    align: bool = False,
+    # trained apart; by their weights, or by what they say on texts
+    align: bool | str | Alignment = False,
     # rows of tokens are added until their number is a multiple of this
     pad_to_multiple_of: int | None = None,
     # whose chat template is written: "base", a model as it is named, or a file; default: that of

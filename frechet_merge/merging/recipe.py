@@ -20,6 +20,7 @@ from torch import Tensor
 from ..curvature.calibration import Calibration
 from ..files.checkpoint import Checkpoint
 from ..files.hub import Found, exact, exact_of
+from .alignment import Alignment, as_alignment
 from .coefficients import in_a_row
 from ..messages import MergeError
 from .rules import are_rules
@@ -64,7 +65,8 @@ class Recipe:
     # on what running statistics are collected anew; None: they are averaged
     calibrate: Calibration | None = None
     to: str | None = None  # the dialect of the merged adapter; None: the first one's
-    align: bool = False  # bring hidden units and heads into one gauge first
+    # how hidden units and heads are brought into one gauge first; None: they stay
+    align: Alignment | None = None
 
     def __post_init__(self):
         if isinstance(self.models, (str, os.PathLike, Mapping)):
@@ -116,6 +118,7 @@ READ: dict[str, Callable[[Any], Any]] = {
     "geometry": as_geometry,
     "loss": lambda x: loss_named(x) if isinstance(x, str) else x,
     "drop": lambda x: [x] if isinstance(x, str) else [*x],
+    "align": as_alignment,
     "tokenizer": lambda x: None if x is None else str(x),
     "chat_template": lambda x: None if x is None else str(x),
 }
@@ -135,6 +138,9 @@ def _plain(field: str, value: Any) -> Any:
         return [_name(m) for m in value] if several else _name(value)
     if field == "calibrate":
         return None if value is None else asdict(value)
+    if field == "align":
+        how = as_alignment(value)
+        return None if how is None else how.as_data() or True
     if field in ("weights", "sum", "scale"):
         return numbers_of(value)
     return list(value) if isinstance(value, (list, tuple)) else value
@@ -274,6 +280,14 @@ def _has_rules(value: Any) -> bool:
         return any(map(_has_rules, value.values()))
     return in_a_row(value) and (are_rules(value) or any(map(_has_rules, value)))
 
+# %% ../../nbs/merging/recipe.ipynb #5e98f824
+def _is_unusual(recipe: Recipe) -> bool:
+    "Whether it is calibrated or aligned in a way for which options have no words."
+    feed, how = recipe.calibrate, as_alignment(recipe.align)
+    if how is not None and not how.can_be_typed:
+        return True
+    return feed is not None and feed != Calibration(feed.data, feed.split, feed.max_samples)
+
 # %% ../../nbs/merging/recipe.ipynb #29fe6a00
 def _can_be_typed(recipe: Recipe, name: str) -> bool:
     "Whether a command line can say this recipe."
@@ -282,12 +296,18 @@ def _can_be_typed(recipe: Recipe, name: str) -> bool:
     names = [x for x in named if x is not None]
     if not all(isinstance(x, str) and not x.startswith("-") and "," not in x for x in names):
         return False
-    feed = recipe.calibrate
-    unusual = feed is not None and feed != Calibration(feed.data, feed.split, feed.max_samples)
     by_name = [v for v in (recipe.weights, recipe.sum, recipe.scale) if isinstance(v, Mapping)]
     numbers = [recipe.weights, recipe.sum, recipe.scale]
-    unsaid = unusual or any(None in v.values() for v in by_name) or any(map(_has_rules, numbers))
-    return name != repr(recipe.geometry) and not unsaid
+    unsaid = any(None in v.values() for v in by_name) or any(map(_has_rules, numbers))
+    return name != repr(recipe.geometry) and not unsaid and not _is_unusual(recipe)
+
+# %% ../../nbs/merging/recipe.ipynb #509f45d8
+def _of_alignment(recipe: Recipe) -> list[str]:
+    "The options that say how models are aligned, if they are."
+    how = as_alignment(recipe.align)
+    if how is None:
+        return []
+    return ["--align", *flag("align_data", how.data), *flag("align_residual", how.residual)]
 
 # %% ../../nbs/merging/recipe.ipynb #1b4aa679
 def command(recipe: Recipe, output: Output) -> str | None:
@@ -316,10 +336,11 @@ def command(recipe: Recipe, output: Output) -> str | None:
         *flag("to", said.get("to")),
         *flag("pad_to_multiple_of", str(said.get("pad_to_multiple_of") or "")),
         *flag("chat_template", said.get("chat_template")),
+        *_of_alignment(recipe),
     ]
     for name in ("split", "max_samples"):
         if feed and feed[name] != getattr(Calibration, name):
             words += flag(f"calibrate_{name.removeprefix('max_')}", str(feed[name]))
-    for switch in ("drop", "absent", "any_base", "align", "allow_nonfinite", "allow_pickle"):
+    for switch in ("drop", "absent", "any_base", "allow_nonfinite", "allow_pickle"):
         words += flag(switch, said.get(switch))
     return shlex.join(["frechet-merge", "merge", *words])
