@@ -26,6 +26,7 @@ import typer
 from ..files.formats import weight_files
 from ..files.open import load
 from ..messages import MergeError, warn
+from .mixtures import experts_command
 from .options import Absent, AnyBase, Base, BatchSize, MaxLength, Metrics, Models
 from .options import PairColumn, Pickle, Quiet, Split, TextColumn, Tokenizer
 from .options import Weights
@@ -482,6 +483,9 @@ def convert_command(
         f"{out}: {adapter} in the spelling of {to}, {len(written)} tensors, {_count(n)} "
         f"parameters, {time.time() - start:.1f} s"
     )
+
+# %% ../../nbs/cli/commands.ipynb #46cf985b
+app.command("experts")(experts_command)
 
 # %% ../../nbs/cli/commands.ipynb #92b4005e
 DataToRun = Annotated[

@@ -64,6 +64,7 @@ class Record:
     aligned: dict | None = None  # how many groups were aligned, and how far apart they were
     versions: dict[str, str] = field(default_factory=dict)  # of what made it
     key: str = ""  # of all that its bytes depend on; "": not known
+    made: dict | None = None  # what was made of the models, and how, by a command other than merge
 
     def write(self, folder: Path) -> None:
         "Into a folder, as JSON."
@@ -88,7 +89,13 @@ class Record:
         return Output(folder, as_dtype(self.dtype, blocks=True), self.shard_size)
 
     def again(self) -> Recipe:
-        "Its recipe, to be run again; `MergeError` if a model of it was in memory."
+        "Its recipe, to be run again; `MergeError` if it was no merge, or a model was in memory."
+        if self.made is not None:
+            again = f": {self.command}" if self.command else "."
+            raise MergeError(
+                f"this was made by frechet-merge {self.made.get('what')}, and by no recipe.\n"
+                f"Run that again{again}"
+            )
         return Recipe.from_data(self.recipe)
 
 # %% ../../nbs/merging/record.ipynb #714b1b76
@@ -188,7 +195,7 @@ def in_short(record: Record) -> dict[str, Any]:
         said["metrics"] = [{"metrics": c["name"], "files": c["files"]} for c in metrics]
     said["dtype"] = record.dtype
     said |= {k: recipe.get(k) for k in ("drop", "absent", "any_base", "allow_nonfinite")}
-    said |= {**record.versions, "doubtful": record.doubtful or None}
+    said |= {**record.versions, "doubtful": record.doubtful or None, "made": record.made}
     return {k: v for k, v in said.items() if v is not None}
 
 # %% ../../nbs/merging/record.ipynb #7659c8c0
