@@ -104,11 +104,11 @@ def put(net, folder, fused=False):
             f.unlink()
         state = {k: v.contiguous().clone() for k, v in net.state_dict().items()}
         save_file(state, folder/"model.safetensors", metadata={"format": "pt"})
-    words = {f"w{i}": i for i in range(48)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w1"))
+    words = {"<pad>": 0, "<unk>": 1} | {f"w{i}": i for i in range(2, 48)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="w0", unk_token="w1"
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>"
     ).save_pretrained(folder)
     return folder
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OutFolder', 'Keep', 'PerToken', 'By', 'OfExperts', 'Fed', 'Samples', 'WrittenAs', 'Where', 'experts_command']
 
-# %% ../../nbs/cli/mixtures.ipynb #96acd5bc
+# %% ../../nbs/cli/mixtures.ipynb #4b737078
 import sys
 import time
 from pathlib import Path
@@ -15,6 +15,7 @@ import typer
 
 from .options import BatchSize, MaxLength, PairColumn, Pickle, Quiet, Split
 from .options import TextColumn, Tokenizer, size
+from ..files.open import load
 
 # %% ../../nbs/cli/mixtures.ipynb #108b69dc
 OutFolder = Annotated[
@@ -65,7 +66,7 @@ Where = Annotated[
     typer.Option(help="Where chunks are computed, and models run: cpu, cuda.", show_default=False),
 ]
 
-# %% ../../nbs/cli/mixtures.ipynb #d9eccd9c
+# %% ../../nbs/cli/mixtures.ipynb #c08b9c51
 def experts_command(
     model: Annotated[
         str,
@@ -112,8 +113,8 @@ def experts_command(
         allow_pickle=allow_pickle,
         progress=not quiet and sys.stderr.isatty(),
     )
-    made = found.record.made
-    n = sum(x.numel for x in found.tensors.lazy.values())
+    made = found.record.made if found.record is not None and found.record.made else {}
+    n = sum(x.numel for x in load(out).lazy.values())
     print(
         f"{out}: {keep} of {made['experts']} experts in {len(made['layers'])} layers, "
         f"{made['per_token']} for each token, {n:,} parameters, {time.time() - start:.1f} s"

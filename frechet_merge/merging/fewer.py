@@ -323,7 +323,7 @@ class Asked:
                 words += flag(name, "" if value == default or value is None else str(value))
         return shlex.join(["frechet-merge", "experts", *words])
 
-# %% ../../nbs/merging/fewer.ipynb #6b56ea6b
+# %% ../../nbs/merging/fewer.ipynb #cf85c49b
 def fewer_experts(
     model: Model,  # folder, file or hub id of a mixture of experts, or BASE+ADAPTER
     keep: int,  # experts of each layer that are left
@@ -346,37 +346,41 @@ def fewer_experts(
     since = time.monotonic()
     with heard() as said:
         opened = _opened(model, geometry, allow_pickle)
-        c = opened.models[0]
-        routes = routes_of(c)
-        layers = mixtures_in(c, routes)
+        routes = routes_of(opened.models[0])
         picked = _check(keep, per_token, by, data is not None, routes)
         feed = data if data is None or isinstance(data, TextFeed) else TextFeed(data, device=device)
         asked = Asked(keep, picked, by, feed)
         output = Output(None if out is None else Path(out), as_dtype(dtype), shard_size)
         if output.folder is not None:
             output = replace(output, folder=free(output.folder))
-        _say_of_shares(c, routes, keep, picked)
-        seen = None
-        if feed is not None:
-            place = _place_of(model, c)
-            seen = _seen_at(routing(place, feed, by == "outputs", allow_pickle), layers)
-        found = reduced(c, routes, keep, by, seen)
-        plan = plan_fewer(c, found, opened.recipe.geometry, output.dtype, device)
-        small = c.view(says={**c.says, **routes.says(keep, picked)})
-        made = {
-            "what": "experts",
-            "experts": routes.experts,
-            "keep": keep,
-            "per_token": picked,
-            "by": by,
-            "data": None if feed is None else str(feed.data),
-            "layers": {r.mixture.place: r.as_data() for r in found},
-        }
-        record = begun(opened, output)
-        record = replace(record, command=asked.command(opened, output, geometry), made=made)
-        opened = replace(opened, models=[small])
-        work = Work(opened, output, Run(device=device, progress=progress), record, said, since)
-        return work.deliver(plan)
+        record = replace(begun(opened, output), command=asked.command(opened, output, geometry))
+        work = Work(opened, output, Run("threads", device, progress), record, said, since)
+        return _made(work, routes, asked)
+
+# %% ../../nbs/merging/fewer.ipynb #ea4f57d1
+def _made(work: Work, routes: Routes, asked: Asked) -> Merged:
+    "Find the groups, and write their means."
+    c, geometry = work.opened.models[0], work.opened.recipe.geometry
+    layers, seen = mixtures_in(c, routes), None
+    _say_of_shares(c, routes, asked.keep, asked.picked)
+    if asked.feed is not None:
+        place = _place_of(work.opened.recipe.models[0], c)
+        pickles = work.opened.recipe.allow_pickle
+        seen = _seen_at(routing(place, asked.feed, asked.by == "outputs", pickles), layers)
+    found = reduced(c, routes, asked.keep, asked.by, seen)
+    plan = plan_fewer(c, found, geometry, work.output.dtype, work.run.device)
+    made = {
+        "what": "experts",
+        "experts": routes.experts,
+        "keep": asked.keep,
+        "per_token": asked.picked,
+        "by": asked.by,
+        "data": None if asked.feed is None else str(asked.feed.data),
+        "layers": {r.mixture.place: r.as_data() for r in found},
+    }
+    small = c.view(says={**c.says, **routes.says(asked.keep, asked.picked)})
+    opened = replace(work.opened, models=[small])
+    return replace(work, opened=opened, record=replace(work.record, made=made)).deliver(plan)
 
 # %% ../../nbs/merging/fewer.ipynb #05c89a95
 def _place_of(model: Model, c: Checkpoint) -> Any:
