@@ -26,7 +26,7 @@ import typer
 from ..files.formats import weight_files
 from ..files.open import load
 from ..messages import MergeError, warn
-from .mixtures import experts_command
+from .mixtures import experts_command, mixture_command
 from .options import Absent, AnyBase, Base, BatchSize, MaxLength, Metrics, Models
 from .options import PairColumn, Pickle, Quiet, Split, TextColumn, Tokenizer
 from .options import Weights
@@ -486,6 +486,7 @@ def convert_command(
 
 # %% ../../nbs/cli/commands.ipynb #46cf985b
 app.command("experts")(experts_command)
+app.command("mixture")(mixture_command)
 
 # %% ../../nbs/cli/commands.ipynb #92b4005e
 DataToRun = Annotated[
