@@ -14,7 +14,8 @@ from .recipes import Asked, text, texts, whole
 from .upcycled import GATES, Gate, Wanted
 from ..messages import MergeError
 
-# %% ../../nbs/merging/moe.ipynb #78965ab6
+# %% ../../nbs/merging/moe.ipynb #06868ef2
+# of a whole recipe
 FIELDS = ("base_model", "gate_mode", "dtype", "experts_per_token", "experts", "architecture")
 # what a recipe may ask for, and is not made here → the nearest that is
 HINTS = {
@@ -24,7 +25,9 @@ HINTS = {
     "tokenizer_source": "A mixture has the tokenizer of its base.",
     "out_dtype": "It is dtype.",
 }
+# fields of one expert
 OF_EXPERT = ("source_model", "positive_prompts", "negative_prompts")
+# what people write for an expert → where it is
 HINTS_OF_EXPERT = {
     "model": "It is source_model.",
     "prompts": "It is positive_prompts.",
@@ -52,31 +55,42 @@ def _expert(page: Page, key: Key) -> tuple[str, list[str], list[str]]:
 
     return text(page, (*key, "source_model")), said("positive_prompts"), said("negative_prompts")
 
-# %% ../../nbs/merging/moe.ipynb #bea017b1
+# %% ../../nbs/merging/moe.ipynb #28158c87
+def _experts(page: Page, mode: str) -> list[tuple[str, list[str], list[str]]]:
+    "All experts; `MergeError` if there are none, or if one has no texts that the mode needs."
+    given = page.data.get("experts")
+    if not isinstance(given, list) or not given:
+        page.refuse(("experts",) if "experts" in page.data else (), "needs experts: a list.")
+    found = [_expert(page, ("experts", i)) for i in range(len(given))]
+    for i, (model, positive, _) in enumerate(found):
+        if mode != "random" and not positive:
+            page.refuse(("experts", i), f"{model} has no positive_prompts, which {mode} needs.")
+    return found
+
+# %% ../../nbs/merging/moe.ipynb #01d0b451
+def _picked(page: Page, count: int) -> int:
+    "How many experts each token is sent to."
+    is_said = page.data.get("experts_per_token") is not None
+    picked = whole(page, ("experts_per_token",)) if is_said else 2
+    if picked > count:
+        key = ("experts_per_token",) if is_said else ("experts",)
+        page.refuse(key, f"{picked} of {count} experts cannot be picked: name more experts.")
+    return picked
+
+# %% ../../nbs/merging/moe.ipynb #b0552283
 def wanted_by(page: Page) -> Wanted:
     "The mixture that a page asks for; `MergeError` with the line of what cannot be."
     page.known((), FIELDS, HINTS)
     if page.data.get("base_model") is None:
         page.refuse((), "a recipe of mergekit-moe needs a base_model.")
-    given = page.data.get("experts")
-    if not isinstance(given, list) or not given:
-        page.refuse(("experts",) if "experts" in page.data else (), "needs experts: a list.")
     mode = text(page, ("gate_mode",)) if page.data.get("gate_mode") is not None else "hidden"
     if mode not in GATES:
         page.refuse(("gate_mode",), f"{mode!r} is none: use {', '.join(GATES)}.")
     _architecture(page)
-    found = [_expert(page, ("experts", i)) for i in range(len(given))]
-    for i, (model, positive, _) in enumerate(found):
-        if mode != "random" and not positive:
-            page.refuse(("experts", i), f"{model} has no positive_prompts, which {mode} needs.")
-    asked = page.data.get("experts_per_token")
-    picked = 2 if asked is None else whole(page, ("experts_per_token",))
-    if picked > len(found):
-        key = ("experts_per_token",) if asked is not None else ("experts",)
-        page.refuse(key, f"{picked} of {len(found)} experts cannot be picked: name more experts.")
+    found = _experts(page, mode)
     gate = Gate(mode, [p for _, p, _ in found], [n for _, _, n in found])
     models = [model for model, _, _ in found]
-    return Wanted(models, text(page, ("base_model",)), None, gate, picked)
+    return Wanted(models, text(page, ("base_model",)), None, gate, _picked(page, len(found)))
 
 # %% ../../nbs/merging/moe.ipynb #7fbfd054
 def _architecture(page: Page) -> None:
