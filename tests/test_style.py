@@ -13,6 +13,7 @@ TOKENS, PATHS, STATEMENTS, PARAMETERS = 400, 15, 40, 8
 
 # what people call with keywords, and what a command line calls
 DOORS = {"merge", "tune", "curvature", "collect", "inspect", "examples", "frechet_mean", "extract"}
+DOORS |= {"fewer_experts", "mixture"}
 
 BRANCHES = (ast.If, ast.IfExp, ast.For, ast.While, ast.ExceptHandler, ast.Assert, ast.Match)
 SHORT = (ast.Return, ast.Raise, ast.Continue, ast.Break, ast.Pass)

@@ -61,7 +61,7 @@ ELSEWHERE = {
 # %% ../../nbs/merging/mergekit.ipynb #c6b4f0e2
 def is_of_mergekit(page: Page) -> bool:
     "Whether a page is a recipe of mergekit, and not one of ours."
-    return any(k in page.data for k in ("merge_method", "slices", "modules", "gate_mode"))
+    return any(k in page.data for k in ("merge_method", "slices", "modules"))
 
 # %% ../../nbs/merging/mergekit.ipynb #c110b90e
 @dataclass(frozen=True)
@@ -549,7 +549,6 @@ def task_of(page: Page) -> Task:
     "A page, half read; `MergeError` for a field or a method that is not known."
     hints = {
         "modules": "Parts of a model are not merged by their own recipes here: merge each.",
-        "gate_mode": "It is of mixtures of experts, which are no means of models.",
         "out_path": "Name the folder on the command line: -o OUT.",
     }
     page.known((), FIELDS, hints)

@@ -358,6 +358,7 @@ class Asked:
     output: Output  # as what it is written
     page: Page | None = None  # where it says so; None: a record
     notes: tuple[str, ...] = ()  # what is said of it before it runs
+    mixture: Any = None  # `Wanted`, if a mixture is made of the models; None: they are merged
 
 # %% ../../nbs/merging/recipes.ipynb #4b29498e
 def read_recipe(
@@ -377,10 +378,24 @@ def read_recipe(
 def asked_by(page: Page) -> Asked:
     "What a page asks for, in our words or in mergekit's."
     from frechet_merge.merging.mergekit import is_of_mergekit, translated
+    from frechet_merge.merging.moe import is_of_moe, mixture_asked
 
+    if is_of_moe(page):
+        return mixture_asked(page)
     if is_of_mergekit(page):
         return translated(page)
     return Asked(*recipe_of(page), page)
+
+# %% ../../nbs/merging/recipes.ipynb #6bbfffc4
+def _mixed(asked: Asked, output: Output, run: Run, do: Callable[..., Any]) -> Any:
+    "Make the mixture that a file asks for; `ValueError` for a dry run, which shows merges."
+    from frechet_merge.merging.upcycled import make_mixture
+
+    if do is not make:
+        raise ValueError("--dry-run shows merges, and this is a mixture: run it without.")
+    if run.resume:
+        raise ValueError("--resume goes on with merges, and this is a mixture: run it without.")
+    return make_mixture(asked.mixture, output, run)
 
 # %% ../../nbs/merging/recipes.ipynb #58d2ba96
 def run_recipe(
@@ -391,6 +406,8 @@ def run_recipe(
 ) -> Any:  # what `do` returns
     "Run what a file asks for; `MergeError`, with the line if it is about what the file says."
     try:
+        if asked.mixture is not None:
+            return _mixed(asked, output, run, do)
         return do(asked.recipe, output, run)
     except MergeError:
         raise
