@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -12,8 +13,10 @@ import pytest
 import torch
 from conftest import cli
 
+from frechet_merge import merge
 from frechet_merge.cli.commands import app
 from frechet_merge.cli.helped import EXAMPLES, GROUPS, examples_of, geometry_names, heading_of
+from frechet_merge.merging.upcycled import mixture
 from typer.main import get_command
 
 COMMANDS = get_command(app).commands
@@ -45,7 +48,7 @@ def place(tmp_path_factory):
         tuned = transformers.LlamaForCausalLM(config)
         with torch.no_grad():
             for p, q in zip(tuned.parameters(), base.parameters()):
-                p.copy_(q + 0.1*p)
+                p.copy_(q + 0.02*torch.randn_like(p))
         tuned.save_pretrained(place/name)
         lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
         adapted = peft.get_peft_model(transformers.LlamaForCausalLM(config), lora)
@@ -53,14 +56,16 @@ def place(tmp_path_factory):
     for name in ("base", "math", "code"):
         fast.save_pretrained(place/name)
     (place/"recipe.yaml").write_text("models: [math, code]\nbase: base\nscale: 0.5\n")
+    merge([place/"math", place/"code"], out=place/"merged")
+    mixture([place/n for n in ("math", "code", "base")], place/"mixture", gate="random")
     lines = [f'{{"text": "{" ".join(list("abcdefgh")[i:i + 5])}"}}' for i in range(4)]
     (place/"texts.jsonl").write_text("\n".join(lines*4) + "\n")
     return place
 
 
 @pytest.mark.parametrize("command", sorted(EXAMPLES.keys() - {"demo"}))
-def test_examples_run(place, command, monkeypatch):
-    monkeypatch.chdir(place)
+def test_examples_run(place, command, monkeypatch, tmp_path):
+    monkeypatch.chdir(shutil.copytree(place, tmp_path/"place"))
     for line in examples_of(command):
         program, *words = shlex.split(line)
         out = words[words.index("-o") + 1] if "-o" in words else None
@@ -111,7 +116,7 @@ def completed(words, current, shell="bash"):
 
 
 def test_completion_knows_commands_options_and_geometries():
-    found, has_torch = completed(["frechet-merge", "m"], 1)
+    found, has_torch = completed(["frechet-merge", "me"], 1)
     assert found == ["merge"] and not has_torch
     assert "--geometry" in completed(["frechet-merge", "merge", "--g"], 2)[0]
     found, has_torch = completed(["frechet-merge", "merge", "--geometry", "s"], 3)

@@ -26,6 +26,7 @@ import typer
 
 from ..messages import MergeError, warn
 from .helped import ERASED, App, geometry_names, one_of
+from .mixtures import experts_command, mixture_command
 from .options import Absent, AnyBase, Base, BatchSize, MaxLength, Metrics, Models
 from .options import PairColumn, Pickle, Quiet, Split, TextColumn, Tokenizer
 from .options import Weights
@@ -622,6 +623,10 @@ def convert_command(
         f"{out}: {adapter} in the spelling of {to}, {len(written)} tensors, {_count(n)} "
         f"parameters, {time.time() - start:.1f} s"
     )
+
+# %% ../../nbs/cli/commands.ipynb #46cf985b
+app.command("experts")(experts_command)
+app.command("mixture")(mixture_command)
 
 # %% ../../nbs/cli/commands.ipynb #92b4005e
 DataToRun = Annotated[

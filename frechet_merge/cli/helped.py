@@ -21,12 +21,14 @@ from typer.core import TyperCommand
 GROUPS = {
     "What is merged, and how": "geometry base weights sum scale metrics loss align bake drop "
     "absent any_base calibrate calibrate_split calibrate_samples damping rank energy whole "
-    "exclude restarts form estimator k bounds only layers",
+    "exclude restarts residual align_data align_residual form estimator k bounds only layers keep "
+    "per_token by gate",
     "What is run": "data head heads tokenizer split text pair label max_samples batch_size "
-    "max_length basis seed texts",
-    "What is written": "out dtype shard_size to pad_to_multiple_of chat_template full_hash plot",
+    "max_length basis seed texts prompts seen",
+    "What is written": "out dtype shard_size to pad_to_multiple_of chat_template full_hash plot "
+    "report",
     "The hub": "push public yes",
-    "How it is done": "executor device resume allow_nonfinite allow_pickle headers top dry_run "
+    "How it is done": "executor device resume part join allow_nonfinite allow_pickle headers top dry_run "
     "as_json quiet",
 }
 
@@ -86,6 +88,21 @@ frechet-merge extract math --base base --energy 0.95 -o math-adapter
 """,
     "resize": """
 frechet-merge resize math-lora --rank 2 -o small-lora
+""",
+    "suggest": """
+frechet-merge suggest math code --base base
+# with a recipe of what it names
+frechet-merge suggest math code --base base -o suggested.yaml
+""",
+    "report": """
+frechet-merge report merged
+""",
+    "mixture": """
+# three models of one base, each an expert
+frechet-merge mixture math code base --gate random -o mixture
+""",
+    "experts": """
+frechet-merge experts mixture --keep 2 -o fewer
 """,
     "demo": """
 frechet-merge demo -o picture.png --texts 20

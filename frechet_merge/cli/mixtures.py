@@ -16,7 +16,6 @@ import typer
 
 from .options import BatchSize, MaxLength, Models, PairColumn, Pickle, Quiet, Split
 from .options import TextColumn, Tokenizer, size
-from ..files.open import load
 from ..messages import MergeError
 
 # %% ../../nbs/cli/mixtures.ipynb #108b69dc
@@ -116,7 +115,7 @@ def experts_command(
         progress=not quiet and sys.stderr.isatty(),
     )
     made = found.record.made if found.record is not None and found.record.made else {}
-    n = sum(x.numel for x in load(out).lazy.values())
+    n = sum(x.numel for x in found.tensors.lazy.values())
     print(
         f"{out}: {keep} of {made['experts']} experts in {len(made['layers'])} layers, "
         f"{made['per_token']} for each token, {n:,} parameters, {time.time() - start:.1f} s"
@@ -201,7 +200,7 @@ def mixture_command(
         progress=not quiet and sys.stderr.isatty(),
     )
     made = found.record.made if found.record is not None and found.record.made else {}
-    n = sum(x.numel for x in load(out).lazy.values())
+    n = sum(x.numel for x in found.tensors.lazy.values())
     print(
         f"{out}: a {made['type']} of {made['experts']} experts, {per_token} for each token, "
         f"{n:,} parameters, {time.time() - start:.1f} s"

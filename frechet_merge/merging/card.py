@@ -328,7 +328,7 @@ def in_short(record: Record) -> dict[str, Any]:
         said["metrics"] = [read(c, "metrics") for c in metrics]
     said["dtype"] = record.dtype
     said |= {k: recipe.get(k) for k in ("drop", "absent", "any_base", "allow_nonfinite")}
-    said |= {**record.versions, "doubtful": record.doubtful or None}
+    said |= {**record.versions, "doubtful": record.doubtful or None, "made": record.made}
     return {k: v for k, v in said.items() if v is not None}
 
 # %% ../../nbs/merging/card.ipynb #9f1c3183

@@ -66,6 +66,7 @@ class Record:
     key: str = ""  # of all that its bytes depend on; "": not known
     # what models say of their licence, languages, task and origin, as `said_by` has it
     about: list[dict] = field(default_factory=list)
+    made: dict | None = None  # what was made of the models, and how, by a command other than merge
 
     def write(self, folder: Path) -> None:
         "Into a folder, as JSON."
@@ -91,7 +92,13 @@ class Record:
         return Output(folder, as_dtype(self.dtype, blocks=True), self.shard_size)
 
     def again(self) -> Recipe:
-        "Its recipe, to be run again; `MergeError` if a model of it was in memory."
+        "Its recipe, to be run again; `MergeError` if it was no merge, or a model was in memory."
+        if self.made is not None:
+            again = f": {self.command}" if self.command else "."
+            raise MergeError(
+                f"this was made by frechet-merge {self.made.get('what')}, and by no recipe.\n"
+                f"Run that again{again}"
+            )
         return Recipe.from_data(self.recipe)
 
 # %% ../../nbs/merging/record.ipynb #714b1b76
