@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from itertools import chain
 from math import fsum
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, Optional
 
 import typer
@@ -374,6 +375,28 @@ def _recipe_typed(typed: dict[str, Any]) -> Any:
     }
     return Recipe.of(typed | read)
 
+# %% ../../nbs/cli/commands.ipynb #4d58a298
+def _merge(typed: dict[str, Any]) -> None:
+    "What `merge` was asked for, by the names of its parameters."
+    from frechet_merge.merging.merge import make
+    from frechet_merge.merging.recipe import Output, Run
+
+    start, asked = time.time(), SimpleNamespace(**typed)
+    _refuse_report(asked.out, asked.report, asked.dry_run)
+    feed = _pictures(asked.calibrate, asked.calibrate_split, asked.calibrate_samples)
+    aligned = _alignment(asked.align, asked.align_data, asked.align_residual)
+    recipe = _recipe_typed(typed | {"calibrate": feed, "align": aligned})
+    output = Output.of(typed | {"shard_size": size(asked.shard_size)})
+    run = Run.of(typed | {"progress": not asked.quiet and sys.stderr.isatty()})
+    if is_dry(asked.dry_run, asked.as_json):
+        asked_to_push(asked.push, asked.public, asked.yes, asked.dry_run)
+        return _print_preview(recipe, output, run, asked.geometry, asked.as_json)
+    target = asked_to_push(asked.push, asked.public, asked.yes, names=asked.models)
+    merged = make(recipe, output, run, asked.geometry)
+    _warn_of_few(asked.models, alone=asked.bake is None and asked.base is None)
+    _print_merged(merged, len(asked.models), start, asked.report)
+    push_(target, asked.out)
+
 # %% ../../nbs/cli/commands.ipynb #a9152c4c
 @app.command("merge")
 def merge_command(
@@ -419,25 +442,7 @@ def merge_command(
     quiet: Quiet = False,
 ):
     "Merge MODELS into the folder OUT."
-    typed = dict(locals())
-    from frechet_merge.merging.merge import make
-    from frechet_merge.merging.recipe import Output, Run, as_dtype
-
-    start = time.time()
-    _refuse_report(out, report, dry_run)
-    typed["align"] = _alignment(align, align_data, align_residual)
-    typed["calibrate"] = _pictures(calibrate, calibrate_split, calibrate_samples)
-    recipe = _recipe_typed(typed)
-    output = Output(out, as_dtype(dtype, True), size(shard_size), full_hash)
-    run = Run.of(typed | {"progress": not quiet and sys.stderr.isatty()})
-    if is_dry(dry_run, as_json):
-        asked_to_push(push, public, yes, dry_run)
-        return _print_preview(recipe, output, run, geometry, as_json)
-    target = asked_to_push(push, public, yes, names=models)
-    merged = make(recipe, output, run, geometry)
-    _warn_of_few(models, alone=bake is None and base is None)
-    _print_merged(merged, len(models), start, report)
-    push_(target, out)
+    _merge(dict(locals()))
 
 # %% ../../nbs/cli/commands.ipynb #cf575ff3
 RecipeFile = Annotated[

@@ -35,7 +35,7 @@ from ..geometries.geometry import Euclidean, Geometry
 from ..spaces.mean import Mean
 from .parts import parts_of, plan_root, refuse_parts_without_place
 from .plan import Opened, open_recipe, plan_models
-from .recipe import Model, Output, Recipe, Run, as_dtype
+from .recipe import Model, Output, Recipe, Run
 from .card import card
 from .record import NAME, Record, begun, came_of
 from .templates import Chosen, chosen_templates, home_of, put_templates
@@ -532,6 +532,4 @@ def merge(
     given = {**locals(), "calibrate": as_calibration(calibrate)}
     recipe = Recipe.of(given)
     name = geometry if isinstance(geometry, str) else None
-    folder = None if out is None else Path(out)
-    output = Output(folder, as_dtype(dtype, True), shard_size, full_hash)
-    return make(recipe, output, Run.of(given), name)
+    return make(recipe, Output.of(given), Run.of(given), name)

@@ -189,6 +189,13 @@ class Output:
     shard_size: int = 5*10**9  # bytes of a file, at most, unless one tensor is larger
     full_hash: bool = False  # hash every byte of the inputs for the record
 
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> "Output":  # `out`, `dtype`, and its other fields
+        "Where somebody asked for it to be written; a dtype by its name."
+        out, dtype = given.get("out"), as_dtype(given.get("dtype"), blocks=True)
+        folder = None if out is None else Path(out)
+        return cls(folder, dtype, given["shard_size"], given["full_hash"])
+
 # %% ../../nbs/merging/recipe.ipynb #55cb3983
 @dataclass(frozen=True)
 class Run:
