@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['OPTIONS', 'SWITCHES', 'MOST', 'options_in', 'Refusal', 'Mended', 'what_is_in_the_way']
 
-# %% ../../nbs/diagnostics/mending.ipynb #6845907f
+# %% ../../nbs/diagnostics/mending.ipynb #14290336
 import re
 import shlex
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,11 +57,13 @@ class Mended:
     # that is planned to the end; empty: nothing is in the way, or there is no such command here
     command: str = ""
 
-# %% ../../nbs/diagnostics/mending.ipynb #afdbee6e
+# %% ../../nbs/diagnostics/mending.ipynb #4544c1ff
 def _refused(given: dict[str, Any]) -> str:
     "What the plan of a recipe says against it; empty if nothing."
     try:
-        with heard():
+        # what a merge would warn of, it will
+        with heard(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             preview(Recipe.of(given))
     except ValueError as e:
         return str(e)
