@@ -530,6 +530,7 @@ class TestDisk:
         code = (
             "import time, sys\n"
             "from frechet_merge import cli\n"
+            "import frechet_merge.merging.merge\n"
             "m = sys.modules['frechet_merge.merging.block']\n"
             "real, calls = m.merge_block, []\n"
             "def slow(*a):\n"

@@ -10,7 +10,7 @@ __all__ = ['OutFolder', 'Keep', 'PerToken', 'By', 'OfExperts', 'Fed', 'Samples',
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -100,7 +100,7 @@ def experts_command(
 
     start = time.time()
     how = (split, text, pair, max_samples, batch_size, max_length, tokenizer, device)
-    found = fewer_experts(
+    found: Any = fewer_experts(
         model,
         keep,
         out,
@@ -184,7 +184,7 @@ def mixture_command(
     from frechet_merge.merging.upcycled import mixture
 
     start = time.time()
-    found = mixture(
+    found: Any = mixture(
         models,
         out,
         base,

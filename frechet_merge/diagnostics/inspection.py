@@ -138,7 +138,7 @@ def eta_table(found: "Inspection", top: int) -> Table | None:
 
 # %% ../../nbs/diagnostics/inspection.ipynb #c72f1af3
 def ways(found: "Inspection") -> list[str]:
-    "What [the plan refuses](mending.ipynb), with what mends it, and a command that goes through."
+    "What the plan refuses, with what mends it, and a command that goes through."
     lines = []
     for r in found.refusals:
         helps = f" [{r.option} does]" if r.option else ""

@@ -19,7 +19,7 @@ from ..geometries.registry import from_data, spelled
 from .recipe import Recipe, command
 from .record import Record
 from .said import FORMS, ids_in, licence, origin, values
-from .said import short_name, short_names
+from .said import is_of_hub, short_name, short_names
 from ..messages import MergeError
 
 # %% ../../nbs/merging/card.ipynb #00357571
@@ -90,8 +90,9 @@ def names_of(record: Record) -> dict[str, str]:
         found[role] = found[role] or [x for x in typed[role] if isinstance(x, str)]
     short = short_names([name for names in found.values() for name in names])
     for role in ROLES:
-        both = zip(typed[role], found[role])
-        short |= {name: short[there] for name, there in both if isinstance(name, str)}
+        both = [(x, there) for x, there in zip(typed[role], found[role]) if isinstance(x, str)]
+        # an id of the hub hides no place, and may name a commit
+        short |= {x: x if is_of_hub(x) else short[there] for x, there in both}
     return short
 
 # %% ../../nbs/merging/card.ipynb #77284356
