@@ -12,7 +12,7 @@ from conftest import cli, save
 from frechet_merge import Euclidean, MergeError, Sphere, Span, merge
 from frechet_merge.merging.lines import read_page
 from frechet_merge.merging.recipe import Recipe
-from frechet_merge.merging.recipes import read_recipe, recipe_of, run_recipe
+from frechet_merge.merging.recipes import asked_by, read_recipe, recipe_of, run_recipe
 
 
 def deep(seed, layers=3):
@@ -195,3 +195,9 @@ def test_a_short_file_is_no_huge_one():
         lines.append(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}']*10)}]")
     with pytest.raises(MergeError, match="more than"):
         read_page("\n".join(lines))
+
+
+def test_a_recipe_of_mergekit_with_nothing_beside_the_base(folders):
+    text = f"merge_method: ties\nbase_model: {folders[0]}\nmodels: [{{model: {folders[0]}}}]"
+    with pytest.raises(MergeError, match="at least 1 models beside the base, not 0"):
+        asked_by(read_page(text))

@@ -408,6 +408,7 @@ DEFAULTS = {"density": 1.0, "gamma": 0.01, "epsilon": 0.15}
 
 
 def _trimmed(task: Task) -> dict[str, Any]:
+    task.counted(1)
     rule, elect, mean, rescale = TRIMS[task.method]
     mean = switch_of(task.page, "normalize", mean)
     rescale = switch_of(task.page, "rescale", rescale)
