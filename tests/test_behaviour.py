@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import cli
+from test_groups import Residual, elsewhere
 from torch import nn
 
 from frechet_merge import MergeError
@@ -16,7 +17,7 @@ from frechet_merge.files.checkpoint import from_state_dict
 from frechet_merge.matching import behaviour
 from frechet_merge.matching.behaviour import Crossed, match_activations, readers_of
 from frechet_merge.matching.gauges import in_one_gauge
-from frechet_merge.matching.groups import dense, gauged, random_element
+from frechet_merge.matching.groups import dense
 from frechet_merge.matching.traced import traced
 
 
@@ -27,12 +28,6 @@ def mlp(seed, dtype=torch.float64, inplace=False):
 
 
 GROUPS = dense(["0.weight", "2.weight", "4.weight"], [40, 30], homogeneous=True)
-
-
-def elsewhere(c, groups, seed):
-    gen = torch.Generator().manual_seed(seed)
-    moved = gauged(c, groups, {g.name: random_element(g, gen) for g in groups})
-    return c.view(lazy=from_state_dict(dict(moved)).lazy)
 
 
 def copies_of(net, groups, T):
@@ -68,19 +63,6 @@ def test_what_is_changed_in_place_was_read_before():
         models, nets = copies_of(mlp(0, inplace=inplace), GROUPS, 2)
         found = match_activations(nets, [torch.randn(300, 12).double()], GROUPS)
         assert gap(in_one_gauge(models, GROUPS, found)[1], models[0]) < 1e-10
-
-
-class Residual(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.stem, self.head = nn.Conv2d(1, 6, 3, padding=1), nn.Linear(6*16, 3)
-        self.one, self.two = nn.Conv2d(6, 8, 3, padding=1), nn.Conv2d(8, 6, 3, padding=1)
-        self.norm, self.pool = nn.BatchNorm2d(8), nn.MaxPool2d(2)
-
-    def forward(self, x):
-        x = torch.relu(self.stem(x))
-        x = x + self.two(torch.relu(self.norm(self.one(x))))
-        return self.head(torch.flatten(self.pool(torch.relu(x)), 1))
 
 
 def test_copies_of_a_cnn_come_back_with_its_residual_stream():
@@ -173,8 +155,12 @@ def test_silent_units_and_missing_examples_are_said():
     x = torch.randn(100, 12, dtype=torch.float64)
     with pytest.warns(UserWarning, match="3 units say the same to all examples, most of them in 0"):
         match_activations([net, mlp(1)], [x], GROUPS)
-    with pytest.raises(MergeError, match="there are no examples"):
-        match_activations([net, net], [], GROUPS)
+    with pytest.raises(MergeError, match="there are no examples.*\n.*at least two"):
+        match_activations([net, mlp(1)], [], GROUPS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        found = match_activations([net, mlp(1)], [x[:2]], GROUPS)
+    assert found
     with torch.no_grad():
         net[0].bias[4] = float("nan")
     with pytest.raises(MergeError, match="layer '2'.*not finite"):

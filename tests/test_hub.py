@@ -161,6 +161,7 @@ def test_a_wrong_id_fails_before_anything_is_downloaded(tmp_path, hub, wrong, sa
 def test_a_login_sees_what_is_private_or_gated(tmp_path, hub):
     hub.put("org/mine", model(tmp_path, 0), private=True)
     hub.put("org/locked", model(tmp_path, 1), gated="auto")
+    fails(hub, "org/locked", "org/locked", cwd=tmp_path, says="Accept its terms|log in")
     env = hub.env(tmp_path/"home", TOKEN)
     code, _, err = merged("org/mine", "org/locked", "-o", "OUT", cwd=tmp_path, env=env)
     assert code == 0, err

@@ -2,6 +2,7 @@
 command that goes through: it is run here, on the models that were in the way."""
 
 import json
+import os
 import shlex
 
 import pytest
@@ -11,7 +12,8 @@ from test_suggest import adapter
 
 from frechet_merge.diagnostics.inspection import inspect
 from frechet_merge.diagnostics.mending import options_in, what_is_in_the_way
-from frechet_merge.diagnostics.said import BEGINNING, front_matter, licence_in
+from frechet_merge.diagnostics.overview import BEGINNING, licence_in
+from frechet_merge.merging.said import head_of
 
 
 def toy(**more):
@@ -123,6 +125,12 @@ def test_only_the_beginning_of_a_card_is_read(tmp_path):
     assert licence_in(tmp_path) is None
 
 
+@pytest.mark.parametrize("name", ["README.md", "LICENSE"])
+def test_a_pipe_says_nothing_and_nobody_waits_for_it(tmp_path, name):
+    os.mkfifo(tmp_path/name)
+    assert licence_in(tmp_path) is None
+
+
 def test_what_they_say_of_themselves_is_told(tmp_path):
     config = {"model_type": "toy", "vocab_size": 11}
     a, b = (save(tmp_path/n, toy(), config) for n in "ab")
@@ -142,4 +150,4 @@ def test_what_they_say_of_themselves_is_told(tmp_path):
 def test_options_are_read_as_they_are_typed():
     said = "Leave out (drop='a.*', --drop 'a.*'), --absent=zero, or --any-base; --help says more."
     assert options_in(said) == [("--drop", "a.*"), ("--absent", "zero"), ("--any-base", "")]
-    assert front_matter("---\na: 1\n---") == {"a": 1}
+    assert head_of("---\na: 1\n---") == {"a": 1}

@@ -1,6 +1,7 @@
 """Mixtures of experts: made smaller, and made of dense models; transformers is the oracle."""
 
 import json
+import shlex
 import warnings
 
 import pytest
@@ -336,12 +337,16 @@ def test_models_that_cannot_be_are_refused(tmp_path):
         fewer_experts(changed(model, model_type="llama"), K, tmp_path/"out")
     with pytest.raises(MergeError, match="has 8 experts, and its config says 9"):
         fewer_experts(changed(model, model_type="mixtral", num_local_experts=9), K, tmp_path/"out")
+    # mended, it is what it was
+    assert fewer_experts(changed(model, num_local_experts=E), K).record.made["experts"] == E
     glm = put(sparse("glm4_moe"), tmp_path/"glm")
     with pytest.raises(MergeError, match="n_group"):
         fewer_experts(changed(glm, n_group=2), K, tmp_path/"out")
     with pytest.raises(MergeError, match="in memory"):
         c = load(put(sparse("mixtral"), tmp_path/"n"))
         fewer_experts(c.view(files=()), K, data=texts(tmp_path)[0])
+    fewer_experts(c.view(files=()), K)
+    fewer_experts(tmp_path/"n", K, data=texts(tmp_path)[0])
     dense = transformers.AutoConfig.for_model("qwen3_moe", **SIZES, mlp_only_layers=[0, 1])
     transformers.AutoModelForCausalLM.from_config(dense).save_pretrained(tmp_path/"dense")
     with pytest.raises(MergeError, match="has no experts"):
@@ -363,8 +368,15 @@ def test_the_record_says_what_was_done_and_is_no_recipe(tmp_path):
     record = Record.read(tmp_path/"out")
     assert record.made["keep"] == K and "--keep 4" in record.command
     assert "groups" in (tmp_path/"out"/"README.md").read_text()
-    with pytest.raises(MergeError, match="frechet-merge experts"):
+    with pytest.raises(MergeError, match="frechet-merge experts.*\nRun that again: ") as e:
         record.again()
+    program, *words = shlex.split(str(e.value).partition("again: ")[2])
+    place = words.index("-o") + 1
+    words[place] = str(tmp_path/"again")
+    code, _, err = cli(*words)
+    assert program == "frechet-merge" and code == 0, err
+    once, twice = (dict(load(tmp_path/n)) for n in ("out", "again"))
+    assert all(torch.equal(x, twice[n]) for n, x in once.items())
 
 
 def test_the_command_line(tmp_path):
@@ -596,6 +608,8 @@ experts:
 
 def test_a_recipe_of_mergekit_moe_runs(family, tmp_path):
     (tmp_path/"moe.yml").write_text(MOE)
+    code, out, err = cli("run", "moe.yml", "-o", "out", "--resume", cwd=tmp_path)
+    assert code and "this is a mixture: run it without" in err and not (tmp_path/"out").exists()
     code, out, err = cli("run", "moe.yml", "-o", "out", cwd=tmp_path)
     assert code == 0, err
     opened(tmp_path/"out")

@@ -10,6 +10,7 @@ from test_faults import lora
 from test_resume import contents, model
 
 from frechet_merge import MergeError, Span, Sphere, merge
+from frechet_merge.merging.record import NAME
 
 
 @pytest.fixture
@@ -82,8 +83,15 @@ def test_parts_of_other_merges_are_refused(tmp_path, models):
     parts(models, tmp_path/"out", 2)
     with pytest.raises(MergeError, match="is no part of this merge"):
         merged(models, tmp_path/"out", join=True, scale=0.5, base=models[0])
-    with pytest.raises(MergeError, match="is no part of this merge"):
+    with pytest.raises(MergeError, match="no part of this merge.*\nRemove it, and run this part"):
         merged(models[:2], tmp_path/"out", part="2/2")
+    for i in (1, 2):
+        shutil.rmtree(tmp_path/f"out.part-{i}-of-2")
+    parts(models[:2], tmp_path/"out", 2)
+    merged(models[:2], tmp_path/"out", join=True)
+    assert len(json.loads((tmp_path/"out"/NAME).read_text())["recipe"]["models"]) == 2
+    shutil.rmtree(tmp_path/"out")
+    parts(models, tmp_path/"out", 2)
     merged(models, tmp_path/"out", part="1/3")
     with pytest.raises(MergeError, match="are of several divisions"):
         merged(models, tmp_path/"out", join=True)
@@ -145,5 +153,8 @@ def test_on_the_command_line(tmp_path, models):
         assert code == 0 and f"out.part-{i}-of-2: 3 models merged, 4 tensors" in out, out + err
     code, out, err = cli(*words, "--join")
     assert code == 0 and "out: 3 models merged, 8 tensors" in out, out + err
+    for asked in (["--report"], ["--push", "me/merged", "--yes"]):
+        code, out, err = cli(*words, "--part", "1/2", *asked)
+        assert code == 2 and "give them with --join" in err and "Traceback" not in err
     code, out, err = cli(*words, "--part", "5/2")
     assert code == 2 and "which of how many" in err

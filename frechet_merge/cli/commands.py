@@ -306,6 +306,14 @@ def _print_merged(merged: Any, n_models: int, start: float, reported: bool = Fal
 
         print(f"report: {write_report(merged.out, record=merged.record)}")
 
+# %% ../../nbs/cli/commands.ipynb #4e9a01c8
+def _refuse_of_part(part: str | None, reported: bool, push: str | None) -> None:
+    "`ValueError` for what is done with a whole merge, asked of a part of it."
+    if part is not None and (reported or push is not None):
+        raise ValueError(
+            "--report and --push are of a whole merge: give them with --join, and not with --part."
+        )
+
 # %% ../../nbs/cli/commands.ipynb #4e9a01c7
 def _refuse_report(out: Path | None, reported: bool, dry_run: bool) -> None:
     "Refuse a report of what is not made, or in the place of another file, before a merge."
@@ -382,6 +390,7 @@ def _merge(typed: dict[str, Any]) -> None:
     from frechet_merge.merging.recipe import Output, Run
 
     start, asked = time.time(), SimpleNamespace(**typed)
+    _refuse_of_part(asked.part, asked.report, asked.push)
     _refuse_report(asked.out, asked.report, asked.dry_run)
     feed = _pictures(asked.calibrate, asked.calibrate_split, asked.calibrate_samples)
     aligned = _alignment(asked.align, asked.align_data, asked.align_residual)
@@ -498,6 +507,7 @@ def run_command(
     if out is not None:
         output = replace(output, folder=out)
     run = Run.of(typed | {"progress": not quiet and sys.stderr.isatty()})
+    _refuse_of_part(part, report, push)
     _refuse_report(output.folder, report, dry_run)
     if is_dry(dry_run, as_json):
         asked_to_push(push, public, yes, dry_run)

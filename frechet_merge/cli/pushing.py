@@ -53,7 +53,7 @@ class Target:
         said = ""
         if self.names:
             some = ", ".join(self.names[:3]) + (" …" if len(self.names) > 3 else "")
-            said = f"README.md and frechet_merge.json will name these paths: {shown(some)}\n"
+            said = f"frechet_merge.json will name these paths: {shown(some)}\n"
         return f"{said}Push the merge to {self.repo} ({kind})? [y/N] "
 
 # %% ../../nbs/cli/pushing.ipynb #386bc595

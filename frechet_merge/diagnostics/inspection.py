@@ -42,7 +42,7 @@ from ..matching.statistics import statistics
 from ..files.tensors import LazyTensor
 from ..adapters.updates import Update, align_updates
 from .mending import Refusal, what_is_in_the_way
-from .said import Said, licence_lines, said_by, said_table
+from .overview import Overview, licence_lines, overview_of, overview_table
 from .tokens import Tokens, compare_tokens, tokens_lines, tokens_table
 
 # %% ../../nbs/diagnostics/inspection.ipynb #b32dcb28
@@ -211,7 +211,7 @@ class Inspection(JupyterMixin):
     # models that are adapters among full models, which need their base
     adapters: list[str] = field(default_factory=list)
     tokens: Tokens | None = None  # whose vocabularies differ, and how; None: they do not
-    said: list[Said] = field(default_factory=list)  # what each says of itself
+    said: list[Overview] = field(default_factory=list)  # what each says of itself
     # what the plan of a merge would refuse, and what mends it
     refusals: list[Refusal] = field(default_factory=list)
     command: str = ""  # with all of that mended; empty: nothing is to be, or it cannot be
@@ -264,7 +264,7 @@ class Inspection(JupyterMixin):
         """Tables of the models, of the tensors that differ most and of what metrics would change;
         then what keeps the models from being merged."""
         yield models_table(self)
-        if (said := said_table(self.said)) is not None:
+        if (said := overview_table(self.said)) is not None:
             yield said
             yield from (Text(shown(line)) for line in licence_lines(self.said))
         if (tensors := tensors_table(self, top)) is not None:
@@ -456,7 +456,7 @@ def summary(every: list[Checkpoint]) -> Inspection:
         [sum(x.numel for x in c.lazy.values()) for c in every],
         [sorted({str(x.dtype).removeprefix("torch.") for x in c.lazy.values()}) for c in every],
         adapters=[c.source for c in every if c.adapter is not None],
-        said=said_by(every),
+        said=overview_of(every),
     )
 
 # %% ../../nbs/diagnostics/inspection.ipynb #c2bb3648

@@ -288,7 +288,7 @@ class Suggestion:
     def write(self, file: Name) -> Path:
         "Write `yaml()` to a file; `MergeError` if it is there already."
         place = free(file, folder=False)
-        place.write_text(self.yaml())
+        place.write_text(self.yaml(), encoding="utf-8")
         return place
 
     def as_data(self) -> dict[str, Any]:
