@@ -163,7 +163,7 @@ def mutate(folder: Path, rng: Random) -> str:
         way = WAYS.get(file.suffix, damaged)
         try:
             file.write_bytes(way(file.read_bytes(), rng))
-        except (ValueError, RecursionError, yaml.YAMLError):
+        except (ValueError, RecursionError, struct.error, yaml.YAMLError):
             # what the last round left is neither
             file.write_bytes(damaged(file.read_bytes(), rng))
     return ", ".join(said)

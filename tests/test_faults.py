@@ -431,6 +431,14 @@ class TestPlaces:
             with pytest.raises(MergeError, match="is a pipe or a device"):
                 load(m, allow_pickle=True)
 
+    @pytest.mark.parametrize("to", ["config.json", "nowhere"])
+    def test_a_config_that_is_a_link_to_itself(self, models, tmp_path, to):
+        (models[0]/"config.json").unlink()
+        (models[0]/"config.json").symlink_to(to)
+        with pytest.warns(UserWarning, match="config.json: is a link that leads .* nowhere"):
+            merge(models[:1], out=tmp_path/"out")
+        assert not (tmp_path/"out"/"config.json").exists()
+
     def test_links_that_lead_out(self, models, tmp_path):
         (tmp_path/"home").mkdir()
         (tmp_path/"home"/"key").write_text("PRIVATE")
@@ -536,11 +544,25 @@ class TestJson:
         with pytest.raises(MergeError, match=f"ad/adapter_config.json: has {key} = .* should be a"):
             load(ad)
 
-    @pytest.mark.parametrize("key, value", [("model_type", 5), ("architectures", [["x"]])])
+    @pytest.mark.parametrize(
+        "key, value",
+        [
+            ("model_type", 5),
+            ("architectures", [["x"]]),
+            ("vocab_size", [11]),
+            ("num_labels", [2]),
+            ("id2label", 2),
+        ],
+    )
     def test_configs(self, tmp_path, key, value):
         save(tmp_path/"m", tensors(), {key: value})
         with pytest.raises(MergeError, match=f"m/config.json: has {key} = "):
             load(tmp_path/"m")
+
+    def test_a_part_of_a_config_that_counts_no_tokens(self, tmp_path):
+        for name in ("a", "b"):
+            save(tmp_path/name, tensors(), {"text_config": {"vocab_size": [11]}, "vocab_size": 11})
+        assert merge([tmp_path/"a", tmp_path/"b"], out=tmp_path/"out").means
 
     def test_null_is_what_is_not_said(self, tmp_path):
         keys = ("rank_pattern", "alpha_pattern", "modules_to_save", "base_model_name_or_path")

@@ -46,6 +46,7 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     "a text": lambda x: isinstance(x, str),
     "a list of texts": lambda x: isinstance(x, list) and all(isinstance(t, str) for t in x),
     "a number": lambda x: isinstance(x, (int, float)) and not abs(x) > sys.float_info.max,
+    "an object": lambda x: isinstance(x, dict),
     "an object of numbers": lambda x: (
         isinstance(x, dict) and all(KINDS["a number"](v) for v in x.values())
     ),
@@ -59,6 +60,9 @@ SHAPES = {
     "config.json": {
         "model_type": ["a text"],
         "architectures": ["a list of texts", "a text"],
+        "vocab_size": ["a number"],
+        "num_labels": ["a number"],
+        "id2label": ["an object"],
     },
     "adapter_config.json": {
         "base_model_name_or_path": ["a text"],
@@ -163,7 +167,13 @@ def vocabulary_size(config: Mapping[str, Any]) -> int | None:
     parts = (config.get(key) for key in TEXT)
     found = (vocabulary_size(part) for part in parts if isinstance(part, Mapping))
     # beside a part, the number of the whole may be an old one
-    return next((count for count in found if count), config.get("vocab_size") or None)
+    return next((count for count in found if count), _own_count(config))
+
+# %% ../../nbs/files/checkpoint.ipynb #1a827799
+def _own_count(config: Mapping[str, Any]) -> int | None:
+    "How many tokens this part of a config says that there are; None if it says no number."
+    count = config.get("vocab_size")
+    return count or None if isinstance(count, int) else None
 
 # %% ../../nbs/files/checkpoint.ipynb #334785aa
 def token_rows(
@@ -203,7 +213,7 @@ EMBEDDING = re.compile(r"embed|wte|shared|(^|[._])emb([._]|$)")
 def _counts(config: Mapping[str, Any]) -> set[Any]:
     "How many tokens there are, in a config and its parts."
     parts = [v for v in config.values() if isinstance(v, Mapping)]
-    return {config.get("vocab_size")}.union(*map(_counts, parts)) - {None}
+    return {_own_count(config)}.union(*map(_counts, parts)) - {None}
 
 # %% ../../nbs/files/checkpoint.ipynb #14868a30
 def _rows_of_any(lazy: dict[str, LazyTensor], config: Mapping[str, Any]) -> list[str]:

@@ -106,6 +106,9 @@ def carried(
 # %% ../../nbs/merging/companions.ipynb #76e5e163
 def _is_of(source: Path, file: Path) -> bool:
     "Is it, links followed, in the checkpoint's folder, or in the hub's cache that this is of?"
+    # a link may lead nowhere, or to itself
+    if not file.exists():
+        return False
     home, real = source.resolve(), file.resolve()
     if real.is_relative_to(home):
         return True
@@ -118,7 +121,7 @@ def _is_of(source: Path, file: Path) -> bool:
 # %% ../../nbs/merging/companions.ipynb #c7622d1c
 def _copied(source: Path, file: Path, to: Path):
     "Copy the bytes of a file of a checkpoint, and not its mode; a warning if a link leads out."
-    if not file.exists() or not _is_of(source, file):
+    if not _is_of(source, file):
         warn(f"{file}: is a link that leads out of its folder, or nowhere, and is not copied")
         return
     with open(open_file(file), "rb") as f, open(to, "wb") as g:
@@ -269,12 +272,12 @@ def _carry_part(home: Path, path: str, out: Path, merged: Collection[str]) -> No
     "Copy a folder that a library looks for, with its weights, unless they are merged."
     d = home/path
     name = d.relative_to(home).as_posix() if d.is_relative_to(home) else path
-    if not d.resolve().is_relative_to(home.resolve()) or ".." in d.parts or d.is_symlink():
+    is_inside = d.resolve().is_relative_to(home.resolve()) and ".." not in d.parts
+    if not is_inside or d.is_symlink():
         warn(f"{d}: is not a folder in that of the model, and is not copied")
+        return
     # parts in it that are merged bring their companions themselves
     if (out/name).exists() or any(m == name or m.startswith(f"{name}/") for m in merged):
-        return
-    if not d.resolve().is_relative_to(home.resolve()) or ".." in d.parts or d.is_symlink():
         return
     (out/name).parent.mkdir(parents=True, exist_ok=True)
     _copy_folder(home, d, out/name)
