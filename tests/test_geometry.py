@@ -16,6 +16,7 @@ from frechet_merge import MergeError, check_geometry, frechet_mean, merge
 from frechet_merge.files.checkpoint import from_state_dict
 from frechet_merge.algebra.factors import Factors
 from frechet_merge.geometries.baselines import TSVM, KnOTS
+from frechet_merge.geometries.directions import Chordal
 from frechet_merge.geometries.fisher import Curved, pullback
 from frechet_merge.geometries.pinned import Pinned
 from frechet_merge.geometries.quotient import Quotient
@@ -406,3 +407,17 @@ class TestVersion01:
         with pytest.raises(AttributeError, match="'Sphere' object has no attribute 'colour'"):
             _ = Sphere().colour
         assert not hasattr(Euclidean(), "colour")
+
+
+class TestLongTensors:
+    "A sphere divides by sums of millions of float32 numbers."
+
+    @pytest.mark.parametrize("geometry", [Sphere(), Chordal()])
+    def test_long_tensors_have_a_mean_of_mean_length(self, geometry):
+        base = draw(1 << 22, T=1)[0]
+        models = [(base + 0.1*x).float() for x in draw(1 << 22, seed=1)]
+        merged, mean = mean_of(geometry, models)
+        assert mean.converged
+        assert mean.iterations < 10
+        expected = sum(float(x.double().norm()) for x in models)/3
+        assert abs(float(merged.double().norm())/expected - 1) < 1e-6

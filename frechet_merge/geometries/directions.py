@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..algebra.gram import combine, coordinates, gram
+from ..algebra.lengths import length
 from .geometry import Chart, Geometry
 from .span import Span
 from .sphere import Cylinder
@@ -61,15 +62,15 @@ class Chordal(Geometry):
         "Points (1 + D,): norm and unit vector, in flat space; back, on the sphere again."
         Gs = as_numbers(Gs, len(thetas))
         x = [t.flatten() for t in thetas]
-        norms = [torch.linalg.vector_norm(t) for t in x]
+        norms = [t.new_tensor(length(t)) for t in x]
         unit = [t/n if n > 0 else t for t, n in zip(x, norms)]
         points = [Point(torch.cat([n[None], u]), G) for n, u, G in zip(norms, unit, Gs)]
 
         def lift(m: Tensor) -> Tensor:
-            length = torch.linalg.vector_norm(m[1:])
-            if length == 0 and m[0] > 0:
+            n = length(m[1:])
+            if n == 0 and m[0] > 0:
                 raise ValueError("the directions cancel: they have no mean direction.")
-            one = m[1:]/length if length > 0 else m[1:]
+            one = m[1:]/n if n > 0 else m[1:]
             return (m[0]*one).view(thetas[0].shape).to(thetas[0].dtype)
 
         return Chart(points, lift)

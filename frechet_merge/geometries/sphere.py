@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..algebra.lengths import length, product
 from .geometry import Chart, Geometry
 from ..spaces.space import Point, Space
 from ..metrics.units import as_numbers
@@ -31,10 +32,10 @@ class Cylinder(Space):
         """Rise of the norm, and the tangent of the great circle, as long as the angle in rad; NaN
         within `CUT` of the opposite point."""
         rise = float(x[0] - m[0])
-        c = float(torch.dot(m[1:], x[1:]))
+        c = product(m[1:], x[1:])
         v = torch.sub(x, m, alpha=c)
         v[0] = 0
-        s = float(torch.linalg.vector_norm(v))
+        s = length(v)
         phi = math.atan2(s, c)
         if phi > math.pi - CUT:
             return torch.full_like(m, math.nan)
@@ -45,10 +46,10 @@ class Cylinder(Space):
 
     def exp(self, m, v):
         "The norm raised by v[0], the direction moved along the great circle of v[1:]."
-        t = float(torch.linalg.vector_norm(v[1:]))
+        t = length(v[1:])
         y = m*math.cos(t) + v*(math.sin(t)/t if t > 0 else 1.0)
         y[0] = 0
-        r = float(torch.linalg.vector_norm(y))
+        r = length(y)
         if r > 0:
             y /= r
         y[0] = m[0] + v[0]
@@ -69,7 +70,7 @@ class Sphere(Geometry):
         top = largest if largest > 0 else torch.ones_like(largest)
         # whose squares neither vanish nor overflow
         x = [t/top for t in x]
-        norms = torch.stack([torch.linalg.vector_norm(t) for t in x])
+        norms = x[0].new_tensor([length(t) for t in x])
         unit = norms.max() if norms.max() > 0 else torch.ones_like(norms.max())
         some = x[int(norms.argmax())]/unit
         points = [_on_cylinder(t, n, unit, some, G) for t, n, G in zip(x, norms/unit, Gs)]
