@@ -296,10 +296,18 @@ def _print_numbers(record: Any) -> None:
             f"{known['data']}"
         )
 
+# %% ../../nbs/cli/commands.ipynb #b4a4e083
+def _what_was_made(record: Any, n_models: int) -> str:
+    "In words: a merge of models, or a mixture whose experts they are."
+    made = getattr(record, "made", None)
+    if not made or "experts" not in made:
+        return f"{n_models} models merged"
+    return f"a {made['type']} of {made['experts']} experts, {made['per_token']} for each token"
+
 # %% ../../nbs/cli/commands.ipynb #8ddc3791
 def _print_merged(merged: Any, n_models: int, start: float, reported: bool = False) -> None:
     "What was written, in a line, and by which numbers; and its report, if it is asked for."
-    _print_written(merged, f"{n_models} models merged", start)
+    _print_written(merged, _what_was_made(merged.record, n_models), start)
     _print_numbers(merged.record)
     if reported:
         from frechet_merge.diagnostics.report import write_report
