@@ -76,6 +76,8 @@ RECIPES = {
     "model_stock": PLAIN,
     "sce": PLAIN + "parameters: {select_topk: 0.3}",
     "nearswap": "models: [{model: $base}, {model: $a}]\nbase_model: $base\nparameters: {t: 0.01}",
+    "arcee_fusion": "models: [{model: $a}]\nbase_model: $base",
+    "arcee_fusion, models far apart": "models: [{model: $x}]\nbase_model: $base",
     "passthrough, slices": STACK,
     "passthrough, scaled": TURNED,
     "dare_linear": THREE,

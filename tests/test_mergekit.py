@@ -92,6 +92,32 @@ def test_slerp_begins_at_the_base(tmp_path, folders):
     torch.testing.assert_close(out, tensor(folders["a"]))
 
 
+def test_fusion_takes_what_stands_out(tmp_path, folders):
+    "By the definition, on its own numbers: quantiles as sorted lists have them."
+    text = "models: [{model: $a}]\nbase_model: $base\nmerge_method: arcee_fusion\n"
+    base, a = tensor(folders["base"]), tensor(folders["a"])
+    out = merged(tmp_path, text, folders)[NAME]
+    p, q = a.softmax(-1), base.softmax(-1)
+    scores = (a - base).abs()*(p*(p/q).log()).sum(-1, keepdim=True)
+    low, middle, high = (
+        torch.quantile(scores, share, interpolation="lower") for share in (0.25, 0.5, 0.75)
+    )
+    taken = scores > middle + 1.5*(high - low)
+    assert 0 < taken.sum() < taken.numel()/2
+    torch.testing.assert_close(out, torch.where(taken, a, base))
+
+
+def test_fusion_says_what_does_nothing(tmp_path, folders):
+    text = "models: [{model: $a}]\nbase_model: $base\nmerge_method: arcee_fusion\n"
+    text += "parameters: {normalize: true, int8_mask: true, rescale: false}"
+    path = written(tmp_path, filled(text, folders))
+    code, _, err = cli("run", path, "-o", tmp_path/"o")
+    assert code == 0 and "normalize does nothing in arcee_fusion" in err
+    code, _, err = cli("run", tmp_path/"o"/"frechet_merge.json", "-o", tmp_path/"again")
+    assert code == 0, err
+    assert digest(tmp_path/"o") == digest(tmp_path/"again")
+
+
 def test_a_stack_of_layers(tmp_path, folders):
     text = """
 slices:
@@ -159,7 +185,8 @@ def test_what_was_written_runs_again(tmp_path, folders, method):
 
 PLAIN = "models: [{model: base}, {model: a}, {model: b}]\nbase_model: base\n"
 REFUSED = [
-    (PLAIN + "merge_method: arcee_fusion", "line 3", "nearswap and ties"),
+    (PLAIN + "merge_method: ram", "line 3", "The nearest is ties"),
+    (PLAIN + "merge_method: arcee_fusion", "line 1", "takes 1 models"),
     (PLAIN + "merge_method: tie", "line 3", "Did you mean 'ties'"),
     (PLAIN + "merge_method: ties", "line 1", "a has no weight, which ties needs"),
     (PLAIN + "merge_method: sce\nparameters: {select_top: 1}", "line 4", "'select_topk'"),

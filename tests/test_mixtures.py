@@ -612,6 +612,7 @@ def test_a_recipe_of_mergekit_moe_runs(family, tmp_path):
     assert code and "this is a mixture: run it without" in err and not (tmp_path/"out").exists()
     code, out, err = cli("run", "moe.yml", "-o", "out", cwd=tmp_path)
     assert code == 0, err
+    assert "out: a mixtral of 2 experts, 2 for each token" in out and "merged" not in out
     opened(tmp_path/"out")
     want = mixture(family[1:], base=family[0], prompts=PROMPTS, against=AGAINST).tensors
     found = load(tmp_path/"out")

@@ -36,6 +36,7 @@ ELSEWHERE = {
     "nuslerp": "It is slerp.",
     "multislerp": "It is chordal.",
     "nearswap": "It is clipped.",
+    "arcee_fusion": "It is outliers.",
     "dare_ties": "It is dare, with elect=True.",
     "dare_linear": "It is dare.",
     "della_linear": "It is della, with elect=False.",

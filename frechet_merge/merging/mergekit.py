@@ -13,7 +13,7 @@ from typing import Any
 
 from ..geometries.directions import Slerp, chordal
 from ..geometries.geometry import Euclidean
-from ..geometries.selected import SCE, Clipped, ModelStock, Times
+from ..geometries.selected import SCE, Clipped, ModelStock, Outliers, Times
 from ..geometries.sphere import karcher
 from ..geometries.trimmed import Trimmed
 from .lines import Key, Page
@@ -35,6 +35,8 @@ METHODS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "model_stock": ((), ("filter_wise",)),
     "sce": ((), ("select_topk", "int8_mask")),
     "nearswap": ((), ("t",)),
+    # cards give it switches of other methods, which do nothing there either
+    "arcee_fusion": ((), ("normalize", "rescale", "int8_mask")),
 }
 # of all that add up differences
 _SUMS = ("normalize", "rescale", "lambda", "int8_mask")
@@ -50,7 +52,6 @@ METHODS |= {
 }
 # what is not read, and the nearest that is
 ELSEWHERE = {
-    "arcee_fusion": "Its thresholds are not documented. The nearest are nearswap and ties.",
     "ram": "The nearest is ties.",
     "ramplus_tl": "The nearest is ties.",
     "model_breadcrumbs": "It is breadcrumbs.",
@@ -454,6 +455,14 @@ def _nearswap(task: Task) -> dict[str, Any]:
     given = {"t": task.one("t")}
     return _of_base(task, task.counted(1, 1), geometry=with_arguments(Clipped, given))
 
+# %% ../../nbs/merging/mergekit.ipynb #ab37f764
+def _arcee_fusion(task: Task) -> dict[str, Any]:
+    base, (other,) = task.with_base(), task.counted(1, 1)
+    for name in ("normalize", "rescale"):
+        if switch_of(task.page, name, False):
+            warn(f"{name} does nothing in arcee_fusion, which takes entries as they are")
+    return {"models": [base, other.model], "geometry": Outliers()}
+
 # %% ../../nbs/merging/mergekit.ipynb #f562ff48
 def _passthrough(task: Task) -> dict[str, Any]:
     if len(task.inputs) != 1:
@@ -477,6 +486,7 @@ READERS: dict[str, Callable[[Task], dict[str, Any]]] = {
     "sce": _sce,
     "model_stock": _model_stock,
     "nearswap": _nearswap,
+    "arcee_fusion": _arcee_fusion,
     "passthrough": _passthrough,
 }
 
