@@ -23,6 +23,7 @@ from .reading import layer_of
 from .spelling import split, table
 from ..files.checkpoint import FACTOR, Checkpoint
 from ..files.tensors import LazyTensor
+from ..matching.codes import among
 from ..messages import MergeError, warn
 
 # %% ../../nbs/adapters/dialects.ipynb #78cc7102
@@ -53,10 +54,13 @@ def refusal(
     # single rows of an embedding mean something on a base
     if kind not in (*UPDATES, "TRAINABLE_TOKENS"):
         return f"has peft_type = {kind!r}, which adds no update to the weights.\n{ON_ITS_BASE}"
-    for name in names:
-        for part, what in REFUSED.items():
+    names = [*names]
+    suspects = among(REFUSED, names)
+    for name in names if suspects else ():
+        for part in suspects:
             if re.search(part, name):
-                return f"is {what} ({name!r}): it adds no update of its own.\n{ON_ITS_BASE}"
+                what = f"{REFUSED[part]} ({name!r})"
+                return f"is {what}: it adds no update of its own.\n{ON_ITS_BASE}"
     return None
 
 # %% ../../nbs/adapters/dialects.ipynb #88c123b9

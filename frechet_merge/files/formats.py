@@ -14,7 +14,7 @@ from .checkpoint import Checkpoint, read_json, tied_names
 from .folders import TRAINING, is_named
 from ..messages import MergeError
 from ..messages import warn
-from .shards import read_header
+from .shards import read_header, read_metadata
 from .tensors import FileTensor, Files
 
 # %% ../../nbs/files/formats.ipynb #239e624a
@@ -193,7 +193,7 @@ def spec_of(every: Sequence[Checkpoint]) -> dict[str, str]:
     firsts = [c.files[0] for c in every if c.files and c.files[0].suffix == ".safetensors"]
     if len(firsts) < len(every):
         return {}
-    first, *others = [read_header(f)[1] for f in firsts]
+    first, *others = [read_metadata(f) for f in firsts]
     said = sorted({f"modelspec.{key}" for key in SPEC} & first.keys())
     for c, theirs in zip(every[1:], others):
         for key in said:

@@ -13,9 +13,12 @@ import math
 import os
 import stat
 import struct
+import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -66,7 +69,8 @@ class Stamp:
         return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
-@dataclass(frozen=True)
+# slots: a model of many small experts has hundreds of thousands of these
+@dataclass(frozen=True, slots=True)
 class Entry:
     "Where one tensor lives: `nbytes` bytes at `offset` of `path`."
 
@@ -160,10 +164,12 @@ def _raw_header(path) -> tuple[bytes, Stamp]:
 
 
 def _unique(pairs):
-    names = [k for k, _ in pairs]
-    if len(set(names)) < len(names):
-        raise ValueError(f"the name {max(names, key=names.count)!r} appears twice")
-    return dict(pairs)
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        # not by counting each: a hostile header has many names
+        (name, _), *_ = Counter(k for k, _ in pairs).most_common(1)
+        raise ValueError(f"the name {name!r} appears twice")
+    return found
 
 
 def _parsed(path, raw: bytes) -> tuple[dict, dict]:
@@ -178,7 +184,9 @@ def _parsed(path, raw: bytes) -> tuple[dict, dict]:
     meta = {} if meta is None else meta
     if not isinstance(meta, dict) or not all(isinstance(v, str) for v in meta.values()):
         raise _damaged(path, "its metadata is not a map of strings")
-    odd = next((x for x in (*header, *meta, *meta.values()) if not _is_unicode(x)), None)
+    # what was decoded has whole characters, but for those that JSON spells
+    spelled = (*header, *meta, *meta.values()) if b"\\u" in raw else ()
+    odd = next((x for x in spelled if not _is_unicode(x)), None)
     if odd is not None:
         raise _damaged(path, f"its header has half of a character, in {odd[:80]!r}")
     return header, meta
@@ -244,7 +252,7 @@ def read_header(path: str | Path) -> tuple[dict[str, Entry], dict[str, str]]:
     tile the file exactly."""
     raw, stamp = _raw_header(path)
     header, meta = _parsed(path, raw)
-    start, entries = 8 + len(raw), {}
+    start, found = 8 + len(raw), []
     for name, spec in header.items():
         e, nbytes = _entry(path, name, spec, start, stamp)
         if nbytes != e.nbytes:
@@ -253,10 +261,18 @@ def read_header(path: str | Path) -> tuple[dict[str, Entry], dict[str, str]]:
                 f"tensor {name!r} of shape {list(e.shape)} {spec['dtype']} needs "
                 f"{e.nbytes} bytes, its header says {nbytes}",
             )
-        entries[name] = e
-    entries = dict(sorted(entries.items(), key=lambda kv: (kv[1].offset, kv[1].nbytes)))
+        found.append((e.offset, nbytes, name, e))
+    # in the order of the header, where two tensors begin and end at one place
+    found.sort(key=itemgetter(0, 1))
+    # one copy of a name, for all models that have it
+    entries = {sys.intern(name): e for _, _, name, e in found}
     _refuse_gaps(path, entries, start, stamp.size)
     return entries, meta
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    "The metadata of a safetensors file whose header was held to its tensors already."
+    return _parsed(path, _raw_header(path)[0])[1]
 
 
 def plan(

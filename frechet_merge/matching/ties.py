@@ -119,7 +119,12 @@ def tied_by_class(c: Checkpoint, every: Sequence[Checkpoint]) -> Checkpoint:
 # %% ../../nbs/matching/ties.ipynb #a12c7530
 def _lacking(c: Checkpoint, every: Sequence[Checkpoint]) -> dict[str, LazyTensor]:
     "What others have and c lacks, as one of them has it."
-    return {n: m.lazy[m.tied.get(n, n)] for m in every for n in m if n not in c}
+    found: dict[str, LazyTensor] = {}
+    for m in every:
+        # most models have the same names, and sets of them are held to each other at once
+        if not m.lazy.keys() <= c.lazy.keys() or any(n not in c for n in m.tied):
+            found |= {n: m.lazy[m.tied.get(n, n)] for n in m if n not in c}
+    return found
 
 # %% ../../nbs/matching/ties.ipynb #16e98a41
 def written(c: Checkpoint, every: Sequence[Checkpoint]) -> Checkpoint:
@@ -175,8 +180,11 @@ def tied_by_copies(c: Checkpoint, every: Sequence[Checkpoint]) -> Checkpoint:
 # %% ../../nbs/matching/ties.ipynb #7d031615
 def _heads(layout: Mapping[str, Sequence[int]]) -> list[str]:
     "Names of output layers beside another matrix of their shape."
-    shapes = [tuple(s) for n, s in layout.items() if len(s) == 2 and not HEAD.search(n)]
-    return [n for n, s in layout.items() if HEAD.search(n) and tuple(s) in shapes]
+    named = [n for n in layout if HEAD.search(n)]
+    if not named:
+        return []
+    shapes = {tuple(s) for n, s in layout.items() if len(s) == 2 and not HEAD.search(n)}
+    return [n for n in named if tuple(layout[n]) in shapes]
 
 # %% ../../nbs/matching/ties.ipynb #2a4a12ce
 def is_untied(

@@ -9,7 +9,7 @@ __all__ = ['COMPILED', 'AROUND', 'OLD', 'TASKS', 'renamed', 'unwrapped', 'in_fro
 # %% ../../nbs/matching/views.ipynb #ebcf5761
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 
 from ..files.checkpoint import Checkpoint
@@ -90,16 +90,23 @@ def _modern(name: str) -> str:
         name = name.replace(old, new)
     return name
 
+# %% ../../nbs/matching/views.ipynb #27b07673
+def _tails(name: str) -> Iterator[str]:
+    "A name, and what stands behind each of its dots."
+    yield name
+    yield from (name[i + 1 :] for i, letter in enumerate(name) if letter == ".")
+
 # %% ../../nbs/matching/views.ipynb #530f1c58
 def _old_names(names: set[str], want: set[str]) -> dict[str, str]:
     "LayerNorms' old names → new ones, where the other model has the new one."
-    found = {}
-    for name in names - want:
-        new = _modern(name)
-        wanted = any(w == new or w.endswith("." + new) or new.endswith("." + w) for w in want)
-        if new != name and new not in names and wanted:
-            found[name] = new
-    return found
+    modern = {name: _modern(name) for name in names - want}
+    found = {name: new for name, new in modern.items() if new != name and new not in names}
+    if not found:
+        return {}
+    new_ones = {*found.values()}
+    wanted = {tail for w in want for tail in _tails(w) if tail in new_ones}
+    wanted |= {new for new in new_ones if any(tail in want for tail in _tails(new))}
+    return {name: new for name, new in found.items() if new in wanted}
 
 # %% ../../nbs/matching/views.ipynb #4561f7b9
 def led_like(

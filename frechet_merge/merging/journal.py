@@ -11,7 +11,7 @@ import json
 import os
 import threading
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -101,12 +101,16 @@ class Journal:
         assert self.path is not None
         said = {
             "job": job,
-            "wrote": [asdict(r) for r in ranges],
+            "wrote": [vars(r) for r in ranges],
             "means": {n: mean_as_data(m) for n, m in means.items()},
         }
         line = (json.dumps(said) + "\n").encode()
-        with self.lock, open(self.path, "ab", buffering=0) as f:
-            f.write(line)
+        with self.lock:
+            fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            try:
+                os.write(fd, line)
+            finally:
+                os.close(fd)
 
     def around(self, jobs: Sequence[Job], sink: ShardWriter, place: str) -> list[Job]:
         "Jobs that look here first, and enter themselves; `place` tells one folder from another."
@@ -154,9 +158,9 @@ class Entered(Around):
         for text, category in own:
             warn(text, category)
         if not own:
-            sums = [self.sink.checksum(r.name, r.start, r.count) for r in ranges]
-            checked = [replace(r, checksum=s) for r, s in zip(ranges, sums)]
-            self.journal.enter(self.key, checked, means)
+            for r in ranges:
+                r.checksum = self.sink.checksum(r.name, r.start, r.count)
+            self.journal.enter(self.key, ranges, means)
         return means
 
 # %% ../../nbs/merging/journal.ipynb #0dac0aed

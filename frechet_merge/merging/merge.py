@@ -33,6 +33,7 @@ from .companions import Says, carry_the_rest, config_of, write_companions
 from ..matching.ties import is_untied
 from ..geometries.geometry import Euclidean, Geometry
 from ..spaces.mean import Mean
+from .many import set_aside, uncollected
 from .parts import parts_of, plan_root, refuse_parts_without_place
 from .plan import Opened, open_recipe, plan_models
 from .recipe import Model, Output, Recipe, Run
@@ -217,7 +218,8 @@ class Work:
             (part/"README.md").write_text(text, encoding="utf-8")
         for share in shares:
             shutil.rmtree(share, ignore_errors=True)
-        return Merged(load(out), means, out, record)
+        with uncollected():
+            return Merged(load(out), means, out, record)
 
     def share(self, plan: Plan, share: Share) -> Merged:
         "Some of the files of a plan, in a folder beside the output."
@@ -429,14 +431,15 @@ def make(
     "Plan a recipe, run it and record it; `MergeError` or `ValueError` before anything is written."
     since = time.monotonic()
     with heard() as said:
-        opened = open_recipe(recipe)
-        finished = is_finished(output, run)
-        if output.folder is not None and not finished:
-            is_file = is_one_file(opened, output)
-            output = replace(output, folder=free(output.folder, folder=not is_file))
-        plan = plan_root(opened, output.dtype, run.device, name)
-        parts = parts_for(opened, output, run)
-        record = replace(begun(opened, output), coefficients=coefficients_of(recipe, plan))
+        with uncollected():
+            opened = open_recipe(recipe)
+            finished = is_finished(output, run)
+            if output.folder is not None and not finished:
+                is_file = is_one_file(opened, output)
+                output = replace(output, folder=free(output.folder, folder=not is_file))
+            plan = plan_root(opened, output.dtype, run.device, name)
+            parts = parts_for(opened, output, run)
+            record = replace(begun(opened, output), coefficients=coefficients_of(recipe, plan))
         feed = calibration_for(opened, output)
         if recipe.align:
             opened, aligned = in_gauge_of(opened)
@@ -455,9 +458,8 @@ def make(
         if finished:
             return done_before(output, staging)
         work = Work(opened, output, run, record, said, since, parts, feed, staging)
-        if opened.onto is not None:
-            return _put_on(work, plan)
-        return work.deliver(plan)
+        with set_aside():
+            return work.deliver(plan) if opened.onto is None else _put_on(work, plan)
 
 # %% ../../nbs/merging/merge.ipynb #b43d3d0e
 def merge(

@@ -8,8 +8,8 @@ __all__ = ['NAME', 'mean_of', 'Record', 'begun', 'known', 'came_of']
 # %% ../../nbs/merging/record.ipynb #0be273ed
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +70,12 @@ class Record:
 
     def write(self, folder: Path) -> None:
         "Into a folder, as JSON."
-        text = json.dumps(_without_nan(asdict(self)), indent=1, ensure_ascii=False)
         # bytes of a name that are no text are written as JSON escapes them
-        (folder/NAME).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+        with open(folder/NAME, "w", encoding="utf-8", errors="backslashreplace") as f:
+            for i, (key, value) in enumerate(vars(self).items()):
+                f.write(f"{',' if i else '{'}\n {_json(key)}: ")
+                f.writelines(_written(value, key == "means"))
+            f.write("\n}\n")
 
     @classmethod
     def read(cls, folder: str | Path) -> "Record":
@@ -106,9 +109,29 @@ def _without_nan(value: Any) -> Any:
     "JSON has no word for NaN and Inf."
     if isinstance(value, Mapping):
         return {k: _without_nan(v) for k, v in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return [_without_nan(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+# %% ../../nbs/merging/record.ipynb #b2e98180
+def _json(value: Any, indent: int | None = None) -> str:
+    "A value as JSON; what has no word there is null."
+    try:
+        return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    # it has NaN or Inf
+    except ValueError:
+        return json.dumps(_without_nan(value), indent=indent, ensure_ascii=False)
+
+# %% ../../nbs/merging/record.ipynb #42151011
+def _written(value: Any, by_line: bool) -> Iterator[str]:
+    "A value of a record as JSON, piece by piece; `by_line`: a line for each of its keys."
+    if not by_line or not value:
+        yield _json(value, 1).replace("\n", "\n ")
+        return
+    yield "{"
+    for i, (key, one) in enumerate(value.items()):
+        yield f"{',' if i else ''}\n  {_json(key)}: {_json(one)}"
+    yield "\n }"
 
 # %% ../../nbs/merging/record.ipynb #0bdb8aec
 def _fingerprints(opened: Opened, full: bool) -> dict[str, list[dict]]:

@@ -8,12 +8,14 @@ __all__ = ['FILES', 'NO_ROOM', 'Plan', 'overflow', 'cast_into', 'Memory', 'pool'
 
 # %% ../../nbs/merging/run.ipynb #b02112cf
 import errno
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from ..messages import MergeError
 from ..spaces.mean import ConvergenceWarning, Mean
 from .block import Job, may_be_infinite, Write
 from .journal import Journal
+from .many import grouped
 from .recipe import Run, typed_dtype
 from ..messages import Notes, warn
 from ..files.shards import Ledger, ShardWriter
@@ -68,7 +71,8 @@ def _may_overflow(x: Tensor, y: Tensor) -> bool:
     if is_small and bool(_is_over(x, y.dtype).any()):
         return True
     wide = torch.promote_types(torch.float32, x.dtype)
-    return not bool((y.float() if is_small else y).sum(dtype=wide).isfinite())
+    # not torch's `isfinite`, which is five operations
+    return not math.isfinite((y.float() if is_small else y).sum(dtype=wide).item())
 
 # %% ../../nbs/merging/run.ipynb #75d4dd5c
 def overflow(
@@ -215,14 +219,18 @@ def do_jobs(
     "Do all jobs of a plan; what is known about each mean, in the plan's order."
     write, notes = cast_into(plan, sink), Notes()
 
-    def do(job: Job) -> tuple[Job, dict[str, Mean]]:
+    def do_one(job: Job) -> tuple[Job, dict[str, Mean]]:
         with notes.about(job.name):
             return job, job.run(write)
+
+    def do(group: list[Job]) -> list[tuple[Job, dict[str, Mean]]]:
+        return [do_one(job) for job in group]
 
     means: dict[str, Mean] = {}
     seen, total = 0, sum(job.size for job in plan.jobs)
     with mapper(run.executor) as over, bar("merging", total, run.progress) as tick:
-        for job, found in over(do, sorted(plan.jobs, key=lambda job: -job.size)):
+        groups = grouped(sorted(plan.jobs, key=lambda job: -job.size))
+        for job, found in chain.from_iterable(over(do, groups)):
             tick(job.size)
             seen += 1
             means |= found

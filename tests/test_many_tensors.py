@@ -1,0 +1,175 @@
+"""A hundred thousand tensors: what is done for each is counted, and no time is measured."""
+
+import gc
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from frechet_merge import Mean, MergeError, merge
+from frechet_merge.files import formats, shards
+from frechet_merge.files.checkpoint import from_state_dict
+from frechet_merge.matching import absent, views
+from frechet_merge.merging.merge import open_recipe, plan_root
+from frechet_merge.merging.recipe import Recipe
+from frechet_merge.merging.record import Record, known
+
+MANY = 600
+
+
+def names(n=MANY):
+    return [f"layers.{i//10}.experts.{i%10}.weight" for i in range(n)]
+
+
+def state(of, seed=0):
+    gen = torch.Generator().manual_seed(seed)
+    return {n: torch.randn(4, 8, generator=gen) for n in of}
+
+
+def folder(path, of, seed=0):
+    path.mkdir()
+    save_file(state(of, seed), path/"model.safetensors", {"format": "pt"})
+    return str(path)
+
+
+def counted(monkeypatch, module, name):
+    "A list that grows by one with each call of a function."
+    calls, f = [], getattr(module, name)
+
+    def counting(*args, **kw):
+        calls.append(args)
+        return f(*args, **kw)
+
+    monkeypatch.setattr(module, name, counting)
+    return calls
+
+
+def test_the_entries_of_a_header_are_made_once(tmp_path, monkeypatch):
+    models = [folder(tmp_path/f"m{i}", names(), i) for i in range(2)]
+    headers = counted(monkeypatch, formats, "read_header")
+    entries = counted(monkeypatch, shards, "_entry")
+    plan_root(open_recipe(Recipe(models)))
+    assert len(headers) == 2
+    assert len(entries) == 2*MANY
+
+
+def test_models_share_their_names(tmp_path):
+    paths = [folder(tmp_path/f"m{i}", names(3), i) for i in range(2)]
+    first, second = (shards.read_header(f"{p}/model.safetensors")[0] for p in paths)
+    assert all(a is b for a, b in zip(first, second))
+
+
+def test_a_header_says_which_name_is_twice(tmp_path):
+    spec = '{"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
+    head = f'{{"a": {spec}, "b": {spec}, "b": {spec}}}'.encode()
+    path = tmp_path/"x.safetensors"
+    path.write_bytes(len(head).to_bytes(8, "little") + head + bytes(4))
+    with pytest.raises(MergeError, match="the name 'b' appears twice"):
+        shards.read_header(path)
+
+
+def test_old_names_are_sought_once_for_each_name(monkeypatch):
+    calls = counted(monkeypatch, views, "_tails")
+    old = {f"layers.{i}.LayerNorm.gamma" for i in range(MANY)}
+    new = {f"bert.layers.{i}.LayerNorm.weight" for i in range(MANY)}
+    found = views._old_names(old, new)
+    assert found == {n: n.replace("gamma", "weight") for n in old}
+    assert len(calls) <= 2*MANY
+    assert not views._old_names({"x.LayerNorm.gamma"}, {"y.LayerNorm.weight"})
+    # the longer one is the old one
+    assert views._old_names({"bert.x.LayerNorm.beta"}, {"x.LayerNorm.bias"})
+
+
+def test_names_without_old_parts_are_not_held_to_others(monkeypatch):
+    calls = counted(monkeypatch, views, "_tails")
+    assert not views._old_names(set(names()), {"x." + n for n in names()})
+    assert not calls
+
+
+def test_a_pattern_is_held_to_the_names_once(monkeypatch):
+    calls = counted(monkeypatch, absent, "fnmatchcase")
+    has = from_state_dict(state(names()), "has")
+    lacks = from_state_dict(state(names()[::2]), "lacks")
+    found = absent.left_out(names()[1], lacks, has)
+    assert len(found) == MANY//2
+    assert len(calls) <= 4*MANY
+
+
+def test_of_many_that_are_lacking_the_remedy_is_short_and_works(tmp_path):
+    models = [folder(tmp_path/"a", names()), folder(tmp_path/"b", names()[1::2], 1)]
+    with pytest.raises(MergeError) as e:
+        merge(models, out=tmp_path/"out")
+    assert len(str(e.value)) < 500 and "--absent renormalise" in str(e.value)
+    merged = merge(models, out=tmp_path/"out", absent="renormalise")
+    assert {*merged.tensors} == {*names()}
+
+
+def test_small_jobs_go_together_and_give_the_same():
+    models = [state(names(2000), i) for i in range(2)]
+    tasks = []
+
+    def executor(f, jobs):
+        tasks.extend(jobs)
+        return map(f, tasks)
+
+    together = merge(models, executor=executor)
+    assert len(tasks) < 400
+    assert [*together.means] == names(2000)
+    for n in names(2000):
+        one = merge([{n: m[n]} for m in models], executor="serial")
+        assert torch.equal(together.tensors[n], one.tensors[n])
+        break
+    mean = sum(m[names()[7]] for m in models)/2
+    torch.testing.assert_close(together.tensors[names()[7]], mean)
+
+
+def test_few_jobs_go_alone():
+    tasks = []
+
+    def executor(f, jobs):
+        tasks.extend(jobs)
+        return map(f, tasks)
+
+    merge([state(names(20), i) for i in range(2)], executor=executor)
+    assert [len(task) for task in tasks] == [1]*20
+
+
+@pytest.mark.parametrize("was_on", [True, False])
+def test_the_collector_is_as_it_was(was_on, tmp_path):
+    models = [state(names(3), i) for i in range(2)]
+    if not was_on:
+        gc.disable()
+    try:
+        merge(models, out=None)
+        assert gc.isenabled() == was_on and gc.get_freeze_count() == 0
+        with pytest.raises(MergeError):
+            merge([models[0], {"x": torch.ones(2)}])
+        assert gc.isenabled() == was_on and gc.get_freeze_count() == 0
+    finally:
+        gc.enable()
+
+
+def test_what_a_server_has_set_aside_stays_aside():
+    gc.freeze()
+    try:
+        merge([state(names(3), i) for i in range(2)])
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
+
+
+def test_a_record_has_a_line_for_each_mean(tmp_path):
+    means = {n: known(Mean(None, 0.0, 1, True, math.nan)) for n in names(5)}
+    record = Record({"models": ["a\udcff", "é"]}, means=means, counted={"x": math.inf})
+    record.write(tmp_path)
+    path = tmp_path/"frechet_merge.json"
+    text = path.read_text()
+    assert all(text.count(f'\n  "{n}": {{') == 1 for n in means)
+    # no word that JSON does not have
+    held = json.loads(text, parse_constant=pytest.fail)
+    assert held["means"][names()[0]]["variance"] is None and held["counted"] == {"x": None}
+    assert held["recipe"]["models"] == ["a\udcff", "é"]
+    assert Record.read(tmp_path).recipe == record.recipe
+    assert [*held] == [*vars(record)]
