@@ -169,14 +169,19 @@ def arguments():
     return asked
 
 
+def command(asked, sizes):
+    "What makes the rows of these sizes again."
+    words = ["python bench/scale.py --sizes", *sizes, "--models", *map(str, asked.models)]
+    words += ["--runs", str(asked.runs)] + ["--mergekit MERGEKIT_YAML"]*bool(asked.mergekit)
+    return " ".join(words)
+
+
 def main():
     asked, rows = arguments(), []
-    words = ["python bench/scale.py", "--sizes", *asked.sizes]
-    words += ["--models", *map(str, asked.models), "--runs", str(asked.runs)]
-    words += ["--mergekit MERGEKIT_YAML"]*bool(asked.mergekit) + ["--quick"]*asked.quick
-    for size in asked.sizes:
+    for i, size in enumerate(asked.sizes):
         rows += of_size(asked, size)
-        write_rows("scale", rows, about(" ".join(words), mergekit=asked.mergekit and "0.1.5"))
+        made = command(asked, asked.sizes[: i + 1])
+        write_rows("scale", rows, about(made, mergekit=asked.mergekit and "0.1.5"))
 
 
 if __name__ == "__main__":

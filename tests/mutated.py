@@ -385,8 +385,11 @@ def warm() -> None:
     gc.freeze()
 
 
-def run(words: tuple[str, ...], folder: Path) -> Heard:
-    "A command in a fork of this process, with a limit on its time and on its memory."
+def run(
+    words: tuple[str, ...], folder: Path, largest: int | None = None, mask: int = 0o22
+) -> Heard:
+    """A command in a fork of this process, with a limit on its time and on its memory, and of
+    `largest` bytes on each file that it writes."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -395,6 +398,11 @@ def run(words: tuple[str, ...], folder: Path) -> Heard:
         resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
         used = int(Path("/proc/self/statm").read_text().split()[0])*resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+        if largest is not None:
+            # then a write fails as on a full disk
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+        os.umask(mask)
         heard = _in_the_child(words, folder)
         with os.fdopen(write, "w") as f:
             json.dump(vars(heard), f)

@@ -726,6 +726,16 @@ def _show(found: Any, ran: Any, as_json: bool, top: int) -> None:
     for x in chain(found.report(top), ran.report() if ran is not None else ()):
         Console().print(x, soft_wrap=isinstance(x, Text))
 
+# %% ../../nbs/cli/commands.ipynb #5afed001
+def _saved(figure: Any, path: Path) -> None:
+    "Save a picture, whole or not at all; `MergeError` if the disk takes none."
+    from frechet_merge.files.output import disk_errors, staged_file
+
+    # what matplotlib would call it
+    path = path if path.suffix else path.with_name(f"{path.name}.png")
+    with disk_errors(path), staged_file(path) as part:
+        figure.savefig(part, dpi=150, bbox_inches="tight")
+
 # %% ../../nbs/cli/commands.ipynb #fb4f6824
 def _draw(found: Any, ran: Any, path: Path) -> None:
     "What merges keep by layer, if models were run; otherwise what metrics would change."
@@ -735,7 +745,7 @@ def _draw(found: Any, ran: Any, path: Path) -> None:
     if ran is None and not found.eta:
         return
     ax = plot_eta(found) if ran is None else plot_collapse(ran)
-    ax.figure.savefig(path, dpi=150, bbox_inches="tight")
+    _saved(ax.figure, path)
 
 # %% ../../nbs/cli/commands.ipynb #d71c0e11
 @app.command("inspect")
@@ -1329,7 +1339,7 @@ def demo_command(
             f"No merge beats the base on average: the best, {best}, is "
             f"{100 * (average['base'] - average[best]):.1f} points below it."
         )
-    picture(results).figure.savefig(out, dpi=150, bbox_inches="tight")
+    _saved(picture(results).figure, out)
     print(f"Picture: {out} ({time.time() - start:.0f} s in all)")
 
 # %% ../../nbs/cli/commands.ipynb #5831c528
