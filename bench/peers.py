@@ -39,12 +39,15 @@ log = open(sys.argv[1], "w")
 p = subprocess.Popen(sys.argv[2:], stdout=log, stderr=subprocess.STDOUT)
 _, status, used = os.wait4(p.pid, 0)
 seconds, code = time.perf_counter() - start, os.waitstatus_to_exitcode(status)
-print(json.dumps([seconds, used.ru_maxrss/1024, code]))
+print(json.dumps({
+    "seconds": seconds, "peak MiB": used.ru_maxrss/1024, "cpu s": used.ru_utime + used.ru_stime,
+    "read MB": used.ru_inblock*512/1e6, "written MB": used.ru_oublock*512/1e6, "code": code,
+}))
 """
 
 
-def run(command, cwd, log):
-    "Wall seconds and peak resident MiB of a command, which must succeed."
+def measured(command, cwd, log):
+    "What a command took, which must succeed: seconds, memory, and what it moved from and to disks."
     r = subprocess.run(
         [sys.executable, "-S", "-c", LAUNCH, log, *map(str, command)],
         cwd=cwd,
@@ -53,10 +56,16 @@ def run(command, cwd, log):
         check=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
-    wall, peak, code = json.loads(r.stdout)
-    if code:
+    found = json.loads(r.stdout)
+    if found.pop("code"):
         raise SystemExit(f"{' '.join(map(str, command))} failed:\n{Path(log).read_text()[-2000:]}")
-    return wall, peak
+    return found
+
+
+def run(command, cwd, log):
+    "Wall seconds and peak resident MiB of a command, which must succeed."
+    found = measured(command, cwd, log)
+    return found["seconds"], found["peak MiB"]
 
 
 def karcher_float64(xs):
@@ -121,19 +130,24 @@ def our_commands(five, eight, tiny):
     }
 
 
+def mergekit_command(mergekit, method, models, out, work):
+    "One merge by mergekit, whose recipe is written into `work`."
+    more = {"parameters": {"weight": 1.0}} if method == "linear" else {}
+    recipe = {
+        "models": [{"model": m, **more} for m in models],
+        "merge_method": method,
+        "dtype": "bfloat16",
+    }
+    file = work/f"{method}-{out}.yml"
+    file.write_text(json.dumps(recipe))
+    return [mergekit, str(file), out, "--no-copy-tokenizer", "--quiet"]
+
+
 def mergekit_commands(mergekit, five, tiny, work):
     "The same of mergekit, whose recipes are written into `work`."
 
     def command(method, models, out):
-        more = {"parameters": {"weight": 1.0}} if method == "linear" else {}
-        recipe = {
-            "models": [{"model": m, **more} for m in models],
-            "merge_method": method,
-            "dtype": "bfloat16",
-        }
-        file = work/f"{method}-{out}.yml"
-        file.write_text(json.dumps(recipe))
-        return [mergekit, str(file), out, "--no-copy-tokenizer", "--quiet"]
+        return mergekit_command(mergekit, method, models, out, work)
 
     return {
         "mergekit Karcher": command("karcher", five, "mk-Karcher"),

@@ -24,7 +24,8 @@ import yaml
 from conftest import save, tensors
 from safetensors.torch import save_file
 
-SECONDS = 20  # after which a command counts as hanging
+SECONDS = 20  # of processor time, after which a command counts as hanging
+WAITED = 120  # seconds of any kind, after which it counts as hanging: a busy machine is no fault
 MEMORY = 1_500_000_000  # bytes, beside what the process had
 SECRET = "secret"  # a folder beside the models, which no command has to open
 
@@ -384,15 +385,24 @@ def warm() -> None:
     gc.freeze()
 
 
-def run(words: tuple[str, ...], folder: Path) -> Heard:
-    "A command in a fork of this process, with a limit on its time and on its memory."
+def run(
+    words: tuple[str, ...], folder: Path, largest: int | None = None, mask: int = 0o22
+) -> Heard:
+    """A command in a fork of this process, with a limit on its time and on its memory, and of
+    `largest` bytes on each file that it writes."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(read)
-        signal.alarm(SECONDS)
+        signal.alarm(WAITED)
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
         used = int(Path("/proc/self/statm").read_text().split()[0])*resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+        if largest is not None:
+            # then a write fails as on a full disk
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+        os.umask(mask)
         heard = _in_the_child(words, folder)
         with os.fdopen(write, "w") as f:
             json.dump(vars(heard), f)

@@ -29,7 +29,7 @@ from ..algebra.truncation import rank_for, squared, truncated
 from ..files.checkpoint import Checkpoint, token_rows
 from ..files.hub import look_up
 from ..files.open import load
-from ..files.output import staged
+from ..files.output import disk_errors, staged
 from ..files.shards import save_tensors
 from ..files.stack import Stack
 from ..matching.blocks import Block, align, get
@@ -633,7 +633,7 @@ def _written(made: Extracted, out: Path, like: Checkpoint) -> Extracted:
     "In a folder that appears whole or not at all, with the tokenizer of what it was made of."
     from frechet_merge.merging import companions
 
-    with staged(out) as part:
+    with disk_errors(out), staged(out) as part:
         save_tensors(part/"adapter_model.safetensors", dict(made.tensors), {"format": "pt"})
         (part/"adapter_config.json").write_text(json.dumps(made.config, indent=2) + "\n")
         about = {

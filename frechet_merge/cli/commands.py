@@ -9,6 +9,7 @@ __all__ = ['app', 'RecipeFile', 'RunFolder', 'MergedBefore', 'SeenBefore', 'Know
            'demo_command', 'main']
 
 # %% ../../nbs/cli/commands.ipynb #fbd8897e
+import errno
 import json
 import os
 import signal
@@ -734,6 +735,16 @@ def _show(found: Any, ran: Any, as_json: bool, top: int) -> None:
     for x in chain(found.report(top), ran.report() if ran is not None else ()):
         Console().print(x, soft_wrap=isinstance(x, Text))
 
+# %% ../../nbs/cli/commands.ipynb #5afed001
+def _saved(figure: Any, path: Path) -> None:
+    "Save a picture, whole or not at all; `MergeError` if the disk takes none."
+    from frechet_merge.files.output import disk_errors, staged_file
+
+    # what matplotlib would call it
+    path = path if path.suffix else path.with_name(f"{path.name}.png")
+    with disk_errors(path), staged_file(path) as part:
+        figure.savefig(part, dpi=150, bbox_inches="tight")
+
 # %% ../../nbs/cli/commands.ipynb #fb4f6824
 def _draw(found: Any, ran: Any, path: Path) -> None:
     "What merges keep by layer, if models were run; otherwise what metrics would change."
@@ -743,7 +754,7 @@ def _draw(found: Any, ran: Any, path: Path) -> None:
     if ran is None and not found.eta:
         return
     ax = plot_eta(found) if ran is None else plot_collapse(ran)
-    ax.figure.savefig(path, dpi=150, bbox_inches="tight")
+    _saved(ax.figure, path)
 
 # %% ../../nbs/cli/commands.ipynb #d71c0e11
 @app.command("inspect")
@@ -1337,8 +1348,50 @@ def demo_command(
             f"No merge beats the base on average: the best, {best}, is "
             f"{100 * (average['base'] - average[best]):.1f} points below it."
         )
-    picture(results).figure.savefig(out, dpi=150, bbox_inches="tight")
+    _saved(picture(results).figure, out)
     print(f"Picture: {out} ({time.time() - start:.0f} s in all)")
+
+# %% ../../nbs/cli/commands.ipynb #5afed002
+def _open_standard_streams() -> None:
+    "A stream that was closed leads nowhere: no file that is opened later may get its number."
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            # the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w" if number else "r"))
+
+# %% ../../nbs/cli/commands.ipynb #5afed003
+def _unforeseen(e: Exception) -> str:
+    "What is said of an error that has no message of ours."
+    if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        return (
+            f"error: {e.filename or 'standard output'}: {e.strerror}.\n"
+            "Free some space, or print to another place; what was written whole is there."
+        )
+    first = "\n".join(str(e).splitlines()[:1])
+    return (
+        f"error: {type(e).__name__}: {first}\n"
+        "This was not foreseen; run it again with --debug and report what it shows."
+    )
+
+# %% ../../nbs/cli/commands.ipynb #5afed004
+def _flushed() -> int:
+    "The exit code after all that was printed has left: 1 if it could not."
+    code = 0
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        # a closed pipe wants no more
+        except BrokenPipeError:
+            pass
+        except OSError as e:
+            code = 1
+            if stream is sys.stdout:
+                print(_unforeseen(e), file=sys.stderr)
+    return code
 
 # %% ../../nbs/cli/commands.ipynb #5831c528
 def main():
@@ -1347,6 +1400,7 @@ def main():
     debug = "--debug" in sys.argv
     if debug:
         sys.argv.remove("--debug")
+    _open_standard_streams()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     # a terminal that was closed; nohup has it ignored
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
@@ -1367,14 +1421,9 @@ def main():
     except Exception as e:
         if debug:
             raise
-        print(
-            f"error: {type(e).__name__}: "
-            + "\n".join(str(e).splitlines()[:1])
-            + ("\nThis was not foreseen; run it again with --debug and report what it shows."),
-            file=sys.stderr,
-        )
+        print(_unforeseen(e), file=sys.stderr)
         code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flushed = _flushed()
+    code = code or flushed
     # everything is on disk; unloading torch takes longer than a small merge
     os._exit(code if isinstance(code, int) else 0 if code is None else 1)

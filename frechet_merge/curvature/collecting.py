@@ -27,7 +27,7 @@ from ..files.open import load
 from .estimators import ESTIMATORS, causal, default_forward, default_mask
 from .estimators import length, objective, size, take
 from .forms import FORMS, Form, Sums
-from ..files.output import staged_file
+from ..files.output import disk_errors, staged_file
 from ..files.shards import read_header, save_tensors
 from .routed import ByExpert, piece_names, pieces_of
 from .uses import Watch
@@ -85,7 +85,7 @@ class Statistics(dict):
             else:
                 tied[name] = kept
         facts = {k: json.dumps(v) for k, v in self.about.items()}
-        with staged_file(path) as part:
+        with disk_errors(Path(path)), staged_file(path) as part:
             save_tensors(part, dict(sorted(stored.items())), {**facts, **tied})
 
     @classmethod
@@ -281,8 +281,9 @@ class State:
             "sums": (s.total, s.square, s.tokens, s.tokens2),
             "diagonal": sorted(self.diagonal),
         }
-        with staged_file(self.path) as part:
-            torch.save(kept, part)
+        # what torch opens itself does not say why it failed
+        with disk_errors(self.path), staged_file(self.path) as part, open(part, "wb") as f:
+            torch.save(kept, f)
         self.last = time.monotonic()
 
     def delete(self):

@@ -24,14 +24,13 @@ from .drawings import words
 from .pages import Column, page, sortable
 from ..files.checkpoint import Checkpoint, read_json
 from ..files.open import load
-from ..files.output import free, staged_file
+from ..files.output import disk_errors, free, staged_file
 from ..geometries.registry import from_data, spelled
 from ..merging.card import in_yaml, kind_of
 from ..merging.coefficients import told
 from ..merging.each import geometry_of_each
 from ..merging.preview import NUMBERS
 from ..merging.record import NAME, Record
-from ..merging.run import disk_errors
 from ..messages import MergeError
 from ..spaces.mean import Mean
 

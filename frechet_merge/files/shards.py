@@ -454,7 +454,7 @@ class ShardWriter:
         "Write the header of one file, and reserve the space of its tensors."
         head, entries, size = header_of(group, metadata, path)
         how = os.O_RDWR | os.O_CREAT | (os.O_NOFOLLOW if self.resume else os.O_EXCL)
-        self.fds[path] = fd = os.open(path, how, 0o644)
+        self.fds[path] = fd = os.open(path, how, 0o666)
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(fd, 0, size)
         # macOS

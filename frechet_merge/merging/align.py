@@ -17,7 +17,7 @@ import torch
 from ..files.checkpoint import Checkpoint
 from ..files.hub import look_up
 from ..files.open import load
-from ..files.output import free, staged
+from ..files.output import disk_errors, free, staged
 from ..matching.blocks import align as versions
 from ..matching.gauges import Aligned, in_one_gauge
 from ..matching.groups import Group
@@ -127,7 +127,7 @@ def align(
     seen, found = brought_together(every, groups, all_ws, how, sources, allow_pickle)
     seen = seen[len(bases) :]
     if place is not None:
-        with staged(place) as part:
+        with disk_errors(place), staged(place) as part:
             for name, c in zip(_folders(opened), seen):
                 make(Recipe([c]), Output(part/name, as_dtype(dtype)))
     return seen, found

@@ -41,11 +41,11 @@ from .card import card
 from .record import NAME, Record, begun, came_of
 from .templates import Chosen, chosen_templates, home_of, put_templates
 from .templates import say_other_templates
-from .run import Plan, disk_errors, in_memory, into_folder, report
+from .run import Plan, in_memory, into_folder, report
 from .robust import counting
 from ..spaces.robust import Loss
 from ..messages import MergeError, heard, warn
-from ..files.output import free, hidden, staged, staged_file, Staging
+from ..files.output import disk_errors, free, hidden, staged, staged_file, Staging
 from .journal import Journal, key_of
 from .coefficients import as_used
 from .shares import JOURNAL, Share, gather, is_sealed, seal, shares_of

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..diagnostics.facts import facts_of
-from ..files.output import free
+from ..files.output import disk_errors, free, staged_file
 from ..huggingface.models import Name
 from ..merging.plan import open_recipe, plan_recipe
 from ..merging.recipe import Recipe
@@ -288,7 +288,8 @@ class Suggestion:
     def write(self, file: Name) -> Path:
         "Write `yaml()` to a file; `MergeError` if it is there already."
         place = free(file, folder=False)
-        place.write_text(self.yaml(), encoding="utf-8")
+        with disk_errors(place), staged_file(place) as part:
+            part.write_text(self.yaml(), encoding="utf-8")
         return place
 
     def as_data(self) -> dict[str, Any]:
