@@ -271,3 +271,59 @@ class TestDeterminism:
         for name, x in whole.items():
             for other in (small, middle):
                 torch.testing.assert_close(other[name], x, rtol=3e-7, atol=1e-9)
+
+
+class TestRay:
+    "The same tasks, handed out by Ray on this machine."
+
+    @pytest.fixture(scope="class", autouse=True)
+    @classmethod
+    def started(cls):
+        ray = pytest.importorskip("ray", reason="Ray is not installed: pip install ray")
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+        yield
+        ray.shutdown()
+
+    def test_the_same_bytes_though_workers_are_killed(self, tmp_path, models):
+        (tmp_path/"d").mkdir()
+        want = merged(models, tmp_path/"out", geometry=Deadly(str(tmp_path/"d"), 0))
+        how = dict(geometry=Deadly(str(tmp_path/"d"), 3))
+        found = merged(models, tmp_path/"out", "ray", **how)
+        assert len([*(tmp_path/"d").iterdir()]) == 3
+        tensors = [k for k in want[0][0] if k.endswith((".safetensors", ".json"))]
+        assert len(tensors) > 2 and all(found[0][0][k] == want[0][0][k] for k in tensors)
+        assert found[1] == want[1]
+
+    def test_errors_and_an_end(self, tmp_path, models):
+        (tmp_path/"d").mkdir()
+        with pytest.raises(MergeError, match="layer.*lost.*4 times(?s:.*)--executor serial"):
+            merge(models, Deadly(str(tmp_path/"d"), 99), out=tmp_path/"out", executor="ray")
+        names = {f"layer.{i}.weight": torch.full((40, 30), torch.nan) for i in range(8)}
+        bad = str(save(tmp_path/"bad", names))
+        with pytest.raises(MergeError, match="NaN"):
+            merge([models[0], bad], out=tmp_path/"out", executor="ray")
+        assert not (tmp_path/"out").exists()
+
+
+def test_without_ray_it_is_said_what_to_install(tmp_path, models, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ValueError, match=r"frechet_merge\[ray\].*executor='processes'"):
+        merge(models, out=tmp_path/"out", executor="ray")
+    assert not (tmp_path/"out").exists()
+    merge(models, out=tmp_path/"out", executor="processes")
+
+
+def test_a_machine_with_other_versions_is_refused():
+    site = executors.Site({}, None, "head", "frechet_merge 0.0 with torch 0")
+    with pytest.raises(MergeError, match="and head, which hands out work, frechet_merge 0.0"):
+        executors.Bench(site)
+
+
+def test_a_worker_that_does_not_see_the_output(tmp_path, models):
+    "On a cluster whose machines do not share the folder."
+    from frechet_merge.files.shards import Entry
+
+    entries = {"w": Entry(str(tmp_path/"gone"/"model.safetensors"), 8, (2,), torch.float32)}
+    site = executors.Site({}, entries, "head", executors.versions_here())
+    with pytest.raises(MergeError, match="gone(?s:.*)a folder that all machines see.*--part"):
+        executors.Bench(site)
