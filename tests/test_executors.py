@@ -313,6 +313,21 @@ def test_without_ray_it_is_said_what_to_install(tmp_path, models, monkeypatch):
     merge(models, out=tmp_path/"out", executor="processes")
 
 
+def test_a_ray_that_does_not_start(tmp_path, models, monkeypatch):
+    class Dead:
+        def init(self, **_):
+            raise Exception("The current node timed out\nand more")
+
+        def shutdown(self):
+            self.is_shut = True
+
+    dead = Dead()
+    says = r"Ray did not start \(The current node timed out\)(?s:.*)--executor processes"
+    with pytest.raises(MergeError, match=says):
+        executors.started(dead)
+    assert dead.is_shut
+
+
 def test_a_machine_with_other_versions_is_refused():
     site = executors.Site({}, None, "head", "frechet_merge 0.0 with torch 0")
     with pytest.raises(MergeError, match="and head, which hands out work, frechet_merge 0.0"):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TRIES', 'START', 'FAR', 'versions_here', 'Site', 'Task', 'Done', 'filled', 'Bench', 'sendable', 'Failed', 'attempt',
-           'unpacked', 'packed', 'serve', 'Worker', 'ended', 'lost', 'Processes', 'on_ray', 'imported_ray', 'Ray',
-           'is_far', 'entered', 'workers', 'refuse_far']
+           'unpacked', 'packed', 'serve', 'Worker', 'ended', 'lost', 'Processes', 'on_ray', 'imported_ray', 'started',
+           'Ray', 'is_far', 'entered', 'workers', 'refuse_far']
 
 # %% ../../nbs/merging/executors.ipynb #f8807481
 import contextvars
@@ -379,7 +379,22 @@ def imported_ray() -> Any:
         ) from e
     return ray
 
-# %% ../../nbs/merging/executors.ipynb #5f7ed125
+# %% ../../nbs/merging/executors.ipynb #04d3ed6f
+def started(ray: Any) -> None:
+    "Have Ray at work; `MergeError` if it does not answer, or does not start here."
+    try:
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
+    # it raises the plainest of exceptions
+    except Exception as e:
+        ray.shutdown()
+        where = os.environ.get("RAY_ADDRESS", "this machine")
+        why = str(e).strip().splitlines()[0][:200]
+        raise MergeError(
+            f"{where}: Ray did not start ({why}).\n"
+            "Look what `ray status` says, or use --executor processes, which needs no Ray."
+        ) from e
+
+# %% ../../nbs/merging/executors.ipynb #3bd2c3f1
 class Ray:
     "Workers of Ray, wherever they are."
 
@@ -387,7 +402,7 @@ class Ray:
         self.ray = ray = imported_ray()
         self.is_ours = not ray.is_initialized()
         if self.is_ours:
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
+            started(ray)
         self.site = [ray.put(site)]
         self.key = self.site[0].hex()
         gpus = int(str(device or "cpu").startswith("cuda"))
