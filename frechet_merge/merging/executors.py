@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['TRIES', 'START', 'FAR', 'versions_here', 'Site', 'Task', 'Done', 'filled', 'Bench', 'sendable', 'Failed', 'attempt',
            'unpacked', 'packed', 'serve', 'Worker', 'ended', 'lost', 'Processes', 'on_ray', 'imported_ray', 'started',
-           'Ray', 'is_far', 'entered', 'workers', 'refuse_far']
+           'Ray', 'is_far', 'entered', 'workers', 'refuse_far', 'Rates', 'seconds']
 
-# %% ../../nbs/merging/executors.ipynb #f8807481
+# %% ../../nbs/merging/executors.ipynb #9085ff7d
 import contextvars
 import json
+import math
 import os
 import pickle
 import signal
@@ -489,3 +490,30 @@ def refuse_far(executor: str | Callable, out: Any) -> None:
         raise ValueError(
             f"executor={executor!r} writes files: name a folder (out=), or use 'threads'."
         )
+
+# %% ../../nbs/merging/executors.ipynb #996fe2ef
+@dataclass(frozen=True)
+class Rates:
+    "What a node can do."
+
+    read: float  # bytes/s, of all that it reads
+    write: float  # bytes/s
+    core: float  # bytes of inputs/s that a core merges
+    cores: int = 1
+    start: float = 5.0  # seconds, until the first job
+
+# %% ../../nbs/merging/executors.ipynb #086132aa
+def seconds(
+    nbytes: float,  # of a model
+    T: int,  # models
+    nodes: int,
+    files: int,  # of the output, which are divided among the nodes
+    rates: Rates,
+    passes: int = 1,  # over the inputs: 2 for a span that does not fit into memory
+) -> tuple[float, float]:  # if all goes on at once, and if one waits for the other
+    "How long a merge takes on several nodes, each of which has a part."
+    share = math.ceil(files/nodes)/files
+    read = passes*T*nbytes*share/rates.read
+    work = T*nbytes*share/(rates.core*rates.cores)
+    write = nbytes*share/rates.write
+    return rates.start + max(read, work, write), rates.start + read + work + write
