@@ -499,7 +499,7 @@ class Rates:
     read: float  # bytes/s, of all that it reads
     write: float  # bytes/s
     core: float  # bytes of inputs/s that a core merges
-    cores: int = 1
+    cores: int = 1  # that merge at once
     start: float = 5.0  # seconds, until the first job
 
 # %% ../../nbs/merging/executors.ipynb #086132aa
