@@ -108,8 +108,8 @@ ASKED = {
         mean(1, 1),
     ),
     "another executor": (
-        {"executor": "processes"},
-        "use 'serial', 'threads', or a function",
+        {"executor": "gpu"},
+        "use 'serial', 'threads', 'processes', 'ray', or a function",
         {"executor": "threads"},
         mean(1, 1),
     ),

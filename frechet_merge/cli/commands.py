@@ -155,7 +155,10 @@ WrittenType = Annotated[
 ]
 Executor = Annotated[
     str,
-    typer.Option(help="threads or serial.", autocompletion=one_of("threads", "serial")),
+    typer.Option(
+        help="threads, serial, processes, or ray.",
+        autocompletion=one_of("threads", "serial", "processes", "ray"),
+    ),
 ]
 ChunkDevice = Annotated[
     Optional[str],

@@ -17,7 +17,7 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
 
@@ -58,7 +58,7 @@ MAX_BYTES = 2**63 - 1  # of a tensor; what torch counts with
 class Stamp:
     "What tells a file from the one that replaces it, and from itself once it is written to."
 
-    device: int  # the number of its file system
+    device: int | None  # the number of its file system; None: each machine has its own
     inode: int  # its number there
     size: int  # bytes
     mtime: int  # nanoseconds
@@ -67,6 +67,10 @@ class Stamp:
     def of(cls, found: os.stat_result) -> "Stamp":
         "The stamp of a file by what the system says of it."
         return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+    def __reduce__(self):
+        "Sent to another process, which may see the file system under another number."
+        return Stamp, (None, self.inode, self.size, self.mtime)
 
 
 # slots: a model of many small experts has hundreds of thousands of these
@@ -111,7 +115,7 @@ def read_bytes(path: str | os.PathLike) -> bytes:
 def refuse_another(path: str | os.PathLike, stamp: Stamp | None, found: os.stat_result):
     "`MergeError` if a file is not any more what its header was read from; None: it has none."
     now = Stamp.of(found)
-    if stamp is None or stamp == now:
+    if stamp is None or stamp in (now, replace(now, device=None)):
         return
     is_cut = now.inode == stamp.inode and now.size < stamp.size
     how = "was cut short" if is_cut else "was replaced or written to"
@@ -450,6 +454,16 @@ class ShardWriter:
             }
             (folder/index_name(stem)).write_text(json.dumps(index, indent=2) + "\n")
 
+    @classmethod
+    def of(cls, entries: dict[str, Entry]) -> "ShardWriter":
+        "A writer of files that another process has laid out, which alone knows when all is done."
+        self = cls.__new__(cls)
+        self.resume, self.entries, self.fds = True, entries, {}
+        self.ledger = Ledger({name: e.numel for name, e in entries.items()})
+        for path in {e.path for e in entries.values()}:
+            self.fds[path] = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+        return self
+
     def _lay_out(self, path, group, metadata):
         "Write the header of one file, and reserve the space of its tensors."
         head, entries, size = header_of(group, metadata, path)
@@ -479,6 +493,11 @@ class ShardWriter:
         while data:
             done = os.pwrite(self.fds[e.path], data, at)
             data, at = data[done:], at + done
+
+    def flush(self, names: set[str]) -> None:
+        "Have the files of some tensors on the disk."
+        for path in {self.entries[name].path for name in names}:
+            os.fsync(self.fds[path])
 
     def checksum(self, name: str, start: int, count: int) -> int:
         "CRC-32 of the bytes of `count` elements of a tensor from `start` on, as its file has them."

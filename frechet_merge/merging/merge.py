@@ -46,6 +46,7 @@ from .robust import counting
 from ..spaces.robust import Loss
 from ..messages import MergeError, heard, warn
 from ..files.output import disk_errors, free, hidden, staged, staged_file, Staging
+from .executors import refuse_far
 from .journal import Journal, key_of
 from .coefficients import as_used
 from .shares import JOURNAL, Share, gather, is_sealed, seal, shares_of
@@ -430,6 +431,7 @@ def make(
 ) -> Merged:
     "Plan a recipe, run it and record it; `MergeError` or `ValueError` before anything is written."
     since = time.monotonic()
+    refuse_far(run.executor, output.folder)
     with heard() as said:
         with uncollected():
             opened = open_recipe(recipe)
@@ -483,7 +485,8 @@ def merge(
     # of what is written: "bf16", torch.bfloat16; default: each tensor's own, in the base or first
     # model
     dtype: str | torch.dtype | None = None,
-    executor: str | Callable = "threads",  # "threads" | "serial", or any map over jobs
+    # "threads" | "serial" | "processes" | "ray", or any map over jobs
+    executor: str | Callable = "threads",
     # where chunks are computed; "cuda" moves chunks, never models; default: the CPU
     device: str | torch.device | None = None,
     # a full model to put the merged adapter on: a full checkpoint is written

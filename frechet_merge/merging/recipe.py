@@ -201,7 +201,7 @@ class Output:
 class Run:
     "By what a merge is computed; no number depends on it."
 
-    executor: str | Callable = "threads"  # "threads" | "serial", or a function like `map`
+    executor: str | Callable = "threads"  # or serial, processes, ray, a function like `map`
     device: Any = None  # where chunks are computed, as torch names devices; None: the CPU
     progress: bool = False  # a bar on stderr
     # go on where the same merge was stopped, and leave what is done if this one is
