@@ -9,8 +9,8 @@ transformer of transformers learn digits, eight times each, from another start a
 T of them are merged: as they are, on spheres, in one gauge, and repaired on training digits without
 their labels. The gauge of the first two kinds is traced; that of the transformer is derived (units
 and heads), without and with its residual stream, which is added here: an order of its own that all
-blocks share. Units are paired by their weights, those of the transformer once more by
-what they say on training digits. Beside them stands the ensemble, the mean of what the networks say.
+blocks share. Units are paired by their weights, those of the transformer once more by what they say
+on training digits. Beside them stands the ensemble, the mean of what the networks say.
 
 Reported are accuracy and loss on digits that no network has seen, the mean over up to --sets sets
 of T networks, the least and the largest accuracy among these; the least of the ratios of variance
