@@ -9,7 +9,8 @@ transformer of transformers learn digits, eight times each, from another start a
 T of them are merged: as they are, on spheres, in one gauge, and repaired on training digits without
 their labels. The gauge of the first two kinds is traced; that of the transformer is derived (units
 and heads), without and with its residual stream, which is added here: an order of its own that all
-blocks share. Beside them stands the ensemble, the mean of what the networks say.
+blocks share. Units are paired by their weights, those of the transformer once more by what they say
+on training digits. Beside them stands the ensemble, the mean of what the networks say.
 
 Reported are accuracy and loss on digits that no network has seen, the mean over up to --sets sets
 of T networks, the least and the largest accuracy among these; the least of the ratios of variance
@@ -32,6 +33,7 @@ from frechet_merge.curvature.activations import weighted
 from frechet_merge.curvature.repair import repair
 from frechet_merge.diagnostics.collapse import collapse
 from frechet_merge.files.checkpoint import from_state_dict
+from frechet_merge.matching.behaviour import match_activations
 from frechet_merge.matching.families import derived
 from frechet_merge.matching.gauges import align_gauges, in_one_gauge
 from frechet_merge.matching.groups import Group, Member, Part, check_groups
@@ -131,14 +133,26 @@ def filled(net, state):
     return made.eval()
 
 
+def by_weights(nets, both, groups, x):
+    return align_gauges(both, groups)
+
+
+def by_activations(nets, both, groups, x):
+    return match_activations(nets, x[:512].split(64), groups, models=both)
+
+
 def merges(kind, nets, x):
     "Name → network, its parents, and the seconds that aligning took."
     states = [n.state_dict() for n in nets]
     ways = {"as they are": (states, 0.0)}
     for name, groups in gauges(kind, nets[0], x[:9]).items():
-        since, both = time.time(), [from_state_dict(s) for s in states]
-        seen = in_one_gauge(both, groups, align_gauges(both, groups))
-        ways[name] = [{n: c[n] for n in states[0]} for c in seen], time.time() - since
+        finds = {"": by_weights}
+        if kind == "transformer":
+            finds[" by activations"] = by_activations
+        for end, find in finds.items():
+            since, both = time.time(), [from_state_dict(s) for s in states]
+            seen = in_one_gauge(both, groups, find(nets, both, groups, x))
+            ways[name + end] = [{n: c[n] for n in states[0]} for c in seen], time.time() - since
     for way, (these, seconds) in ways.items():
         parents = [filled(nets[0], s) for s in these]
         for geometry in ("euclidean", "sphere"):

@@ -1,8 +1,12 @@
 """Adapters of clients of several ranks, averaged round after round; and as a strategy of Flower,
 with Flower's own messages."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
+from conftest import ROOT
 
 from frechet_merge.merging.federated import A, B, as_adapter, average, factors_in, received, sent
 from frechet_merge.merging.federated import strategy
@@ -134,8 +138,6 @@ class TestRunning:
 
 class TestFlower:
     def test_without_flower_it_is_said(self, monkeypatch):
-        import sys
-
         monkeypatch.setitem(sys.modules, "flwr.serverapp.strategy", None)
         with pytest.raises(MergeError, match="pip install 'frechet_merge.flower."):
             strategy()
@@ -164,6 +166,15 @@ class TestFlower:
         if loss is not None:
             shares = result.train_metrics_clientapp[10]["shares"]
             assert shares[3] < 0.01 and min(q for i, q in enumerate(shares) if i != 3) > 0.1
+
+    def test_flowers_own_simulation(self):
+        "Clients are processes of ray; the bench holds each aggregation to the centralised mean."
+        pytest.importorskip("flwr", reason="[flower] has an environment of its own")
+        pytest.importorskip("ray", reason="flwr[simulation] brings ray")
+        command = [sys.executable, "flower.py", "--only-good", "--dry", "--rounds", "3"]
+        made = subprocess.run(command, cwd=ROOT/"bench", capture_output=True, text=True)
+        assert made.returncode == 0, made.stderr[-3000:]
+        assert "'round': 3" in made.stdout
 
 
 @pytest.fixture

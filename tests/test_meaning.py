@@ -106,6 +106,15 @@ class TestAbsent:
         with pytest.raises(MergeError, match="two architectures"):
             merge([a, b], absent="renormalise")
 
+    def test_architectures_of_nearly_one_size_are_no_layouts(self):
+        wide = {f"layers.{i}.wide": randn(90, 90) for i in (0, 1)}
+        a = wide | {f"layers.{i}.bn.weight": randn(30, 9) for i in (0, 1)}
+        b = wide | {f"layers.{i}.out.{k}.weight": randn(40) for i in (0, 1) for k in (0, 1)}
+        with pytest.raises(MergeError, match="two architectures") as e:
+            merge([a, b])
+        for said in ("'layers.0.bn.weight' of shape (30, 9) and 1 more", "(40,) and 3 more"):
+            assert said in str(e.value)
+
     def test_another_depth_is_refused_whatever_is_allowed(self):
         for absent in (None, "renormalise"):
             with pytest.raises(MergeError, match="3 and 2 layers in 'layers'"):

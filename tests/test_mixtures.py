@@ -267,6 +267,31 @@ def test_distances_are_those_of_the_nearest_order(tmp_path, monkeypatch):
     assert torch.equal(of_weights(c, m), D)
 
 
+def test_sketches_of_wide_experts_find_the_same_groups(tmp_path, monkeypatch):
+    c = load(put(sparse("mixtral", copies=True), tmp_path/"m"))
+    m = mixtures_in(c)[0]
+    D = of_weights(c, m)
+    monkeypatch.setattr(fewer, "EXACT", 0)
+    found = of_weights(c, m)
+    assert found.diag().abs().max() == 0 and torch.equal(found, found.mT)
+    assert found[0, K] < 1e-8*found[0, 1]
+    ws = torch.ones(len(D))
+    assert fewer.grouped(found, ws, K) == fewer.grouped(D, ws, K)
+    apart = D > 1e-6*D.max()
+    assert float(((found/D)[apart] - 1).abs().max()) < 0.5
+
+
+@pytest.mark.parametrize("h", [1, 5, 1300])
+def test_partners_are_a_permutation_and_of_copies_the_right_one(h):
+    g = torch.Generator().manual_seed(h)
+    x, order = torch.randn(h, 40, generator=g), torch.randperm(h, generator=g)
+    assert torch.equal(x[order][fewer.partners(x @ x[order].mT)], x)
+    strangers = fewer.partners(torch.randn(h, h, generator=g))
+    assert torch.equal(strangers.sort().values, torch.arange(h))
+    # all alike: no one is preferred
+    assert torch.equal(fewer.partners(torch.zeros(h, h)).sort().values, torch.arange(h))
+
+
 def test_dtype_shards_and_ties(tmp_path):
     net = sparse("qwen3_moe", tie_word_embeddings=True)
     model = put(net.bfloat16(), tmp_path/"m")

@@ -186,3 +186,17 @@ def test_the_table_decides_for_every_kind_of_models():
             assert r.says != OUTPUTS or facts["knows"] in ("examples", "both")
     never = [r for r in RULES if (r.of, r.measured, str(r.says)) not in used]
     assert not never
+
+
+def test_models_trained_apart_are_told_so_and_the_remedy_runs(tmp_path):
+    for seed, name in enumerate("ab"):
+        make("bert", tmp_path/name, seed)
+    write(tmp_path/"texts.jsonl", [{"text": f"{x} {y}"} for x in WORDS for y in WORDS[:3]])
+    code, out, err = cli("suggest", "a", "b", cwd=tmp_path)
+    said = " ".join((out + err).split())
+    assert code == 1 and "trained apart" in said and "--residual and --data" in said
+    how = ("--residual", "--data", "texts.jsonl", "--max-samples", "16")
+    code, out, err = cli("align", "a", "b", "-o", "gauge", *how, cwd=tmp_path)
+    assert code == 0, err
+    code, out, err = cli("merge", "gauge/a", "gauge/b", "-o", "merged", cwd=tmp_path)
+    assert code == 0, err

@@ -118,6 +118,18 @@ def facts_of(
     }
     return facts | _numbers(found, every, origin, any_base)
 
+# %% ../../nbs/diagnostics/facts.ipynb #94c968fa
+def _apart(found: Inspection) -> float | None:
+    """How far the farthest model is from the first, in units of its length; None: not known. Of
+    matrices, if there are any: gains of norms begin at one in all models, and tell no two apart."""
+    rows = [r for r in found.tensors if len(r["shape"]) > 1] or found.tensors
+    own = sum(r["norm"][0]**2 for r in rows)
+    if not own:
+        return None
+    pairs = [(r["norm"][0], r["distance"]) for r in rows]
+    squares = [sum((n*(d[t] or 0))**2 for n, d in pairs) for t in range(len(pairs[0][1]))]
+    return (max(squares, default=0.0)/own)**0.5
+
 # %% ../../nbs/diagnostics/facts.ipynb #af2c449c
 def _numbers(
     found: Inspection, every: list[Checkpoint], origin: Checkpoint | None, any_base: bool
@@ -126,7 +138,7 @@ def _numbers(
     from frechet_merge.adapters.baking import bake
 
     are_adapters = all(c.adapter is not None for c in every)
-    apart = None if are_adapters or not found.distance else max(found.distance)
+    apart = None if are_adapters else _apart(found)
     facts: dict[str, float | None] = dict.fromkeys(("distance", "cosine", "size", "cut", "kept"))
     facts["distance"] = apart
     if not found.mergeable:
