@@ -4,9 +4,9 @@
 
 The models are sparse files: headers as of Llama 3 70B in 30 shards, and no numbers behind them. A
 run opens all models, aligns and plans them in a process of its own, as `frechet-merge merge` does
-before the first byte; beside it runs what only reads the same headers, with safetensors. Writes
-bench/results/planning.csv (a row for each: median, minimum and maximum seconds) and
-planning.json."""
+before the first byte, and as `--dry-run` does, which merges a few of the numbers, too; beside it
+runs what only reads the same headers, with safetensors. Writes bench/results/planning.csv (a row
+for each: median, minimum and maximum seconds) and planning.json."""
 
 import argparse
 import json
@@ -28,6 +28,14 @@ from frechet_merge.merging.recipe import Recipe
 start = time.time()
 plan = plan_recipe(open_recipe(Recipe(sys.argv[1:])))
 assert len(plan.jobs) == 723, len(plan.jobs)
+print(time.time() - start)
+"""
+PREVIEW = """
+import sys, time
+from frechet_merge.merging.preview import preview
+from frechet_merge.merging.recipe import Recipe
+start = time.time()
+assert preview(Recipe(sys.argv[1:]), timed=True).seconds > 0
 print(time.time() - start)
 """
 READ = """
@@ -113,6 +121,7 @@ def main():
         rows = [
             row("reading the headers, with safetensors", timed(READ, folders, a.runs)),
             row(f"planning a merge of {a.models} models", timed(PLAN, folders, a.runs)),
+            row("planning it, and telling the time", timed(PREVIEW, folders, a.runs)),
         ]
     write_rows("planning", rows, about("python bench/planning.py"))
 

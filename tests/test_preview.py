@@ -1,15 +1,18 @@
 """What a merge would do is told from headers, writes nothing, and is what the merge then does."""
 import json
+from dataclasses import dataclass
 
 import pytest
 import torch
 from conftest import cli, save
 from test_recipe_files import deep, written
 
-from frechet_merge import load, merge
+from frechet_merge import Euclidean, Geometry, load, merge
 from frechet_merge.files.tensors import FileTensor
+from frechet_merge.merging import estimate
+from frechet_merge.merging.plan import open_recipe, plan_recipe
 from frechet_merge.merging.preview import preview
-from frechet_merge.merging.recipe import Output, Recipe
+from frechet_merge.merging.recipe import Output, Recipe, Run
 
 
 @pytest.fixture
@@ -96,3 +99,97 @@ def test_of_adapters(tmp_path):
         peft.get_peft_model(model, config).save_pretrained(tmp_path/f"m{i}")
     code, out, err = cli("merge", tmp_path/"m0", tmp_path/"m1", "-o", tmp_path/"o", "--dry-run")
     assert code == 0 and "rank 4 of 2" in out, out + err
+
+
+@dataclass(frozen=True)
+class Whole(Geometry):
+    "Somebody's geometry of whole tensors."
+
+    def chart(self, thetas, Gs=None):
+        return Euclidean().chart([*thetas], Gs)
+
+
+def rates(monkeypatch, each=1.0, number=0.0):
+    "Jobs take seconds for each and for each number, and so it is whatever the machine does."
+
+    def timed(job, write):
+        job.run(write)
+        return each + number*job.size
+
+    monkeypatch.setattr(estimate, "timed", timed)
+    monkeypatch.setattr(estimate, "seconds_a_byte", lambda out: 0.0)
+
+
+def seconds(models, layers, geometry="euclidean", **more):
+    "Of a merge of models of so many equal layers."
+    given = [
+        {f"h.{i}.weight": torch.randn(*layers[1:]) for i in range(layers[0])} for _ in range(models)
+    ]
+    base = {f"h.{i}.weight": torch.zeros(*layers[1:]) for i in range(layers[0])}
+    more_given = {"base": base} if geometry == "epimer" else {}
+    recipe = Recipe.of({"models": given, "geometry": geometry} | more_given)
+    plan = plan_recipe(open_recipe(recipe))
+    return estimate.estimate([plan], Output(), Run(executor="serial", **more)).seconds
+
+
+@pytest.mark.parametrize("geometry", ["euclidean", "sphere", "epimer", Whole()])
+def test_the_time_grows_with_equal_layers(monkeypatch, geometry):
+    rates(monkeypatch)
+    assert [seconds(2, (n, 8, 6), geometry) for n in (1, 3, 6)] == [1.0, 3.0, 6.0]
+
+
+def test_the_time_grows_with_numbers_that_were_not_read(monkeypatch):
+    rates(monkeypatch, each=2.0, number=1e-6)
+    assert seconds(2, (3, 2048, 1024)) == pytest.approx(3*(2 + 1e-6*2048*1024), rel=0.01)
+
+
+def test_no_time_is_made_up(monkeypatch):
+    rates(monkeypatch)
+    monkeypatch.setattr(estimate, "WHOLE", 47)
+    assert seconds(2, (3, 8, 6)) == 3.0
+    assert seconds(2, (3, 8, 6), "epimer") is None, "a matrix that is too large to be tried"
+    assert seconds(2, (3, 8, 6), Whole()) is None, "whose cost nobody knows"
+    assert seconds(2, (3, 8, 6), resume=True) is None, "of which some may be done"
+    monkeypatch.setattr(estimate, "SECONDS", -1.0)
+    assert seconds(2, (3, 8, 6)) is None, "nothing was measured"
+
+
+def test_what_cannot_be_tried_has_no_time(tmp_path, folders):
+    broken = {k: v.clone() for k, v in deep(0).items()}
+    for x in broken.values():
+        x.fill_(torch.nan)
+    given = {"models": [folders[0], save(tmp_path/"nan", broken)]}
+    assert preview(Recipe.of(given), timed=True).seconds is None
+    assert preview(Recipe.of(given | {"models": folders}), timed=True).seconds > 0
+
+
+def test_the_time_is_told_and_leaves_nothing(tmp_path, folders):
+    before = sorted(tmp_path.rglob("*"))
+    for geometry in ("euclidean", "sphere", "ties", "stock"):
+        words = "merge", *folders[1:], "--base", folders[0], "--geometry", geometry
+        code, out, err = cli(*words, "-o", tmp_path/"o", "--dry-run", "--json")
+        held = json.loads(out)
+        assert code == 0 and held["seconds"] > 0 and 0 < held["measured"] <= 1, err
+        assert sorted(tmp_path.rglob("*")) == before
+    out = cli(*words, "-o", tmp_path/"o", "--dry-run")[1]
+    assert " % of the numbers)" in out
+    words = *words, "--resume", "-o", tmp_path/"o", "--dry-run"
+    assert json.loads(cli(*words, "--json")[1])["seconds"] is None
+    assert "how long it takes is not known" in cli(*words)[1]
+
+
+def test_few_numbers_are_read_for_the_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(estimate, "ENOUGH", 1 << 10)
+    monkeypatch.setattr(estimate, "CHUNK", 1 << 10)
+    layers = {f"h.{i}.weight": torch.randn(256, 64) for i in range(9)}
+    models = [save(tmp_path/n, layers) for n in "ab"]
+    count, read = [0], FileTensor.read
+
+    def counted(self, start=0, stop=None):
+        x = read(self, start, stop)
+        count[0] += x.numel()
+        return x
+
+    monkeypatch.setattr(FileTensor, "read", counted)
+    preview(Recipe.of({"models": models}), timed=True)
+    assert 0 < count[0] <= 2*(2*1024 + 64)

@@ -356,7 +356,7 @@ def _print_preview(
     "What a merge would do."
     from frechet_merge.merging.preview import preview
 
-    found = preview(recipe, output, run, name)
+    found = preview(recipe, output, run, name, timed=True)
     if as_json:
         return print(json.dumps(found.as_data(), ensure_ascii=False))
     for line in found.report():
