@@ -422,6 +422,15 @@ def done_before(output: Output, staging: Staging) -> Merged:
         pass
     return Merged(load(out), record.as_means(), out, record)
 
+# %% ../../nbs/merging/merge.ipynb #4571b09e
+def _counting_all(
+    plan: Plan, parts: dict, recipe: Recipe, run: Run
+) -> tuple[Plan, dict, Any]:
+    "A plan and its parts in which each model counts as a loss lets it, and what that is."
+    plans = {"": plan, **{path: one for path, (_, one) in parts.items()}}
+    plans, counted = counting(plans, recipe, run)
+    return plans[""], {path: (o, plans[path]) for path, (o, _) in parts.items()}, counted
+
 # %% ../../nbs/merging/merge.ipynb #6d952bea
 def make(
     recipe: Recipe,
@@ -448,9 +457,7 @@ def make(
             plan = plan_root(opened, output.dtype, run.device, name)
             record = replace(record, aligned=aligned)
         if recipe.loss is not None:
-            plans = {"": plan, **{path: one for path, (_, one) in parts.items()}}
-            plans, counted = counting(plans, recipe, run)
-            plan, parts = plans[""], {path: (o, plans[path]) for path, (o, _) in parts.items()}
+            plan, parts, counted = _counting_all(plan, parts, recipe, run)
             record = replace(record, counted=counted)
         if opened.onto is None:
             plan = _in_dtype(plan, opened, output)
