@@ -326,6 +326,7 @@ def test_a_ray_that_does_not_start(tmp_path, models, monkeypatch):
     with pytest.raises(MergeError, match=says):
         executors.started(dead)
     assert dead.is_shut
+    merge(models, out=tmp_path/"out", executor="processes")
 
 
 def test_a_machine_with_other_versions_is_refused():

@@ -358,7 +358,7 @@ def on_ray(key: str, site: list[Any], task: bytes) -> Done | Failed:
         import ray  # type: ignore
 
         if key not in _benches:
-            found = ray.get(site[0])
+            found: Any = ray.get(site[0])
             sys.path += [p for p in found.path if p not in sys.path]
             _benches.clear()
             _benches[key] = Bench(found)
