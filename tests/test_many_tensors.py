@@ -139,6 +139,8 @@ def test_few_jobs_go_alone():
 @pytest.mark.parametrize("was_on", [True, False])
 def test_the_collector_is_as_it_was(was_on, tmp_path):
     models = [state(names(3), i) for i in range(2)]
+    # whatever else was set aside in this process
+    gc.unfreeze()
     if not was_on:
         gc.disable()
     try:
