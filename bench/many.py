@@ -4,8 +4,8 @@
 
 The models have 32 numbers in each tensor, as a mixture of very many small experts might. Each row
 is a process of its own: planning from the headers alone (`--dry-run`), and merging, in each
-geometry. The time of the processor and the peak of memory are
-what the system says of the process when it has ended. Writes bench/results/many.csv and many.json.
+geometry. The time of the processor and the peak of memory are what the system says of the process
+when it has ended. Writes bench/results/many.csv and many.json.
 """
 
 import argparse

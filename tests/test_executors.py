@@ -239,8 +239,6 @@ def test_processes_go_on_where_a_merge_was_stopped(tmp_path, models, monkeypatch
     assert sorted(d.is_new for d in answers) == [False]*3 + [True]*5
 
 
-
-
 class TestDeterminism:
     "Stated in the chapter on executors."
 

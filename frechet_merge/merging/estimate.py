@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BY_PRODUCTS', 'DIGITS', 'ENOUGH', 'WHOLE', 'SECONDS', 'UNITS', 'is_cut', 'kind_of', 'rows_of', 'Rate', 'timed',
-           'rate_of', 'seconds_a_byte', 'Estimate', 'Nowhere', 'estimate', 'cores', 'told_seconds', 'told']
+           'rate_of', 'seconds_a_byte', 'Estimate', 'estimate', 'told_seconds', 'told']
 
 # %% ../../nbs/merging/estimate.ipynb #37800ec7
 import math
@@ -19,7 +19,6 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..files.stack import Stack
 from ..files.tensors import CHUNK, LazyTensor
@@ -31,8 +30,10 @@ from ..matching.blocks import Block
 from ..matching.promises import Range
 from ..matching.statistics import Coupled
 from .block import Copy, Job, MeanOf, Write
+from .executors import cores
 from .experts import Experts
 from .recipe import Output, Run
+from .robust import Nowhere
 from .run import Plan, cast_into, mapper
 from .update import UpdateOf
 from ..messages import heard
@@ -180,13 +181,6 @@ class Estimate:
     seconds: float | None = None  # about; None: it is not known
     share: float = 0.0  # of all numbers, those that it was measured on
 
-# %% ../../nbs/merging/estimate.ipynb #57b32cb9
-class Nowhere:
-    "A sink that keeps nothing."
-
-    def write(self, name: str, start: int, values: Tensor) -> None:
-        "Nothing."
-
 # %% ../../nbs/merging/estimate.ipynb #173da6f0
 def estimate(
     plans: Sequence[Plan],  # of the folder and of its parts
@@ -211,13 +205,6 @@ def estimate(
     seconds = max(max(costs, default=0.0), sum(costs)/threads)
     seconds += seconds_a_byte(output.folder)*sum(plan.nbytes for plan in plans)
     return Estimate(seconds, min(1.0, sum(r.ran for r in rates.values())/max(1, total)))
-
-# %% ../../nbs/merging/estimate.ipynb #79259809
-def cores() -> int:
-    "That this process may use."
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 # %% ../../nbs/merging/estimate.ipynb #59eac7b6
 def _size(job: Job) -> int:

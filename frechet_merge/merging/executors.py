@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRIES', 'START', 'FAR', 'versions_here', 'Site', 'Task', 'Done', 'filled', 'Bench', 'sendable', 'Failed', 'attempt',
            'unpacked', 'packed', 'serve', 'Worker', 'ended', 'lost', 'Processes', 'on_ray', 'imported_ray', 'started',
-           'Ray', 'is_far', 'entered', 'workers', 'refuse_far', 'Rates', 'seconds']
+           'Ray', 'is_far', 'entered', 'cores', 'workers', 'refuse_far', 'Rates', 'seconds']
 
 # %% ../../nbs/merging/executors.ipynb #9085ff7d
 import contextvars
@@ -462,6 +462,13 @@ def entered(job: Job, done: Done | Failed, sink: Any) -> dict[str, Mean]:
         job.journal.enter(job.key, done.wrote, done.means)
     return done.means
 
+# %% ../../nbs/merging/executors.ipynb #bc9fa1c1
+def cores() -> int:
+    "That this process may use."
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
 # %% ../../nbs/merging/executors.ipynb #0818f98c
 @contextmanager
 def workers(
@@ -471,12 +478,10 @@ def workers(
     device: Any = None,  # where chunks are computed
 ) -> Iterator[tuple[Callable, Callable[[Job], dict[str, Mean]]]]:
     "A map over jobs, and what it is to do with each: have it done elsewhere."
-    has_affinity = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     site = Site.of(plan, sink)
     crew = Processes(site) if executor == "processes" else Ray(site, device)
     # a thread does nothing but wait; Ray is given the next task before the last is done
-    threads = ThreadPoolExecutor(min(512, 2*crew.cpus) if isinstance(crew, Ray) else cores)
+    threads = ThreadPoolExecutor(min(512, 2*crew.cpus) if isinstance(crew, Ray) else cores())
     try:
         yield threads.map, lambda job: entered(job, crew.do(Task.of(job)), sink)
     finally:

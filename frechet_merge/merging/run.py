@@ -8,7 +8,6 @@ __all__ = ['FILES', 'Plan', 'overflow', 'cast_into', 'Memory', 'pool', 'ready', 
 
 # %% ../../nbs/merging/run.ipynb #b02112cf
 import math
-import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +24,7 @@ from ..files.checkpoint import Checkpoint, from_state_dict
 from ..messages import MergeError
 from ..spaces.mean import ConvergenceWarning, Mean
 from .block import Job, may_be_infinite, Write
-from .executors import FAR, is_far, workers
+from .executors import FAR, cores, is_far, workers
 from .journal import Journal
 from .many import grouped
 from .recipe import Run, typed_dtype
@@ -149,9 +148,7 @@ def restored() -> Iterator[None]:
 @contextmanager
 def pool() -> Iterator[ThreadPoolExecutor]:
     "A thread for each core that this process may use, in which torch has one."
-    has_affinity = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
-    threads = ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,))
+    threads = ThreadPoolExecutor(cores(), initializer=torch.set_num_threads, initargs=(1,))
     with restored():
         try:
             yield threads
