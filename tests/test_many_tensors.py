@@ -3,6 +3,9 @@
 import gc
 import json
 import math
+import os
+import threading
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -12,9 +15,11 @@ from frechet_merge import Mean, MergeError, merge
 from frechet_merge.files import formats, shards
 from frechet_merge.files.checkpoint import from_state_dict
 from frechet_merge.matching import absent, views
+from frechet_merge.merging.block import Job
 from frechet_merge.merging.merge import open_recipe, plan_root
 from frechet_merge.merging.recipe import Recipe
 from frechet_merge.merging.record import Record, known
+from frechet_merge.merging.run import SMALL, Plan, do_jobs
 
 MANY = 600
 
@@ -175,3 +180,31 @@ def test_a_record_has_a_line_for_each_mean(tmp_path):
     assert held["recipe"]["models"] == ["a\udcff", "é"]
     assert Record.read(tmp_path).recipe == record.recipe
     assert [*held] == [*vars(record)]
+
+
+@dataclass(frozen=True)
+class Meets(Job):
+    "Waits for another job that runs at the same time, and says whether there was one."
+
+    name: str
+    size: int
+    barrier: threading.Barrier
+    patience: float  # seconds
+    met: list
+
+    def run(self, write):
+        try:
+            self.barrier.wait(timeout=self.patience)
+            self.met.append(self.name)
+        except threading.BrokenBarrierError:
+            self.barrier.reset()
+        return {}
+
+
+@pytest.mark.parametrize("size, together", [(SMALL - 1, False), (SMALL, True)])
+def test_small_jobs_take_turns(size, together, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    barrier, met = threading.Barrier(2), []
+    jobs = [Meets(name, size, barrier, 20 if together else 0.3, met) for name in "ab"]
+    do_jobs(Plan({}, jobs), None)
+    assert bool(met) == together

@@ -74,8 +74,10 @@ def products(
 ) -> np.ndarray:  # (N,), float64
     "Inner products of N pairs of tangents."
     u, v = u.reshape(N, -1), v.reshape(N, -1)
-    first, *more = map(_of_rows, u.split(PIECE, 1), v.split(PIECE, 1))
-    found = sum(more, first).cpu().numpy()
+    if u.shape[1] <= PIECE:
+        found = _of_rows(u, v).cpu().numpy()
+    else:
+        found = sum(map(_of_rows, u.split(PIECE, 1), v.split(PIECE, 1))).cpu().numpy()
     if np.isfinite(found).all() or u.dtype == torch.float64:
         return found
     return products(u.double(), v.double(), N)
