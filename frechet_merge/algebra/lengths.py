@@ -77,7 +77,8 @@ def products(
     if u.shape[1] <= PIECE:
         found = _of_rows(u, v).cpu().numpy()
     else:
-        found = sum(map(_of_rows, u.split(PIECE, 1), v.split(PIECE, 1))).cpu().numpy()
+        pieces = [_of_rows(*both) for both in zip(u.split(PIECE, 1), v.split(PIECE, 1))]
+        found = torch.stack(pieces).sum(0).cpu().numpy()
     if np.isfinite(found).all() or u.dtype == torch.float64:
         return found
     return products(u.double(), v.double(), N)
