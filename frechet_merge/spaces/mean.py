@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..algebra.lengths import lengths, products
+from ..algebra.lengths import lengths, products, squares
 from ..metrics.kronecker import is_number
 from ..metrics.units import as_metric
 from ..messages import warn as say
 from .robust import Loss, Settled, settle
-from .space import Point, Space
+from .space import Flat, Point, Space
 
 # %% ../../nbs/spaces/mean.ipynb #de95cc43
 class ConvergenceWarning(UserWarning):
@@ -293,8 +293,8 @@ def _descend(
         share = np.where(given_up, 0, np.where(worse, share/2, share))
 
 # %% ../../nbs/spaces/mean.ipynb #64fa3ddc
-def _solve(springs: Springs, tol: float, maxiter: int) -> tuple[Tensor, list[Mean]]:
-    "Where N beads come to rest, and what is known about each."
+def _slide(springs: Springs, tol: float, maxiter: int) -> tuple[Tensor, list[Mean]]:
+    "Where N beads come to rest, step by step, and what is known about each."
     space, N, total = springs.space, springs.N, springs.total()
     m = space.start(springs.points, springs.ws)
     eps = torch.finfo(m.dtype).eps
@@ -343,6 +343,49 @@ def _reports(
         each = tuple(squares[:, i].tolist())
         found.append(Mean(None, residual, steps, bool(done[i]), variance, unique, 0, each))
     return found
+
+# %% ../../nbs/spaces/mean.ipynb #2bb46d5e
+def _is_sum(springs: Springs) -> bool:
+    "Whether the mean is a weighted sum."
+    if type(springs.space) is not Flat or not all(map(is_number, springs.Gs)):
+        return False
+    return any(w*G.d > 0 for w, G in zip(springs.ws, springs.Gs))
+
+# %% ../../nbs/spaces/mean.ipynb #2194df40
+def _at_sum(
+    squares: np.ndarray,  # (P, N) ⟨v, G v⟩ of each point
+    ws: np.ndarray,  # (P,) weights
+) -> Pull:
+    "What is known at a weighted sum, where nothing pulls."
+    gone = ~np.isfinite(squares)
+    squares = np.where(gone, 0, squares)
+    none = np.zeros(squares.shape[1])
+    lost = (gone & (ws > 0)[:, None]).sum(0)
+    at = Pull(None, none, none, ws @ squares, none, lost, [*squares])
+    at.residual = none
+    return at
+
+# %% ../../nbs/spaces/mean.ipynb #3b7ff319
+def _sum(springs: Springs) -> tuple[Tensor, list[Mean]]:
+    "The weighted sum in each of N problems, and what is known about it."
+    N, Gs = springs.N, [G.d for G in springs.Gs]
+    shares = normalise([w*G for w, G in zip(springs.ws, Gs)], len(Gs))
+    m = springs.space.start(springs.points, shares)
+    way, found = torch.empty_like(m), []
+    for p in springs.points:
+        torch.sub(p.x, m, out=way)
+        found.append(squares(way, N))
+    each = torch.stack(found).cpu().numpy()
+    if not np.isfinite(each).all():
+        # perhaps only their squares are not
+        each = np.stack([products(v := p.x - m, v, N) for p in springs.points])
+    at = _at_sum(each*np.array(Gs)[:, None], np.array(springs.ws))
+    return m, _reports(at, 0, np.ones(N, bool), springs.space.radius, springs.T)
+
+# %% ../../nbs/spaces/mean.ipynb #a381d514
+def _solve(springs: Springs, tol: float, maxiter: int) -> tuple[Tensor, list[Mean]]:
+    "Where N beads are at rest, and what is known about each."
+    return _sum(springs) if _is_sum(springs) else _slide(springs, tol, maxiter)
 
 # %% ../../nbs/spaces/mean.ipynb #b0b5a001
 def _robust(
@@ -402,6 +445,13 @@ def _as_space(space: Any) -> Space:
     )
     return space_of(space)
 
+# %% ../../nbs/spaces/mean.ipynb #4a31bba6
+def _computed_in(dtype: torch.dtype, p: Point) -> Point:
+    "A point in another dtype, and without the graph of a gradient; itself where it is so."
+    if p.x.dtype == dtype and not p.x.requires_grad:
+        return p
+    return replace(p, x=p.x.detach().to(dtype))
+
 # %% ../../nbs/spaces/mean.ipynb #d9039ee6
 def frechet_mean(
     # gives log and exp: that of a chart; a `Geometry` in its place is of version 0.1
@@ -424,7 +474,7 @@ def frechet_mean(
     dtype = points[0].x.dtype
     # the tolerance of 16 bits would be met by any point
     computes = torch.float32 if dtype.itemsize < 4 else dtype
-    points = [replace(p, x=p.x.detach().to(computes)) for p in points]
+    points = [_computed_in(computes, p) for p in points]
     springs = Springs.of(space, points, ws, batch or 1)
     if loss is not None:
         x, found = _robust(springs, loss, tol, maxiter)
