@@ -165,6 +165,14 @@ ChunkDevice = Annotated[
     typer.Option(help="Where chunks are computed: cpu, cuda.", show_default=False),
 ]
 ShardSize = Annotated[str, typer.Option(help="Largest file to write.")]
+Memory = Annotated[
+    Optional[str],
+    typer.Option(
+        help="What tensors may take of it at once, as 8GB: those that fit are read once, and one "
+        "that is too large is refused.",
+        show_default="what the machine has left",
+    ),
+]
 Bake = Annotated[
     Optional[str],
     typer.Option(
@@ -395,11 +403,20 @@ def _recipe_typed(typed: dict[str, Any]) -> Any:
     }
     return Recipe.of(typed | read)
 
+# %% ../../nbs/cli/commands.ipynb #6e5f2f56
+def _run_typed(typed: dict[str, Any]) -> Any:
+    "By what a merge is computed, as it is typed."
+    from frechet_merge.merging.recipe import Run
+
+    memory = None if typed["memory"] is None else size(typed["memory"])
+    shows = not typed["quiet"] and sys.stderr.isatty()
+    return Run.of(typed | {"progress": shows, "memory": memory})
+
 # %% ../../nbs/cli/commands.ipynb #4d58a298
 def _merge(typed: dict[str, Any]) -> None:
     "What `merge` was asked for, by the names of its parameters."
     from frechet_merge.merging.merge import make
-    from frechet_merge.merging.recipe import Output, Run
+    from frechet_merge.merging.recipe import Output
 
     start, asked = time.time(), SimpleNamespace(**typed)
     _refuse_of_part(asked.part, asked.report, asked.push)
@@ -408,7 +425,7 @@ def _merge(typed: dict[str, Any]) -> None:
     aligned = _alignment(asked.align, asked.align_data, asked.align_residual)
     recipe = _recipe_typed(typed | {"calibrate": feed, "align": aligned})
     output = Output.of(typed | {"shard_size": size(asked.shard_size)})
-    run = Run.of(typed | {"progress": not asked.quiet and sys.stderr.isatty()})
+    run = _run_typed(typed)
     if is_dry(asked.dry_run, asked.as_json):
         asked_to_push(asked.push, asked.public, asked.yes, asked.dry_run)
         return _print_preview(recipe, output, run, asked.geometry, asked.as_json)
@@ -432,6 +449,7 @@ def merge_command(
     dtype: WrittenType = None,
     executor: Executor = "threads",
     device: ChunkDevice = None,
+    memory: Memory = None,
     shard_size: ShardSize = "5GB",
     bake: Bake = None,
     drop: Drop = None,
@@ -489,6 +507,7 @@ def run_command(
     out: RunFolder = None,
     executor: Executor = "threads",
     device: ChunkDevice = None,
+    memory: Memory = None,
     shard_size: Annotated[
         Optional[str], typer.Option(help="Largest file to write.", show_default="the recipe's")
     ] = None,
@@ -508,7 +527,6 @@ def run_command(
     typed = dict(locals())
     from dataclasses import replace
     from functools import partial
-    from frechet_merge.merging.recipe import Run
     from frechet_merge.merging.recipes import read_recipe, run_recipe
 
     start = time.time()
@@ -518,7 +536,7 @@ def run_command(
         output = replace(output, shard_size=size(shard_size))
     if out is not None:
         output = replace(output, folder=out)
-    run = Run.of(typed | {"progress": not quiet and sys.stderr.isatty()})
+    run = _run_typed(typed)
     _refuse_of_part(part, report, push)
     _refuse_report(output.folder, report, dry_run)
     if is_dry(dry_run, as_json):

@@ -28,8 +28,8 @@ GROUPS = {
     "What is written": "out dtype shard_size to pad_to_multiple_of chat_template full_hash plot "
     "report",
     "The hub": "push public yes",
-    "How it is done": "executor device resume part join allow_nonfinite allow_pickle headers top "
-    "dry_run as_json quiet",
+    "How it is done": "executor device memory resume part join allow_nonfinite allow_pickle "
+    "headers top dry_run as_json quiet",
 }
 
 

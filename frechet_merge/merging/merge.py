@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Merged', 'main_of', 'homes_of', 'Dress', 'written_in', 'is_one_file', 'dress_of', 'Work', 'parts_for',
            'coefficients_of', 'as_calibration', 'calibration_for', 'files_of', 'staging_of', 'refuse_shares',
-           'is_finished', 'done_before', 'make', 'merge']
+           'is_finished', 'done_before', 'fitted', 'make', 'merge']
 
 # %% ../../nbs/merging/merge.ipynb #30b0928a
 import json
@@ -48,6 +48,7 @@ from ..messages import MergeError, heard, warn
 from ..files.output import disk_errors, free, hidden, staged, staged_file, Staging
 from .executors import refuse_far
 from .journal import Journal, key_of
+from .memory import within
 from .coefficients import as_used
 from .shares import JOURNAL, Share, gather, is_sealed, seal, shares_of
 from .shares import tensors_of
@@ -431,6 +432,11 @@ def _counting_all(
     plans, counted = counting(plans, recipe, run)
     return plans[""], {path: (o, plans[path]) for path, (o, _) in parts.items()}, counted
 
+# %% ../../nbs/merging/merge.ipynb #6c4a3cfd
+def fitted(plan: Plan, run: Run) -> Plan:
+    "The plan as the budget of memory allows, if there is one."
+    return replace(plan, jobs=within(plan.jobs, run))
+
 # %% ../../nbs/merging/merge.ipynb #6d952bea
 def make(
     recipe: Recipe,
@@ -461,6 +467,8 @@ def make(
             record = replace(record, counted=counted)
         if opened.onto is None:
             plan = _in_dtype(plan, opened, output)
+        plan = fitted(plan, run)
+        parts = {path: (of, fitted(one, run)) for path, (of, one) in parts.items()}
         staging = staging_of(opened, record, plan, run)
         record = replace(record, key=staging.key)
         refuse_shares(plan, run)
@@ -537,6 +545,9 @@ def merge(
     resume: bool = False,
     part: str | None = None,  # "2/4": write every fourth file, into a folder beside `out`
     join: bool = False,  # put together what all parts wrote
+    # bytes that may be held at once: tensors that fit are read once, jobs wait for room, and a
+    # tensor that is too large is refused; default: jobs wait for what the machine has left
+    memory: int | None = None,
 ) -> Merged:  # tensors, and what is known about each mean
     """Merge models as weighted Fréchet means, tensor by tensor; `MergeError` or `ValueError` if
     they cannot be, and then `out` is untouched; a `ConvergenceWarning` names means that are in

@@ -208,6 +208,7 @@ class Run:
     resume: bool = False
     part: Share | None = None  # which of the files are written; None: all
     join: bool = False  # put together what all parts wrote
+    memory: int | None = None  # bytes that jobs may hold at once; None: what the machine has left
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> "Run":  # may hold more than its fields

@@ -27,6 +27,7 @@ from .block import Job, may_be_infinite, Write
 from .executors import FAR, cores, is_far, workers
 from .journal import Journal
 from .many import grouped
+from .memory import Room, bytes_held
 from .recipe import Run, typed_dtype
 from ..messages import Notes, warn
 from ..files.shards import Ledger, ShardWriter
@@ -242,7 +243,7 @@ def do_jobs(
     run: Run = Run(),
 ) -> dict[str, Mean]:
     "Do all jobs of a plan; what is known about each mean, in the plan's order."
-    notes = Notes()
+    notes, room = Notes(), Room(run.memory)
     means: dict[str, Mean] = {}
     seen, total = 0, sum(job.size for job in plan.jobs)
     with hands(plan, sink, run) as (over, act), bar("merging", total, run.progress) as tick:
@@ -251,7 +252,8 @@ def do_jobs(
             return [(job, told(job)) for job in group]
 
         def told(job: Job) -> dict[str, Mean]:
-            with notes.about(job.name):
+            held = bytes_held(job) if job.size >= SMALL else 0
+            with notes.about(job.name), room.of(held):
                 return act(job)
 
         groups = grouped(sorted(plan.jobs, key=lambda job: -job.size))

@@ -1,0 +1,74 @@
+"Under a budget: the same bytes, read once; and what is too large is refused by name."
+import re
+
+import pytest
+import torch
+from conftest import cli, save
+from test_preview import deep
+
+from frechet_merge import MergeError, merge
+from frechet_merge.files.tensors import FileTensor
+from frechet_merge.merging.preview import preview
+from frechet_merge.merging.recipe import Recipe, Run
+
+
+@pytest.fixture
+def folders(tmp_path):
+    return [save(tmp_path/n, deep(i)) for i, n in enumerate("abc")]
+
+
+@pytest.fixture
+def read(monkeypatch):
+    "Bytes that are read of tensors in files."
+    count = [0]
+    pread = FileTensor._pread
+
+    def counted(self, out, start):
+        count[0] += out.numel()*out.dtype.itemsize
+        return pread(self, out, start)
+
+    monkeypatch.setattr(FileTensor, "_pread", counted)
+    return count
+
+
+def weights(folder):
+    "The bytes of the tensors' files."
+    return {p.name: p.read_bytes() for p in folder.glob("*.safetensors")}
+
+
+@pytest.mark.parametrize("geometry", ["sphere", "ties", "stock", {"attn": "sphere"}])
+def test_read_once(folders, read, geometry, tmp_path):
+    base, *models = folders
+    plain = merge(models, geometry, base, out=tmp_path/"plain")
+    stored = sum(x.numel*x.dtype.itemsize for x in plain.tensors.lazy.values())
+    twice, read[0] = read[0], 0
+    once = merge(models, geometry, base, out=tmp_path/"once", memory=10**9)
+    if isinstance(geometry, str):
+        assert read[0] == 3*stored < twice
+    recipe = Recipe.of({"models": models, "geometry": geometry, "base": base})
+    told = preview(recipe, run=Run(memory=10**9)).read
+    assert read[0] <= told < preview(recipe).read
+    assert weights(plain.out) == weights(once.out)
+
+
+def test_too_large(folders, tmp_path):
+    a, b, base = folders
+    asked = "merge", a, b, "--base", base, "--geometry", "ties", "-o", tmp_path/"o"
+    code, _, err = cli(*asked, "--memory", "500")
+    assert code == 1 and len(err.strip().splitlines()) <= 3, err
+    assert re.search(r"tensor '[\w.]+': merging it by Trimmed", err) and not (tmp_path/"o").exists()
+    remedy = re.search(r"--memory (\w+)", err)
+    code, _, err = cli(*asked, "--memory", remedy[1])
+    assert code == 0, err
+
+
+def test_no_size(folders, tmp_path):
+    code, _, err = cli("merge", *folders, "-o", tmp_path/"o", "--memory", "lots")
+    assert code == 2 and "'lots' is not a size" in err
+
+
+def test_in_memory(folders):
+    plain, kept = (merge(folders, "sphere", memory=m).tensors for m in (None, 10**8))
+    assert all(torch.equal(plain[n], kept[n]) for n in plain)
+    with pytest.raises(MergeError, match="takes about"):
+        merge(folders, "sphere", memory=10)
