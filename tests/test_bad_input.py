@@ -660,6 +660,7 @@ def test_a_name_is_looked_up_without_its_tensor(models, monkeypatch):
         (["./nowhere", "m0"], "./nowhere: there is no such folder"),
         (["m0,m1"], "separated by spaces"),
         (["a/b/c", "m0"], "OWNER/NAME"),
+        (["x\nlicense: mit\n---", "m0"], r"x\nlicense: mit\n---: not a folder"),
     ],
 )
 def test_places_that_are_not_there(models, tmp_path, names, says):

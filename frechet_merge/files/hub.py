@@ -25,7 +25,7 @@ from .astray import no_weights
 from .folders import TRAINING, TRAINING_FOLDERS, components, is_named
 from .folders import pipeline_parts
 from .formats import weight_files
-from ..messages import MergeError, Notes, warn
+from ..messages import MergeError, Notes, named, warn
 
 # %% ../../nbs/files/hub.ipynb #f7ed5795
 def id_of(
@@ -33,20 +33,22 @@ def id_of(
 ) -> tuple[str, str | None]:  # repository, revision; None: its main branch
     "What a hub id says; `MergeError` if it is none."
     repo, _, revision = name.partition("@")
+    said = named(name)
     if "," in repo:
         raise MergeError(
-            f"{repo}: there is no such folder or file.\nSeveral models are separated by spaces."
+            f"{named(repo)}: there is no such folder or file.\n"
+            "Several models are separated by spaces."
         )
     if "://" in name:
-        raise MergeError(f"{name}: is an address.\nWrite a hub id: OWNER/NAME, or with @REVISION.")
+        raise MergeError(f"{said}: is an address.\nWrite a hub id: OWNER/NAME, or with @REVISION.")
     if repo[:1] in "./~" or repo.count("/") > 1:
         raise MergeError(
-            f"{repo}: there is no such folder or file.\n"
+            f"{named(repo)}: there is no such folder or file.\n"
             "Check the path; a hub id is NAME or OWNER/NAME."
         )
     if why := misspelled(repo):
         raise MergeError(
-            f"{name}: not a folder here, and no hub id either ({why}).\n"
+            f"{said}: not a folder here, and no hub id either ({why}).\n"
             "Check the path; a hub id is NAME or OWNER/NAME."
         )
     return repo, revision or None

@@ -44,6 +44,7 @@ def bytes_held(job: Job) -> int:
         return 4*CHUNK
     needs, T = job.how.geometry.needs, len(job.block.lazy)
     is_whole = not needs.pieces and (needs.entries or needs.of == "matrix")
+    is_whole |= needs.whole and job.metrics is not None
     if is_whole:
         return 4*(2*T + BESIDE[needs.of])*job.size
     return 4*(2*T + 3)*min(job.size, CHUNK)
