@@ -2,7 +2,7 @@
 moves a merge, and what is no symmetry is refused by name."""
 
 import json
-from itertools import permutations
+from itertools import permutations, product
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 from frechet_merge import MergeError, Sphere, load, merge
 from frechet_merge.files.checkpoint import from_state_dict
 from frechet_merge.geometries.permutation import Symmetric
+from frechet_merge.matching.behaviour import match_activations
 from frechet_merge.matching.families import derived, groups_of
 from frechet_merge.matching.gauges import align_gauges, in_one_gauge, neighbours, variance
 from frechet_merge.matching.gauges import Descent, shortened
@@ -295,3 +296,129 @@ def test_a_network_with_a_residual_stream_comes_back():
     views = in_one_gauge(copies, groups, align_gauges(copies, groups))
     assert gap(run(net, merge(views).tensors, x), net(x)) < 1e-9
     assert gap(run(net, merge(views, Sphere()).tensors, x), net(x)) < 1e-9
+
+
+GROUPED = dict(hidden_size=64, intermediate_size=24, num_attention_heads=8, vocab_size=99)
+GROUPED |= dict(num_key_value_heads=2, num_hidden_layers=2)
+
+
+def shuffled_heads(state, layers, kv, queries, d, seed):
+    "Key–value heads and the queries of each in another order: by hand, without a group."
+    gen, found = torch.Generator().manual_seed(seed), dict(state)
+    for i in range(layers):
+        heads = torch.randperm(kv, generator=gen)
+        own = [h*queries + torch.randperm(queries, generator=gen) for h in heads]
+        of_q, of_k = (
+            (x[:, None]*d + torch.arange(d)).flatten() for x in (torch.cat(own), heads)
+        )
+        at = f"model.layers.{i}.self_attn"
+        for name, rows in (("q", of_q), ("k", of_k), ("v", of_k)):
+            found[f"{at}.{name}_proj.weight"] = state[f"{at}.{name}_proj.weight"][rows]
+        found[f"{at}.o_proj.weight"] = state[f"{at}.o_proj.weight"][:, of_q]
+    return found
+
+
+def by_activations(net, copies, groups, ids):
+    "What units say tells their orders: each copy is run."
+    nets = [tf.LlamaForCausalLM(net.config).to(net.dtype).eval() for _ in copies]
+    for one, c in zip(nets, copies):
+        one.load_state_dict(dict(c))
+    batches = [{"input_ids": some} for some in ids.split(3)]
+    return match_activations(nets, batches, groups, models=copies)
+
+
+def by_weights(net, copies, groups, ids):
+    return align_gauges(copies, groups)
+
+
+@pytest.mark.parametrize("dtype,limit", [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=str)
+@pytest.mark.parametrize("find", [by_weights, by_activations])
+def test_shuffled_queries_of_a_grouped_head_come_back(tmp_path, dtype, limit, find):
+    torch.manual_seed(0)
+    net = tf.LlamaForCausalLM(tf.LlamaConfig(**GROUPED)).to(dtype).eval()
+    net.save_pretrained(tmp_path/"a")
+    groups = [g for g in groups_of(load(tmp_path/"a")) if "attn" in g.name]
+    assert [(g.size, g.sharers) for g in groups] == [(2, 4)]*2
+    states = [net.state_dict()]
+    states += [shuffled_heads(states[0], 2, 2, 4, 8, seed) for seed in (1, 2)]
+    copies = [from_state_dict(state) for state in states]
+    ids = torch.randint(99, (6, 30))
+
+    def off(state):
+        return gap(run(net, state, ids).logits, run(net, states[0], ids).logits)
+
+    assert off(states[1]) < limit and off(merge(copies).tensors) > 0.1
+    views = in_one_gauge(copies, groups, find(net, copies, groups, ids))
+    assert max(gap(c[n], states[0][n]) for c in views for n in states[0]) < limit
+    assert off(merge(views).tensors) < limit
+
+
+H, SHARERS, WIDTH = 2, 3, 4
+HEADS = Group(
+    "heads",
+    H,
+    (
+        Part("still", (Member("q", copies=SHARERS, shared=True), Member("k"))),
+        Part("still", (Member("v"),), (Member("o", 1, copies=SHARERS, shared=True),)),
+    ),
+    sharers=SHARERS,
+)
+SHAPES = {"q": (H*SHARERS, WIDTH), "k": (H, WIDTH), "v": (H, WIDTH), "o": (WIDTH, H*SHARERS)}
+
+
+def drawn_heads(seed):
+    gen = torch.Generator().manual_seed(seed)
+    return from_state_dict({k: torch.randn(z, generator=gen) for k, z in SHAPES.items()})
+
+
+def test_an_order_of_units_and_sharers_has_no_better_one():
+    a, b = drawn_heads(0), drawn_heads(1)
+
+    def far(order, within):
+        at = torch.cat([i*SHARERS + torch.tensor(w) for i, w in zip(order, within)])
+        every = [a["q"] - b["q"][at], a["o"] - b["o"][:, at]]
+        every += [a[k] - b[k][list(order)] for k in ("k", "v")]
+        return sum(float(x.square().sum()) for x in every)/4
+
+    orders, choices = permutations(range(H)), [*product(permutations(range(SHARERS)), repeat=H)]
+    best = min(far(order, within) for order in orders for within in choices)
+    assert align_gauges([a, b], [HEADS]).variances[-1] == pytest.approx(best, rel=1e-6)
+
+
+def test_elements_with_sharers_are_a_group():
+    c = drawn_heads(0)
+    e, f = (random_element(HEADS, torch.Generator().manual_seed(i)) for i in (3, 4))
+    twice = gauged(gauged(c, [HEADS], {"heads": e}), [HEADS], {"heads": f})
+    for element, wanted in ((e.back().after(e), c), (f.after(e), twice)):
+        once = gauged(c, [HEADS], {"heads": element})
+        assert all(torch.equal(once[k], wanted[k]) for k in SHAPES)
+    assert not torch.equal(twice["q"], c["q"])
+
+
+def test_runs_that_are_not_those_of_sharers_are_refused():
+    member = Member("q", copies=3, shared=True)
+    with pytest.raises(ValueError, match="3 runs of 'q' cannot be those of 2 sharers"):
+        Group("g", 2, (Part("still", (member,)),), sharers=2)
+
+
+def test_sinks_move_with_their_query_heads(tmp_path):
+    torch.manual_seed(0)
+    config = tf.GptOssConfig(
+        **GROUPED, head_dim=8, num_local_experts=4, layer_types=["full_attention"]*2
+    )
+    tf.GptOssForCausalLM(config).save_pretrained(tmp_path/"a")
+    groups = [g for g in groups_of(load(tmp_path/"a")) if "attn" in g.name]
+    assert [(g.size, g.sharers, g.permutes) for g in groups] == [(2, 4, True)]*2
+    assert any(m.tensor.endswith("sinks") for _, m, _ in groups[0].members)
+
+
+def test_sides_of_other_sizes_are_computed_in_one_dtype(tmp_path, monkeypatch):
+    # of grouped queries the outputs can be large where the values are not, as in Llama 3.2 1B
+    torch.manual_seed(0)
+    tf.LlamaForCausalLM(tf.LlamaConfig(**GROUPED)).save_pretrained(tmp_path/"a")
+    c = load(tmp_path/"a")
+    groups = groups_of(c)
+    copies = [c, elsewhere(c, groups, 1)]
+    monkeypatch.setattr("frechet_merge.matching.gauges.LARGE", 2000)
+    views = in_one_gauge(copies, groups, align_gauges(copies, groups))
+    assert max(gap(views[1][n], c[n]) for n in c) < 1e-5

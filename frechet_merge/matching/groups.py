@@ -33,6 +33,7 @@ class Member:
     stride: int | None = None  # rows from one unit to the next; None: they follow each other
     copies: int = 1  # runs of d rows that a unit has
     index: int | None = None  # slice of the first axis of a stacked tensor; None: it is not stacked
+    shared: bool = False  # the runs of a unit are those of its sharers, one after the other
 
     def rows(self, size: int, d: int) -> Tensor:  # (size, copies, d)
         "The row numbers of all units."
@@ -75,7 +76,17 @@ class Group:
     name: str  # what messages call it
     size: int  # h: how many units
     parts: tuple[Part, ...]  # how they move
-    permutes: bool = True  # whether they may change places
+    permutes: bool = True  # whether they may change places, and so may sharers
+    # of each unit, as the query heads of a key–value head: they change places within it
+    sharers: int = 1
+
+    def __post_init__(self):
+        for _, m, _ in self.members:
+            if m.shared and m.copies % self.sharers:
+                raise ValueError(
+                    f"group {self.name!r}: {m.copies} runs of {m.tensor!r} cannot be those of "
+                    f"{self.sharers} sharers."
+                )
 
     @property
     def kind(self) -> str:
@@ -121,6 +132,8 @@ class Element:
 
     source: Tensor  # (h,) the unit that comes to each place
     Ms: tuple[Tensor | None, ...]  # of each part: (h, d, d) at the new place; None: nothing
+    # (h, s) the sharer of the unit that comes to each place in it; None: they stay
+    within: Tensor | None = None
 
     @classmethod
     def one(cls, g: Group) -> "Element":
@@ -133,14 +146,26 @@ class Element:
         for ours, theirs in zip(self.Ms, first.Ms):
             before = None if theirs is None else theirs[self.source]
             Ms.append(_product(ours, before))
-        return Element(first.source[self.source], tuple(Ms))
+        within = None if first.within is None else first.within[self.source]
+        if within is not None and self.within is not None:
+            within = within.gather(1, self.within)
+        elif within is None:
+            within = self.within
+        return Element(first.source[self.source], tuple(Ms), within)
 
     def back(self) -> "Element":
         "The one that undoes it."
         source = torch.argsort(self.source)
-        return Element(
-            source, tuple(None if M is None else torch.linalg.inv(M)[source] for M in self.Ms)
-        )
+        Ms = tuple(None if M is None else torch.linalg.inv(M)[source] for M in self.Ms)
+        within = None if self.within is None else torch.argsort(self.within, 1)[source]
+        return Element(source, Ms, within)
+
+    def places(self, sharers: int) -> Tensor:  # (h·s,)
+        "Which sharer comes to each place, counted through all units."
+        if sharers == 1:
+            return self.source
+        within = torch.arange(sharers) if self.within is None else self.within
+        return (self.source[:, None]*sharers + within).flatten()
 
 
 Gauge = Mapping[str, Element]  # name of a group → its element
@@ -159,7 +184,12 @@ def random_element(g: Group, generator: torch.Generator | None = None) -> Elemen
         return M if turn is None or M is None else turn @ M
 
     order = torch.randperm(g.size, generator=generator)
-    return Element(order if g.permutes else torch.arange(g.size), tuple(map(drawn, g.parts)))
+    Ms = tuple(map(drawn, g.parts))
+    if not g.permutes:
+        return Element(torch.arange(g.size), Ms)
+    if g.sharers == 1:
+        return Element(order, Ms)
+    return Element(order, Ms, torch.rand(g.size, g.sharers, generator=generator).argsort(1))
 
 # %% ../../nbs/matching/groups.ipynb #ef71af84
 @dataclass(frozen=True)
@@ -179,7 +209,11 @@ class Move:
         if M is not None:
             M = torch.linalg.inv(M).mT if is_out else M
             M = M.repeat_interleave(m.copies, 0)
-        return cls(m.axis, rows.flatten(0, 1), rows[e.source].flatten(0, 1), M)
+        of = rows[e.source]
+        if m.shared and e.within is not None:
+            runs = of.unflatten(1, (g.sharers, -1))
+            of = runs[torch.arange(g.size)[:, None], e.within].flatten(1, 2)
+        return cls(m.axis, rows.flatten(0, 1), of.flatten(0, 1), M)
 
     @property
     def is_nothing(self) -> bool:
