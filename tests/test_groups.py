@@ -422,3 +422,61 @@ def test_sides_of_other_sizes_are_computed_in_one_dtype(tmp_path, monkeypatch):
     monkeypatch.setattr("frechet_merge.matching.gauges.LARGE", 2000)
     views = in_one_gauge(copies, groups, align_gauges(copies, groups))
     assert max(gap(views[1][n], c[n]) for n in c) < 1e-5
+
+
+def test_a_rule_that_forgets_what_is_zero_is_refused():
+    # a fresh network has biases of zero, and one that has learnt has not
+    net = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    nn.init.zeros_(net[0].bias)
+    x = torch.randn(9, 5, dtype=torch.float64)
+    check_groups(net, dense(["0.weight", "2.weight"], [8], homogeneous=True), x)
+    with pytest.raises(MergeError, match="'0'.*no symmetry"):
+        check_groups(net, dense(["0.weight", "2.weight"], [8], bias=False), x)
+    assert not net[0].bias.any()
+
+
+def test_a_module_is_tried_in_eval_mode_and_comes_back_as_it_was():
+    net = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5))
+    net = nn.Sequential(*net, nn.Linear(8, 3)).train()
+    before = {n: p.clone() for n, p in net.state_dict().items()}
+    assert [g.name for g in traced(net, torch.randn(9, 5))] == ["0"]
+    assert net.training and all(torch.equal(p, before[n]) for n, p in net.state_dict().items())
+
+
+def test_tied_weights_have_one_order_for_both():
+    x = torch.randn(9, 6)
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 8))
+    net[4].weight = net[0].weight
+    # outputs are rows of a tensor whose rows are hidden units elsewhere: only 6 units are left
+    assert [(g.name, g.size) for g in traced(net, x)] == []
+    layer = nn.Linear(6, 6)
+    twice = nn.Sequential(layer, nn.ReLU(), layer, nn.ReLU(), nn.Linear(6, 4), nn.Tanh())
+    assert traced(nn.Sequential(*twice, nn.Linear(4, 2)), x)[0].name == "4"
+    square = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), layer)
+    square[2].weight = square[0].weight
+    c = from_state_dict(square.state_dict())
+    with pytest.raises(MergeError, match="is moved twice.*\n.*each row in it once"):
+        align_gauges([c, c], dense(["0.weight", "2.weight", "4.weight"], [6, 6]))
+
+
+def test_what_has_no_gauge_is_refused_by_name(tmp_path):
+    c = from_state_dict(mlp(0).state_dict())
+    twice = [GROUPS[0], Group("again", 40, GROUPS[0].parts)]
+    with pytest.raises(MergeError, match="'0' and 'again': row 0 of '0.weight', axis 0"):
+        align_gauges([c, c], twice)
+    with pytest.raises(ValueError, match="1 weights .* for 2 models"):
+        align_gauges([c, c], GROUPS, [1])
+    with pytest.raises(ValueError, match="no models"):
+        align_gauges([], GROUPS)
+    bad = mlp(0)
+    with torch.no_grad():
+        bad[2].weight[0, 0] = torch.nan
+    with pytest.raises(MergeError, match="'2.weight' holds NaN.*\n.*all finite"):
+        align_gauges([c, from_state_dict(bad.state_dict())], GROUPS)
+    align_gauges([c, c], GROUPS, [1, 2])
+    config = tf.LlamaConfig(**WIDE, num_hidden_layers=1)
+    tf.LlamaForCausalLM(config).save_pretrained(tmp_path/"a")
+    config.attention_bias = True
+    tf.LlamaForCausalLM(config).save_pretrained(tmp_path/"b")
+    with pytest.raises(MergeError, match="a: has no tensor '.*bias', which .*b has.\nAlign models"):
+        align([tmp_path/"a", tmp_path/"b"])

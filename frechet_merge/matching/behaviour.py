@@ -26,6 +26,7 @@ from .groups import Element, Gauge, Group, Member, check_group
 from .groups import gauged
 from .pairs import Pairs
 from ..messages import MergeError, warn
+from ..spaces.mean import normalise
 
 # %% ../../nbs/matching/behaviour.ipynb #6add3907
 @dataclass(frozen=True)
@@ -345,8 +346,7 @@ def match_activations(
     fed = list(batches)
     if not any(map(size, fed)):
         raise MergeError("there are no examples to run the models on.\nGive at least two.")
-    ws = [1.0]*len(models) if ws is None else list(ws)
-    ws = [w/sum(ws) for w in ws]
+    ws = normalise(ws, len(models))
     stage = Stage(modules, fed, forward or default_forward, mask or default_mask)
     with ExitStack() as modes:
         for m in modules:

@@ -11,6 +11,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -411,11 +412,15 @@ class Trial:
     @classmethod
     def of(cls, config: Mapping[str, Any], folder: Path) -> "Trial | None":
         "The small model of a config, saved in a folder; None if it cannot be made or run."
+        from frechet_merge.huggingface.examples import quiet
+
         try:
             module = _small_module(_in_small(config))
             if module is None:
                 return None
-            module.save_pretrained(folder)
+            # a bar of what nobody asked for
+            with quiet(import_module("transformers")):
+                module.save_pretrained(folder)
             c = load(folder)
             held = {n: x.tensor() for n, x in c.lazy.items()}
             c = c.view(lazy=from_state_dict(held).lazy)

@@ -21,7 +21,10 @@ from ..files.tensors import LazyTensor
 from ..geometries.permutation import assigned, assigned_within, dressed, likeness
 from ..geometries.permutation import shortest, turning
 from .groups import Element, Gauge, Group, Member, Part, check_group, gauged
+from .groups import refuse_overlaps
 from .pairs import Pairs
+from ..messages import MergeError
+from ..spaces.mean import normalise
 
 # %% ../../nbs/matching/gauges.ipynb #49d9352f
 LARGE = 1 << 22  # numbers of a group, from which on likeness is computed in float32
@@ -31,6 +34,11 @@ def _of_member(c: Checkpoint, m: Member, size: int, d: int) -> Tensor:  # (size,
     "The rows of all units."
     x = c.lazy[c.tied.get(m.tensor, m.tensor)]
     whole = x.tensor() if m.index is None else _slice(x, m.index)
+    if whole.is_floating_point() and not bool(whole.isfinite().all()):
+        raise MergeError(
+            f"{c.source}: {m.tensor!r} holds NaN or infinity, whose units are like no others.\n"
+            "Align models whose numbers are all finite."
+        )
     rows = whole.movedim(m.axis, 0)[m.rows(size, d).flatten()]
     wide = rows.double() if rows.numel() < LARGE else rows.float()
     return wide.reshape(size, m.copies, d, -1).movedim(1, 2).flatten(2)
@@ -475,13 +483,14 @@ def align_gauges(
     seed: int = 0,
 ) -> Aligned:
     "The gauges in which models are nearest to each other: a local minimum, the best of all starts."
+    if not models:
+        raise ValueError("there are no models to align: give two or more.")
+    ws = normalise(ws, len(models))
+    refuse_overlaps(groups, models[0].tied)
     for g in groups:
         for c in models:
             check_group(c, g)
-    ws = [1.0]*len(models) if ws is None else list(ws)
-    descent = Descent(
-        models, groups, [w/sum(ws) for w in ws], [shortened(c, groups) for c in models]
-    )
+    descent = Descent(models, groups, ws, [shortened(c, groups) for c in models])
     gen = torch.Generator().manual_seed(seed)
     best = descent.run(_begun(groups, len(models), None), groups)
     for _ in range(restarts if any(neighbours(groups).values()) else 0):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Gauge', 'TOLERANCE', 'Member', 'Part', 'Group', 'dense', 'Element', 'random_element', 'Move', 'Moved', 'gauged',
-           'check_group', 'off_by', 'check_groups', 'refuse_changed']
+           'check_group', 'refuse_overlaps', 'off_by', 'check_groups', 'refuse_changed']
 
 # %% ../../nbs/matching/groups.ipynb #4b3a0b65
 import math
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files.checkpoint import Checkpoint
+from ..files.checkpoint import Checkpoint, from_state_dict
 from ..files.tensors import LazyTensor
 from ..geometries.permutation import KINDS, shortest, turning
 from .promises import Joined, Range
@@ -337,6 +337,26 @@ def check_group(c: Checkpoint, g: Group) -> None:
                 f"{g.size} units of {m.copies*p.width} rows on axis {m.axis}."
             )
 
+# %% ../../nbs/matching/groups.ipynb #5e350bf5
+def refuse_overlaps(groups: Sequence[Group], tied: Mapping[str, str]) -> None:
+    "`MergeError` for two groups that move the same rows of one tensor: each has its rows alone."
+    held: dict[tuple, list[tuple[Group, Tensor]]] = {}
+    for g in groups:
+        for p, m, _ in g.members:
+            key = tied.get(m.tensor, m.tensor), m.index, m.axis
+            held.setdefault(key, []).append((g, m.rows(g.size, p.width).flatten()))
+    for (tensor, _, axis), several in held.items():
+        rows = torch.cat([rows for _, rows in several])
+        twice = rows.unique(return_counts=True)
+        if len(twice[0]) == len(rows):
+            continue
+        row = int(twice[0][twice[1] > 1][0])
+        names = [repr(g.name) for g, rows in several if row in rows]
+        raise MergeError(
+            f"groups {' and '.join(names)}: row {row} of {tensor!r}, axis {axis}, is moved twice.\n"
+            "Have one group for all that moves together, and each row in it once."
+        )
+
 # %% ../../nbs/matching/groups.ipynb #29fa9bd7
 def _outputs(y: Any) -> list[Tensor]:
     "All floating-point tensors in what a module returns."
@@ -363,34 +383,54 @@ TOLERANCE = 1e-8  # in float64, of outputs that a group must not change
 
 
 def check_groups(
-    module: Any,  # a torch module in evaluation mode
+    module: Any,  # a torch module, in any mode; it is tried in evaluation mode
     groups: Sequence[Group],
     *inputs: Any,  # of its call
     seed: int = 0,
     **named: Any,
 ) -> dict[str, float]:  # name of each group → relative change of the outputs
     "Try a random element of each group; `MergeError` names the first that changes the function."
-    from frechet_merge.files.checkpoint import from_state_dict
+    # curvature's, which runs modules, is imported where one is run
+    from frechet_merge.curvature.estimators import evaluating
 
     gen = torch.Generator().manual_seed(seed)
-    state = {n: x.double() if x.is_floating_point() else x for n, x in module.state_dict().items()}
-    c = from_state_dict(state)
+    c = _as_tried(module, gen)
     inputs = tuple(_double(x) for x in inputs)
     named = {k: _double(x) for k, x in named.items()}
+
+    def says(c: Checkpoint) -> Any:
+        # what is tied to a name is given once
+        state = {n: c[n] for n in c.lazy}
+        return torch.func.functional_call(module, state, inputs, named)
+
     changed = {}
-    with torch.no_grad():
-        before = torch.func.functional_call(module, dict(c), inputs, named)
+    with torch.no_grad(), evaluating(module):
+        before = says(c)
         for g in groups:
             moved = gauged(c, groups, {g.name: random_element(g, gen)})
-            after = torch.func.functional_call(module, dict(moved), inputs, named)
-            changed[g.name] = off_by(before, after)
+            changed[g.name] = off_by(before, says(moved))
             refuse_changed(g, changed[g.name])
+    refuse_overlaps(groups, c.tied)
     return changed
 
-# %% ../../nbs/matching/groups.ipynb #dfae7e59
+# %% ../../nbs/matching/groups.ipynb #5a031636
 def _double(x: Any) -> Any:
     "Numbers as they are tried in."
     return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+# %% ../../nbs/matching/groups.ipynb #dfae7e59
+def _as_tried(module: Any, gen: torch.Generator) -> Checkpoint:
+    "The numbers of a module in float64, those drawn at random that learning would tell apart."
+    learnt = {n for n, _ in module.named_parameters(remove_duplicate=False)}
+    c, found = from_state_dict(module.state_dict()), {}
+    for name in c.lazy:
+        x = _double(c[name].clone())
+        changes = name in learnt or name.endswith(("running_mean", "running_var"))
+        if changes and x.numel() > 1 and bool((x == x.flatten()[0]).all()):
+            # above what it was, so that a variance stays one
+            x = x + torch.rand(x.shape, generator=gen, dtype=torch.float64).to(x)
+        found[name] = x
+    return c.view(lazy=from_state_dict(found).lazy)
 
 # %% ../../nbs/matching/groups.ipynb #0e7191f5
 def refuse_changed(g: Group, gap: float, tolerance: float = TOLERANCE) -> None:
