@@ -478,5 +478,23 @@ def test_what_has_no_gauge_is_refused_by_name(tmp_path):
     tf.LlamaForCausalLM(config).save_pretrained(tmp_path/"a")
     config.attention_bias = True
     tf.LlamaForCausalLM(config).save_pretrained(tmp_path/"b")
+    a, b = tmp_path/"a", tmp_path/"b"
     with pytest.raises(MergeError, match="a: has no tensor '.*bias', which .*b has.\nAlign models"):
-        align([tmp_path/"a", tmp_path/"b"])
+        align([a, b])
+
+
+def test_a_bias_that_would_stay_while_its_head_moves_is_refused(tmp_path):
+    for name, bias in (("a", False), ("b", True)):
+        config = tf.LlamaConfig(**WIDE, num_hidden_layers=1, attention_bias=bias)
+        tf.LlamaForCausalLM(config).save_pretrained(tmp_path/name)
+    models = [tmp_path/"a", tmp_path/"b"]
+    for order in (models, models[::-1]):
+        with pytest.raises(MergeError, match="a: has no .*bias.*would move with"):
+            merge(order, align=True, absent="renormalise")
+        with pytest.warns(UserWarning, match="attention_bias"):
+            merge(order, absent="renormalise")
+    # a head is of no unit that moves
+    c = load(tmp_path/"a")
+    state = {n: c[n] for n in c if n != "lm_head.weight"}
+    less = c.view(lazy=from_state_dict(state).lazy, files=())
+    merge([c, less], align=True, drop="lm_head.*")
