@@ -150,7 +150,7 @@ def aligned_by(
     if groups is not None and how.residual:
         raise ValueError("residual= is of groups that are derived: have the stream in groups=.")
     if how.data is not None and how.restarts:
-        raise ValueError("restarts= are of weights: activations have one best order.")
+        raise ValueError("restarts= are of weights: by activations no group waits for another.")
     if groups is None:
         groups = groups_with_stream(every[0]) if how.residual else groups_of(every[0])
     _refuse_what_would_stay(every, groups)
