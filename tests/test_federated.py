@@ -106,6 +106,35 @@ class TestBadClients:
         with pytest.raises(MergeError, match="no client sent"), pytest.warns(UserWarning):
             average([clients[1]])
 
+    @pytest.mark.parametrize("bad", ["nothing", "half", "wide", "a head more"])
+    @pytest.mark.parametrize("first", [True, False])
+    def test_one_that_sends_something_else_does_not_stop_the_others(self, bad, first):
+        good, own = [fresh(k, k) for k in RANKS], fresh(4, 7)
+        odd = {
+            "nothing": {},
+            "half": {n: x for n, x in own.items() if n.endswith(A)},
+            "wide": {n: torch.cat([x, x], -1) if n.endswith(A) else x for n, x in own.items()},
+            "a head more": own | {"head.weight": torch.ones(3, 3)},
+        }[bad]
+        clients = [odd, *good] if first else [*good, odd]
+        at = 0 if first else 3
+        with pytest.warns(UserWarning, match=f"client {at} .* is left out"):
+            found = average(clients)
+        assert found.used == [i for i in range(4) if i != at]
+        assert far(found.state, mean_of(good, [1]*3)) < 1e-6
+
+    def test_who_is_right_is_not_guessed_without_a_majority(self):
+        one, other = fresh(4, 1), fresh(8, 2)
+        other = {n: torch.cat([x, x], -1) if n.endswith(A) else x for n, x in other.items()}
+        with pytest.raises(MergeError, match="of different bases"):
+            average([one, other])
+        # a layer that is not adapted is an update of zero
+        fewer = {n: x for n, x in fresh(8, 2).items() if n.startswith(LAYERS[0])}
+        found = dense(average([one, fewer]).state)[LAYERS[1]]
+        torch.testing.assert_close(found, dense(one)[LAYERS[1]]/2, rtol=1e-5, atol=1e-5)
+        with pytest.raises(ValueError, match="one for each of 2 clients"):
+            average([one, one], [1])
+
     def test_halves_and_strangers(self):
         with pytest.raises(MergeError, match="no other half"):
             factors_in({"x.lora_A.weight": torch.ones(2, 3)})

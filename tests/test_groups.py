@@ -2,7 +2,7 @@
 moves a merge, and what is no symmetry is refused by name."""
 
 import json
-from itertools import permutations
+from itertools import permutations, product
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 from frechet_merge import MergeError, Sphere, load, merge
 from frechet_merge.files.checkpoint import from_state_dict
 from frechet_merge.geometries.permutation import Symmetric
+from frechet_merge.matching.behaviour import match_activations
 from frechet_merge.matching.families import derived, groups_of
 from frechet_merge.matching.gauges import align_gauges, in_one_gauge, neighbours, variance
 from frechet_merge.matching.gauges import Descent, shortened
@@ -295,3 +296,205 @@ def test_a_network_with_a_residual_stream_comes_back():
     views = in_one_gauge(copies, groups, align_gauges(copies, groups))
     assert gap(run(net, merge(views).tensors, x), net(x)) < 1e-9
     assert gap(run(net, merge(views, Sphere()).tensors, x), net(x)) < 1e-9
+
+
+GROUPED = dict(hidden_size=64, intermediate_size=24, num_attention_heads=8, vocab_size=99)
+GROUPED |= dict(num_key_value_heads=2, num_hidden_layers=2)
+
+
+def shuffled_heads(state, layers, kv, queries, d, seed):
+    "Key–value heads and the queries of each in another order: by hand, without a group."
+    gen, found = torch.Generator().manual_seed(seed), dict(state)
+    for i in range(layers):
+        heads = torch.randperm(kv, generator=gen)
+        own = [h*queries + torch.randperm(queries, generator=gen) for h in heads]
+        of_q, of_k = (
+            (x[:, None]*d + torch.arange(d)).flatten() for x in (torch.cat(own), heads)
+        )
+        at = f"model.layers.{i}.self_attn"
+        for name, rows in (("q", of_q), ("k", of_k), ("v", of_k)):
+            found[f"{at}.{name}_proj.weight"] = state[f"{at}.{name}_proj.weight"][rows]
+        found[f"{at}.o_proj.weight"] = state[f"{at}.o_proj.weight"][:, of_q]
+    return found
+
+
+def by_activations(net, copies, groups, ids):
+    "What units say tells their orders: each copy is run."
+    nets = [tf.LlamaForCausalLM(net.config).to(net.dtype).eval() for _ in copies]
+    for one, c in zip(nets, copies):
+        one.load_state_dict(dict(c))
+    batches = [{"input_ids": some} for some in ids.split(3)]
+    return match_activations(nets, batches, groups, models=copies)
+
+
+def by_weights(net, copies, groups, ids):
+    return align_gauges(copies, groups)
+
+
+@pytest.mark.parametrize("dtype,limit", [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=str)
+@pytest.mark.parametrize("find", [by_weights, by_activations])
+def test_shuffled_queries_of_a_grouped_head_come_back(tmp_path, dtype, limit, find):
+    torch.manual_seed(0)
+    net = tf.LlamaForCausalLM(tf.LlamaConfig(**GROUPED)).to(dtype).eval()
+    net.save_pretrained(tmp_path/"a")
+    groups = [g for g in groups_of(load(tmp_path/"a")) if "attn" in g.name]
+    assert [(g.size, g.sharers) for g in groups] == [(2, 4)]*2
+    states = [net.state_dict()]
+    states += [shuffled_heads(states[0], 2, 2, 4, 8, seed) for seed in (1, 2)]
+    copies = [from_state_dict(state) for state in states]
+    ids = torch.randint(99, (6, 30))
+
+    def off(state):
+        return gap(run(net, state, ids).logits, run(net, states[0], ids).logits)
+
+    assert off(states[1]) < limit and off(merge(copies).tensors) > 0.1
+    views = in_one_gauge(copies, groups, find(net, copies, groups, ids))
+    assert max(gap(c[n], states[0][n]) for c in views for n in states[0]) < limit
+    assert off(merge(views).tensors) < limit
+
+
+H, SHARERS, WIDTH = 2, 3, 4
+HEADS = Group(
+    "heads",
+    H,
+    (
+        Part("still", (Member("q", copies=SHARERS, shared=True), Member("k"))),
+        Part("still", (Member("v"),), (Member("o", 1, copies=SHARERS, shared=True),)),
+    ),
+    sharers=SHARERS,
+)
+SHAPES = {"q": (H*SHARERS, WIDTH), "k": (H, WIDTH), "v": (H, WIDTH), "o": (WIDTH, H*SHARERS)}
+
+
+def drawn_heads(seed):
+    gen = torch.Generator().manual_seed(seed)
+    return from_state_dict({k: torch.randn(z, generator=gen) for k, z in SHAPES.items()})
+
+
+def test_an_order_of_units_and_sharers_has_no_better_one():
+    a, b = drawn_heads(0), drawn_heads(1)
+
+    def far(order, within):
+        at = torch.cat([i*SHARERS + torch.tensor(w) for i, w in zip(order, within)])
+        every = [a["q"] - b["q"][at], a["o"] - b["o"][:, at]]
+        every += [a[k] - b[k][list(order)] for k in ("k", "v")]
+        return sum(float(x.square().sum()) for x in every)/4
+
+    orders, choices = permutations(range(H)), [*product(permutations(range(SHARERS)), repeat=H)]
+    best = min(far(order, within) for order in orders for within in choices)
+    assert align_gauges([a, b], [HEADS]).variances[-1] == pytest.approx(best, rel=1e-6)
+
+
+def test_elements_with_sharers_are_a_group():
+    c = drawn_heads(0)
+    e, f = (random_element(HEADS, torch.Generator().manual_seed(i)) for i in (3, 4))
+    twice = gauged(gauged(c, [HEADS], {"heads": e}), [HEADS], {"heads": f})
+    for element, wanted in ((e.back().after(e), c), (f.after(e), twice)):
+        once = gauged(c, [HEADS], {"heads": element})
+        assert all(torch.equal(once[k], wanted[k]) for k in SHAPES)
+    assert not torch.equal(twice["q"], c["q"])
+
+
+def test_runs_that_are_not_those_of_sharers_are_refused():
+    member = Member("q", copies=3, shared=True)
+    with pytest.raises(ValueError, match="3 runs of 'q' cannot be those of 2 sharers"):
+        Group("g", 2, (Part("still", (member,)),), sharers=2)
+
+
+def test_sinks_move_with_their_query_heads(tmp_path):
+    torch.manual_seed(0)
+    config = tf.GptOssConfig(
+        **GROUPED, head_dim=8, num_local_experts=4, layer_types=["full_attention"]*2
+    )
+    tf.GptOssForCausalLM(config).save_pretrained(tmp_path/"a")
+    groups = [g for g in groups_of(load(tmp_path/"a")) if "attn" in g.name]
+    assert [(g.size, g.sharers, g.permutes) for g in groups] == [(2, 4, True)]*2
+    assert any(m.tensor.endswith("sinks") for _, m, _ in groups[0].members)
+
+
+def test_sides_of_other_sizes_are_computed_in_one_dtype(tmp_path, monkeypatch):
+    # of grouped queries the outputs can be large where the values are not, as in Llama 3.2 1B
+    torch.manual_seed(0)
+    tf.LlamaForCausalLM(tf.LlamaConfig(**GROUPED)).save_pretrained(tmp_path/"a")
+    c = load(tmp_path/"a")
+    groups = groups_of(c)
+    copies = [c, elsewhere(c, groups, 1)]
+    monkeypatch.setattr("frechet_merge.matching.gauges.LARGE", 2000)
+    views = in_one_gauge(copies, groups, align_gauges(copies, groups))
+    assert max(gap(views[1][n], c[n]) for n in c) < 1e-5
+
+
+def test_a_rule_that_forgets_what_is_zero_is_refused():
+    # a fresh network has biases of zero, and one that has learnt has not
+    net = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    nn.init.zeros_(net[0].bias)
+    x = torch.randn(9, 5, dtype=torch.float64)
+    check_groups(net, dense(["0.weight", "2.weight"], [8], homogeneous=True), x)
+    with pytest.raises(MergeError, match="'0'.*no symmetry"):
+        check_groups(net, dense(["0.weight", "2.weight"], [8], bias=False), x)
+    assert not net[0].bias.any()
+
+
+def test_a_module_is_tried_in_eval_mode_and_comes_back_as_it_was():
+    net = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5))
+    net = nn.Sequential(*net, nn.Linear(8, 3)).train()
+    before = {n: p.clone() for n, p in net.state_dict().items()}
+    assert [g.name for g in traced(net, torch.randn(9, 5))] == ["0"]
+    assert net.training and all(torch.equal(p, before[n]) for n, p in net.state_dict().items())
+
+
+def test_tied_weights_have_one_order_for_both():
+    x = torch.randn(9, 6)
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 8))
+    net[4].weight = net[0].weight
+    # outputs are rows of a tensor whose rows are hidden units elsewhere: only 6 units are left
+    assert [(g.name, g.size) for g in traced(net, x)] == []
+    layer = nn.Linear(6, 6)
+    twice = nn.Sequential(layer, nn.ReLU(), layer, nn.ReLU(), nn.Linear(6, 4), nn.Tanh())
+    assert traced(nn.Sequential(*twice, nn.Linear(4, 2)), x)[0].name == "4"
+    square = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), layer)
+    square[2].weight = square[0].weight
+    c = from_state_dict(square.state_dict())
+    with pytest.raises(MergeError, match="is moved twice.*\n.*each row in it once"):
+        align_gauges([c, c], dense(["0.weight", "2.weight", "4.weight"], [6, 6]))
+
+
+def test_what_has_no_gauge_is_refused_by_name(tmp_path):
+    c = from_state_dict(mlp(0).state_dict())
+    twice = [GROUPS[0], Group("again", 40, GROUPS[0].parts)]
+    with pytest.raises(MergeError, match="'0' and 'again': row 0 of '0.weight', axis 0"):
+        align_gauges([c, c], twice)
+    with pytest.raises(ValueError, match="1 weights .* for 2 models"):
+        align_gauges([c, c], GROUPS, [1])
+    with pytest.raises(ValueError, match="no models"):
+        align_gauges([], GROUPS)
+    bad = mlp(0)
+    with torch.no_grad():
+        bad[2].weight[0, 0] = torch.nan
+    with pytest.raises(MergeError, match="'2.weight' holds NaN.*\n.*all finite"):
+        align_gauges([c, from_state_dict(bad.state_dict())], GROUPS)
+    align_gauges([c, c], GROUPS, [1, 2])
+    config = tf.LlamaConfig(**WIDE, num_hidden_layers=1)
+    tf.LlamaForCausalLM(config).save_pretrained(tmp_path/"a")
+    config.attention_bias = True
+    tf.LlamaForCausalLM(config).save_pretrained(tmp_path/"b")
+    a, b = tmp_path/"a", tmp_path/"b"
+    with pytest.raises(MergeError, match="a: has no tensor '.*bias', which .*b has.\nAlign models"):
+        align([a, b])
+
+
+def test_a_bias_that_would_stay_while_its_head_moves_is_refused(tmp_path):
+    for name, bias in (("a", False), ("b", True)):
+        config = tf.LlamaConfig(**WIDE, num_hidden_layers=1, attention_bias=bias)
+        tf.LlamaForCausalLM(config).save_pretrained(tmp_path/name)
+    models = [tmp_path/"a", tmp_path/"b"]
+    for order in (models, models[::-1]):
+        with pytest.raises(MergeError, match="a: has no .*bias.*would move with"):
+            merge(order, align=True, absent="renormalise")
+        with pytest.warns(UserWarning, match="attention_bias"):
+            merge(order, absent="renormalise")
+    # a head is of no unit that moves
+    c = load(tmp_path/"a")
+    state = {n: c[n] for n in c if n != "lm_head.weight"}
+    less = c.view(lazy=from_state_dict(state).lazy, files=())
+    merge([c, less], align=True, drop="lm_head.*")

@@ -190,6 +190,11 @@ def _spreads(sources: Sequence[Any], names: list[str], batches: list, forward, m
                     f"models[{i}] says nothing of layer {n!r}.\n"
                     "Give the model itself, or activations(model, batches, layers) of it."
                 )
+            if source[n].n < 2:
+                raise MergeError(
+                    f"layer {n!r} was seen on one row only, which says nothing of how much its "
+                    "units move.\nGive at least two examples."
+                )
         found.append(source)
     return found
 

@@ -40,6 +40,12 @@ def ratios(
         of_models = [m[layer] for m in models if layer in m]
         if len(of_models) < len(models):
             continue
+        if any(len(m.mean) != len(spread.mean) for m in of_models):
+            counts = [len(m.mean) for m in of_models]
+            raise MergeError(
+                f"layer {layer!r} has {len(spread.mean)} units in {name}, and {counts} in the "
+                "models.\nCompare models of one architecture."
+            )
         ranks = [s.rank for s in of_models]
         known = spread.rank is not None and None not in ranks
         row = {"merge": name, "T": len(models), "layer": layer, "units": len(spread.mean)}
@@ -124,6 +130,8 @@ def collapse(
     mask: Callable | None = None,  # as for `activations`
 ) -> Collapse:
     "What merges keep of the spread of their models' outputs; errors are those of `activations`."
+    if not models:
+        raise ValueError("models = []: give the models that were merged.")
     merges = {"merge": merges} if isinstance(merges, nn.Module) else merges
     fed = list(batches)
     of_models = [activations(m, fed, layers, forward, mask) for m in models]

@@ -22,10 +22,11 @@ from ..curvature.estimators import size, take
 from ..files.checkpoint import Checkpoint, from_state_dict
 from .gauges import Aligned, align_gauges, settled
 from .gauges import shortened, variance
-from .groups import Element, Gauge, Group, Member, Part, check_group
+from .groups import Element, Gauge, Group, Member, check_group
 from .groups import gauged
 from .pairs import Pairs
 from ..messages import MergeError, warn
+from ..spaces.mean import normalise
 
 # %% ../../nbs/matching/behaviour.ipynb #6add3907
 @dataclass(frozen=True)
@@ -37,12 +38,23 @@ class Reader:
     part: int  # of the group, which its member is of
     member: Member  # where they are in its weight
 
-    def units(self, rows: Tensor) -> Tensor:  # (N·copies, h·d)
-        "What each unit says, of what the layer reads, (N, n): copies of a unit are further rows."
-        h, d = self.group.size, self.group.parts[self.part].width
-        at = self.member.rows(h, d)
+    @property
+    def count(self) -> int:
+        "Who is heard: the units or, where the layer reads each of them, all their sharers."
+        return self.group.size*(self.group.sharers if self.member.shared else 1)
+
+    @property
+    def width(self) -> int:
+        "How many numbers each says at a time."
+        return self.group.parts[self.part].width
+
+    def units(self, rows: Tensor) -> Tensor:  # (N·copies, count·d)
+        "What each of them says, of what the layer reads, (N, n): copies are further rows."
+        at = self.member.rows(self.group.size, self.width)
+        if self.member.shared:
+            at = at.unflatten(1, (self.group.sharers, -1)).flatten(0, 1)
         found = rows[:, at.flatten().to(rows.device)].view(len(rows), *at.shape)
-        return found.transpose(1, 2).reshape(len(rows)*self.member.copies, h*d)
+        return found.transpose(1, 2).reshape(len(rows)*at.shape[1], self.count*self.width)
 
 # %% ../../nbs/matching/behaviour.ipynb #0f0e47db
 def _reads_on(layer: nn.Module) -> int | None:
@@ -121,9 +133,11 @@ class Crossed:
 SILENT = 1e-12  # of the largest variance in a group: a unit that varies less says nothing
 
 
-def _bases(part: Part, e: Element, i: int) -> Tensor | None:
+def _bases(r: Reader, e: Element) -> Tensor | None:  # (count, d, d)
     "By what the numbers of a unit are brought to their shortest form; None: nothing."
-    return e.Ms[i] if part.kind == "linear" else None
+    M = e.Ms[r.part]
+    # sharers have the basis of their unit
+    return None if M is None else M.repeat_interleave(r.count//r.group.size, 0)
 
 # %% ../../nbs/matching/behaviour.ipynb #70a15a52
 def correlation(
@@ -223,7 +237,7 @@ def _portions(readers: Sequence[Reader], T: int) -> Iterator[list[Reader]]:
     some: list[Reader] = []
     room = ROOM
     for r in readers:
-        width = r.group.size*r.group.parts[r.part].width
+        width = r.count*r.width
         needs = T*(T - 1)//2*width**2*(4 if width > WIDE else 8)
         if some and needs > room:
             yield some
@@ -236,7 +250,7 @@ def _portions(readers: Sequence[Reader], T: int) -> Iterator[list[Reader]]:
 # %% ../../nbs/matching/behaviour.ipynb #cc0f88bb
 def _collected(stage: Stage, readers: Sequence[Reader]) -> list[Crossed]:
     "The moments of each reader, over all batches."
-    found = [Crossed(r.group.size, r.group.parts[r.part].width) for r in readers]
+    found = [Crossed(r.count, r.width) for r in readers]
     layers = {r.layer: None for r in readers}
     for batch in stage.batches:
         every = [stage.rows(t, batch, layers) for t in range(len(stage.modules))]
@@ -256,6 +270,12 @@ def _collected(stage: Stage, readers: Sequence[Reader]) -> list[Crossed]:
                 "\nAre the models in order, and are the examples prepared as for training?"
             )
     return found
+
+# %% ../../nbs/matching/behaviour.ipynb #17470fba
+def _of_sharers(r: Reader, C: Tensor) -> Tensor:  # (h·s, h·s)
+    "How alike all sharers are; where only units are heard, all sharers of two are as alike."
+    times = r.group.size*r.group.sharers//r.count
+    return C.repeat_interleave(times, 0).repeat_interleave(times, 1)/times
 
 # %% ../../nbs/matching/behaviour.ipynb #fb88c1f2
 def _ordered(site: Pairs) -> list[Element]:
@@ -281,13 +301,12 @@ def _heard_orders(
         for r, kept in zip(some, _collected(stage, some)):
             name, part = r.group.name, r.group.parts[r.part]
             Ms = [
-                _bases(part, gauge[name], r.part) if part.kind == "linear" else None
-                for gauge in short
+                _bases(r, gauge[name]) if part.kind == "linear" else None for gauge in short
             ]
             for s, t in kept.cross:
-                C = correlation(kept, s, t, Ms).cpu()
+                C = _of_sharers(r, correlation(kept, s, t, Ms).cpu())
                 alike[name][s, t] = C + alike[name].get((s, t), 0)
-            quiet = _silent(kept)
+            quiet = _silent(kept).view(r.group.size, -1).all(1)
             silent[name] = quiet & silent.get(name, quiet)
     _say_silent(silent)
     found: list[dict[str, Element]] = [{} for _ in models]
@@ -327,8 +346,7 @@ def match_activations(
     fed = list(batches)
     if not any(map(size, fed)):
         raise MergeError("there are no examples to run the models on.\nGive at least two.")
-    ws = [1.0]*len(models) if ws is None else list(ws)
-    ws = [w/sum(ws) for w in ws]
+    ws = normalise(ws, len(models))
     stage = Stage(modules, fed, forward or default_forward, mask or default_mask)
     with ExitStack() as modes:
         for m in modules:

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['GATED', 'PLAIN', 'ACTIVATION', 'HEADS', 'SPLIT', 'NORMS', 'SMALL', 'NOTHING', 'Names', 'config_at', 'hidden_size',
-           'Heads', 'derived', 'Trial', 'tried', 'groups_of']
+           'Heads', 'derived', 'Trial', 'without_sharers', 'tried', 'groups_of']
 
 # %% ../../nbs/matching/families.ipynb #c787ed20
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -195,20 +196,22 @@ class Heads:
     normed: bool = False  # queries or keys are
     # norms of queries and of keys, with a number for each row
     norms: tuple[Member, ...] = ()
+    sinks: Member | None = None  # a number for each query head, as GPT-OSS has
 
     def query(self, size: int, d: int, turns: bool) -> Part:
         "How queries and keys may move."
-        shared = self.rows[0]//(size*d)
-        q = tuple(replace(m, copies=shared) for m in self.q)
+        sharers = self.rows[0]//(size*d)
+        q = tuple(replace(m, copies=sharers, shared=True) for m in self.q)
         if not self.normed and not (turns and d%2):
             return Part("rotary" if turns else "linear", q, self.k, d)
         # of no use but to change places
         rows = [replace(m, copies=m.copies*d) for m in (*q, *self.k)]
         norms = [replace(m, copies=n//size) for m, n in zip(self.norms, self.rows)]
+        norms = [replace(m, shared=i == 0) for i, m in enumerate(norms)]
         return Part("still", (*rows, *norms))
 
     def group(self, name: str, config: Mapping[str, Any]) -> Group | None:
-        "Each key–value head with the queries that share it; None if the numbers do not fit."
+        "Key–value heads, and the queries that share each; None if the numbers do not fit."
         heads = _heads(config, name)
         if not heads or self.rows[0]%heads or self.rows[1]%(self.rows[0]//heads):
             return None
@@ -216,9 +219,12 @@ class Heads:
         size = self.rows[1]//d
         if not size or heads%size:
             return None
-        o = replace(self.o, copies=heads//size)
-        value = Part("linear", self.v, (o,), d)
-        return Group(name, size, (self.query(size, d, _turns(config)), value))
+        o = replace(self.o, copies=heads//size, shared=True)
+        parts = [self.query(size, d, _turns(config)), Part("linear", self.v, (o,), d)]
+        if self.sinks is not None:
+            sinks = replace(self.sinks, copies=heads//size, shared=True)
+            parts.append(Part("still", (sinks,)))
+        return Group(name, size, tuple(parts), sharers=heads//size)
 
 # %% ../../nbs/matching/families.ipynb #54519c33
 def _output_of(names: Names, end: str) -> Member | None:
@@ -247,7 +253,8 @@ def _split(names: Names, ends: Sequence[str]) -> Heads | None:
     ]
     kept = tuple(whole) if len(whole) == 2 else ()
     into = [_both(names, n) for n in ends[:3]]
-    return Heads((q, v), into[0], into[1], into[2], o, bool(norms), kept)
+    sinks = Member(names.lead + "sinks") if names.shape("sinks") else None
+    return Heads((q, v), into[0], into[1], into[2], o, bool(norms), kept, sinks)
 
 # %% ../../nbs/matching/families.ipynb #656cc223
 def _in_columns(names: Names) -> Heads | None:
@@ -405,11 +412,15 @@ class Trial:
     @classmethod
     def of(cls, config: Mapping[str, Any], folder: Path) -> "Trial | None":
         "The small model of a config, saved in a folder; None if it cannot be made or run."
+        from frechet_merge.huggingface.examples import quiet
+
         try:
             module = _small_module(_in_small(config))
             if module is None:
                 return None
-            module.save_pretrained(folder)
+            # a bar of what nobody asked for
+            with quiet(import_module("transformers")):
+                module.save_pretrained(folder)
             c = load(folder)
             held = {n: x.tensor() for n, x in c.lazy.items()}
             c = c.view(lazy=from_state_dict(held).lazy)
@@ -434,15 +445,30 @@ class Trial:
 
 # %% ../../nbs/matching/families.ipynb #2317a33f
 def _less(g: Group) -> Iterator[Group]:
-    "A group as it is, and with less freedom."
+    "A group as it is, and with less freedom: as many ways for all groups of a pattern."
     yield g
     parts = tuple(_own_basis(p) if i == 0 and p.width > 1 else p for i, p in enumerate(g.parts))
     if any(p.width > 1 for p in g.parts):
         yield replace(g, parts=parts)
+        yield without_sharers(g)
+        yield without_sharers(replace(g, parts=parts))
         yield replace(g, permutes=False)
         yield replace(g, parts=parts, permutes=False)
     elif any(p.kind == "scaling" for p in g.parts):
         yield replace(g, parts=tuple(replace(p, kind="still") for p in g.parts))
+
+# %% ../../nbs/matching/families.ipynb #9fcea9ad
+def without_sharers(g: Group) -> Group:
+    "A group whose sharers keep their order."
+    parts = tuple(
+        replace(
+            p,
+            into=tuple(replace(m, shared=False) for m in p.into),
+            out=tuple(replace(m, shared=False) for m in p.out),
+        )
+        for p in g.parts
+    )
+    return replace(g, parts=parts, sharers=1)
 
 # %% ../../nbs/matching/families.ipynb #45d93031
 def _own_basis(p: Part) -> Part:

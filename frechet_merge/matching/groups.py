@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Gauge', 'TOLERANCE', 'Member', 'Part', 'Group', 'dense', 'Element', 'random_element', 'Move', 'Moved', 'gauged',
-           'check_group', 'off_by', 'check_groups', 'refuse_changed']
+           'check_group', 'refuse_overlaps', 'off_by', 'check_groups', 'refuse_changed']
 
 # %% ../../nbs/matching/groups.ipynb #4b3a0b65
 import math
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files.checkpoint import Checkpoint
+from ..files.checkpoint import Checkpoint, from_state_dict
 from ..files.tensors import LazyTensor
 from ..geometries.permutation import KINDS, shortest, turning
 from .promises import Joined, Range
@@ -33,6 +33,7 @@ class Member:
     stride: int | None = None  # rows from one unit to the next; None: they follow each other
     copies: int = 1  # runs of d rows that a unit has
     index: int | None = None  # slice of the first axis of a stacked tensor; None: it is not stacked
+    shared: bool = False  # the runs of a unit are those of its sharers, one after the other
 
     def rows(self, size: int, d: int) -> Tensor:  # (size, copies, d)
         "The row numbers of all units."
@@ -75,7 +76,17 @@ class Group:
     name: str  # what messages call it
     size: int  # h: how many units
     parts: tuple[Part, ...]  # how they move
-    permutes: bool = True  # whether they may change places
+    permutes: bool = True  # whether they may change places, and so may sharers
+    # of each unit, as the query heads of a key–value head: they change places within it
+    sharers: int = 1
+
+    def __post_init__(self):
+        for _, m, _ in self.members:
+            if m.shared and m.copies % self.sharers:
+                raise ValueError(
+                    f"group {self.name!r}: {m.copies} runs of {m.tensor!r} cannot be those of "
+                    f"{self.sharers} sharers."
+                )
 
     @property
     def kind(self) -> str:
@@ -121,6 +132,8 @@ class Element:
 
     source: Tensor  # (h,) the unit that comes to each place
     Ms: tuple[Tensor | None, ...]  # of each part: (h, d, d) at the new place; None: nothing
+    # (h, s) the sharer of the unit that comes to each place in it; None: they stay
+    within: Tensor | None = None
 
     @classmethod
     def one(cls, g: Group) -> "Element":
@@ -133,14 +146,26 @@ class Element:
         for ours, theirs in zip(self.Ms, first.Ms):
             before = None if theirs is None else theirs[self.source]
             Ms.append(_product(ours, before))
-        return Element(first.source[self.source], tuple(Ms))
+        within = None if first.within is None else first.within[self.source]
+        if within is not None and self.within is not None:
+            within = within.gather(1, self.within)
+        elif within is None:
+            within = self.within
+        return Element(first.source[self.source], tuple(Ms), within)
 
     def back(self) -> "Element":
         "The one that undoes it."
         source = torch.argsort(self.source)
-        return Element(
-            source, tuple(None if M is None else torch.linalg.inv(M)[source] for M in self.Ms)
-        )
+        Ms = tuple(None if M is None else torch.linalg.inv(M)[source] for M in self.Ms)
+        within = None if self.within is None else torch.argsort(self.within, 1)[source]
+        return Element(source, Ms, within)
+
+    def places(self, sharers: int) -> Tensor:  # (h·s,)
+        "Which sharer comes to each place, counted through all units."
+        if sharers == 1:
+            return self.source
+        within = torch.arange(sharers) if self.within is None else self.within
+        return (self.source[:, None]*sharers + within).flatten()
 
 
 Gauge = Mapping[str, Element]  # name of a group → its element
@@ -159,7 +184,12 @@ def random_element(g: Group, generator: torch.Generator | None = None) -> Elemen
         return M if turn is None or M is None else turn @ M
 
     order = torch.randperm(g.size, generator=generator)
-    return Element(order if g.permutes else torch.arange(g.size), tuple(map(drawn, g.parts)))
+    Ms = tuple(map(drawn, g.parts))
+    if not g.permutes:
+        return Element(torch.arange(g.size), Ms)
+    if g.sharers == 1:
+        return Element(order, Ms)
+    return Element(order, Ms, torch.rand(g.size, g.sharers, generator=generator).argsort(1))
 
 # %% ../../nbs/matching/groups.ipynb #ef71af84
 @dataclass(frozen=True)
@@ -179,7 +209,11 @@ class Move:
         if M is not None:
             M = torch.linalg.inv(M).mT if is_out else M
             M = M.repeat_interleave(m.copies, 0)
-        return cls(m.axis, rows.flatten(0, 1), rows[e.source].flatten(0, 1), M)
+        of = rows[e.source]
+        if m.shared and e.within is not None:
+            runs = of.unflatten(1, (g.sharers, -1))
+            of = runs[torch.arange(g.size)[:, None], e.within].flatten(1, 2)
+        return cls(m.axis, rows.flatten(0, 1), of.flatten(0, 1), M)
 
     @property
     def is_nothing(self) -> bool:
@@ -303,6 +337,26 @@ def check_group(c: Checkpoint, g: Group) -> None:
                 f"{g.size} units of {m.copies*p.width} rows on axis {m.axis}."
             )
 
+# %% ../../nbs/matching/groups.ipynb #5e350bf5
+def refuse_overlaps(groups: Sequence[Group], tied: Mapping[str, str]) -> None:
+    "`MergeError` for two groups that move the same rows of one tensor: each has its rows alone."
+    held: dict[tuple, list[tuple[Group, Tensor]]] = {}
+    for g in groups:
+        for p, m, _ in g.members:
+            key = tied.get(m.tensor, m.tensor), m.index, m.axis
+            held.setdefault(key, []).append((g, m.rows(g.size, p.width).flatten()))
+    for (tensor, _, axis), several in held.items():
+        rows = torch.cat([rows for _, rows in several])
+        twice = rows.unique(return_counts=True)
+        if len(twice[0]) == len(rows):
+            continue
+        row = int(twice[0][twice[1] > 1][0])
+        names = [repr(g.name) for g, rows in several if row in rows]
+        raise MergeError(
+            f"groups {' and '.join(names)}: row {row} of {tensor!r}, axis {axis}, is moved twice.\n"
+            "Have one group for all that moves together, and each row in it once."
+        )
+
 # %% ../../nbs/matching/groups.ipynb #29fa9bd7
 def _outputs(y: Any) -> list[Tensor]:
     "All floating-point tensors in what a module returns."
@@ -329,34 +383,54 @@ TOLERANCE = 1e-8  # in float64, of outputs that a group must not change
 
 
 def check_groups(
-    module: Any,  # a torch module in evaluation mode
+    module: Any,  # a torch module, in any mode; it is tried in evaluation mode
     groups: Sequence[Group],
     *inputs: Any,  # of its call
     seed: int = 0,
     **named: Any,
 ) -> dict[str, float]:  # name of each group → relative change of the outputs
     "Try a random element of each group; `MergeError` names the first that changes the function."
-    from frechet_merge.files.checkpoint import from_state_dict
+    # curvature's, which runs modules, is imported where one is run
+    from frechet_merge.curvature.estimators import evaluating
 
     gen = torch.Generator().manual_seed(seed)
-    state = {n: x.double() if x.is_floating_point() else x for n, x in module.state_dict().items()}
-    c = from_state_dict(state)
+    c = _as_tried(module, gen)
     inputs = tuple(_double(x) for x in inputs)
     named = {k: _double(x) for k, x in named.items()}
+
+    def says(c: Checkpoint) -> Any:
+        # what is tied to a name is given once
+        state = {n: c[n] for n in c.lazy}
+        return torch.func.functional_call(module, state, inputs, named)
+
     changed = {}
-    with torch.no_grad():
-        before = torch.func.functional_call(module, dict(c), inputs, named)
+    with torch.no_grad(), evaluating(module):
+        before = says(c)
         for g in groups:
             moved = gauged(c, groups, {g.name: random_element(g, gen)})
-            after = torch.func.functional_call(module, dict(moved), inputs, named)
-            changed[g.name] = off_by(before, after)
+            changed[g.name] = off_by(before, says(moved))
             refuse_changed(g, changed[g.name])
+    refuse_overlaps(groups, c.tied)
     return changed
 
-# %% ../../nbs/matching/groups.ipynb #dfae7e59
+# %% ../../nbs/matching/groups.ipynb #5a031636
 def _double(x: Any) -> Any:
     "Numbers as they are tried in."
     return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+# %% ../../nbs/matching/groups.ipynb #dfae7e59
+def _as_tried(module: Any, gen: torch.Generator) -> Checkpoint:
+    "The numbers of a module in float64, those drawn at random that learning would tell apart."
+    learnt = {n for n, _ in module.named_parameters(remove_duplicate=False)}
+    c, found = from_state_dict(module.state_dict()), {}
+    for name in c.lazy:
+        x = _double(c[name].clone())
+        changes = name in learnt or name.endswith(("running_mean", "running_var"))
+        if changes and x.numel() > 1 and bool((x == x.flatten()[0]).all()):
+            # above what it was, so that a variance stays one
+            x = x + torch.rand(x.shape, generator=gen, dtype=torch.float64).to(x)
+        found[name] = x
+    return c.view(lazy=from_state_dict(found).lazy)
 
 # %% ../../nbs/matching/groups.ipynb #0e7191f5
 def refuse_changed(g: Group, gap: float, tolerance: float = TOLERANCE) -> None:

@@ -7,12 +7,12 @@ __all__ = ['Placed', 'Pairs']
 
 # %% ../../nbs/matching/pairs.ipynb #97781f43
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ..geometries.permutation import assigned
+from ..geometries.permutation import assigned, assigned_within
 from .groups import Element, Group
 
 # %% ../../nbs/matching/pairs.ipynb #897481fd
@@ -26,7 +26,8 @@ class Pairs:
 
     g: Group  # what moves together; its units have no basis to choose
     ws: Sequence[float]  # of the models
-    alike: Mapping[tuple[int, int], Tensor]  # s < t → (h, h): the units of s, and those of t
+    # s < t → (h, h): the units of s, and those of t; where units have sharers, these in their place
+    alike: Mapping[tuple[int, int], Tensor]
 
     def between(self, s: int, t: int) -> Tensor:  # (h, h)
         "How alike the units of two models are."
@@ -34,31 +35,38 @@ class Pairs:
 
     def middle(self, es: Sequence[Element], who: Sequence[int]) -> Placed:
         "Some models in their places."
-        return [(s, es[s].source) for s in who]
+        return [(s, es[s].places(self.g.sharers)) for s in who]
 
     def to_middle(self, t: int, middle: Placed) -> Tensor:  # (h, h)
         "How alike each place of the others and each unit of a model are."
-        found = torch.zeros(self.g.size, self.g.size, dtype=torch.float64)
+        count = self.g.size*self.g.sharers
+        found = torch.zeros(count, count, dtype=torch.float64)
         for s, source in middle:
             found += self.ws[s]*self.between(s, t)[source].double()
         return found
 
     def best(self, t: int, middle: Placed) -> Element:
         "The order that brings a model nearest to others."
-        order = torch.arange(self.g.size)
-        if self.g.permutes:
-            order = assigned(self.to_middle(t, middle))
-        return Element(order, (None,)*len(self.g.parts))
+        e = Element.one(self.g)
+        if not self.g.permutes:
+            return e
+        C = self.to_middle(t, middle)
+        if self.g.sharers == 1:
+            return replace(e, source=assigned(C))
+        orders, sums = assigned_within(C, self.g.sharers)
+        source = assigned(sums)
+        return replace(e, source=source, within=orders[torch.arange(self.g.size), source])
 
     def gain(self, t: int, e: Element, middle: Placed) -> float:
         "What F falls by, in the order of one model."
-        places = torch.arange(self.g.size)
-        return float(self.to_middle(t, middle)[places, e.source].sum())
+        source = e.places(self.g.sharers)
+        return float(self.to_middle(t, middle)[torch.arange(len(source)), source].sum())
 
     def value(self, es: Sequence[Element]) -> float:
         "Σ_{s<t} w w C: what F is a constant less."
         total = 0.0
         for (s, t), C in self.alike.items():
-            both = C[es[s].source, es[t].source].sum(dtype=torch.float64)
+            places = [es[i].places(self.g.sharers) for i in (s, t)]
+            both = C[places[0], places[1]].sum(dtype=torch.float64)
             total += self.ws[s]*self.ws[t]*float(both)
         return total

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..files.checkpoint import from_state_dict
 from .groups import Group, Member, Part, check_groups
 
 # %% ../../nbs/matching/traced.ipynb #f31cf06f
@@ -92,6 +93,8 @@ class Tracer:
 
     def __init__(self, module: nn.Module):
         self.modules = dict(module.named_modules())
+        # a tensor of two names has one order of its rows
+        self.tied = from_state_dict(module.state_dict()).tied
         self.spaces, self.units = Spaces(), Spaces()
         self.seen: list[Seen] = []
         self.values: dict[Any, Value] = {}
@@ -103,7 +106,8 @@ class Tracer:
 
     def add(self, v: Value, role: str, tensor: str, axis: int = 0, copies: int = 1) -> None:
         "Channels of a value are in a tensor."
-        self.seen.append(Seen(v.space, v.unit, Member(tensor, axis, copies=copies), role))
+        member = Member(self.tied.get(tensor, tensor), axis, copies=copies)
+        self.seen.append(Seen(v.space, v.unit, member, role))
 
     def made(self, name: str, m: Any, axis: int) -> Value:
         "What a layer with a matrix makes."
@@ -118,6 +122,8 @@ class Tracer:
         count, columns = self.spaces.sizes.get(v.space, 0), m.weight.shape[1]
         if v.space == FIXED or not count or columns%count:
             self.fix(v)
+            # another layer may have the same weight, whose columns are then fixed as well
+            self.add(Value(), "out", f"{name}.weight", 1)
             return
         self.add(v, "out", f"{name}.weight", 1, columns//count)
 

@@ -43,6 +43,18 @@ def _refuse_what_has_no_units(every: Sequence[Checkpoint]) -> None:
                 "Merge it without align= (--align)."
             )
 
+# %% ../../nbs/merging/align.ipynb #5a221751
+def _refuse_other_tensors(every: Sequence[Checkpoint]) -> None:
+    "`MergeError` for a tensor that one of the models lacks: what it moves with is not all there."
+    names = [{*c.lazy, *c.tied} for c in every]
+    for name in sorted(set().union(*names)):
+        has, lacks = ([c.source for c, n in zip(every, names) if (name in n) == i] for i in (1, 0))
+        if lacks:
+            raise MergeError(
+                f"{lacks[0]}: has no tensor {name!r}, which {has[0]} has.\n"
+                "Align models of one architecture: what a tensor moves with is looked for in all."
+            )
+
 # %% ../../nbs/merging/align.ipynb #757454cf
 def _weights_of(recipe: Recipe) -> list[float]:
     "One weight a model; equal where they are of patterns or depths."
@@ -116,6 +128,7 @@ def align(
     bases = [] if first is None else [first]
     _refuse_what_has_no_units([*bases, *opened])
     every = alike([*bases, *opened], opened)
+    _refuse_other_tensors(every)
     # that all have the same tensors, before any is read
     versions(every[len(bases) :], first, None)
     ws = [1.0]*len(opened) if weights is None else list(weights)

@@ -118,6 +118,25 @@ def _by_activations(
         opened[0].logits,
     )
 
+# %% ../../nbs/merging/alignment.ipynb #157f8c29
+def _refuse_what_would_stay(every: Sequence[Checkpoint], groups: Sequence[Group]) -> None:
+    "`MergeError` for a tensor that one model lacks, of a module beside what groups move."
+
+    def place(name: str) -> str:
+        return name.rpartition(".")[0].rpartition(".")[0]
+
+    moved = {place(m.tensor) for g in groups for _, m, _ in g.members}
+    names = [{*c.lazy, *c.tied} for c in every]
+    for name in sorted(set().union(*names)):
+        lacks = [c.source for c, own in zip(every, names) if name not in own]
+        if lacks and place(name) in moved:
+            has = next(c.source for c, own in zip(every, names) if name in own)
+            raise MergeError(
+                f"{lacks[0]}: has no tensor {name!r}, which {has} has, and which would move with "
+                "its units.\nMerge them without align= (--align), or align models of one "
+                "architecture."
+            )
+
 # %% ../../nbs/merging/alignment.ipynb #56c93828
 def aligned_by(
     how: Alignment,
@@ -131,9 +150,10 @@ def aligned_by(
     if groups is not None and how.residual:
         raise ValueError("residual= is of groups that are derived: have the stream in groups=.")
     if how.data is not None and how.restarts:
-        raise ValueError("restarts= are of weights: activations have one best order.")
+        raise ValueError("restarts= are of weights: by activations no group waits for another.")
     if groups is None:
         groups = groups_with_stream(every[0]) if how.residual else groups_of(every[0])
+    _refuse_what_would_stay(every, groups)
     if how.data is None:
         return [*groups], align_gauges(every, groups, ws, how.restarts)
     return [*groups], _by_activations(every, sources, groups, ws, how, allow_pickle)

@@ -6,6 +6,7 @@
 __all__ = ['A', 'B', 'scaling', 'factors_in', 'sent', 'received', 'as_adapter', 'Averaged', 'average', 'strategy']
 
 # %% ../../nbs/merging/federated.ipynb #21ba1a8f
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -129,6 +130,48 @@ class Averaged:
         "How many numbers the server sends to each client."
         return sum(x.numel() for x in self.state.values())
 
+# %% ../../nbs/merging/federated.ipynb #4ca256d5
+def _why_not(state: Mapping[str, Tensor], examples: float) -> str | None:
+    "Why what a client sent cannot be in a mean; None if it can be."
+    if not all(bool(x.isfinite().all()) for x in state.values()):
+        return "sent numbers that are not finite"
+    if not (np.isfinite(examples) and examples > 0):
+        return "has no examples"
+    try:
+        as_adapter(state, "it")
+    except MergeError as e:
+        return f"sent no adapter ({str(e).splitlines()[0].rstrip('.')})"
+    return None
+
+# %% ../../nbs/merging/federated.ipynb #449e1d09
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    "Layer → its shape, which has no rank; and under no name, all that is no factor."
+    found: dict[str, Any] = {
+        stem: (f.B.shape[0], f.A.shape[1]) for stem, f in factors_in(state).items()
+    }
+    rest = {(n, tuple(x.shape)) for n, x in state.items() if not n.endswith((A, B))}
+    return {**found, "": frozenset(rest)}
+
+# %% ../../nbs/merging/federated.ipynb #0134e643
+def _admitted(clients: Sequence[Mapping[str, Tensor]], examples: Sequence[float]) -> list[int]:
+    "The clients that are averaged; a warning names each other one; `MergeError` if none is left."
+    why = {i: _why_not(state, n) for i, (state, n) in enumerate(zip(clients, examples))}
+    shapes = {i: _shapes(clients[i]) for i, reason in why.items() if reason is None}
+    for layer in set().union(*shapes.values()):
+        having = {i: of[layer] for i, of in shapes.items() if layer in of}
+        most, count = Counter(having.values()).most_common(1)[0]
+        # without a majority nobody knows who is wrong: the merge will say what differs
+        if 2*count > len(having):
+            odd = [i for i, shape in having.items() if shape != most]
+            why |= dict.fromkeys(odd, "sent other shapes than most")
+    for i, reason in why.items():
+        if reason is not None:
+            warn(f"client {i} {reason}, and is left out")
+    used = [i for i, reason in why.items() if reason is None]
+    if not used:
+        raise MergeError("no client sent anything that could be averaged.")
+    return used
+
 # %% ../../nbs/merging/federated.ipynb #8408b098
 def average(
     clients: Sequence[Mapping[str, Tensor]],  # what each sent
@@ -136,19 +179,12 @@ def average(
     geometry: Geometry | str = "lora",  # one of adapters
     loss: Loss | str | None = None,  # where some clients may be bad; default: squares
 ) -> Averaged:
-    """The mean of what clients sent, of any ranks; a warning names those that are left out since
-    they are not finite, or have no examples; `MergeError` if nothing is left."""
+    """The mean of what clients sent, of any ranks; a warning names those that are left out, and
+    why; `MergeError` if nothing is left."""
     weights = [1.0]*len(clients) if examples is None else [float(n) for n in examples]
-    used = []
-    for i, state in enumerate(clients):
-        finite = all(bool(x.isfinite().all()) for x in state.values())
-        if finite and np.isfinite(weights[i]) and weights[i] > 0:
-            used.append(i)
-        else:
-            why = "has no examples" if finite else "sent numbers that are not finite"
-            warn(f"client {i} {why}, and is left out")
-    if not used:
-        raise MergeError("no client sent anything that could be averaged.")
+    if len(weights) != len(clients):
+        raise ValueError(f"examples = {weights}: give one for each of {len(clients)} clients.")
+    used = _admitted(clients, weights)
     adapters = [as_adapter(clients[i], f"client {i}") for i in used]
     given = [1.0]*len(used) if loss is not None else [weights[i] for i in used]
     merged = merge(adapters, geometry, weights=given, loss=loss)
