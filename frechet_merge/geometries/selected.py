@@ -6,6 +6,7 @@
 __all__ = ['ModelStock', 'SCE', 'Clipped', 'Outliers', 'Times']
 
 # %% ../../nbs/geometries/selected.ipynb #f6a6a4bc
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ..algebra.gram import combine, gram
 from .geometry import Chart, Geometry, Needs
-from .trimmed import elected, largest
+from .trimmed import elected, largest, per_model
 from ..metrics.units import as_numbers
 from ..spaces.space import Point
 
@@ -132,13 +133,27 @@ class Outliers(Geometry):
 # %% ../../nbs/geometries/selected.ipynb #20a8bfba
 @dataclass(frozen=True)
 class Times(Geometry):
-    "The weighted average times a number: no mean, unless the number is one."
+    "The weighted average times a number, or of models times numbers: no mean, unless all are one."
 
-    factor: float = 1.0  # of every entry
+    factor: float | Sequence[float] = 1.0  # of every entry; one, or one per model
     needs = Needs(pieces=True, stacks=True)
-    waives = property(lambda self: () if self.factor == 1 else (3, 6, 9))
+
+    @property
+    def waives(self):
+        "What is multiplied is not the input; numbers of each model know their order, too."
+        if isinstance(self.factor, tuple):
+            return (2, 3, 4, 6, 9)
+        return () if self.factor == 1 else (3, 6, 9)
+
+    def __post_init__(self):
+        if isinstance(self.factor, (list, tuple)):
+            object.__setattr__(self, "factor", tuple(self.factor))
 
     def chart(self, thetas, Gs=None):
-        "The models as they are; back, multiplied."
+        "The models as they are, or multiplied; back, multiplied."
         Gs = as_numbers(Gs, len(thetas))
+        if isinstance(self.factor, tuple):
+            factors = per_model(self.factor, len(thetas))
+            points = [Point(x*f, G) for x, f, G in zip(thetas, factors, Gs)]
+            return Chart(points, lambda m: m)
         return Chart([Point(x, G) for x, G in zip(thetas, Gs)], lambda m: m*self.factor)
