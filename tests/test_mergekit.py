@@ -35,6 +35,7 @@ def filled(text, folders):
 
 
 def merged(tmp_path, text, folders):
+    tmp_path.mkdir(exist_ok=True)
     return ran(written(tmp_path, filled(text, folders)), tmp_path/"o").tensors
 
 
@@ -84,6 +85,27 @@ def test_task_arithmetic_is_a_sum(tmp_path, folders):
     a, b, base = (tensor(folders[n]) for n in ("a", "b", "base"))
     out = merged(tmp_path, text, folders)[NAME]
     torch.testing.assert_close(out, base + 0.5*(0.7*(a - base) - 0.4*(b - base)))
+
+
+def test_a_model_of_weight_zero_has_no_say(tmp_path, folders):
+    "Nor where the others were trimmed, and it alone would be left."
+    text = "models: [{model: $a, parameters: {weight: 1, density: 0.5}},"
+    text += " {model: $b, parameters: {weight: %s}}]\nbase_model: $base\nmerge_method: ties"
+    alone = text.partition(" {model: $b")[0] + "]\nbase_model: $base\nmerge_method: ties"
+    both = merged(tmp_path, text % "[{filter: attn, value: 1}, {value: 0}]", folders)[NAME]
+    torch.testing.assert_close(both, merged(tmp_path/"alone", alone, folders)[NAME])
+
+
+def test_normalised_sums_without_an_election_are_over_all(tmp_path, folders):
+    "Zeros count: what was trimmed from one model is averaged with what is left of the others."
+    text = "models: [{model: $a, parameters: {weight: 1, density: 0.5, gamma: 0}},"
+    text += " {model: $b, parameters: {weight: 3}}]\nbase_model: $base\n"
+    text += "merge_method: breadcrumbs\nparameters: {normalize: true, density: 1}"
+    a, b, base = (tensor(folders[n]) for n in ("a", "b", "base"))
+    x = a - base
+    kept = x*(x.abs() >= x.abs().flatten().sort(descending=True).values[7])
+    out = merged(tmp_path, text, folders)[NAME]
+    torch.testing.assert_close(out, base + (kept + 3*(b - base))/4)
 
 
 def test_slerp_begins_at_the_base(tmp_path, folders):
@@ -272,7 +294,6 @@ base_model: $base
 parameters: {weight: 1, lambda: 0.5, normalize: %s}
 """
     for normalize in ("false", "true"):
-        (tmp_path/normalize).mkdir()
         out = merged(tmp_path/normalize, text % normalize, towers)
         base, a, b = (load(towers[n]) for n in ("base", "a", "b"))
         total = 1.5 if normalize == "true" else 1

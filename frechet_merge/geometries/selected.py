@@ -68,6 +68,8 @@ class SCE(Geometry):
     def chart(self, thetas, Gs=None):
         "Differences where they are kept, with masks times mean squares as metrics."
         X, Gs = list(thetas), as_numbers(Gs, len(thetas))
+        # a model that does not count has no say either where nobody else has one
+        counts = [float(G != 0) for G in Gs]
         if self.select < 1:
             kept = largest(torch.stack(X).var(0, unbiased=False), self.select)
             X = [x*kept for x in X]
@@ -75,7 +77,8 @@ class SCE(Geometry):
         total = sum(squares) or 1.0
         masks = elected(X, [1.0]*len(X))
         metrics = [G*s/total*M.to(x) for G, s, M, x in zip(Gs, squares, masks, X)]
-        return Chart([Point(x*M, G) for x, M, G in zip(X, masks, metrics)], lambda m: m)
+        points = [Point(x*M*c, G) for x, M, c, G in zip(X, masks, counts, metrics)]
+        return Chart(points, lambda m: m)
 
 # %% ../../nbs/geometries/selected.ipynb #aaaeab14
 @dataclass(frozen=True)
@@ -124,7 +127,8 @@ class Outliers(Geometry):
         "Differences from the first model where they stand out, with masks as metrics."
         Gs = as_numbers(Gs, len(thetas))
         base, *others = thetas
-        masks = [_outlying(x, base, self.fence) for x in others]
+        # who does not count has no say either where nobody else has one
+        masks = [_outlying(x, base, self.fence) & (G != 0) for x, G in zip(others, Gs[1:])]
         nowhere = ~sum(masks, torch.zeros_like(base, dtype=torch.bool))
         points = [Point(torch.zeros_like(base), Gs[0]*nowhere.to(base))]
         points += [Point((x - base)*M, G*M.to(x)) for x, M, G in zip(others, masks, Gs[1:])]

@@ -570,7 +570,8 @@ def _trimmed(task: Task) -> dict[str, Any]:
     rescale = task.switch("rescale", rescale)
     own = [k for k in METHODS[task.method][0] if k != "weight"]
     arguments: dict[str, Any] = {k: task.each(k, DEFAULTS[k]) for k in own}
-    fixed = {"rule": rule, "elect": elect, "mean": mean, "rescale": rescale}
+    # where signs are not elected, everybody has a say, with what is left of it or with zero
+    fixed = {"rule": rule, "elect": elect, "mean": mean and elect, "rescale": rescale}
     # one number for all is one number
     same = {k: v[0] if all(x == v[0] for x in v) else v for k, v in arguments.items()}
     try:
