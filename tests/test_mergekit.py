@@ -129,6 +129,32 @@ def test_fusion_takes_what_stands_out(tmp_path, folders):
     torch.testing.assert_close(out, torch.where(taken, a, base))
 
 
+@pytest.mark.parametrize(
+    "method, more, factor",
+    [
+        ("ram", "epsilon: 0.05", 1),
+        ("ramplus_tl", "epsilon: 0.05", 1.02),
+        ("ramplus_tl", "epsilon: 0.05, r: 0.5, alpha: 9, lambda: 3", None),
+    ],
+)
+def test_changes_of_one_agent_are_not_divided(tmp_path, folders, method, more, factor):
+    "By the definition: the mean over those who changed an entry, more of what is unique."
+    text = "models: [{model: $a}, {model: $b}, {model: $c}]\nbase_model: $base\n"
+    text += f"merge_method: {method}\nparameters: {{{more}}}"
+    base = tensor(folders["base"])
+    deltas = torch.stack([tensor(folders[n]) - base for n in "abc"])
+    changed = deltas.abs() > 0.05
+    many = changed.sum(0)
+    assert {0, 1, 2} <= {*many.flatten().tolist()}
+    by_hand = torch.zeros_like(base)
+    for x, M in zip(deltas, changed):
+        unique, shared = M & (many == 1), M & (many > 1)
+        f = factor or 1 + 0.5*float(shared.sum()/unique.sum())
+        by_hand += torch.where(unique, x*f, 0) + torch.where(shared, x/many.clamp(min=1), 0)
+    out = merged(tmp_path, text, folders)[NAME]
+    torch.testing.assert_close(out, base + by_hand)
+
+
 def test_fusion_says_what_does_nothing(tmp_path, folders):
     text = "models: [{model: $a}]\nbase_model: $base\nmerge_method: arcee_fusion\n"
     text += "parameters: {normalize: true, int8_mask: true, rescale: false}"
@@ -370,7 +396,8 @@ def test_what_was_written_runs_again(tmp_path, folders, method):
 
 PLAIN = "models: [{model: base}, {model: a}, {model: b}]\nbase_model: base\n"
 REFUSED = [
-    (PLAIN + "merge_method: ram", "line 3", "The nearest is ties"),
+    (PLAIN + "merge_method: ranked_ties", "line 3", "The nearest is ties"),
+    (PLAIN + "merge_method: sce\nparameters: {wieght: 1}", "line 4", "Did you mean 'weight'"),
     (PLAIN + "merge_method: arcee_fusion", "line 1", "takes 1 models"),
     (PLAIN + "merge_method: tie", "line 3", "Did you mean 'ties'"),
     (PLAIN + "merge_method: ties", "line 1", "a has no weight, which ties needs"),
@@ -378,7 +405,7 @@ REFUSED = [
     (PLAIN + "merge_method: sce\nparameter: {}", "line 4", "Did you mean 'parameters'"),
     (PLAIN + "merge_method: slerp\nparameters: {t: 0.5}", "line 1", "takes 1 models"),
     (PLAIN + "merge_method: sce\ndtype: int8", "line 4", "int8"),
-    (PLAIN + "merge_method: sce\nchat_template: chatml", "line 4", "write its text"),
+    (PLAIN + "merge_method: sce\nchat_template: llama3", "line 4", "write its text"),
     (PLAIN + "merge_method: sce\ntokenizer: {tokens: {}}", "line 4", "leave tokens out"),
     (PLAIN + "merge_method: model_stock\nparameters: {filter_wise: true}", "line 4", "leave it"),
     ("modules: {}\nmerge_method: linear", "line 1", "from modules to recipes"),
@@ -472,3 +499,18 @@ def test_around_the_weights():
     text = linear + 'chat_template: "{% for m in messages %}{{ m.content }}{% endfor %}"'
     assert translated(read_page(text)).recipe.chat_template.startswith("{% for")
     assert Recipe.from_data(recipe.as_data()) == recipe
+
+
+def test_chatml():
+    "As Qwen's cards show it."
+    jinja2 = pytest.importorskip("jinja2")
+    text = (TWO % 1).replace("$", "") + "merge_method: linear\nchat_template: chatml"
+    template = translated(read_page(text)).recipe.chat_template
+    said = jinja2.Template(template).render(
+        messages=[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}],
+        add_generation_prompt=True,
+    )
+    assert said == (
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
