@@ -349,6 +349,18 @@ def test_modules_that_are_not_those_of_the_models(tmp_path, towers, what, instea
     assert len(err.splitlines()) <= 3 and not (tmp_path/"o").exists()
 
 
+def test_a_filter_in_the_wrong_module(tmp_path, towers):
+    "Moved to the module that has such tensors, it holds there."
+    rule = "{filter: lm_head, value: 3}"
+    wrong = MODULES.replace("{filter: layers, value: 3}", rule)
+    code, _, err = cli("run", written(tmp_path, filled(wrong, towers)), "-o", tmp_path/"o")
+    assert code == 1 and "Give it to the slice or module" in err
+    right = MODULES.replace("weight: [0, 1]", f"weight: [{rule}, {{value: 1}}]")
+    out, a, b = (merged(tmp_path, right, towers), load(towers["a"]), load(towers["b"]))
+    name = "language_model.lm_head.weight"
+    torch.testing.assert_close(out[name], (3*a[name] + b[name])/4)
+
+
 def test_transformers_opens_a_stack(tmp_path):
     transformers = pytest.importorskip("transformers")
     shape = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
@@ -434,6 +446,11 @@ REFUSED = [
     ),
     ("models: [{model: a}, {model: a}]\nmerge_method: karcher", "line 1", "named twice"),
     (
+        "models: [{model: a}]\nmerge_method: linear\nparameters: {weight: 0, normalize: false}",
+        "line 1",
+        "at least one model must count",
+    ),
+    (
         "models: [{model: a, parameters: {weight: 1, normalize: false}}]\nmerge_method: linear",
         "line 1",
         "beside the models",
@@ -493,12 +510,24 @@ def test_around_the_weights():
     assert recipe.tokenizer == "union" and recipe.pad_to_multiple_of == 64
     assert asked.output.dtype == torch.bfloat16
     linear = (TWO % 1).replace("$", "") + "merge_method: linear\n"
-    for source, is_read in (("model:a", "a"), ("base", "a"), ("union", "union")):
-        text = f"{linear}tokenizer_source: {source}\nbase_model: a"
+    for source, is_read in (("model:a", "a"), ("base", "base"), ("union", "union")):
+        text = f"{linear}tokenizer_source: {source}\nbase_model: z"
         assert translated(read_page(text)).recipe.tokenizer == is_read
+    karcher = PLAIN + "merge_method: karcher\ntokenizer_source: base"
+    assert translated(read_page(karcher)).recipe.tokenizer == "base"
     text = linear + 'chat_template: "{% for m in messages %}{{ m.content }}{% endfor %}"'
     assert translated(read_page(text)).recipe.chat_template.startswith("{% for")
     assert Recipe.from_data(recipe.as_data()) == recipe
+
+
+@pytest.mark.parametrize("method", ["linear", "karcher"])
+def test_a_base_that_is_not_merged_is_said_to_be_so(tmp_path, folders, method):
+    plain = f"models: [{{model: $a}}, {{model: $b}}]\nmerge_method: {method}\n"
+    plain += "parameters: {weight: 1}\n" if method == "linear" else ""
+    alone = merged(tmp_path/"alone", plain, folders)[NAME]
+    with pytest.warns(UserWarning, match="is not merged.*name it among the models"):
+        found = merged(tmp_path/"o", plain + "base_model: $base", folders)[NAME]
+    assert torch.equal(found, alone)
 
 
 def test_chatml():

@@ -6,7 +6,6 @@
 __all__ = ['ModelStock', 'SCE', 'Clipped', 'Outliers', 'RAM', 'Times']
 
 # %% ../../nbs/geometries/selected.ipynb #f6a6a4bc
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -155,7 +154,7 @@ class RAM(Geometry):
         "Differences where they are changes, with masks as metrics."
         Gs = as_numbers(Gs, len(thetas))
         masks = [((x.abs() > self.least) & (G != 0)).to(x) for x, G in zip(thetas, Gs)]
-        alone = sum(masks) == 1
+        alone = torch.stack(masks).sum(0) == 1
         points = [Point(x*self._larger(M, alone), G*M) for x, M, G in zip(thetas, masks, Gs)]
         return Chart(points, lambda m: m)
 
@@ -172,7 +171,8 @@ class RAM(Geometry):
 class Times(Geometry):
     "The weighted average times a number, or of models times numbers: no mean, unless all are one."
 
-    factor: float | Sequence[float] = 1.0  # of every entry; one, or one per model
+    # of every entry; one, or one per model
+    factor: float | list[float] | tuple[float, ...] = 1.0
     needs = Needs(pieces=True, stacks=True)
 
     @property
@@ -189,8 +189,9 @@ class Times(Geometry):
     def chart(self, thetas, Gs=None):
         "The models as they are, or multiplied; back, multiplied."
         Gs = as_numbers(Gs, len(thetas))
-        if isinstance(self.factor, tuple):
-            factors = per_model(self.factor, len(thetas))
+        factor = self.factor
+        if isinstance(factor, (list, tuple)):
+            factors = per_model(factor, len(thetas))
             points = [Point(x*f, G) for x, f, G in zip(thetas, factors, Gs)]
             return Chart(points, lambda m: m)
-        return Chart([Point(x, G) for x, G in zip(thetas, Gs)], lambda m: m*self.factor)
+        return Chart([Point(x, G) for x, G in zip(thetas, Gs)], lambda m: m*factor)

@@ -152,10 +152,13 @@ def _laid_out(c: Checkpoint, like: Checkpoint) -> Checkpoint:
     return c if alike else in_layout_of(c, like)
 
 # %% ../../nbs/matching/towers.ipynb #c510ebca
+# names of what sees
 EYES = re.compile(r"(?:^|[.])(?:vision_tower|vision_model|visual)[.]")
+# of what brings it to what reads text
 BETWEEN = re.compile(
     r"(?:^|[.])(?:multi_modal_projector[.]|visual[.](?:merger|deepstack_merger_list)[.])"
 )
+# and of what reads first, where something else writes
 ENCODER = re.compile(r"(?:^|[.])encoder[.]")
 
 

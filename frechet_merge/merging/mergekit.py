@@ -45,7 +45,7 @@ METHODS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 # of all that add up differences
 _SUMS = ("normalize", "rescale", "lambda", "int8_mask")
 METHODS |= {
-    "task_arithmetic": (("weight", "density"), _SUMS),
+    "task_arithmetic": (("weight",), _SUMS),
     "ties": (("weight", "density"), _SUMS),
     "dare_linear": (("weight", "density"), _SUMS),
     "dare_ties": (("weight", "density"), _SUMS),
@@ -189,11 +189,12 @@ def named_models(page: Page, key: Key) -> list[tuple[Key, str]]:
 class Source:
     "Layers of one model, in one slice of a recipe."
 
-    slice: Slice
+    slice: Slice  # which layers, of which model
     places: tuple[Key, ...]  # of its parameters
 
     @property
     def model(self) -> str:
+        "The name of the model."
         return self.slice.model
 
 # %% ../../nbs/merging/mergekit.ipynb #0a4d4a66
@@ -389,8 +390,8 @@ class Task:
         "A parameter of the whole recipe; `MergeError` if it is needed and there is none."
         values = []
         for i in range(len(self.pieces)):
-            places = dict.fromkeys(p for x in self.inputs for p in x.places[i] or ())
-            values.append(self._in_piece(i, [*places] or None, name, default))
+            places = self._places(i)
+            values.append(self._in_piece(i, places or None, name, default))
         if None in values:
             self.page.refuse((), f"{self.method} needs a parameter {name!r}, and there is none.")
         return self.together(values)
@@ -399,8 +400,7 @@ class Task:
         "`true` or `false`, of the whole recipe; `MergeError` if its pieces say both."
         said: dict[bool, Key] = {}
         for i in range(len(self.pieces)):
-            places = dict.fromkeys(p for x in self.inputs for p in x.places[i] or ())
-            shared = [p for p in places if not is_of_one(p)]
+            shared = [p for p in self._places(i) if not is_of_one(p)]
             key = next((p for p in shared if name in (_mapping(self.page, p) or {})), ())
             value = self.page.at((*key, name)) if key else default
             if value not in (True, False):
@@ -409,6 +409,11 @@ class Task:
         if len(said) > 1:
             self.page.refuse(said[not default], f"{name} must be the same in the whole recipe.")
         return next(iter(said))
+
+    def _places(self, i: int) -> list[Key]:
+        "Of the parameters of all inputs in one piece."
+        every = [p for x in self.inputs for p in x.places[i] or ()]
+        return list(dict.fromkeys(every))
 
     def is_empty(self, i: int) -> bool:
         "Whether a piece has no model but the base."
@@ -421,10 +426,10 @@ class Task:
         if places is None:
             return (1.0 if self.is_empty(i) else 0.0) if name == "weight" else default or 0.0
         value = parameter(self.page, places, name)
-        is_open = value is not None and are_rules(value) and "filter" in value[-1]
-        if is_open and default is not None:
-            value = [*value, {"value": default}]
-        return default if value is None else value
+        if value is None:
+            return default
+        is_open = are_rules(value) and "filter" in value[-1]
+        return [*value, {"value": default}] if is_open and default is not None else value
 
     def together(self, values: list[Any]) -> Any:
         "What all pieces say, as one parameter."
@@ -461,6 +466,8 @@ def _linear(task: Task) -> dict[str, Any]:
     normalised = task.switch("normalize", True)
     if normalised and not _negative(ws):
         return {"models": models, "weights": ws}
+    if not any(ws):
+        task.page.refuse((), "all weights are zero: at least one model must count.")
     if not normalised:
         factors = [_times(w, len(ws)) for w in ws]
         return {"models": models, "geometry": with_arguments(Times, {"factor": factors})}
@@ -543,8 +550,6 @@ def _summed(task: Task, mean: bool) -> dict[str, Any]:
 def _task_arithmetic(task: Task) -> dict[str, Any]:
     if task.switch("rescale", False):
         task.page.refuse(("parameters", "rescale"), "nothing is trimmed that could be rescaled.")
-    if any(parameter(task.page, x.places, "density") is not None for x in task.others):
-        warn("density does nothing in task_arithmetic, which trims nothing: ties does")
     return _summed(task, task.switch("normalize", False))
 
 # %% ../../nbs/merging/mergekit.ipynb #b491c7ea
@@ -733,6 +738,7 @@ def task_of(page: Page) -> Task:
     "A page, half read; `MergeError` for a field or a method that is not known."
     hints = {
         "out_path": "Name the folder on the command line: -o OUT.",
+        "name": "It is of several recipes in one file: leave it out, and name the folder, -o OUT.",
     }
     page.known((), FIELDS, hints)
     if "merge_method" not in page.data:
@@ -777,14 +783,28 @@ def _check_parameters(task: Task) -> None:
         _say_what_does_nothing(task, place)
         task.page.known(place, [*known, *_foreign(task.method)], dict.fromkeys(shared, hint))
 
+# %% ../../nbs/merging/mergekit.ipynb #9d64764e
+def _say_who_is_not_merged(task: Task) -> None:
+    "Warn of a base that a method has no use for, and that mergekit would merge all the same."
+    listed = any(x.is_base for x in task.inputs)
+    if task.method in ("linear", "karcher") and task.base is not None and not listed:
+        warn(
+            f"base_model {task.base.model} is not merged: {task.method} has none. mergekit merges "
+            "it as one more model; to do that, name it among the models"
+        )
+
 # %% ../../nbs/merging/mergekit.ipynb #2144a34a
 def translated(page: Page) -> Asked:
     "A recipe of mergekit as one of ours; `MergeError` with the line of what cannot be said."
     task = task_of(page)
     _check_parameters(task)
+    _say_who_is_not_merged(task)
     said = READERS[task.method](task)
     base = None if task.base is None else task.base.model
     around = _tokenizer(page, base if "base" not in said else None)
+    if around.get("tokenizer") == base is not None and said.keys() == {"models", "weights"}:
+        # a mean of differences from the base is the mean, and brings its tokens
+        said["base"], around["tokenizer"] = base, "base"
     names = [*said["models"], *([said["base"]] if "base" in said else [])]
     recipe = Recipe(**said, **around, **_template(page, names))
     return Asked(recipe, _written_as(page), page)
