@@ -4,7 +4,8 @@
 
 PYTHON is the interpreter of an environment with mergekit. Models are random Llamas of four layers
 in float32. Methods that draw random numbers are compared in the mean and the number of entries kept
-over a few seeds. Writes bench/results/mergekit_recipes.json.
+over a few seeds. Recipes of modules are for random Gemmas that see, in the layout of the hub.
+Writes bench/results/mergekit_recipes.json.
 """
 import json
 import subprocess
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 from adapters import about
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 HERE = Path(__file__).parent
 BOTH = "models: [{model: $a, parameters: {weight: 0.7}}, {model: $b, parameters: {weight: 0.5}}]"
@@ -54,6 +55,45 @@ TURNED = """slices:
 PLAIN = "models: [{model: $a}, {model: $b}, {model: $c}]\nbase_model: $base\n"
 ALIKE = "models: [{model: $a}, {model: $b}, {model: $c}]\n"
 FAR = "models: [{model: $x, parameters: {weight: 1}}, {model: $y, parameters: {weight: 3}}]\n"
+EACH = """slices:
+  - sources:
+      - {model: $a, layer_range: [0, 1], parameters: {weight: 1}}
+      - {model: $b, layer_range: [0, 1]}
+    parameters: {weight: [{filter: mlp, value: 0.3}, {value: 0.6}]}
+  - sources:
+      - {model: $a, layer_range: [1, 4], parameters: {weight: [0.8, 0.2]}}
+      - {model: $b, layer_range: [1, 4], parameters: {weight: [0.2, 0.8]}}
+"""
+DOWN = """slices:
+  - sources: [{model: $x, layer_range: [0, 2]}]
+  - sources:
+      - model: $x
+        layer_range: [1, 2]
+        parameters: {scale: [{filter: o_proj, value: 0}, {filter: down_proj, value: 0}, {value: 1}]}
+  - sources: [{model: $y, layer_range: [2, 4]}]
+"""
+MODULES = """modules:
+  text_decoder:
+    models:
+      - {model: $ga, parameters: {weight: [0, 0.9]}}
+      - {model: $gb, parameters: {weight: [{filter: mlp, value: 0.5}, {value: 1}]}}
+  vision_tower:
+    slices:
+      - sources: [{model: $ga, layer_range: [0, 2]}, {model: $gb, layer_range: [0, 2]}]
+      - sources: [{model: $gb, layer_range: [2, 3]}]
+    parameters: {weight: [1, 2, 3]}
+  multi_modal_projector:
+    models: [{model: $gb}]
+parameters: {weight: 0.5}
+"""
+OF_BASE = """modules:
+  text_decoder: {models: [{model: $ga}, {model: $gb}], parameters: {weight: [0.4, 0.9]}}
+  vision_tower: {models: [{model: $gb, parameters: {weight: 0.5, density: 0.3}}]}
+  multi_modal_projector: {models: [{model: $gbase}]}
+base_model: $gbase
+parameters: {density: 0.6}
+"""
+BY_NAME = BOTH.replace("0.7", "[{filter: mlp, value: -0.2}, {value: 0.7}]")
 RECIPES = {
     "linear": BOTH,
     "linear, not normalised": BOTH + "\nparameters: {normalize: false}",
@@ -78,6 +118,16 @@ RECIPES = {
     "nearswap": "models: [{model: $base}, {model: $a}]\nbase_model: $base\nparameters: {t: 0.01}",
     "arcee_fusion": "models: [{model: $a}]\nbase_model: $base",
     "arcee_fusion, models far apart": "models: [{model: $x}]\nbase_model: $base",
+    "linear, slices with parameters of their own": EACH,
+    "linear, a sum by filters": BY_NAME + "\nparameters: {normalize: false}",
+    "linear, modules": MODULES,
+    "task_arithmetic, modules": OF_BASE.replace("density: 0.6", "lambda: 0.8"),
+    "ties, modules": OF_BASE,
+    "ties, a weight of zero": THREE.replace("[0.2, 0.8]", "[0, 0.8]"),
+    "breadcrumbs, normalised": THREE + "parameters: {normalize: true}",
+    "ram": PLAIN + "parameters: {epsilon: 0.02}",
+    "ramplus_tl": PLAIN + "parameters: {epsilon: 0.02, r: 0.3}",
+    "passthrough, a slice turned down": DOWN,
     "passthrough, slices": STACK,
     "passthrough, scaled": TURNED,
     "dare_linear": THREE,
@@ -116,11 +166,41 @@ def llama(folder, seed, base=None):
     return model
 
 
+def gemma(folder, seed, base=None):
+    "A random Gemma that sees, near a base if there is one, in the layout of the hub."
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    heads = {"num_attention_heads": 2, "hidden_size": 32, "intermediate_size": 48}
+    text = {**heads, "vocab_size": 64, "num_hidden_layers": 4, "num_key_value_heads": 1}
+    seen = {**heads, "num_hidden_layers": 3, "image_size": 16, "patch_size": 8}
+    tokens = {"image_token_index": 63, "boi_token_index": 61, "eoi_token_index": 62}
+    text = {**text, "head_dim": 16}
+    towers = {"text_config": text, "vision_config": seen}
+    config = Gemma3Config(**towers, mm_tokens_per_image=4, **tokens)
+    torch.manual_seed(seed)
+    model = Gemma3ForConditionalGeneration(config).float()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(torch.randn_like(p)*0.1)
+            if base is not None:
+                p.copy_(base.state_dict()[name] + 0.2*p)
+    model.save_pretrained(folder)
+    state = load_file(folder/"model.safetensors")
+    hub = {n.replace("vision_tower.", "vision_tower.vision_model."): x for n, x in state.items()}
+    # what newer versions of transformers add, and no older model has
+    hub = {n: x for n, x in hub.items() if ".head." not in n}
+    save_file(hub, folder/"model.safetensors", {"format": "pt"})
+    return model
+
+
 def written(folder):
     "Every recipe as a file."
-    names = ("base", "a", "b", "c", "x", "y")
+    names = ("base", "a", "b", "c", "x", "y", "gbase", "ga", "gb")
     base = llama(folder/"base", 0)
-    for i, name in enumerate(names[1:]):
+    seeing = gemma(folder/"gbase", 0)
+    for i, name in enumerate(("ga", "gb")):
+        gemma(folder/name, i + 1, seeing)
+    for i, name in enumerate(names[1:6]):
         llama(folder/name, i + 1, base if name in "abc" else None)
     found = {}
     for i, (title, body) in enumerate(RECIPES.items()):

@@ -35,6 +35,7 @@ def filled(text, folders):
 
 
 def merged(tmp_path, text, folders):
+    tmp_path.mkdir(exist_ok=True)
     return ran(written(tmp_path, filled(text, folders)), tmp_path/"o").tensors
 
 
@@ -86,6 +87,27 @@ def test_task_arithmetic_is_a_sum(tmp_path, folders):
     torch.testing.assert_close(out, base + 0.5*(0.7*(a - base) - 0.4*(b - base)))
 
 
+def test_a_model_of_weight_zero_has_no_say(tmp_path, folders):
+    "Nor where the others were trimmed, and it alone would be left."
+    text = "models: [{model: $a, parameters: {weight: 1, density: 0.5}},"
+    text += " {model: $b, parameters: {weight: %s}}]\nbase_model: $base\nmerge_method: ties"
+    alone = text.partition(" {model: $b")[0] + "]\nbase_model: $base\nmerge_method: ties"
+    both = merged(tmp_path, text % "[{filter: attn, value: 1}, {value: 0}]", folders)[NAME]
+    torch.testing.assert_close(both, merged(tmp_path/"alone", alone, folders)[NAME])
+
+
+def test_normalised_sums_without_an_election_are_over_all(tmp_path, folders):
+    "Zeros count: what was trimmed from one model is averaged with what is left of the others."
+    text = "models: [{model: $a, parameters: {weight: 1, density: 0.5, gamma: 0}},"
+    text += " {model: $b, parameters: {weight: 3}}]\nbase_model: $base\n"
+    text += "merge_method: breadcrumbs\nparameters: {normalize: true, density: 1}"
+    a, b, base = (tensor(folders[n]) for n in ("a", "b", "base"))
+    x = a - base
+    kept = x*(x.abs() >= x.abs().flatten().sort(descending=True).values[7])
+    out = merged(tmp_path, text, folders)[NAME]
+    torch.testing.assert_close(out, base + (kept + 3*(b - base))/4)
+
+
 def test_slerp_begins_at_the_base(tmp_path, folders):
     text = "models: [{model: $b}, {model: $a}]\nbase_model: $a\nmerge_method: slerp\n"
     out = merged(tmp_path, text + "parameters: {t: 0}", folders)[NAME]
@@ -105,6 +127,32 @@ def test_fusion_takes_what_stands_out(tmp_path, folders):
     taken = scores > middle + 1.5*(high - low)
     assert 0 < taken.sum() < taken.numel()/2
     torch.testing.assert_close(out, torch.where(taken, a, base))
+
+
+@pytest.mark.parametrize(
+    "method, more, factor",
+    [
+        ("ram", "epsilon: 0.05", 1),
+        ("ramplus_tl", "epsilon: 0.05", 1.02),
+        ("ramplus_tl", "epsilon: 0.05, r: 0.5, alpha: 9, lambda: 3", None),
+    ],
+)
+def test_changes_of_one_agent_are_not_divided(tmp_path, folders, method, more, factor):
+    "By the definition: the mean over those who changed an entry, more of what is unique."
+    text = "models: [{model: $a}, {model: $b}, {model: $c}]\nbase_model: $base\n"
+    text += f"merge_method: {method}\nparameters: {{{more}}}"
+    base = tensor(folders["base"])
+    deltas = torch.stack([tensor(folders[n]) - base for n in "abc"])
+    changed = deltas.abs() > 0.05
+    many = changed.sum(0)
+    assert {0, 1, 2} <= {*many.flatten().tolist()}
+    by_hand = torch.zeros_like(base)
+    for x, M in zip(deltas, changed):
+        unique, shared = M & (many == 1), M & (many > 1)
+        f = factor or 1 + 0.5*float(shared.sum()/unique.sum())
+        by_hand += torch.where(unique, x*f, 0) + torch.where(shared, x/many.clamp(min=1), 0)
+    out = merged(tmp_path, text, folders)[NAME]
+    torch.testing.assert_close(out, base + by_hand)
 
 
 def test_fusion_says_what_does_nothing(tmp_path, folders):
@@ -136,6 +184,181 @@ merge_method: passthrough
     assert cli("merge", name, "-o", tmp_path/"named")[0] == 0
     assert cli("run", tmp_path/"o", "-o", tmp_path/"again")[0] == 0
     assert digest(tmp_path/"named") == digest(tmp_path/"again") == digest(tmp_path/"o")
+
+
+SLICED = """
+slices:
+  - sources:
+      - {model: $a, layer_range: [0, 2], parameters: {weight: [1, 3]}}
+      - {model: $b, layer_range: [0, 2]}
+    parameters: {weight: 2}
+  - sources:
+      - {model: $a, layer_range: [2, 3], parameters: {weight: [{filter: mlp, value: 0}]}}
+      - {model: $c, layer_range: [0, 1], parameters: {weight: 0.5}}
+merge_method: linear
+parameters: {normalize: %s, weight: 4}
+"""
+
+
+@pytest.mark.parametrize("normalize", ["true", "false"])
+def test_slices_have_parameters_of_their_own(tmp_path, folders, normalize):
+    "A list over depth begins anew in each slice, and the embedding is of the first."
+    out = merged(tmp_path, SLICED % normalize, folders)
+    expected = {  # name: weights, and models with the names of their tensors
+        "embed.weight": [(1, "a", "embed.weight"), (2, "b", "embed.weight")],
+        "h.0.mlp.weight": [(1, "a", "h.0.mlp.weight"), (2, "b", "h.0.mlp.weight")],
+        "h.1.attn.weight": [(3, "a", "h.1.attn.weight"), (2, "b", "h.1.attn.weight")],
+        "h.2.attn.weight": [(4, "a", "h.2.attn.weight"), (0.5, "c", "h.0.attn.weight")],
+        "h.2.mlp.weight": [(0.5, "c", "h.0.mlp.weight")],
+    }
+    for name, parts in expected.items():
+        total = sum(w for w, _, _ in parts) if normalize == "true" else 1
+        by_hand = sum(w*tensor(folders[m], of) for w, m, of in parts)/total
+        torch.testing.assert_close(out[name], by_hand)
+
+
+def test_a_slice_may_be_turned_down(tmp_path, folders):
+    "As people lengthen a model by copies of layers that do nothing at first."
+    text = """
+slices:
+  - sources: [{model: $a, layer_range: [0, 2]}]
+  - sources:
+      - model: $a
+        layer_range: [1, 2]
+        parameters: {scale: [{filter: attn, value: 0}, {filter: mlp, value: 0.5}, {value: 1}]}
+  - sources: [{model: $a, layer_range: [2, 3]}]
+merge_method: passthrough
+"""
+    path = written(tmp_path, filled(text, folders))
+    assert cli("run", path, "-o", tmp_path/"o")[0] == 0
+    out, a = load(tmp_path/"o"), load(folders["a"])
+    assert not out["h.2.attn.weight"].any()
+    assert torch.equal(out["h.2.mlp.weight"], 0.5*a["h.1.mlp.weight"])
+    assert torch.equal(out["h.1.attn.weight"], a["h.1.attn.weight"])
+    assert torch.equal(out["h.3.mlp.weight"], a["h.2.mlp.weight"])
+    code, _, err = cli("run", tmp_path/"o"/"frechet_merge.json", "-o", tmp_path/"again")
+    assert code == 0, err
+    assert digest(tmp_path/"o") == digest(tmp_path/"again")
+
+
+def test_a_switch_of_one_slice_is_no_switch_of_all(tmp_path, folders):
+    text = TWO % 3 + "merge_method: linear"
+    sliced = SLICED % "true"
+    sliced = sliced.replace("    parameters: {weight: 2}", "    parameters: {normalize: false}")
+    with pytest.raises(MergeError, match="the same in the whole recipe"):
+        translated(read_page(filled(sliced, folders)))
+    alone = text.replace("models:", "slices:\n- parameters: {normalize: false}\n  sources:")
+    alone = alone.replace("}}", "}, layer_range: [0, 3]}")
+    out = merged(tmp_path, alone, folders)[NAME]
+    torch.testing.assert_close(out, tensor(folders["a"]) + 3*tensor(folders["b"]))
+
+
+def seeing(seed, layers=2):
+    "A toy with a tower that reads, one that sees, and what is between them."
+    g = torch.Generator().manual_seed(seed)
+    names = ["language_model.model.embed_tokens", "language_model.lm_head"]
+    names += ["multi_modal_projector.linear_1", "vision_tower.patch_embed"]
+    for i in range(layers):
+        names += [f"language_model.model.layers.{i}.mlp", f"vision_tower.encoder.layers.{i}.mlp"]
+    return {f"{n}.weight": torch.randn(4, 4, generator=g) for n in names}
+
+
+@pytest.fixture
+def towers(tmp_path):
+    config = {"model_type": "toy", "vision_config": {}, "text_config": {}}
+    return {n: save(tmp_path/n, seeing(i), config) for i, n in enumerate(("base", "a", "b"))}
+
+
+MODULES = """
+modules:
+  text_decoder:
+    models:
+      - {model: $a, parameters: {weight: [0, 1]}}
+      - {model: $b, parameters: {weight: 1}}
+  vision_tower:
+    slices:
+      - sources: [{model: $a, layer_range: [0, 1]}]
+      - sources: [{model: $b, layer_range: [1, 2]}, {model: $a, layer_range: [1, 2]}]
+        parameters: {weight: [{filter: layers, value: 3}]}
+    parameters: {weight: 2}
+  multi_modal_projector:
+    models: [{model: $b}]
+merge_method: linear
+parameters: {weight: 5}
+"""
+
+
+def test_modules_have_recipes_of_their_own(tmp_path, towers):
+    path = written(tmp_path, filled(MODULES, towers))
+    code, _, err = cli("run", path, "-o", tmp_path/"o")
+    assert code == 0, err
+    out, a, b = (load(x) for x in (tmp_path/"o", towers["a"], towers["b"]))
+    # text: the list over depth is that of one tower, and gives its first value outside of it
+    for name, of_a in [("embed_tokens", 0), ("layers.0.mlp", 0), ("layers.1.mlp", 0.5)]:
+        name = f"language_model.model.{name}.weight"
+        torch.testing.assert_close(out[name], of_a*a[name] + (1 - of_a)*b[name])
+    assert torch.equal(out["language_model.lm_head.weight"], b["language_model.lm_head.weight"])
+    for name in ("vision_tower.patch_embed.weight", "vision_tower.encoder.layers.0.mlp.weight"):
+        assert torch.equal(out[name], a[name])
+    name = "vision_tower.encoder.layers.1.mlp.weight"
+    torch.testing.assert_close(out[name], (a[name] + b[name])/2)
+    name = "multi_modal_projector.linear_1.weight"
+    assert torch.equal(out[name], b[name])
+    code, _, err = cli("run", tmp_path/"o"/"frechet_merge.json", "-o", tmp_path/"again")
+    assert code == 0, err
+    assert digest(tmp_path/"o") == digest(tmp_path/"again")
+
+
+def test_a_module_that_is_only_the_base(tmp_path, towers):
+    text = """
+modules:
+  text_decoder: {models: [{model: $a, parameters: {weight: 0.5}}, {model: $b}]}
+  vision_tower: {models: [{model: $base}]}
+  multi_modal_projector: {models: [{model: $b}]}
+merge_method: task_arithmetic
+base_model: $base
+parameters: {weight: 1, lambda: 0.5, normalize: %s}
+"""
+    for normalize in ("false", "true"):
+        out = merged(tmp_path/normalize, text % normalize, towers)
+        base, a, b = (load(towers[n]) for n in ("base", "a", "b"))
+        total = 1.5 if normalize == "true" else 1
+        for name, of_a, of_b in (
+            ("language_model.lm_head.weight", 0.25/total, 0.5/total),
+            ("vision_tower.encoder.layers.0.mlp.weight", 0, 0),
+            ("multi_modal_projector.linear_1.weight", 0, 0.5),
+        ):
+            by_hand = base[name] + of_a*(a[name] - base[name]) + of_b*(b[name] - base[name])
+            torch.testing.assert_close(out[name], by_hand)
+
+
+@pytest.mark.parametrize(
+    "what, instead, said",
+    [
+        ("  multi_modal_projector:\n    models: [{model: $b}]\n", "", "nothing of multi_modal_p"),
+        ("multi_modal_projector:", "projector:", "Did you mean 'multi_modal_projector'"),
+        ("[1, 2]}, {model: $a, layer_range: [1, 2]}", "[1, 3]}", "all 2 layers"),
+        ("linear", "karcher", "karcher has no weights"),
+        ("layers, value: 3", "lm_head, value: 3", "where it stands"),
+    ],
+)
+def test_modules_that_are_not_those_of_the_models(tmp_path, towers, what, instead, said):
+    text = MODULES.replace(what, instead)
+    code, _, err = cli("run", written(tmp_path, filled(text, towers)), "-o", tmp_path/"o")
+    assert code == 1 and said in err and "recipe.yml, line" in err, err
+    assert len(err.splitlines()) <= 3 and not (tmp_path/"o").exists()
+
+
+def test_a_filter_in_the_wrong_module(tmp_path, towers):
+    "Moved to the module that has such tensors, it holds there."
+    rule = "{filter: lm_head, value: 3}"
+    wrong = MODULES.replace("{filter: layers, value: 3}", rule)
+    code, _, err = cli("run", written(tmp_path, filled(wrong, towers)), "-o", tmp_path/"o")
+    assert code == 1 and "Give it to the slice or module" in err
+    right = MODULES.replace("weight: [0, 1]", f"weight: [{rule}, {{value: 1}}]")
+    out, a, b = (merged(tmp_path, right, towers), load(towers["a"]), load(towers["b"]))
+    name = "language_model.lm_head.weight"
+    torch.testing.assert_close(out[name], (3*a[name] + b[name])/4)
 
 
 def test_transformers_opens_a_stack(tmp_path):
@@ -185,7 +408,8 @@ def test_what_was_written_runs_again(tmp_path, folders, method):
 
 PLAIN = "models: [{model: base}, {model: a}, {model: b}]\nbase_model: base\n"
 REFUSED = [
-    (PLAIN + "merge_method: ram", "line 3", "The nearest is ties"),
+    (PLAIN + "merge_method: ranked_ties", "line 3", "The nearest is ties"),
+    (PLAIN + "merge_method: sce\nparameters: {wieght: 1}", "line 4", "Did you mean 'weight'"),
     (PLAIN + "merge_method: arcee_fusion", "line 1", "takes 1 models"),
     (PLAIN + "merge_method: tie", "line 3", "Did you mean 'ties'"),
     (PLAIN + "merge_method: ties", "line 1", "a has no weight, which ties needs"),
@@ -193,12 +417,46 @@ REFUSED = [
     (PLAIN + "merge_method: sce\nparameter: {}", "line 4", "Did you mean 'parameters'"),
     (PLAIN + "merge_method: slerp\nparameters: {t: 0.5}", "line 1", "takes 1 models"),
     (PLAIN + "merge_method: sce\ndtype: int8", "line 4", "int8"),
-    (PLAIN + "merge_method: sce\nchat_template: chatml", "line 4", "write its text"),
+    (PLAIN + "merge_method: sce\nchat_template: llama3", "line 4", "write its text"),
     (PLAIN + "merge_method: sce\ntokenizer: {tokens: {}}", "line 4", "leave tokens out"),
     (PLAIN + "merge_method: model_stock\nparameters: {filter_wise: true}", "line 4", "leave it"),
-    ("modules: {}\nmerge_method: linear", "line 1", "merge each"),
+    ("modules: {}\nmerge_method: linear", "line 1", "from modules to recipes"),
+    (
+        "modules: {default: {models: [{model: a}], merge_method: ties}}\nmerge_method: linear",
+        "line 1",
+        "the same for all modules",
+    ),
+    (
+        "modules: {default: {slices: [{sources: [{model: a, layer_range: [1, 2]}]}]}}\n"
+        "merge_method: passthrough",
+        "line 1",
+        "must begin at layer 0",
+    ),
+    (
+        "slices:\n- sources: [{model: a, layer_range: [0, 2]}, {model: b, layer_range: [0, 2]}]\n"
+        "- sources: [{model: a, layer_range: [2, 4]}]\nmerge_method: karcher",
+        "line 1",
+        "karcher has no weights",
+    ),
+    (
+        "slices:\n- sources: [{model: a, layer_range: [0, 2]}, {model: b, layer_range: [0, 3]}]\n"
+        "merge_method: karcher",
+        "line 2",
+        "of different length",
+    ),
+    ("models: [{model: a}, {model: a}]\nmerge_method: karcher", "line 1", "named twice"),
+    (
+        "models: [{model: a}]\nmerge_method: linear\nparameters: {weight: 0, normalize: false}",
+        "line 1",
+        "at least one model must count",
+    ),
+    (
+        "models: [{model: a, parameters: {weight: 1, normalize: false}}]\nmerge_method: linear",
+        "line 1",
+        "beside the models",
+    ),
     ("models: [{model: a}]\nmerge_method: sce", "line 1", "needs a base_model"),
-    ("merge_method: linear", "line 1", "either models or slices"),
+    ("merge_method: linear", "line 1", "models or slices, or modules"),
     (TWO.replace("$", "") % -1 + "merge_method: linear", "line 1", "sum to zero"),
     (
         "merge_method: slerp\nbase_model: a\nslices:\n- sources:\n  - {model: a}",
@@ -252,9 +510,36 @@ def test_around_the_weights():
     assert recipe.tokenizer == "union" and recipe.pad_to_multiple_of == 64
     assert asked.output.dtype == torch.bfloat16
     linear = (TWO % 1).replace("$", "") + "merge_method: linear\n"
-    for source, is_read in (("model:a", "a"), ("base", "a"), ("union", "union")):
-        text = f"{linear}tokenizer_source: {source}\nbase_model: a"
+    for source, is_read in (("model:a", "a"), ("base", "base"), ("union", "union")):
+        text = f"{linear}tokenizer_source: {source}\nbase_model: z"
         assert translated(read_page(text)).recipe.tokenizer == is_read
+    karcher = PLAIN + "merge_method: karcher\ntokenizer_source: base"
+    assert translated(read_page(karcher)).recipe.tokenizer == "base"
     text = linear + 'chat_template: "{% for m in messages %}{{ m.content }}{% endfor %}"'
     assert translated(read_page(text)).recipe.chat_template.startswith("{% for")
     assert Recipe.from_data(recipe.as_data()) == recipe
+
+
+@pytest.mark.parametrize("method", ["linear", "karcher"])
+def test_a_base_that_is_not_merged_is_said_to_be_so(tmp_path, folders, method):
+    plain = f"models: [{{model: $a}}, {{model: $b}}]\nmerge_method: {method}\n"
+    plain += "parameters: {weight: 1}\n" if method == "linear" else ""
+    alone = merged(tmp_path/"alone", plain, folders)[NAME]
+    with pytest.warns(UserWarning, match="is not merged.*name it among the models"):
+        found = merged(tmp_path/"o", plain + "base_model: $base", folders)[NAME]
+    assert torch.equal(found, alone)
+
+
+def test_chatml():
+    "As Qwen's cards show it."
+    jinja2 = pytest.importorskip("jinja2")
+    text = (TWO % 1).replace("$", "") + "merge_method: linear\nchat_template: chatml"
+    template = translated(read_page(text)).recipe.chat_template
+    said = jinja2.Template(template).render(
+        messages=[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}],
+        add_generation_prompt=True,
+    )
+    assert said == (
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )

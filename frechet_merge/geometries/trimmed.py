@@ -101,7 +101,8 @@ class Trimmed(Geometry):
         "What is kept of each, with its mask as metric; `ValueError` for shares of other models."
         T, name = len(thetas), Stack.of(thetas).name
         Gs = as_numbers(Gs, T)
-        X = [self._trimmed(x, name, t, T) for t, x in enumerate(thetas)]
+        # a model that does not count has no say either where nobody else has one
+        X = [self._trimmed(x, name, t, T) if Gs[t] else x*0 for t, x in enumerate(thetas)]
         if not self.elect:
             masks = [x != 0 for x in X] if self.mean else [torch.ones_like(x) for x in X]
         else:

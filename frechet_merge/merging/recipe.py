@@ -158,7 +158,7 @@ def _name(model: Any) -> Any:
 def numbers_of(value: Any) -> Any:
     "Numbers of any kind, alone, in a row or by name, as floats."
     if isinstance(value, Mapping):
-        return {k: numbers_of(x) for k, x in value.items()}
+        return {k: list(x) if k == "within" else numbers_of(x) for k, x in value.items()}
     if value is None or isinstance(value, str):
         return value
     if not in_a_row(value):

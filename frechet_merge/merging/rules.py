@@ -9,13 +9,71 @@ __all__ = ['are_rules', 'by_rules', 'without_rules']
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..matching.blocks import by_name
+from ..matching.blocks import by_name, decides_nothing
 
 # %% ../../nbs/merging/rules.ipynb #5e03001d
 def are_rules(value: Any) -> bool:
     "Whether a value is a list of rules, and not of numbers."
     several = isinstance(value, (list, tuple)) and bool(value)
     return several and all(isinstance(x, Mapping) and "value" in x for x in value)
+
+# %% ../../nbs/merging/rules.ipynb #dcc6bc37
+def _meant_by_filters(
+    rules: Sequence[Mapping[str, Any]], names: Sequence[str], what: str
+) -> dict[str | None, Sequence[str]]:
+    "The names that each filter means; `ValueError` if there are none."
+    filters = dict.fromkeys(r["filter"] for r in rules if r.get("filter") is not None)
+    found = {p: by_name({p: True}, names, False, what) for p in filters}
+    return {p: [n for n in names if of[n]] for p, of in found.items()}
+
+# %% ../../nbs/merging/rules.ipynb #42ba202e
+def _holds_for(
+    rule: Mapping[str, Any],
+    name: str,
+    stop: float,  # the layer after the last of all
+) -> bool:
+    "Whether a name is in the part of a model in which a rule holds."
+    from frechet_merge.merging.coefficients import BEFORE, layer_of
+
+    if not name.startswith(tuple(rule.get("within", [""]))):
+        return False
+    if "layers" not in rule:
+        return True
+    layer = layer_of(name)
+    if layer is None:
+        return rule["layers"][0] == 0 if BEFORE.search(name) else rule["layers"][1] == stop
+    return rule["layers"][0] <= layer[1] < rule["layers"][1]
+
+# %% ../../nbs/merging/rules.ipynb #45ca4165
+def _last_layer(rule: Mapping[str, Any], rules: Sequence[Mapping[str, Any]]) -> float:
+    "The layer after the last one that a rule of the same part speaks of."
+    same = [r for r in rules if r.get("within") == rule.get("within")]
+    return max((r["layers"][1] for r in same if "layers" in r), default=0)
+
+# %% ../../nbs/merging/rules.ipynb #3d646d66
+def _value_for(rule: Mapping[str, Any], name: str) -> Any:
+    "What a rule gives a name: its value, at the depth of the name in the rule's layers."
+    from frechet_merge.merging.coefficients import BEFORE, at_depth, layer_of
+
+    layer, value = layer_of(name), rule["value"]
+    if layer is None and "outside" in rule:
+        return rule["outside"]
+    if "layers" not in rule:
+        return value
+    start, stop = rule["layers"]
+    if layer is None:
+        return at_depth(value, 0 if BEFORE.search(name) else 1)
+    return at_depth(value, (layer[1] - start)/max(stop - start - 1, 1))
+
+# %% ../../nbs/merging/rules.ipynb #8e1db8a7
+def _idle(pattern: str, rules: Sequence[Mapping[str, Any]], what: str) -> ValueError:
+    "The error for a filter that decides nothing."
+    if any(r.get("filter") == pattern and r.keys() & {"within", "layers"} for r in rules):
+        return ValueError(
+            f"the {what} filter {pattern!r} means no tensor where it stands.\n"
+            "Give it to the slice or module that has such tensors, or leave it out."
+        )
+    return decides_nothing(what, pattern)
 
 # %% ../../nbs/merging/rules.ipynb #1944b7e4
 def by_rules(
@@ -24,24 +82,25 @@ def by_rules(
     what: str,  # what messages call the values
 ) -> dict[str, Any]:  # one for each name
     """What rules give each name, the first that means it; `ValueError` for a name without a value,
-    and for a filter that means none."""
-    from frechet_merge.merging.coefficients import layer_of
-
-    filters, rest = {}, None
+    and for a filter that means none, or none that is left."""
+    meant = {None: names} | _meant_by_filters(rules, names, what)
+    found: dict[str, Any] = {}
+    useful = set()
     for rule in rules:
-        if rule.get("filter") is None:
-            rest = rule
-            break
-        filters.setdefault(rule["filter"], rule)
-    deciding = by_name(filters, names, rest, what)
-    without = next((n for n in names if deciding[n] is None), None)
+        pattern, stop = rule.get("filter"), _last_layer(rule, rules)
+        here = [n for n in meant[pattern] if n not in found and _holds_for(rule, n, stop)]
+        found |= {n: _value_for(rule, n) for n in here}
+        useful |= {pattern} if here else set()
+    idle = next((p for p in meant if p is not None and p not in useful), None)
+    if idle is not None:
+        raise _idle(idle, rules, what)
+    without = next((n for n in names if n not in found), None)
     if without is not None:
         raise ValueError(
             f"{what}: no rule gives tensor {without!r} a value.\n"
             "Let the last rule be one without a filter: {value: …}."
         )
-    keys = {n: "value" if layer_of(n) else "outside" for n in names}
-    return {n: deciding[n].get(keys[n], deciding[n]["value"]) for n in names}
+    return found
 
 # %% ../../nbs/merging/rules.ipynb #6e621a2d
 def without_rules(
