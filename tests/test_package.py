@@ -321,7 +321,6 @@ def is_defined_in(x, module) -> bool:
 
 
 def test_former_modules_are_found_with_a_note(monkeypatch):
-    import frechet_merge
     from frechet_merge._former import BECAME
 
     for old, homes in BECAME.items():
