@@ -442,29 +442,9 @@ def fitted(plan: Plan, run: Run) -> Plan:
     "The plan as the budget of memory allows, if there is one."
     return replace(plan, jobs=within(plan.jobs, run))
 
-# %% ../../nbs/merging/merge.ipynb #ea1e3754
-def _into_store(recipe: Recipe, output: Output, run: Run, name: str | None) -> Merged:
-    "A merge that is written here, and then sent to [a store](../files/uploads.ipynb)."
-    if run.resume or run.join or run.part is not None:
-        raise ValueError(
-            "resume, part and join go on with what is in a folder here: name one (out=), and "
-            "upload it when it is whole."
-        )
-    with uploaded(output.address) as place:
-        merged = make(recipe, replace(output, folder=place, address=""), run, name)
-    with uncollected():
-        return replace(merged, tensors=load(output.address), out=output.address)
-
 # %% ../../nbs/merging/merge.ipynb #6d952bea
-def make(
-    recipe: Recipe,
-    output: Output = Output(),
-    run: Run = Run(),
-    name: str | None = None,  # of the geometry, as the user typed it
-) -> Merged:
-    "Plan a recipe, run it and record it; `MergeError` or `ValueError` before anything is written."
-    if output.address:
-        return _into_store(recipe, output, run, name)
+def _made_here(recipe: Recipe, output: Output, run: Run, name: str | None) -> Merged:
+    "A merge in memory or in a folder; errors before anything is written."
     since = time.monotonic()
     refuse_far(run.executor, output.folder)
     with heard() as said:
@@ -497,6 +477,26 @@ def make(
         work = Work(opened, output, run, record, said, since, parts, feed, staging)
         with set_aside():
             return work.deliver(plan) if opened.onto is None else _put_on(work, plan)
+
+# %% ../../nbs/merging/merge.ipynb #82609183
+def make(
+    recipe: Recipe,
+    output: Output = Output(),
+    run: Run = Run(),
+    name: str | None = None,  # of the geometry, as the user typed it
+) -> Merged:
+    "Plan a recipe, run it and record it; `MergeError` or `ValueError` before anything is written."
+    if not output.address:
+        return _made_here(recipe, output, run, name)
+    if run.resume or run.join or run.part is not None:
+        raise ValueError(
+            "resume, part and join go on with what is in a folder here: name one (out=), and "
+            "upload it when it is whole."
+        )
+    with uploaded(output.address) as place:
+        merged = _made_here(recipe, replace(output, folder=place, address=""), run, name)
+    with uncollected():
+        return replace(merged, tensors=load(output.address), out=output.address)
 
 # %% ../../nbs/merging/merge.ipynb #b43d3d0e
 def merge(
