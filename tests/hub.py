@@ -6,11 +6,12 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Event, Thread
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "hf_of_a_test"
 
@@ -24,6 +25,12 @@ def files_in(folder):
     "Name → bytes of all files in a folder."
     every = [f for f in sorted(Path(folder).rglob("*")) if f.is_file()]
     return {f.relative_to(folder).as_posix(): f.read_bytes() for f in every}
+
+
+def row(file, held):
+    "What the hub lists of a file."
+    oid = hashlib.sha1(held).hexdigest()
+    return {"type": "file", "path": file, "size": len(held), "oid": oid}
 
 
 class Repo:
@@ -49,6 +56,7 @@ class Hub:
 
     def __init__(self):
         self.repos, self.asked = {}, []
+        self.sent = Counter()
         self.role, self.address = "write", ""
         self.is_silent, self.is_full, self.ended = False, False, Event()
 
@@ -134,11 +142,16 @@ class Answers(BaseHTTPRequestHandler):
         if (repo := self.repo(name)) is None:
             return None
         _, files = repo.at(revision)
-        rows = []
-        for f, x in files.items():
-            oid = hashlib.sha1(x).hexdigest()
-            rows.append({"type": "file", "path": f, "size": len(x), "oid": oid})
-        return self.reply(200, rows)
+        return self.reply(200, [row(f, x) for f, x in files.items()])
+
+    def paths(self, name, revision):
+        if (repo := self.repo(name)) is None:
+            return None
+        _, files = repo.at(revision)
+        asked = self.body()
+        wanted = json.loads(asked)["paths"] if asked[:1] == b"{" else parse_qs(asked.decode())
+        names = wanted["paths"] if isinstance(wanted, dict) else wanted
+        return self.reply(200, [row(f, files[f]) for f in names if f in files])
 
     def may_read(self, name):
         if (repo := self.repo(name)) is None:
@@ -156,7 +169,15 @@ class Answers(BaseHTTPRequestHandler):
         if files is None or file not in files:
             return self.reply(404, b"", X_Error_Code="EntryNotFound")
         etag = f'"{hashlib.sha1(files[file]).hexdigest()}"'
-        return self.reply(200, files[file], ETag=etag, X_Repo_Commit=sha)
+        held, code = files[file], 200
+        span = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
+        how = {"ETag": etag, "X_Repo_Commit": sha}
+        if span:
+            how["Content_Range"] = f"bytes {span[1]}-{span[2]}/{len(held)}"
+            held, code = held[int(span[1]) : int(span[2]) + 1], 206
+        if self.command == "GET":
+            self.hub.sent[file] += len(held)
+        return self.reply(code, held, **how)
 
     def whoami(self):
         if not self.is_known():
@@ -214,6 +235,7 @@ ROUTES = [
     (rf"/api/models/{NAME}/auth-check", Answers.may_read),
     (rf"/api/models/{NAME}/preupload/(.+)", Answers.preupload),
     (rf"/api/models/{NAME}/commit/(.+)", Answers.commit),
+    (rf"/api/models/{NAME}/paths-info/(.+)", Answers.paths),
     (rf"/api/models/{NAME}/tree/([^/]+).*", Answers.tree),
     (rf"/api/models/{NAME}/revision/(.+)", Answers.info),
     (rf"/api/models/{NAME}", Answers.info),

@@ -680,7 +680,8 @@ def _in_its_dialect(
     ranks = {name: k.rank for name, k in kept.items()}
     made = convert(c, None, out, ranks, dtype)
     config = getattr(made.tensors, "adapter", None)
-    return Extracted(made.tensors, config or {}, kept, out=made.out)
+    folder = None if made.out is None else Path(made.out)
+    return Extracted(made.tensors, config or {}, kept, out=folder)
 
 # %% ../../nbs/adapters/extract.ipynb #27279370
 def resize(

@@ -26,7 +26,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from ..messages import MergeError, warn
+from ..messages import MergeError, redacted, warn
 from .helped import ERASED, App, geometry_names, one_of
 from .mixtures import experts_command, mixture_command
 from .options import Absent, AnyBase, Base, BatchSize, MaxLength, Metrics, Models
@@ -90,6 +90,16 @@ def _warn_of_few(models: Sequence[str], alone: bool):
             warn(f"{name} is named {n} times: it counts as {n} models")
 
 # %% ../../nbs/cli/commands.ipynb #d0f52c80
+MergedPlace = Annotated[
+    str,
+    typer.Option(
+        "-o",
+        "--out",
+        metavar="<path>",
+        help="Folder to write, or an address, as s3://BUCKET/NAME; it must not exist, or be empty.",
+        show_default=False,
+    ),
+]
 MergedFolder = Annotated[
     Path,
     typer.Option(
@@ -291,8 +301,8 @@ def _print_written(merged: Any, done: str, start: float) -> None:
     written = merged.tensors.lazy
     n = fsum(x.numel for x in written.values())
     print(
-        f"{merged.out}: {done}, {len(written)} tensors, {_count(int(n))} parameters, "
-        f"{time.time() - start:.1f} s"
+        f"{redacted(str(merged.out))}: {done}, {len(written)} tensors, "
+        f"{_count(int(n))} parameters, {time.time() - start:.1f} s"
     )
 
 # %% ../../nbs/cli/commands.ipynb #2ce11a71
@@ -332,6 +342,14 @@ def _refuse_of_part(part: str | None, reported: bool, push: str | None) -> None:
     if part is not None and (reported or push is not None):
         raise ValueError(
             "--report and --push are of a whole merge: give them with --join, and not with --part."
+        )
+
+# %% ../../nbs/cli/commands.ipynb #b8fa7600
+def _refuse_of_store(output: Any, reported: bool, push: str | None) -> None:
+    "`ValueError` for what is done with a folder here, asked of a merge that goes to a store."
+    if output.address and (reported or push is not None):
+        raise ValueError(
+            "--report and --push are of a folder that is here: name one, -o OUT, and upload it."
         )
 
 # %% ../../nbs/cli/commands.ipynb #4e9a01c7
@@ -420,11 +438,12 @@ def _merge(typed: dict[str, Any]) -> None:
 
     start, asked = time.time(), SimpleNamespace(**typed)
     _refuse_of_part(asked.part, asked.report, asked.push)
-    _refuse_report(asked.out, asked.report, asked.dry_run)
     feed = _pictures(asked.calibrate, asked.calibrate_split, asked.calibrate_samples)
     aligned = _alignment(asked.align, asked.align_data, asked.align_residual)
     recipe = _recipe_typed(typed | {"calibrate": feed, "align": aligned})
     output = Output.of(typed | {"shard_size": size(asked.shard_size)})
+    _refuse_of_store(output, asked.report, asked.push)
+    _refuse_report(output.folder, asked.report, asked.dry_run)
     run = _run_typed(typed)
     if is_dry(asked.dry_run, asked.as_json):
         asked_to_push(asked.push, asked.public, asked.yes, asked.dry_run)
@@ -433,13 +452,13 @@ def _merge(typed: dict[str, Any]) -> None:
     merged = make(recipe, output, run, asked.geometry)
     _warn_of_few(asked.models, alone=asked.bake is None and asked.base is None)
     _print_merged(merged, len(asked.models), start, asked.report)
-    push_(target, asked.out)
+    push_(target, output.folder)
 
 # %% ../../nbs/cli/commands.ipynb #a9152c4c
 @app.command("merge")
 def merge_command(
     models: Models,
-    out: MergedFolder,
+    out: MergedPlace,
     geometry: Geometry = "euclidean",
     base: Base = None,
     weights: Shares = None,
@@ -491,11 +510,12 @@ RecipeFile = Annotated[
     ),
 ]
 RunFolder = Annotated[
-    Optional[Path],
+    Optional[str],
     typer.Option(
         "-o",
         "--out",
-        help="Folder to write; it must not exist, or be empty.",
+        metavar="<path>",
+        help="Folder to write, or an address; it must not exist, or be empty.",
         show_default="the recipe's output",
     ),
 ]
@@ -535,14 +555,15 @@ def run_command(
     if shard_size is not None:
         output = replace(output, shard_size=size(shard_size))
     if out is not None:
-        output = replace(output, folder=out)
+        output = output.into(out)
     run = _run_typed(typed)
     _refuse_of_part(part, report, push)
+    _refuse_of_store(output, report, push)
     _refuse_report(output.folder, report, dry_run)
     if is_dry(dry_run, as_json):
         asked_to_push(push, public, yes, dry_run)
         return run_recipe(asked, output, run, partial(_print_preview, as_json=as_json))
-    if output.folder is None:
+    if output.is_in_memory:
         raise ValueError(f"{recipe} names no output: give a folder, -o OUT.")
     target = asked_to_push(push, public, yes, names=asked.recipe.models)
     merged = run_recipe(asked, output, run)
@@ -1437,7 +1458,7 @@ def main():
     except ValueError as e:
         if debug:
             raise
-        print("error: " + "\n".join(str(e).splitlines()[:3]), file=sys.stderr)
+        print("error: " + "\n".join(redacted(str(e)).splitlines()[:3]), file=sys.stderr)
         code = 1 if isinstance(e, MergeError) else 2
     except Exception as e:
         if debug:

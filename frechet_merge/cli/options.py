@@ -20,7 +20,7 @@ from ..messages import MergeError
 Models = Annotated[
     list[str],
     typer.Argument(
-        help="Folders, files, hub ids, or BASE+ADAPTER; or adapters.", show_default=False
+        help="Folders, files, hub ids, addresses, or BASE+ADAPTER; or adapters.", show_default=False
     ),
 ]
 # what they were trained from

@@ -176,10 +176,10 @@ def asked_to_push(
 # %% ../../nbs/cli/pushing.ipynb #1cabd527
 def push(
     target: Target | None,  # None: nothing is pushed
-    out: Path,  # the folder of a merge, or its file
+    out: Path | None,  # the folder of a merge, or its file
 ) -> None:
     "Upload a merge; `MergeError` if the hub does not take it."
-    if target is None:
+    if target is None or out is None:
         return
     from huggingface_hub import HfApi, constants
 

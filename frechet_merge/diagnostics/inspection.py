@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..matching.blocks import Block, align, get
 from ..files.checkpoint import Checkpoint
-from ..files.hub import look_up
+from ..files.hub import look_up, only_headers
 from ..files.open import load
 from ..messages import MergeError
 from ..matching.codes import refuse_codes
@@ -392,43 +392,45 @@ def inspect(
             "what metrics would change is not in the headers: leave out --headers "
             "(numbers=False), or the metrics."
         )
-    look_up(models, base, metrics)
-    every = [load(m, allow_pickle, f"models[{i}]") for i, m in enumerate(models)]
-    if base is not None:
-        every = [load(base, allow_pickle, "base"), *every]
-    found = summary(every)
-    settled = dict(any_base=any_base, allow_pickle=allow_pickle)
-    if len(found.adapters) == len(every):
-        if metrics is not None:
+    with only_headers(not numbers):
+        look_up(models, base, metrics)
+        every = [load(m, allow_pickle, f"models[{i}]") for i, m in enumerate(models)]
+        if base is not None:
+            every = [load(base, allow_pickle, "base"), *every]
+        found = summary(every)
+        settled = dict(any_base=any_base, allow_pickle=allow_pickle)
+        if len(found.adapters) == len(every):
+            if metrics is not None:
+                raise ValueError(
+                    "metrics are for the tensors of full models: put the adapters on their base, "
+                    "as BASE+ADAPTER."
+                )
+            inspect_adapters(found, every, numbers, any_base)
+            return in_the_way(found, models, None, settled)
+        if base is not None and len(found.adapters) == len(models):
             raise ValueError(
-                "metrics are for the tensors of full models: put the adapters on their base, "
-                "as BASE+ADAPTER."
+                "adapters are differences from their base already: leave the base out, or put "
+                "each on it, as BASE+ADAPTER."
             )
-        return in_the_way(inspect_adapters(found, every, numbers, any_base), models, None, settled)
-    if base is not None and len(found.adapters) == len(models):
-        raise ValueError(
-            "adapters are differences from their base already: leave the base out, or put "
-            "each on it, as BASE+ADAPTER."
-        )
-    for c in every:
-        refuse_codes(c)
-    # as `merge` does
-    found.unlike = unlike(every)
-    found.tokens = compare_tokens(every, len(every) > len(models))
-    every, found.refused = _as_merged(every, len(models))
-    comparable = compare_headers(found, every, numbers)
-    if numbers:
-        measure(found, comparable, progress)
-    in_the_way(found, models, base, settled)
-    if metrics is not None and not found.mergeable:
-        warn(
-            "η was not computed: these models cannot be merged as they are, and what "
-            "metrics would change is not known",
-        )
-    elif metrics is not None:
-        tuned = every[len(every) - len(models) :]
-        found.eta = etas(tuned, metrics, weights, damping, allow_pickle, progress)
-    return found
+        for c in every:
+            refuse_codes(c)
+        # as `merge` does
+        found.unlike = unlike(every)
+        found.tokens = compare_tokens(every, len(every) > len(models))
+        every, found.refused = _as_merged(every, len(models))
+        comparable = compare_headers(found, every, numbers)
+        if numbers:
+            measure(found, comparable, progress)
+        in_the_way(found, models, base, settled)
+        if metrics is not None and not found.mergeable:
+            warn(
+                "η was not computed: these models cannot be merged as they are, and what "
+                "metrics would change is not known",
+            )
+        elif metrics is not None:
+            tuned = every[len(every) - len(models) :]
+            found.eta = etas(tuned, metrics, weights, damping, allow_pickle, progress)
+        return found
 
 # %% ../../nbs/diagnostics/inspection.ipynb #0c1c0e12
 def _as_merged(

@@ -15,6 +15,7 @@ from .folders import TRAINING, is_named
 from ..messages import MergeError
 from ..messages import warn
 from .shards import read_header, read_metadata
+from .ranges import RemoteTensor, remote_of
 from .tensors import FileTensor, Files
 
 # %% ../../nbs/files/formats.ipynb #239e624a
@@ -161,7 +162,11 @@ def _open_files(files: list[Path], promised: set, source: str, config: dict) -> 
                 f"{f}: tensor {min(twice)!r} is also in another shard.\n"
                 "Remove shards that the index does not name."
             )
-        lazy |= {n: FileTensor(e, fds) for n, e in entries.items()}
+        there = remote_of(f)
+        if there is None:
+            lazy |= {n: FileTensor(e, fds) for n, e in entries.items()}
+        else:
+            lazy |= {n: RemoteTensor(e, there) for n, e in entries.items()}
         meta |= m
     if missing := promised - lazy.keys():
         raise MergeError(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NONE', 'SMALL', 'HEADS', 'id_of', 'misspelled', 'ids_in', 'Found', 'in_time', 'patience', 'is_offline', 'who_asks',
-           'refusal', 'cached', 'look_up', 'agreed', 'exact', 'exact_of', 'small_files', 'needed', 'download', 'bring',
-           'beside']
+           'refusal', 'cached', 'look_up', 'agreed', 'exact', 'exact_of', 'small_files', 'needed', 'only_headers',
+           'download', 'bring', 'beside']
 
 # %% ../../nbs/files/hub.ipynb #2845ef60
 import os
@@ -25,6 +25,7 @@ from .astray import no_weights
 from .folders import TRAINING, TRAINING_FOLDERS, components, is_named
 from .folders import pipeline_parts
 from .formats import weight_files
+from .ranges import is_address, local
 from ..messages import MergeError, Notes, named, warn
 
 # %% ../../nbs/files/hub.ipynb #f7ed5795
@@ -67,6 +68,7 @@ def ids_in(
     name: Any,  # of a model, as `load` takes it; what is no name has no ids
 ) -> list[str]:
     "The hub ids in a name; what is here is none."
+    name = local(name)
     if not isinstance(name, (str, os.PathLike)) or Path(name).expanduser().exists():
         return []
     from frechet_merge.files.open import parts_of
@@ -75,7 +77,7 @@ def ids_in(
     pieces = slices_of(str(name)) if "[" in str(name) else None
     parts = [p.model for p in pieces] if pieces else parts_of(str(name))
     if len(parts) == 1 and not pieces:
-        return parts
+        return [] if is_address(parts[0]) else parts
     return [x for part in parts for x in ids_in(part)]
 
 # %% ../../nbs/files/hub.ipynb #a106814f
@@ -401,6 +403,9 @@ def _nothing_in(home: Path, parts: Sequence[Path]) -> str:
 def _of_repository(name: str, said: str) -> MergeError:
     "A remedy for a folder, as one for a repository: of that no file or folder can be named."
     what, _, remedy = said.partition("\n")
+    # what is in a folder of a store can be named
+    if is_address(name):
+        return MergeError(said)
     if remedy.startswith(("Name ", "Take ")) and "made of" not in remedy:
         repo = name.partition("@")[0]
         remedy = f"Download it (hf download {repo}), and name what is to be merged in it."
@@ -432,6 +437,27 @@ def _check_whole(name: str, found: Found, folder: Path, allow_pickle: bool) -> N
             f"{found.why}.\nDownload it where there is a network: hf download {found.repo}"
         )
 
+# %% ../../nbs/files/hub.ipynb #70a07330
+_only_headers: ContextVar[bool] = ContextVar("only_headers", default=False)
+
+
+@contextmanager
+def only_headers(
+    wanted: bool = True,  # False: as it is without
+) -> Iterator[None]:
+    "Within, no weights are downloaded."
+    token = _only_headers.set(wanted or _only_headers.get())
+    try:
+        yield
+    finally:
+        _only_headers.reset(token)
+
+# %% ../../nbs/files/hub.ipynb #0c72cf90
+def _lie_there(folder: Path, weights: Sequence[str]) -> bool:
+    "Whether weights are on the hub, and not in its cache, and have headers that can be read."
+    have_headers = all(f.endswith(".safetensors") for f in weights)
+    return have_headers and not all((folder/f).exists() for f in weights)
+
 # %% ../../nbs/files/hub.ipynb #866a0c4d
 def download(
     name: str,  # a hub id
@@ -445,6 +471,10 @@ def download(
     try:
         folder = _fetched(found, small_files(found.files))
         weights = needed(name, found.files, folder, allow_pickle)
+        if _only_headers.get() and _lie_there(folder, weights):
+            from frechet_merge.files.stores import snapshot
+
+            return snapshot(f"hf://{found.exact}")
         return _fetched(found, [*small_files(found.files), *weights])
     except MergeError:
         raise
@@ -466,6 +496,10 @@ def beside(
     name: str,  # a hub id
 ) -> Path:  # its snapshot
     "All files of a model but its weights: its tokenizer, above all."
+    if is_address(name):
+        from frechet_merge.files.stores import snapshot
+
+        return snapshot(name, weights=False)
     found = _agreed.get().get(name) or _found(name)
     if found.folder is not None:
         return found.folder

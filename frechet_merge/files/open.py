@@ -16,9 +16,11 @@ from .checkpoint import Checkpoint, FACTOR, from_state_dict, read_json
 from .astray import foreign, no_weights
 from .folders import components, pipeline_parts, snapshot_of
 from .hub import download
+from .ranges import is_address, local
+from .stores import meant, snapshot
 from .formats import INDEX, SHARD, STEMS, _of_index, _open_files, weight_files
 from .pickles import _open_pickles
-from ..messages import MergeError, warn
+from ..messages import MergeError, redacted, warn
 
 # %% ../../nbs/files/open.ipynb #c76f6df9
 def parts_of(
@@ -31,7 +33,7 @@ def parts_of(
             (
                 k
                 for k in range(len(parts), 0, -1)
-                if Path("+".join(parts[:k])).expanduser().exists()
+                if Path(local("+".join(parts[:k]))).expanduser().exists()
             ),
             1,
         )
@@ -152,8 +154,8 @@ def _open(path: Path, allow_pickle: bool, source: str) -> Checkpoint:
 
 # %% ../../nbs/files/open.ipynb #d753e65d
 def load(
-    # folder, file, hub id, "base+adapter", layers as "A[0:24]|B[20:40]", or tensors in memory; a
-    # `Checkpoint` is returned as it is
+    # folder, file, hub id, address (s3://…), "base+adapter", layers as "A[0:24]|B[20:40]", or
+    # tensors in memory; a `Checkpoint` is returned as it is
     source: str | os.PathLike | Mapping[str, Tensor],
     allow_pickle: bool = False,  # accept .bin files (plain tensors only)
     name: str = "state dict",  # what messages call a mapping
@@ -171,16 +173,19 @@ def load(
             "Pass a path, a hub id, or `model.state_dict()`"
             f"{adapted if hasattr(source, 'peft_config') else ''}."
         )
-    path = Path(source).expanduser()
-    if not path.exists() and "[" in str(source):
+    named = os.fspath(local(source))
+    path = Path(named).expanduser()
+    if not path.exists() and "[" in named:
         from frechet_merge.matching.slices import load_slices, slices_of
 
-        if pieces := slices_of(str(source)):
+        if pieces := slices_of(named):
             return load_slices(pieces, allow_pickle)
-    if not path.exists() and len(parts := parts_of(str(source))) > 1:
+    if not path.exists() and len(parts := parts_of(named)) > 1:
         return _on_its_base(parts, allow_pickle)
-    here = snapshot_of(path) if path.exists() else download(str(source), allow_pickle)
-    return _open(here, allow_pickle, str(source))
+    if is_address(named):
+        return _in_store(named, allow_pickle)
+    here = snapshot_of(path) if path.exists() else download(named, allow_pickle)
+    return _open(here, allow_pickle, named)
 
 # %% ../../nbs/files/open.ipynb #94a6e039
 def _in_memory(tensors: Mapping[str, Tensor], name: str) -> Checkpoint:
@@ -189,6 +194,15 @@ def _in_memory(tensors: Mapping[str, Tensor], name: str) -> Checkpoint:
     from frechet_merge.matching.quantised import dequantised
 
     return spoken(dequantised(from_state_dict(tensors, name)))
+
+# %% ../../nbs/files/open.ipynb #3c043313
+def _in_store(address: str, allow_pickle: bool) -> Checkpoint:
+    "A folder or file in a store; what is said of it names the address, and no secret in it."
+    here = snapshot(address, allow_pickle)
+    try:
+        return _open(here, allow_pickle, redacted(address))
+    except MergeError as e:
+        raise meant(address, here, e) from None
 
 # %% ../../nbs/files/open.ipynb #49e8efbf
 def _on_its_base(parts: list[str], allow_pickle: bool) -> Checkpoint:

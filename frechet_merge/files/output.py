@@ -22,6 +22,7 @@ from pathlib import Path
 from .checkpoint import Checkpoint
 from ..messages import MergeError
 from ..messages import warn
+from .ranges import ADDRESS, remote_of
 from .shards import refuse_another
 from .tensors import FileTensor
 
@@ -39,6 +40,16 @@ def _is_mounted(folder: Path) -> bool:
     place = re.sub(rb"[ \t\n\\]", lambda m: b"\\%03o" % ord(m[0]), os.fsencode(folder))
     return any(line.split()[4] == place for line in mounts)
 
+# %% ../../nbs/files/output.ipynb #950afa87
+def _refuse_address(out: Path) -> None:
+    "`MergeError` for an address that is written as a path."
+    is_written_so = ADDRESS.match(str(out).replace(":/", "://", 1))
+    if is_written_so and not Path(out.parts[0]).exists():
+        raise MergeError(
+            f"{out}: is an address, and only merges are written to one, named as text.\n"
+            "Name a folder here."
+        )
+
 # %% ../../nbs/files/output.ipynb #27f61a92
 def free(
     out: str | os.PathLike,  # where something will be written; ~ is home
@@ -48,6 +59,7 @@ def free(
 ) -> Path:  # with ~ written out
     "The place of an output; `MergeError` if it is taken, or cannot be."
     out = Path(out).expanduser()
+    _refuse_address(out)
     if not folder:
         if out.is_dir() or not out.absolute().parent.is_dir():
             raise MergeError(
@@ -368,6 +380,10 @@ def inputs(
     tensors = [x for x in c.lazy.values() if isinstance(x, FileTensor)]
     stamps, found = {x.entry.path: x.entry.stamp for x in tensors}, {}
     for f in c.files:
-        found[str(Path(f.parent.name)/f.name)] = fingerprint(f, full)
+        there, name = remote_of(f), str(Path(f.parent.name)/f.name)
+        if there is not None:
+            found[name] = there.fingerprint(full)
+            continue
+        found[name] = fingerprint(f, full)
         refuse_another(f, stamps.get(str(f)), os.stat(f))
     return found

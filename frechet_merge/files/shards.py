@@ -50,6 +50,8 @@ MAGIC = {
     b"PK\3\4": "a zip, as torch's pickles are",
     b"\x89HDF": "an HDF5 file",
 }
+# what a file begins with that stands in for one in a store: no header is as long as this says
+STANDS_IN = b"stand-in"
 MAX_HEADER = 100 << 20  # bytes; the reference implementation's own limit
 MAX_BYTES = 2**63 - 1  # of a tensor; what torch counts with
 
@@ -148,18 +150,53 @@ def _refuse_another_format(path, head: bytes):
         raise MergeError(f"{path}: is text, and not safetensors.\nName a file of tensors.")
 
 
+def stand_in(size: int, header: bytes, **said: str) -> bytes:
+    "A file in the place of one in a store, with its header and without its numbers."
+    line = json.dumps({"size": size, **said}).encode()
+    return STANDS_IN + line + b"\n" + header
+
+
+def _stood_for(path, f) -> dict:
+    "What a file that stands in for another says of it, in the line behind its first 8 bytes."
+    try:
+        said = json.loads(f.readline(1 << 16))
+    except (RecursionError, ValueError):
+        said = None
+    if not isinstance(said, dict) or type(said.get("size")) is not int:
+        raise _damaged(path, "it stands in for a file in a store, and does not say for which")
+    return said
+
+
+def stood_for(path: str | os.PathLike) -> dict | None:
+    "What a file that stands in for one in a store says of it; None: it is no such file."
+    with open(open_file(path), "rb") as f:
+        return _stood_for(path, f) if f.read(8) == STANDS_IN else None
+
+
+def header_length(
+    path: str | os.PathLike,  # for messages
+    head: bytes,  # its first 8 bytes
+    size: int,  # bytes, of the file
+) -> int:  # bytes
+    "How long a header is; `MergeError` if it cannot be, or the file is of another format."
+    _refuse_another_format(path, head)
+    if len(head) < 8:
+        raise _damaged(path, f"{size} bytes is too short for a safetensors file")
+    (n,) = struct.unpack("<Q", head)
+    if n > min(MAX_HEADER, size - 8):
+        raise _damaged(path, f"its header claims {n} bytes, the file has {size}")
+    return n
+
+
 def _raw_header(path) -> tuple[bytes, Stamp]:
     "The bytes of the header, and which file they are of."
     try:
         with open(open_file(path), "rb") as f:
             stamp, head = Stamp.of(os.fstat(f.fileno())), f.read(8)
-            _refuse_another_format(path, head)
-            if len(head) < 8:
-                raise _damaged(path, f"{stamp.size} bytes is too short for a safetensors file")
-            (n,) = struct.unpack("<Q", head)
-            if n > min(MAX_HEADER, stamp.size - 8):
-                raise _damaged(path, f"its header claims {n} bytes, the file has {stamp.size}")
-            return f.read(n), stamp
+            if head == STANDS_IN:
+                stamp = replace(stamp, size=_stood_for(path, f)["size"])
+                return f.read(MAX_HEADER), stamp
+            return f.read(header_length(path, head, stamp.size)), stamp
     except OSError as e:
         raise MergeError(
             f"{path}: {e.strerror}.\n"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import Checkpoint
+from .ranges import is_file
 
 # %% ../../nbs/files/whole.ipynb #7aae7cc1
 # in configs of libraries that look for an index
@@ -38,6 +39,6 @@ def reader_of_one_file(c: Checkpoint) -> str:  # empty: shards are found as well
         return "open_clip"
     if (c.folder/"config.json").is_file():
         return _by_config(c.config, c.folder)
-    if Path(c.source).expanduser().is_file():
+    if is_file(c.source):
         return "what opens a model as one file"
     return "a library of its own" if any((c.folder/t).is_file() for t in TELLING) else ""

@@ -30,6 +30,7 @@ from ..files.checkpoint import Checkpoint, read_json
 from ..files.decoded import Decoded
 from ..files.hub import beside
 from ..files.open import load, parts_of
+from ..files.ranges import kept
 from ..messages import MergeError
 from ..files.shards import open_file, read_header, refuse_another
 from ..files.tensors import FileTensor, as_device
@@ -393,10 +394,10 @@ def _alone(c: Checkpoint) -> Iterator[str]:  # a folder, as long as it is needed
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder)/"config.json").write_text(json.dumps(config))
         if len(c.files) == 1:
-            os.symlink(c.files[0].resolve(), Path(folder)/name)
+            os.symlink(kept(c.files[0]).resolve(), Path(folder)/name)
         else:
             for f in c.files:
-                os.symlink(f.resolve(), Path(folder)/f.name)
+                os.symlink(kept(f).resolve(), Path(folder)/f.name)
             index = {"metadata": {}, "weight_map": _weight_map(c.files)}
             (Path(folder)/f"{name}.index.json").write_text(json.dumps(index))
         yield folder

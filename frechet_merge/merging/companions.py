@@ -23,6 +23,7 @@ from ..files.folders import components, is_named, is_weights, module_paths, weig
 from ..matching.quantised import without_codes
 from ..matching.ties import is_of_t5
 from ..messages import warn
+from ..files.ranges import remote_of
 from ..files.shards import open_file
 
 # %% ../../nbs/merging/companions.ipynb #8f746a2a
@@ -124,6 +125,8 @@ def _copied(source: Path, file: Path, to: Path):
     if not _is_of(source, file):
         warn(f"{file}: is a link that leads out of its folder, or nowhere, and is not copied")
         return
+    if (there := remote_of(file)) is not None:
+        return there.save(to)
     with open(open_file(file), "rb") as f, open(to, "wb") as g:
         shutil.copyfileobj(f, g)
 

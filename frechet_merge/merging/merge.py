@@ -26,6 +26,8 @@ from ..adapters.common import speech_of
 from ..files.checkpoint import Checkpoint, from_state_dict, vocabulary_size
 from ..files.folders import library_of
 from ..files.open import PICKLES, load
+from ..files.ranges import is_file, refuse_changed
+from ..files.uploads import uploaded
 from .align import in_gauge_of
 from .alignment import Alignment
 from .eight import in_blocks
@@ -44,7 +46,7 @@ from .templates import say_other_templates
 from .run import Plan, in_memory, into_folder, report
 from .robust import counting
 from ..spaces.robust import Loss
-from ..messages import MergeError, heard, warn
+from ..messages import MergeError, heard, redacted, warn
 from ..files.output import disk_errors, free, hidden, staged, staged_file, Staging
 from .executors import refuse_far
 from .journal import Journal, key_of
@@ -61,11 +63,11 @@ class Merged:
 
     tensors: Mapping[str, Tensor]  # a `Checkpoint`, read from `out` on look-up, or in memory
     means: dict[str, Mean]  # per floating-point tensor, or per adapted layer
-    out: Path | None = None  # the folder; None: in memory
+    out: Path | str | None = None  # the folder; or an address, a text; None: in memory
     record: Record | None = None  # what it was; in a folder it is written beside the weights
 
     def __repr__(self) -> str:
-        where = "in memory" if self.out is None else f"out={str(self.out)!r}"
+        where = "in memory" if self.out is None else f"out={redacted(str(self.out))!r}"
         return f"Merged({len(self.tensors)} tensors, {len(self.means)} means, {where})"
 
 # %% ../../nbs/merging/merge.ipynb #5acefc5f
@@ -163,7 +165,7 @@ def dress_of(opened: Opened, output: Output) -> Dress:
         return Dress([], output.dtype)
     main = main_of([*opened.models, *([] if opened.base is None else [opened.base])])
     homes = homes_of(main)
-    alone = main is not None and Path(main.source).is_file()
+    alone = main is not None and is_file(main.source)
     tokens = _lent(opened, homes) if opened.tokens is None else opened.tokens.folder
     read = tuple(f for c in opened.every for f in c.files)
     heads = classes(opened.models[0])
@@ -191,6 +193,9 @@ class Work:
     def done(self, means: dict[str, Mean], start: str) -> Record:
         "Its record, with what came of it."
         report(means, start)
+        onto = self.opened.onto
+        for c in [*self.opened.every, *([] if onto is None else [onto])]:
+            refuse_changed(files_of(c))
         seconds = time.monotonic() - self.since
         return replace(self.record, **came_of(means, start, self.said, seconds))
 
@@ -438,13 +443,8 @@ def fitted(plan: Plan, run: Run) -> Plan:
     return replace(plan, jobs=within(plan.jobs, run))
 
 # %% ../../nbs/merging/merge.ipynb #6d952bea
-def make(
-    recipe: Recipe,
-    output: Output = Output(),
-    run: Run = Run(),
-    name: str | None = None,  # of the geometry, as the user typed it
-) -> Merged:
-    "Plan a recipe, run it and record it; `MergeError` or `ValueError` before anything is written."
+def _made_here(recipe: Recipe, output: Output, run: Run, name: str | None) -> Merged:
+    "A merge in memory or in a folder; errors before anything is written."
     since = time.monotonic()
     refuse_far(run.executor, output.folder)
     with heard() as said:
@@ -478,6 +478,26 @@ def make(
         with set_aside():
             return work.deliver(plan) if opened.onto is None else _put_on(work, plan)
 
+# %% ../../nbs/merging/merge.ipynb #82609183
+def make(
+    recipe: Recipe,
+    output: Output = Output(),
+    run: Run = Run(),
+    name: str | None = None,  # of the geometry, as the user typed it
+) -> Merged:
+    "Plan a recipe, run it and record it; `MergeError` or `ValueError` before anything is written."
+    if not output.address:
+        return _made_here(recipe, output, run, name)
+    if run.resume or run.join or run.part is not None:
+        raise ValueError(
+            "resume, part and join go on with what is in a folder here: name one (out=), and "
+            "upload it when it is whole."
+        )
+    with uploaded(output.address) as place:
+        merged = _made_here(recipe, replace(output, folder=place, address=""), run, name)
+    with uncollected():
+        return replace(merged, tensors=load(output.address), out=output.address)
+
 # %% ../../nbs/merging/merge.ipynb #b43d3d0e
 def merge(
     models: Sequence[Model],  # full checkpoints, or PEFT adapters of one base
@@ -494,8 +514,8 @@ def merge(
     # one per model: statistics that `curvature` collected, or diagonal metrics by tensor name;
     # default: none
     metrics: Sequence[Model] | None = None,
-    # folder to write, absent or empty, ~ is home; of a dialect that is one file, also a name that
-    # ends in .safetensors; None returns tensors in memory
+    # folder to write, absent or empty, ~ is home, or an address as s3://bucket/merged; of a dialect
+    # that is one file, also a name that ends in .safetensors; None returns tensors in memory
     out: str | os.PathLike[str] | None = None,
     # of what is written: "bf16", torch.bfloat16; default: each tensor's own, in the base or first
     # model

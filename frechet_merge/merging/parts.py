@@ -17,6 +17,7 @@ import torch
 from ..files.checkpoint import Checkpoint, read_json, vocabulary_size
 from ..files.folders import pipeline_parts
 from ..files.open import load
+from ..files.ranges import is_file
 from ..files.tensors import as_device
 from ..matching.blocks import by_name, named_by
 from ..matching.function import modules, refuse_other_modules, refuse_other_poolings
@@ -72,7 +73,7 @@ def _say_what_is_copied(models: Sequence[Checkpoint]) -> None:
     "Warn of objects beside the first model that are others beside another."
     first, *others = models
     # beside a file that was named alone may lie what is not its
-    if first.folder is None or Path(first.source).expanduser().is_file():
+    if first.folder is None or is_file(first.source):
         return
     for file in sorted(f for kind in OBJECTS for f in first.folder.glob(kind)):
         for c in others:
@@ -109,7 +110,7 @@ HEADS = ("colbert_linear.pt", "sparse_linear.pt")  # pickles of FlagEmbedding be
 
 def _head_files(c: Checkpoint) -> dict[str, Path]:
     "The heads in the folder of a model that was named as a folder."
-    home = None if Path(c.source).expanduser().is_file() else c.folder
+    home = None if is_file(c.source) else c.folder
     return {n: home/n for n in HEADS if home is not None and (home/n).is_file()}
 
 # %% ../../nbs/merging/parts.ipynb #36368092

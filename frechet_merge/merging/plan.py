@@ -9,7 +9,6 @@ __all__ = ['SAFE', 'Opened', 'open_recipe', 'check_recipe', 'as_written', 'stem_
 # %% ../../nbs/merging/plan.ipynb #89ad6d33
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from ..files.checkpoint import Checkpoint
 from ..files.formats import SHARD, STEMS, spec_of
 from ..files.hub import agreed, bring, look_up
 from ..files.open import load
+from ..files.ranges import is_file
 from ..files.whole import reader_of_one_file
 from ..geometries.lora import LoRA
 from ..geometries.geometry import Euclidean, Geometry, check_needs
@@ -275,7 +275,7 @@ def stem_of(every: Sequence[Checkpoint]) -> str:
     if stem in STEMS and stem != "adapter_model":
         return SAFE.get(stem, stem) + dot + variant
     # other names are known to nobody, unless it is the folder that was opened by them
-    is_named_alone = Path(first.source).expanduser().is_file()
+    is_named_alone = is_file(first.source)
     # shards that only an index holds together
     are_parts = len(first.files) > 1 and shard is None
     if is_named_alone or are_parts or file.suffix != ".safetensors" or stem == "adapter_model":

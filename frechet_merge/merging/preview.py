@@ -9,10 +9,13 @@ __all__ = ['NUMBERS', 'inner_job', 'bytes_read', 'Line', 'lines_of', 'Preview', 
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from ..files.hub import only_headers
 from ..files.output import free
+from ..files.ranges import are_remote, name_of
 from ..geometries.geometry import written
 from .block import Around, Copy, Job, MeanOf
 from .coefficients import as_used, told
@@ -20,7 +23,8 @@ from .estimate import Estimate, estimate, told as told_time
 from .executors import cores
 from .experts import Experts
 from .memory import ReadOnce, bytes_held, bytes_kept, bytes_of, within
-from .merge import is_one_file, parts_for
+from ..files.uploads import refuse_taken
+from .merge import files_of, is_one_file, parts_for
 from .plan import Opened, open_recipe
 from .parts import plan_root
 from .recipe import Output, Recipe, Run, typed_dtype
@@ -171,9 +175,12 @@ def preview(
     """What a merge would do, from headers alone, and about the time if it is `timed`; errors as of
     the merge itself."""
     start = perf_counter()
-    with heard() as said:
+    with heard() as said, only_headers():
         opened = open_recipe(recipe)
-        if output.folder is not None:
+        if output.address:
+            refuse_taken(output.address)
+            output = replace(output, folder=Path(name_of(output.address)), address="")
+        elif output.folder is not None:
             free(output.folder, folder=not is_one_file(opened, output))
         plan = plan_root(opened, output.dtype, run.device, name)
         parts = parts_for(opened, output, run)
@@ -183,7 +190,8 @@ def preview(
     threads = 1 if run.executor == "serial" else cores()
     planned, found = perf_counter() - start, Estimate()
     # a model that an adapter is put on is no part of the plan
-    if timed and opened.onto is None:
+    is_near = not any(are_remote(files_of(c)) for c in opened.every)
+    if timed and opened.onto is None and is_near:
         found = estimate(every, output, run)
     read, size = sum(map(bytes_read, jobs)), sum(p.nbytes for p in every)
     if opened.onto is not None:

@@ -20,9 +20,10 @@ from torch import Tensor
 from ..curvature.calibration import Calibration
 from ..files.checkpoint import Checkpoint
 from ..files.hub import Found, exact, exact_of
+from ..files.ranges import is_address, local
 from .alignment import Alignment, as_alignment
 from .coefficients import in_a_row
-from ..messages import MergeError
+from ..messages import MergeError, redacted
 from .rules import are_rules
 from .shares import Share
 from .each import as_geometry
@@ -143,13 +144,16 @@ def _plain(field: str, value: Any) -> Any:
         return None if how is None else how.as_data() or True
     if field in ("weights", "sum", "scale"):
         return numbers_of(value)
+    # a tokenizer or a template may be named by an address
+    if isinstance(value, str):
+        return redacted(value)
     return list(value) if isinstance(value, (list, tuple)) else value
 
 # %% ../../nbs/merging/recipe.ipynb #31075e3d
 def _name(model: Any) -> Any:
     "By what a model is found again; a mapping by nothing."
     if isinstance(model, (str, os.PathLike)):
-        return str(model)
+        return redacted(str(model))
     if isinstance(model, Checkpoint) and model.files:
         return exact_of(model.source, model.folder)
     return None if model is None else {"in memory": getattr(model, "source", "state dict")}
@@ -188,13 +192,24 @@ class Output:
     dtype: torch.dtype | None = None  # None: each tensor's own, in the base or first model
     shard_size: int = 5*10**9  # bytes of a file, at most, unless one tensor is larger
     full_hash: bool = False  # hash every byte of the inputs for the record
+    address: str = ""  # in a store, in the place of a folder; "": it is written here
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> "Output":  # `out`, `dtype`, and its other fields
         "Where somebody asked for it to be written; a dtype by its name."
-        out, dtype = given.get("out"), as_dtype(given.get("dtype"), blocks=True)
-        folder = None if out is None else Path(out)
-        return cls(folder, dtype, given["shard_size"], given["full_hash"])
+        dtype = as_dtype(given.get("dtype"), blocks=True)
+        return cls(None, dtype, given["shard_size"], given["full_hash"]).into(given.get("out"))
+
+    def into(self, out: str | os.PathLike[str] | None) -> "Output":
+        "The same in another place: a folder, a file, or an address; None: in memory."
+        if isinstance(out, str) and is_address(out):
+            return replace(self, folder=None, address=out)
+        return replace(self, folder=None if out is None else Path(local(out)), address="")
+
+    @property
+    def is_in_memory(self) -> bool:
+        "Whether nothing is written."
+        return self.folder is None and not self.address
 
 # %% ../../nbs/merging/recipe.ipynb #55cb3983
 @dataclass(frozen=True)

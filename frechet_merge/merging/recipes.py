@@ -349,7 +349,7 @@ def _output(page: Page, given: list[str]) -> Output:
         raise
     except ValueError as e:
         page.refuse((key,), str(e))
-    return replace(found, folder=Path(text(page, ("output",)))) if "output" in given else found
+    return found.into(text(page, ("output",))) if "output" in given else found
 
 # %% ../../nbs/merging/recipes.ipynb #cdae9454
 def with_line(page: Page, e: Exception) -> MergeError:
@@ -411,6 +411,8 @@ def _mixed(asked: Asked, output: Output, run: Run, do: Callable[..., Any]) -> An
         raise ValueError("--dry-run shows merges, and this is a mixture: run it without.")
     if run.resume:
         raise ValueError("--resume goes on with merges, and this is a mixture: run it without.")
+    if output.address:
+        raise ValueError("a mixture is written to a folder here: name one, -o OUT.")
     return make_mixture(asked.mixture, output, run)
 
 # %% ../../nbs/merging/recipes.ipynb #58d2ba96

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..files.checkpoint import Checkpoint, read_json
 from ..files.hub import misspelled
+from ..files.ranges import is_file
 from ..files.shards import open_file
 from ..messages import MergeError
 
@@ -172,7 +173,7 @@ CONFIGS = ("config.json", "adapter_config.json", "model_index.json", "modules.js
 
 def _is_its_home(c: Checkpoint, folder: Path) -> bool:
     "Whether what stands in a folder is about this checkpoint."
-    if not Path(c.source).is_file():
+    if not is_file(c.source):
         return True
     return any((folder/name).is_file() for name in CONFIGS)
 
