@@ -166,9 +166,10 @@ class TestBytes:
 
 
 class TestHowMuchIsRead:
-    def test_a_linear_merge_reads_each_byte_once(self, models, tmp_path, counted):
+    @pytest.mark.parametrize("geometry", ["euclidean", "sphere"])
+    def test_a_merge_reads_each_byte_once(self, models, tmp_path, counted, geometry):
         there = put(models)
-        merge(there, out=tmp_path/"OUT")
+        merge(there, geometry, out=tmp_path/"OUT")
         held = sum(f.stat().st_size for m in models for f in m.glob("*.safetensors"))
         assert total(counted) == held
         assert len({*counted}) == len(counted)

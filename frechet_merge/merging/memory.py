@@ -103,12 +103,20 @@ def _refuse_large(jobs: Sequence[Job], memory: int) -> None:
     )
 
 # %% ../../nbs/merging/memory.ipynb #1decd87a
-def within(jobs: Sequence[Job], run: Run) -> list[Job]:
+def within(
+    jobs: Sequence[Job],
+    run: Run,
+    far: bool = False,  # what they read is in a store: half of what the machine has left is used
+) -> list[Job]:
     "Jobs as their budget allows, if there is one; `MergeError` for a tensor that is too large."
-    if run.memory is None:
+    memory = run.memory
+    if memory is not None:
+        _refuse_large(jobs, memory)
+    elif not far:
         return [*jobs]
-    share = run.memory//(1 if run.executor == "serial" else cores())
-    _refuse_large(jobs, run.memory)
+    else:
+        memory = psutil.virtual_memory().available//2
+    share = memory//(1 if run.executor == "serial" else cores())
     found: list[Job] = []
     for job in jobs:
         fits = bytes_held(job) + bytes_kept(job) <= share

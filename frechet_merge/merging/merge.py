@@ -26,7 +26,7 @@ from ..adapters.common import speech_of
 from ..files.checkpoint import Checkpoint, from_state_dict, vocabulary_size
 from ..files.folders import library_of
 from ..files.open import PICKLES, load
-from ..files.ranges import is_file, refuse_changed
+from ..files.ranges import are_remote, is_file, refuse_changed
 from ..files.uploads import uploaded
 from .align import in_gauge_of
 from .alignment import Alignment
@@ -438,9 +438,10 @@ def _counting_all(
     return plans[""], {path: (o, plans[path]) for path, (o, _) in parts.items()}, counted
 
 # %% ../../nbs/merging/merge.ipynb #6c4a3cfd
-def fitted(plan: Plan, run: Run) -> Plan:
-    "The plan as the budget of memory allows, if there is one."
-    return replace(plan, jobs=within(plan.jobs, run))
+def fitted(plan: Plan, run: Run, opened: Opened) -> Plan:
+    "The plan as the budget of memory allows."
+    far = any(are_remote(files_of(c)) for c in opened.every)
+    return replace(plan, jobs=within(plan.jobs, run, far))
 
 # %% ../../nbs/merging/merge.ipynb #6d952bea
 def _made_here(recipe: Recipe, output: Output, run: Run, name: str | None) -> Merged:
@@ -467,8 +468,8 @@ def _made_here(recipe: Recipe, output: Output, run: Run, name: str | None) -> Me
             record = replace(record, counted=counted)
         if opened.onto is None:
             plan = _in_dtype(plan, opened, output)
-        plan = fitted(plan, run)
-        parts = {path: (of, fitted(one, run)) for path, (of, one) in parts.items()}
+        plan = fitted(plan, run, opened)
+        parts = {path: (of, fitted(one, run, of)) for path, (of, one) in parts.items()}
         staging = staging_of(opened, record, plan, run)
         record = replace(record, key=staging.key)
         refuse_shares(plan, run)

@@ -185,13 +185,13 @@ def preview(
         plan = plan_root(opened, output.dtype, run.device, name)
         parts = parts_for(opened, output, run)
     every = [plan, *(p for _, p in parts.values())]
-    jobs = [job for p in every for job in within(p.jobs, run)]
+    far = any(are_remote(files_of(c)) for c in opened.every)
+    jobs = [job for p in every for job in within(p.jobs, run, far)]
     held = sorted(map(bytes_held, jobs), reverse=True)
     threads = 1 if run.executor == "serial" else cores()
     planned, found = perf_counter() - start, Estimate()
     # a model that an adapter is put on is no part of the plan
-    is_near = not any(are_remote(files_of(c)) for c in opened.every)
-    if timed and opened.onto is None and is_near:
+    if timed and opened.onto is None and not far:
         found = estimate(every, output, run)
     read, size = sum(map(bytes_read, jobs)), sum(p.nbytes for p in every)
     if opened.onto is not None:
