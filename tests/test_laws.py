@@ -14,7 +14,7 @@ from frechet_merge.geometries.sphere import Cylinder, karcher
 from frechet_merge.geometries.laws import LAWS, mean_of
 from frechet_merge.geometries.manifold import Manifold, import_geomstats
 from frechet_merge.geometries.registry import geometries
-from frechet_merge.geometries.selected import Outliers, Times
+from frechet_merge.geometries.selected import RAM, Outliers, Times
 
 GEOMETRIES = {
     "Euclidean": Euclidean(),
@@ -93,9 +93,10 @@ def test_the_unit_of_the_metrics_is_irrelevant(dtype, unit):
         assert m.converged and m.residual < 1e-5
 
 
-def test_outliers_keep_all_laws_but_those_that_they_waive():
-    found = check_geometry(Outliers())
-    assert set(found) == set(check_geometry(Euclidean())) - set(Outliers.waives)
+@pytest.mark.parametrize("g", [Outliers(), RAM()], ids=repr)
+def test_they_keep_all_laws_but_those_that_they_waive(g):
+    found = check_geometry(g)
+    assert set(found) == set(check_geometry(Euclidean())) - set(g.waives)
 
 
 def test_every_installed_geometry_is_covered():
@@ -113,6 +114,7 @@ def test_every_installed_geometry_is_covered():
         LoRA(),
         Times(),
         Outliers(),
+        RAM(),
     }
 
 

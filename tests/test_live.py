@@ -89,7 +89,9 @@ def test_it_is_the_merge_of_the_files(case, tmp_path):
     means = add_merged_adapter(model, names, "m", weights=range(1, len(names) + 1))
     want = through_files(model, tmp_path, names, "lora", weights=range(1, len(names) + 1))
     assert means and model.active_adapters == ["b"]
-    assert torch.equal(outputs(model, "m"), want(IDS))
+    # of the same numbers, but kernels differ with where these lie in memory
+    y = want(IDS)
+    assert (outputs(model, "m") - y).norm() <= 1e-6*y.norm()
     assert all(torch.equal(outputs(model, n), x) for n, x in before.items())
     # and what is saved of it is what the files gave
     model.save_pretrained(tmp_path/"again", selected_adapters=["m"])

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..algebra.lengths import lengths, products, squares
+from ..metrics.kinds import Diagonal
 from ..metrics.kronecker import is_number
 from ..metrics.units import as_metric
 from ..messages import warn as say
@@ -347,7 +348,8 @@ def _reports(
 # %% ../../nbs/spaces/mean.ipynb #2bb46d5e
 def _is_sum(springs: Springs) -> bool:
     "Whether the mean is a weighted sum."
-    if type(springs.space) is not Flat or not all(map(is_number, springs.Gs)):
+    are_numbers = all(type(G) is Diagonal and is_number(G) for G in springs.Gs)
+    if type(springs.space) is not Flat or not are_numbers:
         return False
     return any(w*G.d > 0 for w, G in zip(springs.ws, springs.Gs))
 
@@ -369,7 +371,9 @@ def _at_sum(
 def _sum(springs: Springs) -> tuple[Tensor, list[Mean]]:
     "The weighted sum in each of N problems, and what is known about it."
     N, Gs = springs.N, [G.d for G in springs.Gs]
-    shares = normalise([w*G for w, G in zip(springs.ws, Gs)], len(Gs))
+    # of one stiffness, as they are: to divide them by their sum again would round them
+    alike = len({*Gs}) == 1
+    shares = springs.ws if alike else normalise([w*G for w, G in zip(springs.ws, Gs)], len(Gs))
     m = springs.space.start(springs.points, shares)
     way, found = torch.empty_like(m), []
     for p in springs.points:
