@@ -31,6 +31,8 @@ def _in_runs(v: Tensor) -> Tensor:
 # %% ../../nbs/algebra/lengths.ipynb #d83d03bb
 def length(v: Tensor) -> float:
     "How long a vector (n,) is."
+    if len(v) <= RUN:
+        return float(torch.linalg.vector_norm(v))
     return float(_in_runs(v[None]))
 
 # %% ../../nbs/algebra/lengths.ipynb #60c61c4c
@@ -39,6 +41,8 @@ PIECE = 1 << 18  # products that are summed in float32: those of a chunk
 
 def product(u: Tensor, v: Tensor) -> float:
     "The inner product of two vectors (n,)."
+    if len(u) <= PIECE:
+        return float(torch.dot(u, v))
     return math.fsum(float(torch.dot(p, q)) for p, q in zip(u.split(PIECE), v.split(PIECE)))
 
 # %% ../../nbs/algebra/lengths.ipynb #80a65bf1
@@ -50,6 +54,10 @@ def lengths(
     N: int,
 ) -> np.ndarray:  # (N,), float64
     "How long N tangents are."
+    if N == 1 and v.numel() <= RUN:
+        one = float(torch.linalg.vector_norm(v))
+        if SQUARES_32[0] < one < SQUARES_32[1]:
+            return np.array([one])
     v = v.reshape(N, -1)
     found = _in_runs(v)
     in_range = (found > SQUARES_32[0]) & (found < SQUARES_32[1])
@@ -85,6 +93,10 @@ def products(
     N: int,
 ) -> np.ndarray:  # (N,), float64
     "Inner products of N pairs of tangents."
+    if N == 1 and v.numel() <= PIECE:
+        one = float(torch.dot(u.reshape(-1), v.reshape(-1)))
+        if math.isfinite(one):
+            return np.array([one])
     u, v = u.reshape(N, -1), v.reshape(N, -1)
     found = _of_rows(u, v).cpu().numpy()
     if np.isfinite(found).all() or u.dtype == torch.float64:
