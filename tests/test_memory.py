@@ -8,6 +8,7 @@ from test_preview import deep
 
 from frechet_merge import MergeError, merge
 from frechet_merge.files.tensors import FileTensor
+from frechet_merge.merging.memory import HELD, KEPT, KEPT_WITHIN, MMAP_THRESHOLD
 from frechet_merge.merging.preview import preview
 from frechet_merge.merging.recipe import Recipe, Run
 
@@ -72,3 +73,23 @@ def test_in_memory(folders):
     assert all(torch.equal(plain[n], kept[n]) for n in plain)
     with pytest.raises(MergeError, match="takes about"):
         merge(folders, "sphere", memory=10)
+
+
+def test_experts_of_one_tensor_are_held_one_by_one(tmp_path):
+    each, beside = HELD["tensor"]
+    name, held = "model.layers.0.mlp.experts.down_proj", 4*(2*each + beside)*16*12
+    made = (torch.Generator().manual_seed(i) for i in range(3))
+    states = [{name: torch.randn(8, 16, 12, generator=g)} for g in made]
+    base, *models = [save(tmp_path/n, state) for n, state in zip("abc", states)]
+    merge(models, "ties", base, memory=held, executor="serial")
+    with pytest.raises(MergeError, match="down_proj"):
+        merge(models, "ties", base, memory=held - 1, executor="serial")
+
+
+@pytest.mark.parametrize("memory", [None, 10**8])
+def test_only_a_budget_hands_blocks_back(folders, memory, monkeypatch):
+    asked = []
+    monkeypatch.setattr("frechet_merge.merging.memory._of_c", lambda *given: asked.append(given))
+    merge(folders, memory=memory)
+    back = [("mallopt", MMAP_THRESHOLD, n) for n in (KEPT_WITHIN, KEPT)]
+    assert asked == (back if memory else [])

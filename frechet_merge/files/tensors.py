@@ -54,6 +54,8 @@ def as_device(
     device: str | torch.device | None,  # as torch names them; None is the CPU
 ) -> torch.device:
     "A device that is here and holds numbers; `ValueError` for another."
+    if device is None:
+        return torch.device("cpu")
     try:
         x = torch.zeros(1, device=device or "cpu")
         x.item()

@@ -7,9 +7,11 @@ __all__ = ['ELSEWHERE', 'geometries', 'geometry_named', 'spelled', 'as_data', 'f
 
 # %% ../../nbs/geometries/registry.ipynb #e6da62ea
 import ast
+import sys
 from collections.abc import Mapping
 from dataclasses import fields
 from difflib import get_close_matches
+from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from inspect import Parameter, signature
@@ -19,9 +21,15 @@ from ..messages import MergeError
 from .geometry import Geometry
 
 # %% ../../nbs/geometries/registry.ipynb #cfb55f77
+@cache
+def _installed(path: tuple[str, ...]) -> dict[str, EntryPoint]:
+    "Geometries of the packages on a path, which takes a while to walk."
+    return {e.name: e for e in entry_points(group="frechet_merge.geometries")}
+
+# %% ../../nbs/geometries/registry.ipynb #81c49b51
 def geometries() -> dict[str, EntryPoint]:
     "Name → entry point of every installed geometry."
-    return {e.name: e for e in entry_points(group="frechet_merge.geometries")}
+    return _installed(tuple(sys.path))
 
 # %% ../../nbs/geometries/registry.ipynb #50559fb2
 # what people look for → where it is
@@ -77,6 +85,9 @@ def geometry_named(
     """'lora:rank=16,metric=mix' → LoRA(rank=16, metric='mix'); `ValueError` suggests the nearest
     name, or says which arguments there are."""
     name, _, args = text.partition(":")
+    if name not in geometries():
+        # it may have been installed since
+        _installed.cache_clear()
     known = geometries()
     if name not in known:
         raise _unknown(name, known)

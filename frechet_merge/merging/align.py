@@ -23,7 +23,7 @@ from ..matching.gauges import Aligned, in_one_gauge
 from ..matching.groups import Group
 from ..matching.towers import in_one_layout
 from ..matching.views import alike
-from .alignment import Alignment, aligned_by, as_alignment
+from .alignment import Alignment, aligned_by, as_alignment, lacking
 from .plan import Opened
 from .recipe import Model, Output, Recipe, as_dtype
 from ..messages import MergeError
@@ -46,14 +46,11 @@ def _refuse_what_has_no_units(every: Sequence[Checkpoint]) -> None:
 # %% ../../nbs/merging/align.ipynb #5a221751
 def _refuse_other_tensors(every: Sequence[Checkpoint]) -> None:
     "`MergeError` for a tensor that one of the models lacks: what it moves with is not all there."
-    names = [{*c.lazy, *c.tied} for c in every]
-    for name in sorted(set().union(*names)):
-        has, lacks = ([c.source for c, n in zip(every, names) if (name in n) == i] for i in (1, 0))
-        if lacks:
-            raise MergeError(
-                f"{lacks[0]}: has no tensor {name!r}, which {has[0]} has.\n"
-                "Align models of one architecture: what a tensor moves with is looked for in all."
-            )
+    for name, has, lacks in lacking(every):
+        raise MergeError(
+            f"{lacks}: has no tensor {name!r}, which {has} has.\n"
+            "Align models of one architecture: what a tensor moves with is looked for in all."
+        )
 
 # %% ../../nbs/merging/align.ipynb #757454cf
 def _weights_of(recipe: Recipe) -> list[float]:

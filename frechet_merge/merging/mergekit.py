@@ -469,7 +469,7 @@ def _linear(task: Task) -> dict[str, Any]:
     if not any(ws):
         task.page.refuse((), "all weights are zero: at least one model must count.")
     if not normalised:
-        factors = [_times(w, len(ws)) for w in ws]
+        factors = [_each_number(w, lambda x: x*len(ws)) for w in ws]
         return {"models": models, "geometry": with_arguments(Times, {"factor": factors})}
     plain = _plain(task, ws, "negative weights that are normalised")
     total = sum(plain)
@@ -487,19 +487,12 @@ def _negative(value: Any) -> bool:
     return value < 0
 
 # %% ../../nbs/merging/mergekit.ipynb #3dfe4c9c
-def _times(value: Any, factor: float) -> Any:
-    "A number, numbers over depth, or rules, times a number."
+def _each_number(value: Any, do: Callable[[float], float]) -> Any:
+    "A number, numbers over depth, or rules, with something done to each number."
     if isinstance(value, Mapping):
         numbers = {"value", "outside"}
-        return {k: _times(v, factor) if k in numbers else v for k, v in value.items()}
-    return [_times(x, factor) for x in value] if isinstance(value, list) else value*factor
-
-# %% ../../nbs/merging/mergekit.ipynb #be0f0c6d
-def _one_minus(value: Any) -> Any:
-    "1 − t of a number, of numbers over depth, or of rules."
-    if isinstance(value, Mapping):
-        return {k: _one_minus(v) if k in ("value", "outside") else v for k, v in value.items()}
-    return [_one_minus(x) for x in value] if isinstance(value, list) else 1 - value
+        return {k: _each_number(v, do) if k in numbers else v for k, v in value.items()}
+    return [_each_number(x, do) for x in value] if isinstance(value, list) else do(value)
 
 # %% ../../nbs/merging/mergekit.ipynb #5622e411
 # the cosine from which on mergekit's slerp takes a straight line
@@ -508,7 +501,7 @@ STRAIGHT = 0.9995
 
 def _slerp(task: Task) -> dict[str, Any]:
     base, (other,), t = task.with_base(), task.counted(1, 1), task.one("t")
-    weights = [_one_minus(t), t]
+    weights = [_each_number(t, lambda x: 1 - x), t]
     return {"models": [base, other.model], "weights": weights, "geometry": Slerp(STRAIGHT)}
 
 # %% ../../nbs/merging/mergekit.ipynb #3c6590dc

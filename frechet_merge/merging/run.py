@@ -27,7 +27,7 @@ from .block import Job, may_be_infinite, Write
 from .executors import FAR, cores, is_far, workers
 from .journal import Journal
 from .many import grouped
-from .memory import Room, bytes_held
+from .memory import KEPT, Room, bytes_held, frugal
 from .recipe import Run, typed_dtype
 from ..messages import Notes, warn
 from ..files.shards import Ledger, ShardWriter
@@ -175,7 +175,7 @@ def ready() -> None:
     _allow_files()
     # freed at once: glibc then keeps buffers up to this size instead of faulting them in afresh for
     # each chunk
-    torch.empty(24 << 20, dtype=torch.uint8)
+    torch.empty(KEPT, dtype=torch.uint8)
 
 # %% ../../nbs/merging/run.ipynb #874b09a9
 @contextmanager
@@ -246,7 +246,8 @@ def do_jobs(
     notes, room = Notes(), Room(run.memory)
     means: dict[str, Mean] = {}
     seen, total = 0, sum(job.size for job in plan.jobs)
-    with hands(plan, sink, run) as (over, act), bar("merging", total, run.progress) as tick:
+    ours, asked = hands(plan, sink, run), run.memory is not None
+    with frugal(asked), ours as (over, act), bar("merging", total, run.progress) as tick:
 
         def do(group: list[Job]) -> list[tuple[Job, dict[str, Mean]]]:
             return [(job, told(job)) for job in group]

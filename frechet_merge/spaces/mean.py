@@ -348,6 +348,7 @@ def _reports(
 # %% ../../nbs/spaces/mean.ipynb #2bb46d5e
 def _is_sum(springs: Springs) -> bool:
     "Whether the mean is a weighted sum."
+    # subclasses may do otherwise
     are_numbers = all(type(G) is Diagonal and is_number(G) for G in springs.Gs)
     if type(springs.space) is not Flat or not are_numbers:
         return False
@@ -355,15 +356,15 @@ def _is_sum(springs: Springs) -> bool:
 
 # %% ../../nbs/spaces/mean.ipynb #2194df40
 def _at_sum(
-    squares: np.ndarray,  # (P, N) ⟨v, G v⟩ of each point
+    each: np.ndarray,  # (P, N) ⟨v, G v⟩ of each point
     ws: np.ndarray,  # (P,) weights
 ) -> Pull:
     "What is known at a weighted sum, where nothing pulls."
-    gone = ~np.isfinite(squares)
-    squares = np.where(gone, 0, squares)
-    none = np.zeros(squares.shape[1])
+    gone = ~np.isfinite(each)
+    each = np.where(gone, 0, each)
+    none = np.zeros(each.shape[1])
     lost = (gone & (ws > 0)[:, None]).sum(0)
-    at = Pull(None, none, none, ws @ squares, none, lost, [*squares])
+    at = Pull(None, none, none, ws @ each, none, lost, [*each])
     at.residual = none
     return at
 

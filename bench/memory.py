@@ -1,0 +1,126 @@
+"""How much memory jobs hold, beside what the plan says of it, and whether a budget is kept.
+
+    python bench/memory.py [--geometries euclidean sphere …] [--models 2 4]
+
+Models have four matrices of 2048 × 2048 in bfloat16. Each row is two merges in processes of their
+own. One is serial and without a budget: the most that it held above what it had before is beside
+what the plan says of its largest job. One has threads and a budget with room for one such job, of
+100 MiB at least. Small models of the same kind are merged first, so that what is imported counts as
+had before. Linux only. Writes bench/results/memory.csv and memory.json.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from itertools import product
+from pathlib import Path
+
+SIDE, SMALL, TENSORS = 2048, 64, 4
+LEAST = 100 << 20  # bytes of a budget, for geometries that hold pieces only
+NAMES = (
+    *("euclidean", "sphere", "stock"),
+    *("ties", "dare", "della", "breadcrumbs", "sce", "outliers", "ram"),
+    *("epimer", "knots"),
+)
+
+
+def make(folder, side, models):
+    "A base, and models that are near it."
+    import torch
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    base = {f"w{i}": torch.randn(side, side) for i in range(TENSORS)}
+    for k in range(models + 1):
+        state = {n: (x + 0.05*k*torch.randn(side, side)).bfloat16() for n, x in base.items()}
+        (folder/f"m{k}").mkdir(parents=True)
+        save_file(state, folder/f"m{k}"/"model.safetensors")
+
+
+def status(key):
+    "A number of bytes that the system says of this process."
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024*int(line.split()[1]) for line in lines if line.startswith(key))
+
+
+def recipe_of(folder, name, models):
+    "T models of a folder, and their base where there has to be one."
+    from frechet_merge.geometries.registry import geometry_named
+    from frechet_merge.merging.recipe import Recipe
+
+    base = {"base": str(folder/"m0")} if geometry_named(name).needs.base else {}
+    paths = [str(folder/f"m{k + 1}") for k in range(models)]
+    return Recipe.of({"models": paths, "geometry": name, **base})
+
+
+def told(folder, name, models):
+    "Bytes that the plan says the largest job holds."
+    from frechet_merge.merging.memory import bytes_held
+    from frechet_merge.merging.parts import plan_root
+    from frechet_merge.merging.plan import open_recipe
+
+    plan = plan_root(open_recipe(recipe_of(folder, name, models)))
+    return max(map(bytes_held, plan.jobs))
+
+
+def one(folder, name, models, memory):
+    "In a process of its own: print the most that a merge holds above what there was before."
+    from frechet_merge.merging.merge import make as merged
+    from frechet_merge.merging.recipe import Output, Run
+
+    run = Run(memory=memory) if memory else Run(executor="serial")
+    for size in ("small", "large"):
+        with tempfile.TemporaryDirectory() as d:
+            Path("/proc/self/clear_refs").write_text("5")
+            before = status("VmRSS:")
+            recipe = recipe_of(folder/size, name, models)
+            merged(recipe, Output(Path(d)/"out"), run if size == "large" else Run())
+            peak = status("VmHWM:")
+    print(peak - before)
+
+
+def held(*args):
+    "What `one` prints."
+    command = [sys.executable, "-W", "ignore", __file__, "--one", *map(str, args)]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def row(folder, name, models):
+    "What is said, what is held, and what is held under a budget."
+    says = told(folder/"large", name, models)
+    budget = max(int(1.02*says), LEAST)
+    free, bound = held(folder, name, models, 0), held(folder, name, models, budget)
+    return {
+        "geometry": name,
+        "T": models,
+        "told MiB": round(says/2**20),
+        "held MiB": round(free/2**20),
+        "budget MiB": round(budget/2**20),
+        "held within it MiB": round(bound/2**20),
+        "of the budget": f"{bound/budget:.0%}",
+    }
+
+
+def main():
+    p = argparse.ArgumentParser()
+    p.add_argument("--geometries", nargs="+", default=NAMES)
+    p.add_argument("--models", type=int, nargs="+", default=[2, 4])
+    p.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
+    a = p.parse_args()
+    if a.one:
+        folder, name, models, memory = a.one
+        return one(Path(folder), name, int(models), int(memory))
+    from adapters import about, write_rows
+
+    with tempfile.TemporaryDirectory() as d:
+        for size, side in (("small", SMALL), ("large", SIDE)):
+            make(Path(d)/size, side, max(a.models))
+        rows = []
+        for name, T in product(a.geometries, a.models):
+            rows.append(row(Path(d), name, T))
+            write_rows("memory", rows, about(" ".join(["python bench/memory.py", *sys.argv[1:]])))
+
+
+if __name__ == "__main__":
+    main()
