@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..algebra.gram import combine, gram
+from ..algebra.order import smallest
 from .geometry import Chart, Geometry, Needs
 from .trimmed import elected, largest, per_model
 from ..metrics.units import as_numbers
@@ -105,7 +106,7 @@ def _outlying(x: Tensor, base: Tensor, fence: float) -> Tensor:  # of x's shape,
     changed = (p*(p/q).log()).sum(-1, keepdim=True)
     scores = ((x - base).abs()*changed).flatten()
     last = len(scores) - 1
-    low, middle, high = (scores.kthvalue(1 + last*i//4).values for i in (1, 2, 3))
+    low, middle, high = smallest(scores, [last*i//4 for i in (1, 2, 3)])
     return (scores > middle + fence*(high - low)).view(x.shape)
 
 # %% ../../nbs/geometries/selected.ipynb #504f05ee

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..algebra.order import ranks, top
 from ..files.stack import Stack
 from .geometry import Chart, Geometry, Needs
 from ..metrics.units import as_numbers
@@ -28,16 +29,15 @@ def largest(x: Tensor, density: float, gamma: float = 0.0) -> Tensor:  # a mask 
     if density > 0 and gamma == 0:
         kept = max(kept, min(n, 1))
     first = min(int(gamma*n), n - kept)
-    order = x.abs().flatten().argsort(descending=True, stable=True)
-    mask = torch.zeros(n, dtype=torch.bool, device=x.device)
-    mask[order[first : first + kept]] = True
-    return mask.view(x.shape)
+    size = x.abs()
+    mask = top(size, first + kept)
+    return mask & ~top(size, first) if first else mask
 
 # %% ../../nbs/geometries/trimmed.ipynb #d2f45748
 def chances(x: Tensor, density: float, epsilon: float) -> Tensor:  # of x's shape
     "How likely each entry is kept: by its rank within its row; a vector is one row."
     rows = x.abs().reshape(1, -1) if x.dim() < 2 else x.abs().flatten(1)
-    rank = rows.argsort(dim=-1, stable=True).argsort(-1).to(x.dtype)
+    rank = ranks(rows).to(x.dtype)
     last = max(rows.shape[-1] - 1, 1)
     return (density - epsilon + 2*epsilon*rank/last).view(x.shape)
 
