@@ -1,5 +1,5 @@
 """What other programs take in silence, or answer with pages: here each is exit code 1, at most
-three lines that name it, and nothing written. Wrong words on the command line are exit code 2."""
+three lines that name it, and nothing written."""
 
 import os
 
