@@ -136,7 +136,7 @@ BAD = [
     ("calibrate: {dta: x}", 2, "Did you mean 'data'"),
     ("loss: hubr", 2, "hubr"),
     ("scale: [1", 2, "cannot be read as YAML"),
-    ("---\nmodels: [a]", 2, "several recipes"),
+    ("---\nmodels: [a]", 3, "second recipe has no name"),
     ("scale: 1\ndtype: \x08fp32", 3, "special characters are not allowed"),
     ("? !!set {x: null}\n: 1", 2, "is no name"),
 ]

@@ -250,6 +250,7 @@ OF_MERGEKIT = {
     "--out-shard-size": "Give --shard-size, which is in bytes: 5GB.",
     "--transformers-cache": "Set HF_HUB_CACHE to this folder.",
     "--intermediate-dir": "Leave it out: it lies beside OUT, and is removed.",
+    "-I": "Leave it out: it lies beside OUT, and is removed.",
     "--out-path": "Give -o OUT.",
     "--random-seed": "Leave it out: every run draws the same numbers.",
     "--allow-crimes": "Leave it out: what does not fit is refused, with what mends it.",
