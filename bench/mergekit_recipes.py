@@ -4,7 +4,8 @@
 
 PYTHON is the interpreter of an environment with mergekit. Models are random Llamas of four layers
 in float32. Methods that draw random numbers are compared in the mean and the number of entries kept
-over a few seeds. Recipes of modules are for random Gemmas that see, in the layout of the hub.
+over a few seeds. Recipes of modules are for random Gemmas that see, in the layout of the hub;
+adapters are PEFT's, of several kinds. A file of several recipes is run by mergekit-multi.
 Writes bench/results/mergekit_recipes.json.
 """
 import json
@@ -93,6 +94,62 @@ OF_BASE = """modules:
 base_model: $gbase
 parameters: {density: 0.6}
 """
+ADAPTED = """models:
+  - {model: $base+$plain, parameters: {weight: 0.6, density: 0.5}}
+  - {model: $base+$scaled, parameters: {weight: 0.4, density: 0.7}}
+  - {model: $a, parameters: {weight: 0.3, density: 0.4}}
+base_model: $base
+"""
+EVERY_KIND = """models:
+  - {model: $base+$dora, parameters: {weight: 0.3}}
+  - {model: $base+$saved, parameters: {weight: 0.2}}
+  - {model: $base+$ranks, parameters: {weight: 0.5}}
+"""
+IN_SLICES = """slices:
+  - sources: [{model: $base+$plain, layer_range: [0, 2]}]
+  - sources: [{model: $x+$scaled, layer_range: [1, 4]}]
+"""
+SEVERAL = """merge_method: slerp
+models: [{model: first}, {model: second}]
+base_model: first
+parameters: {t: 0.3}
+dtype: float32
+---
+name: second
+merge_method: task_arithmetic
+models: [{model: first, parameters: {weight: 0.5}}, {model: $c, parameters: {weight: 0.4}}]
+base_model: $base
+dtype: float32
+---
+name: first
+merge_method: linear
+models: [{model: $a, parameters: {weight: 0.3}}, {model: $b, parameters: {weight: 0.7}}]
+dtype: float32
+"""
+STACKED = """name: first
+merge_method: ties
+models:
+  - {model: $a, parameters: {weight: 0.7, density: 0.5}}
+  - {model: $b, parameters: {weight: 0.4, density: 0.6}}
+base_model: $base
+dtype: float32
+---
+slices:
+  - sources: [{model: first, layer_range: [0, 3]}]
+  - sources: [{model: first+$plain, layer_range: [1, 4]}]
+merge_method: passthrough
+dtype: float32
+"""
+# by mergekit-multi
+FILES = {"several recipes": SEVERAL, "several recipes, slices of one with an adapter": STACKED}
+# of PEFT, on the base
+ADAPTERS = {
+    "plain": {},
+    "scaled": {"use_rslora": True, "r": 2, "target_modules": ["o_proj", "gate_proj", "lm_head"]},
+    "dora": {"use_dora": True},
+    "saved": {"modules_to_save": ["lm_head"], "target_modules": ["embed_tokens", "q_proj"]},
+    "ranks": {"rank_pattern": {"layers.1.self_attn.q_proj": 2}, "alpha_pattern": {"v_proj": 5}},
+}
 BY_NAME = BOTH.replace("0.7", "[{filter: mlp, value: -0.2}, {value: 0.7}]")
 RECIPES = {
     "linear": BOTH,
@@ -127,6 +184,12 @@ RECIPES = {
     "breadcrumbs, normalised": THREE + "parameters: {normalize: true}",
     "ram": PLAIN + "parameters: {epsilon: 0.02}",
     "ramplus_tl": PLAIN + "parameters: {epsilon: 0.02, r: 0.3}",
+    "linear, a base with adapters of each kind": EVERY_KIND,
+    "task_arithmetic, a base with adapters": ADAPTED,
+    "ties, a base with adapters": ADAPTED,
+    "slerp, of an adapter": "models: [{model: $base+$plain}, {model: $a}]\nbase_model: $a\n"
+    "parameters: {t: 0.4}",
+    "passthrough, slices of adapters": IN_SLICES,
     "passthrough, a slice turned down": DOWN,
     "passthrough, slices": STACK,
     "passthrough, scaled": TURNED,
@@ -144,7 +207,9 @@ from mergekit.merge import MergeOptions, run_merge
 for recipe, out, seed in json.loads(sys.stdin.read()):
     config = MergeConfiguration.model_validate(yaml.safe_load(Path(recipe).read_text()))
     torch.manual_seed(seed)
-    run_merge(config, out, options=MergeOptions(random_seed=seed, copy_tokenizer=False, quiet=True))
+    loras = str(Path(out).parent/"loras")
+    how = {"copy_tokenizer": False, "quiet": True, "lora_merge_cache": loras}
+    run_merge(config, out, options=MergeOptions(random_seed=seed, **how))
 """
 SEEDS = 8
 
@@ -193,18 +258,37 @@ def gemma(folder, seed, base=None):
     return model
 
 
+def adapter(folder, seed, base, how):
+    "A random adapter of a model."
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    kind = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], **how}
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model = get_peft_model(model, LoraConfig(init_lora_weights=False, **kind))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.05*torch.randn_like(p))
+    model.save_pretrained(folder)
+
+
 def written(folder):
     "Every recipe as a file."
-    names = ("base", "a", "b", "c", "x", "y", "gbase", "ga", "gb")
+    names = ("base", "a", "b", "c", "x", "y", "gbase", "ga", "gb", *ADAPTERS)
     base = llama(folder/"base", 0)
     seeing = gemma(folder/"gbase", 0)
     for i, name in enumerate(("ga", "gb")):
         gemma(folder/name, i + 1, seeing)
     for i, name in enumerate(names[1:6]):
         llama(folder/name, i + 1, base if name in "abc" else None)
+    for i, (name, how) in enumerate(ADAPTERS.items()):
+        adapter(folder/name, i, folder/"base", how)
     found = {}
-    for i, (title, body) in enumerate(RECIPES.items()):
-        text = f"{body}\nmerge_method: {title.partition(',')[0]}\ndtype: float32\n"
+    for i, (title, body) in enumerate([*RECIPES.items(), *FILES.items()]):
+        method = f"\nmerge_method: {title.partition(',')[0]}\ndtype: float32\n"
+        text = body if title in FILES else body + method
         for name in sorted(names, key=len, reverse=True):
             text = text.replace(f"${name}", str(folder/name))
         found[title] = folder/f"{i}.yml"
@@ -247,6 +331,23 @@ def drawn(xs, y0, ys):
     return {"z": float(z.pow(2).mean().sqrt()), "moved": moved}
 
 
+def of_files(python, folder, recipes):
+    "The tensors of files of several recipes, by both."
+    from frechet_merge.merging.recipes import read_recipe, run_recipe
+
+    command = str(Path(python).parent/"mergekit-multi")
+    for title in FILES:
+        file = recipes[title]
+        theirs, mine = folder/f"{file.stem}-theirs", folder/f"{file.stem}-ours"
+        words = ["--intermediate-dir", folder/f"{file.stem}-steps", "--out-path", theirs]
+        words += ["--lora-merge-cache", folder/"loras", "--no-copy-tokenizer", "--quiet"]
+        subprocess.run([command, str(file), *map(str, words)], check=True)
+        asked = read_recipe(file)
+        run_recipe(asked, asked.output.into(mine))
+        worst, name = error(*(load_file(x/"model.safetensors") for x in (mine, theirs)))
+        yield title, {"error": worst, "tensor": name}
+
+
 def main(python):
     warnings.simplefilter("ignore")
     found = {}
@@ -255,10 +356,10 @@ def main(python):
         recipes = written(folder)
         seeds = {t: SEEDS if t.startswith(RANDOM) else 1 for t in recipes}
         work = [(str(recipes[t]), str(folder/f"{recipes[t].stem}-{s}"), s)
-                for t in recipes for s in range(seeds[t])]
+                for t in RECIPES for s in range(seeds[t])]
         subprocess.run([python, "-c", THEIRS], input=json.dumps(work), text=True, check=True)
         base = load_file(folder/"base"/"model.safetensors")
-        for title, recipe in recipes.items():
+        for title, recipe in ((t, recipes[t]) for t in RECIPES):
             theirs = [load_file(folder/f"{recipe.stem}-{s}"/"model.safetensors")
                       for s in range(seeds[title])]
             mine = [ours(recipe, s) for s in range(seeds[title])]
@@ -268,6 +369,9 @@ def main(python):
                 worst, name = error(mine[0], theirs[0])
                 found[title] = {"error": worst, "tensor": name}
             print(title, found[title], flush=True)
+        for title, seen in of_files(python, folder, recipes):
+            found[title] = seen
+            print(title, seen, flush=True)
     said = about("python bench/mergekit_recipes.py PYTHON_WITH_MERGEKIT", recipes=found)
     (HERE/"results"/"mergekit_recipes.json").write_text(json.dumps(said, indent=1) + "\n")
 

@@ -15,6 +15,7 @@ from conftest import cli
 
 from frechet_merge import merge
 from frechet_merge.cli.commands import app
+from frechet_merge.cli import helped
 from frechet_merge.cli.helped import EXAMPLES, GROUPS, examples_of, geometry_names, heading_of
 from frechet_merge.merging.upcycled import mixture
 from typer.main import get_command
@@ -101,6 +102,43 @@ def test_every_option_stands_once_in_a_group_that_is_told():
     assert len(re.findall(r"^ +(?:-\w, )?--[\w-]+", out, re.M)) == len(COMMANDS["merge"].params)
 
 
+def test_every_command_stands_once_in_the_help_over_all_and_whole():
+    assert sorted(" ".join(helped.COMMANDS.values()).split()) == sorted(COMMANDS)
+    code, out, err = cli("--help")
+    assert code == 0 and not err
+    said = " ".join(out.split())
+    for name, command in COMMANDS.items():
+        assert f" {name} {command.get_short_help_str(1000)}" in said
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_lines_to_start_with_can_be_typed(place, monkeypatch, tmp_path):
+    monkeypatch.chdir(shutil.copytree(place, tmp_path/"place"))
+    names = {"A": "math", "B": "code", "X": "base", "RECIPE.yml": "recipe.yaml", "OUT": "out"}
+    for i, line in enumerate(helped.FIRST.splitlines()):
+        words = shlex.split(line.strip().partition("   ")[0])
+        if words[:1] == ["frechet-merge"]:
+            words = [f"out{i}" if w == "OUT" else names.get(w, w) for w in words[1:]]
+            assert not app(words, standalone_mode=False), line
+            assert f"out{i}" not in words or os.path.exists(f"out{i}")
+
+
+@pytest.mark.parametrize("option", helped.OF_MERGEKIT)
+def test_options_of_mergekit_are_answered_by_ours(option):
+    "A remedy names an option that there is."
+    code, _, err = cli("run", "recipe.yaml", "OUT", option)
+    assert code == 2 and helped.OF_MERGEKIT[option] in err and len(err.splitlines()) == 3
+    ours = {name for p in COMMANDS["run"].params for name in p.opts}
+    assert {*re.findall(r"(?<!\w)--?[a-z][\w-]*", helped.OF_MERGEKIT[option])} <= ours
+
+
+def test_out_stands_behind_the_recipe_or_behind_its_option(place, tmp_path):
+    code, _, err = cli("run", place/"recipe.yaml", tmp_path/"a", cwd=place)
+    assert code == 0 and (tmp_path/"a"/"model.safetensors").exists(), err
+    code, _, err = cli("run", place/"recipe.yaml", tmp_path/"b", "-o", tmp_path/"c", cwd=place)
+    assert code == 1 and "Give one of them" in err and [*tmp_path.iterdir()] == [tmp_path/"a"]
+
+
 def completed(words, current, shell="bash"):
     "What a shell is told, after these words."
     env = {**os.environ, "_FRECHET_MERGE_COMPLETE": f"complete_{shell}"}
@@ -121,6 +159,15 @@ def test_completion_knows_commands_options_and_geometries():
     assert "--geometry" in completed(["frechet-merge", "merge", "--g"], 2)[0]
     found, has_torch = completed(["frechet-merge", "merge", "--geometry", "s"], 3)
     assert found == geometry_names("s") and "sphere" in found and not has_torch
+
+
+@pytest.mark.parametrize("words", ["merge a -o", "run r.yaml -o", "align a -o", "inspect"])
+def test_a_shell_completes_paths_by_itself(words):
+    "Where this program names nothing: its script says so to bash, zsh and fish do it anyway."
+    words = ["frechet-merge", *words.split(), "x"]
+    assert completed(words, len(words) - 1) == ([], False)
+    env = {**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    assert "complete -o default" in cli("--show-completion", "bash", env=env)[1]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

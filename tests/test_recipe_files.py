@@ -136,7 +136,7 @@ BAD = [
     ("calibrate: {dta: x}", 2, "Did you mean 'data'"),
     ("loss: hubr", 2, "hubr"),
     ("scale: [1", 2, "cannot be read as YAML"),
-    ("---\nmodels: [a]", 2, "several recipes"),
+    ("---\nmodels: [a]", 3, "second recipe has no name"),
     ("scale: 1\ndtype: \x08fp32", 3, "special characters are not allowed"),
     ("? !!set {x: null}\n: 1", 2, "is no name"),
 ]
@@ -163,7 +163,7 @@ def test_the_command_line_says_it_and_writes_nothing(tmp_path, folders):
         "Did you mean 'scale'?",
     ]
     code, _, err = cli("run", written(tmp_path, f"models: [{folders[0]}]"))
-    assert code == 2 and "-o OUT" in err
+    assert code == 1 and "-o OUT" in err
     code, _, err = cli("run", tmp_path)
     assert code == 1 and "is a folder without frechet_merge.json" in err
 

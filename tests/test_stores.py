@@ -27,7 +27,7 @@ from frechet_merge.files.ranges import Remote, driver, in_order, kept
 from frechet_merge.files.shards import MAX_HEADER, read_header
 from frechet_merge.files.uploads import in_order_of_sending
 from frechet_merge.merging.companions import _carry_part
-from frechet_merge.merging.preview import preview
+from frechet_merge.merging.preview import in_bytes, preview
 from frechet_merge.merging.recipe import Output, Recipe
 from frechet_merge.messages import redacted
 
@@ -534,6 +534,19 @@ class TestTheHub:
         assert sent == sum(map(headers, models)), hub.sent
         assert "org/m0" in out or "big.weight" in out
         assert not [*(tmp_path/"home").rglob("*.safetensors")]
+
+    def test_inspect_says_first_how_much_it_downloads(self, hub, models, tmp_path):
+        ids, env = self.named(hub, models), hub.env(tmp_path/"home")
+        env["XDG_CACHE_HOME"] = str(tmp_path/"c")
+        held = sum(f.stat().st_size for m in models for f in m.glob("*.safetensors"))
+        said = f"reading {in_bytes(held)} of weights over the network"
+        code, out, err = cli("inspect", *ids, "--base", ids[0], cwd=tmp_path, env=env)
+        assert code == 0 and err.startswith(said) and "--headers reads none" in err, err
+        # what is in the cache is not announced again
+        code, again, err = cli("inspect", *ids, "--base", ids[0], cwd=tmp_path, env=env)
+        assert code == 0 and again == out and not err
+        here = cli("inspect", *models, "--base", models[0], cwd=tmp_path)
+        assert here[0] == 0 and not here[2]
 
     def test_a_merge_downloads_them(self, hub, models, tmp_path):
         ids, env = self.named(hub, models), hub.env(tmp_path/"home")

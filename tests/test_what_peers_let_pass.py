@@ -1,5 +1,5 @@
 """What other programs take in silence, or answer with pages: here each is exit code 1, at most
-three lines that name it, and nothing written. Wrong words on the command line are exit code 2."""
+three lines that name it, and nothing written."""
 
 import os
 
@@ -37,6 +37,15 @@ CASES = {
     "a filter that matches nothing": (
         OURS + "scale: 1\nbase: m0\nweights: {'nothing.*': [1, 0]}\n", None, "nothing.*",
     ),
+    "a filter that matches nothing, in mergekit's words": (
+        THEIRS.replace("weight: 1}}\n", "weight: [{filter: mpl, value: 1}, {value: 2}]}}\n", 1),
+        None,
+        "mpl",
+    ),
+    "one NaN in one input, in mergekit's words": (
+        THEIRS.replace("linear", "karcher").replace("weight: 1", ""), with_nan, "q.weight|NaN",
+    ),
+    "a tensor that only one model has, in mergekit's words": (THEIRS, without_one, "q.bias|m1"),
     "a misspelled weight": (
         THEIRS.replace("weight: 1", "wieght: 1", 1), None, "line 3|'wieght'|weight",
     ),
@@ -70,3 +79,25 @@ def test_a_shard_that_is_not_whole(tmp_path, damage):
     code, _, err = cli("merge", "m0", "m1", "-o", "out", cwd=tmp_path)
     assert code == 1 and len(err.strip().splitlines()) <= 3 and "m1" in err, err
     assert not (tmp_path/"out").exists()
+
+
+@pytest.mark.parametrize(
+    "words, second, says",
+    [
+        ("", with_nan, "q.weight|NaN"),
+        ("--geometry sphere", with_nan, "q.weight|NaN"),
+        ("--weights 0,0", None, "sum to zero"),
+        ("--weights 1", None, "1 weights|2 models"),
+        ("--weights mpl=1,0 --weights 1,1", None, "mpl"),
+        ("--geometry sphere:wieghts=1", None, "has no 'wieghts'"),
+        ("", without_one, "q.bias|m1"),
+    ],
+)
+def test_it_is_refused_on_the_command_line_too(tmp_path, words, second, says):
+    config = {"model_type": "toy", "vocab_size": 11}
+    save(tmp_path/"m0", tensors(0), config)
+    save(tmp_path/"m1", tensors(1) if second is None else second(), config)
+    code, _, err = cli("merge", "m0", "m1", *words.split(), "-o", "out", cwd=tmp_path)
+    assert code == 1 and len(err.strip().splitlines()) <= 3, err
+    assert all(word.lower() in err.lower() for word in says.split("|")), err
+    assert sorted(os.listdir(tmp_path)) == ["m0", "m1"]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHOWN', 'LINES', 'WORTH', 'differences', 'norms', 'cosines', 'models_table', 'tensors_table', 'eta_table', 'ways',
            'obstacles', 'holding_half', 'Inspection', 'compare_headers', 'compare_numbers', 'measure', 'in_the_way',
-           'inspect', 'summary', 'inspect_adapters', 'coordinates_in_core', 'etas', 'eta_of', 'plot_eta']
+           'bytes_away', 'inspect', 'summary', 'inspect_adapters', 'coordinates_in_core', 'etas', 'eta_of', 'plot_eta']
 
 # %% ../../nbs/diagnostics/inspection.ipynb #d3c2b22f
 import os
@@ -22,8 +22,9 @@ from torch import Tensor
 
 from ..matching.blocks import Block, align, get
 from ..files.checkpoint import Checkpoint
-from ..files.hub import look_up, only_headers
+from ..files.hub import ids_in, look_up, only_headers
 from ..files.open import load
+from ..files.ranges import is_address, remote_of
 from ..messages import MergeError
 from ..matching.codes import refuse_codes
 from ..matching.function import refuse_other_meanings, unlike
@@ -369,6 +370,21 @@ def in_the_way(
     mended = what_is_in_the_way(models, base, [*found.nonfinite], **settled)
     found.refusals, found.command = mended.refusals, mended.command
     return found
+
+# %% ../../nbs/diagnostics/inspection.ipynb #08e8858c
+def bytes_away(
+    *models: Model | None,  # None: there is none
+    allow_pickle: bool = False,
+) -> int:
+    "How many bytes of weights are on the hub, and not in its cache, or in a store."
+    from frechet_merge.merging.merge import files_of
+
+    far = [m for m in models if m is not None and (is_address(m) or ids_in(m))]
+    with only_headers():
+        opened = [load(m, allow_pickle) for m in far]
+    files = {os.path.realpath(f) for c in opened for f in files_of(c)}
+    return sum(there.size for f in files if (there := remote_of(f)) is not None)
+
 
 # %% ../../nbs/diagnostics/inspection.ipynb #7f05f9ba
 def inspect(

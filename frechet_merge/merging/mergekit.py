@@ -162,6 +162,7 @@ FIELDS = (
     "tokenizer",
     "tokenizer_source",
     "chat_template",
+    "name",
 )
 
 # %% ../../nbs/merging/mergekit.ipynb #5131bba4
@@ -731,7 +732,6 @@ def task_of(page: Page) -> Task:
     "A page, half read; `MergeError` for a field or a method that is not known."
     hints = {
         "out_path": "Name the folder on the command line: -o OUT.",
-        "name": "It is of several recipes in one file: leave it out, and name the folder, -o OUT.",
     }
     page.known((), FIELDS, hints)
     if "merge_method" not in page.data:

@@ -375,20 +375,26 @@ class Asked:
     page: Page | None = None  # where it says so; None: a record
     notes: tuple[str, ...] = ()  # what is said of it before it runs
     mixture: Any = None  # `Wanted`, if a mixture is made of the models; None: they are merged
+    steps: tuple[Any, ...] = ()  # `Step`s of a file of several recipes, in the order of running
 
 # %% ../../nbs/merging/recipes.ipynb #4b29498e
 def read_recipe(
     path: Path,  # of a recipe, ours or mergekit's; of a record, or the folder of one
 ) -> Asked:
     "What a file asks for; `MergeError` if it is no recipe."
+    from frechet_merge.merging.several import RECIPES, several_asked
+
     path = path.expanduser()
+    # of several merges a record knows the last
+    if (path/RECIPES).is_file():
+        return read_recipe(path/RECIPES)
     if path.is_dir() and not (path/NAME).is_file():
         raise MergeError(f"{path}: is a folder without {NAME}, which a merge writes.")
     if path.is_dir() or path.name == NAME:
         record = Record.read(path if path.is_dir() else path.parent)
         return Asked(record.again(), record.output())
-    page = read_file(path)
-    return asked_by(page)
+    pages = read_file(path)
+    return asked_by(pages[0]) if len(pages) == 1 else several_asked(pages)
 
 # %% ../../nbs/merging/recipes.ipynb #9402471a
 def asked_by(page: Page) -> Asked:
@@ -423,6 +429,10 @@ def run_recipe(
     do: Callable[..., Any] = make,  # with it
 ) -> Any:  # what `do` returns
     "Run what a file asks for; `MergeError`, with the line if it is about what the file says."
+    if asked.steps:
+        from frechet_merge.merging.several import run_steps
+
+        return run_steps(asked.steps, output, run, do)
     try:
         if asked.mixture is not None:
             return _mixed(asked, output, run, do)

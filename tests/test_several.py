@@ -1,0 +1,167 @@
+"""A file of several recipes gives what its merges give one after the other, and leaves no more;
+what is wrong with any of them is said before the first."""
+
+import itertools
+import os
+
+import pytest
+import torch
+from conftest import cli, save
+from test_mergekit import filled, folders
+from test_recipe_files import deep, digest, written
+
+from frechet_merge import MergeError, load, merge
+from frechet_merge.geometries.directions import Slerp
+from frechet_merge.merging.lines import read_page, read_pages
+from frechet_merge.merging.recipes import read_recipe
+from frechet_merge.merging.several import moved, steps_of
+
+__all__ = ["folders"]
+FIRST = """name: first
+merge_method: linear
+models: [{model: $a, parameters: {weight: 0.3}}, {model: $b, parameters: {weight: 0.7}}]
+"""
+SECOND = """name: second
+merge_method: task_arithmetic
+models: [{model: first, parameters: {weight: 0.5}}, {model: $c, parameters: {weight: 0.4}}]
+base_model: $base
+"""
+LAST = """merge_method: slerp
+models: [{model: first}, {model: second}]
+base_model: first
+parameters: {t: 0.3}
+"""
+
+
+def several(tmp_path, folders, *texts):
+    return written(tmp_path, filled("---\n".join(texts), folders))
+
+
+def by_hand(folders, to):
+    one = merge([folders["a"], folders["b"]], weights=[0.3, 0.7], out=to/"1").out
+    sums = dict(base=folders["base"], sum=[0.5, 0.4])
+    two = merge([one, folders["c"]], out=to/"2", **sums).out
+    return merge([one, two], Slerp(0.9995), weights=[0.7, 0.3])
+
+
+@pytest.mark.parametrize("order", itertools.permutations(range(3)))
+def test_the_order_in_the_file_does_not_matter(tmp_path, folders, order):
+    path = several(tmp_path, folders, *[(FIRST, SECOND, LAST)[i] for i in order])
+    before = {*os.listdir(tmp_path)}
+    code, out, err = cli("run", path, tmp_path/"out", cwd=tmp_path)
+    assert code == 0 and not err, err
+    assert {*os.listdir(tmp_path)} == before | {"out"}
+    mine, hand = load(tmp_path/"out"), by_hand(folders, tmp_path)
+    assert all(torch.equal(mine[n], x) for n, x in hand.tensors.items())
+
+
+def test_it_is_run_again_from_what_it_wrote(tmp_path, folders):
+    path = several(tmp_path, folders, LAST, FIRST, SECOND)
+    assert cli("run", path, "-o", tmp_path/"out", cwd=tmp_path)[0] == 0
+    path.unlink()
+    code, _, err = cli("run", tmp_path/"out", tmp_path/"again", cwd=tmp_path)
+    assert code == 0, err
+    assert digest(tmp_path/"out") == digest(tmp_path/"again")
+
+
+def test_all_of_them_are_kept_if_all_have_names(tmp_path, folders):
+    path = several(tmp_path, folders, FIRST, "name: deep/third\n" + LAST, SECOND)
+    code, out, err = cli("run", path, "-o", tmp_path/"out", cwd=tmp_path)
+    assert code == 0 and "out/deep/third: 3 models merged" in out, err
+    assert sorted(os.listdir(tmp_path/"out")) == ["deep", "first", "recipes.yml", "second"]
+    mine, hand = load(tmp_path/"out"/"deep"/"third"), by_hand(folders, tmp_path)
+    assert all(torch.equal(mine[n], x) for n, x in hand.tensors.items())
+    assert cli("run", tmp_path/"out", tmp_path/"again", cwd=tmp_path)[0] == 0
+    for name in ("first", "second", "deep/third"):
+        assert digest(tmp_path/"out"/name) == digest(tmp_path/"again"/name)
+
+
+def test_recipes_of_both_kinds_read_each_other(tmp_path, folders):
+    ours = "models: [first, {model: $c, weight: 3}]\n"
+    ours = ours.replace("first", "{model: first, weight: 1}")
+    path = several(tmp_path, folders, FIRST, ours)
+    assert cli("run", path, tmp_path/"out", cwd=tmp_path)[0] == 0
+    one = merge([folders["a"], folders["b"]], weights=[0.3, 0.7], out=tmp_path/"1").out
+    hand = merge([one, folders["c"]], weights=[1, 3])
+    assert all(torch.equal(load(tmp_path/"out")[n], x) for n, x in hand.tensors.items())
+
+
+def test_a_recipe_with_a_name_alone_is_a_recipe(tmp_path, folders):
+    path = several(tmp_path, folders, FIRST)
+    assert cli("run", path, tmp_path/"out", cwd=tmp_path)[0] == 0
+    assert "h.1.mlp.weight" in load(tmp_path/"out") and not (tmp_path/"out"/"recipes.yml").exists()
+
+
+WRONG = {
+    "two outputs": ([FIRST, LAST, LAST], "second recipe has no name"),
+    "one name twice": ([FIRST, FIRST, LAST], "'first' is the name of another recipe"),
+    "a circle": (
+        [FIRST.replace("$a", "second"), SECOND, LAST], "line 1: first reads second, which reads it",
+    ),
+    "itself": ([FIRST.replace("$a", "first"), LAST], "first reads first"),
+    "a place elsewhere": ([FIRST.replace("first", "../x", 1)], "cannot be the name of a folder"),
+    "a model that is not there": (
+        [FIRST, SECOND.replace("$c", "./nowhere"), LAST], "./nowhere: there is no such folder",
+    ),
+    "a method that there is not": (
+        [FIRST, SECOND, LAST.replace("slerp", "slrp")], "line 10: merge_method: 'slrp'",
+    ),
+    "a weight misspelled": ([FIRST, SECOND.replace("weight: 0.4", "wieght: 0.4"), LAST], "wieght"),
+    "an output": (["models: [$a, $b]\noutput: x\n", FIRST], "of the whole file"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_said_before_the_first_merge(tmp_path, folders, case):
+    texts, says = WRONG[case]
+    texts = [*texts, *([LAST.replace("second", "$c")] if len(texts) == 1 else [])]
+    path = several(tmp_path, folders, *texts)
+    before = sorted(os.listdir(tmp_path))
+    code, out, err = cli("run", path, tmp_path/"out", cwd=tmp_path)
+    assert code == 1 and says in err and len(err.splitlines()) <= 3 and not out, err
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize("option", [["--dry-run"], ["--resume"], ["--part", "1/2"], ["--join"]])
+def test_what_is_done_with_one_merge_is_not_done_with_several(tmp_path, folders, option):
+    path = several(tmp_path, folders, FIRST, SECOND, LAST)
+    code, _, err = cli("run", path, tmp_path/"out", *option, cwd=tmp_path)
+    assert code == 1 and option[0] in err and "3 merges" in err
+    assert not (tmp_path/"out").exists()
+    assert cli("run", path, tmp_path/"out", cwd=tmp_path)[0] == 0
+
+
+def test_a_step_that_fails_leaves_nothing(tmp_path, folders):
+    save(tmp_path/"odd", deep(3) | {"more": torch.ones(2)}, {"model_type": "toy", "n_layer": 3})
+    path = several(tmp_path, folders, FIRST, SECOND.replace("$c", str(tmp_path/"odd")), LAST)
+    before = sorted(os.listdir(tmp_path))
+    code, _, err = cli("run", path, tmp_path/"out", cwd=tmp_path)
+    assert code == 1 and "'more'" in err and len(err.splitlines()) <= 3
+    assert sorted(os.listdir(tmp_path)) == before
+    assert cli("run", path, folders["a"], cwd=tmp_path)[0] == 1
+
+
+def test_names_are_those_of_models_alone():
+    said = {
+        "merge_method": "linear", "tokenizer_source": "union", "tokenizer": {"source": "linear"},
+        "slices": [{"sources": [{"model": "linear+lora", "layer_range": [0, 1]}]}],
+        "base_model": "org/linear",
+    }
+    found = moved(said, {"linear": "/here", "union": "/there"})
+    assert found["merge_method"] == "linear" and found["tokenizer_source"] == "union"
+    assert found["tokenizer"] == {"source": "/here"} and found["base_model"] == "org/linear"
+    assert found["slices"][0]["sources"][0]["model"] == "/here+lora"
+    assert moved("linear[0:2]|b[2:3]", {"linear": "/here"}, "base") == "/here[0:2]|b[2:3]"
+
+
+def test_one_page_is_one_recipe():
+    assert read_page("a: 1\n---\n").data == {"a": 1}
+    with pytest.raises(MergeError, match="line 3: here a second recipe begins"):
+        read_page("a: 1\n---\nb: 2")
+    pages = read_pages("name: x\nmodels: [a]\n---\n---\nmodels: [x]")
+    assert [step.name for step in steps_of(pages)] == ["x", ""]
+
+
+def test_no_recipe_is_no_file_of_several(tmp_path):
+    with pytest.raises(MergeError, match="is no recipe"):
+        read_recipe(written(tmp_path, "---\n---\n"))
