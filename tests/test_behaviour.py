@@ -280,4 +280,4 @@ def test_what_cannot_be_run_is_refused_and_the_remedy_works(talkers):
     with pytest.raises(ValueError, match="have the stream in groups"):
         align(states, groups=groups, how=Alignment(residual=True))
     code, out, err = cli("merge", "a", "b", "-o", "m", "--align-data", "t.jsonl", cwd=talkers)
-    assert code == 1 and "give --align, too" in err
+    assert code == 2 and "give --align, too" in err

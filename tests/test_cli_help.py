@@ -136,7 +136,7 @@ def test_out_stands_behind_the_recipe_or_behind_its_option(place, tmp_path):
     code, _, err = cli("run", place/"recipe.yaml", tmp_path/"a", cwd=place)
     assert code == 0 and (tmp_path/"a"/"model.safetensors").exists(), err
     code, _, err = cli("run", place/"recipe.yaml", tmp_path/"b", "-o", tmp_path/"c", cwd=place)
-    assert code == 1 and "Give one of them" in err and [*tmp_path.iterdir()] == [tmp_path/"a"]
+    assert code == 2 and "Give one of them" in err and [*tmp_path.iterdir()] == [tmp_path/"a"]
 
 
 def completed(words, current, shell="bash"):

@@ -191,7 +191,7 @@ class TestAdapters:
 
     def test_the_remedy_of_negative_weights(self, made, tmp_path):
         code, _, err = cli("merge", "a", "b", "--weights", "1,-1", "-o", tmp_path/"o", cwd=made)
-        assert code == 1 and "--sum 1,-1" in err
+        assert code == 2 and "--sum 1,-1" in err
         code, out, _ = cli("merge", "a", "b", "--sum", "1,-1", "-o", tmp_path/"o", cwd=made)
         assert code == 0 and "sum 1,-1" in out
         want = self.deltas(made, made/"a", made/"b", cs=[1.0, -1.0])
@@ -390,7 +390,7 @@ class TestCommandLine:
     )
     def test_words_that_are_none(self, here, words, says):
         code, _, err = cli("merge", "a", "b", "--base", "base", "-o", "o", *words, cwd=here)
-        assert code == 1 and says in err and not (here/"o").exists()
+        assert code == 2 and says in err and not (here/"o").exists()
 
 
 def test_a_row_that_only_some_models_have_is_in_no_sum(tmp_path):

@@ -77,7 +77,7 @@ class TestOfCheckpoints:
         _, shown, _ = cli("inspect", *args)
         assert "What a merge keeps" in shown and "where it keeps least" in shown
         code, _, err = cli("inspect", *args[:2], "--geometry", "sphere")
-        assert code == 1 and "give --data" in err
+        assert code == 2 and "give --data" in err
         code, _, err = cli("inspect", *args, "--layers", "decoder*")
         assert code == 1 and "no layer of this BertModel" in err
 

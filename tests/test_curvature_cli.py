@@ -165,7 +165,7 @@ def test_exit_codes(work, tmp_path):
     needs = "error: unlabelled.jsonl: the empirical Fisher needs labels"
     for args, code, says in (
         (["unlabelled.jsonl", "--estimator", "empirical"], 1, needs),
-        (["a.jsonl", "--form", "kroneker"], 1, "error: no form is called"),
+        (["a.jsonl", "--form", "kroneker"], 2, "error: no form is called"),
         (["a.jsonl"], 0, ""),
     ):
         rc, out, err = cli("curvature", "bert", *args, "-o", tmp_path/"s.safetensors", cwd=work)

@@ -173,7 +173,7 @@ def test_full_models_are_told_to_extract(tmp_path):
     tuned(base, tmp_path/"tuned", only="proj")
     lora = ("--base", base, "--geometry", "lora:rank=4")
     code, _, said = cli("merge", tmp_path/"tuned", *lora, "-o", tmp_path/"x")
-    assert code == 1 and "frechet-merge extract" in said and len(said.splitlines()) <= 3
+    assert code == 2 and "frechet-merge extract" in said and len(said.splitlines()) <= 3
     code, said, _ = cli(
         "extract", tmp_path/"tuned", "--base", base, "--rank", 4, "-o", tmp_path/"out"
     )

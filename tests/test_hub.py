@@ -299,7 +299,7 @@ def test_a_login_that_may_only_read_and_a_hub_that_is_away(tmp_path, hub, two):
 def test_options_of_a_push_without_one(tmp_path, hub, two):
     for words in (["--yes"], ["--public"], ["--push", "x", "--yes", "--dry-run"]):
         code, _, err = pushes(hub, tmp_path, *words)
-        assert code == 1 and "--push" in err
+        assert code == 2 and "--push" in err
 
 
 def test_a_push_that_is_refused_leaves_the_merge(tmp_path, hub, two):

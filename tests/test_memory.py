@@ -65,7 +65,7 @@ def test_too_large(folders, tmp_path):
 
 def test_no_size(folders, tmp_path):
     code, _, err = cli("merge", *folders, "-o", tmp_path/"o", "--memory", "lots")
-    assert code == 1 and "'lots' is not a size" in err
+    assert code == 2 and "'lots' is not a size" in err
 
 
 def test_in_memory(folders):

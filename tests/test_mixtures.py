@@ -418,7 +418,7 @@ def test_the_command_line(tmp_path):
     a, b = load(tmp_path/"out"), load(tmp_path/"again")
     assert all(torch.equal(a[n], b[n]) for n in a)
     code, out, err = cli("experts", "m", "--keep", "9", "-o", "no", cwd=tmp_path)
-    assert code == 1 and "keep 1 to 7" in err and not (tmp_path/"no").exists()
+    assert code == 2 and "keep 1 to 7" in err and not (tmp_path/"no").exists()
 
 
 DENSE = {"llama": {}, "mistral": {}, "qwen3": {"head_dim": 8}}

@@ -87,7 +87,7 @@ def test_what_the_merge_refuses_the_preview_refuses(tmp_path, folders):
     code, _, err = cli("merge", *folders, "-o", tmp_path/"taken", "--dry-run")
     assert code == 1 and "taken" in err
     code, _, err = cli("merge", *folders, "-o", tmp_path/"o", "--json")
-    assert code == 1 and "--dry-run" in err
+    assert code == 2 and "--dry-run" in err
 
 
 def test_of_adapters(tmp_path):

@@ -163,7 +163,7 @@ def test_the_command_line_says_it_and_writes_nothing(tmp_path, folders):
         "Did you mean 'scale'?",
     ]
     code, _, err = cli("run", written(tmp_path, f"models: [{folders[0]}]"))
-    assert code == 1 and "-o OUT" in err
+    assert code == 2 and "-o OUT" in err
     code, _, err = cli("run", tmp_path)
     assert code == 1 and "is a folder without frechet_merge.json" in err
 

@@ -212,7 +212,7 @@ class TestTheCommands:
         code, said, err = cli("run", tmp_path/"o", "-o", tmp_path/"p", "--report")
         assert code == 0 and (tmp_path/"p"/"report.html").is_file(), err
         code, _, err = cli("merge", *models, "-o", tmp_path/"q", "--report", "--dry-run")
-        assert code == 1 and "--report" in err and not (tmp_path/"q").exists()
+        assert code == 2 and "--report" in err and not (tmp_path/"q").exists()
 
     def test_of_a_single_file(self, tmp_path):
         from test_dialects import flux_file

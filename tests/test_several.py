@@ -126,7 +126,7 @@ def test_what_is_wrong_is_said_before_the_first_merge(tmp_path, folders, case):
 def test_what_is_done_with_one_merge_is_not_done_with_several(tmp_path, folders, option):
     path = several(tmp_path, folders, FIRST, SECOND, LAST)
     code, _, err = cli("run", path, tmp_path/"out", *option, cwd=tmp_path)
-    assert code == 1 and option[0] in err and "3 merges" in err
+    assert code == 2 and option[0] in err and "3 merges" in err
     assert not (tmp_path/"out").exists()
     assert cli("run", path, tmp_path/"out", cwd=tmp_path)[0] == 0
 

@@ -155,6 +155,6 @@ def test_on_the_command_line(tmp_path, models):
     assert code == 0 and "out: 3 models merged, 8 tensors" in out, out + err
     for asked in (["--report"], ["--push", "me/merged", "--yes"]):
         code, out, err = cli(*words, "--part", "1/2", *asked)
-        assert code == 1 and "give them with --join" in err and "Traceback" not in err
+        assert code == 2 and "give them with --join" in err and "Traceback" not in err
     code, out, err = cli(*words, "--part", "5/2")
-    assert code == 1 and "which of how many" in err
+    assert code == 2 and "which of how many" in err

@@ -108,13 +108,13 @@ def test_what_reads_entries_does_not_read_adapters(tmp_path):
     adapter.save_pretrained(tmp_path/"a")
     args = "merge", tmp_path/"a", tmp_path/"a", "-o", tmp_path/"o", "--geometry"
     code, _, err = cli(*args, "ties")
-    assert code == 1 and "knots" in err and not (tmp_path/"o").exists()
+    assert code == 2 and "knots" in err and not (tmp_path/"o").exists()
     assert cli(*args, "knots")[0] == 0
 
 
 def test_a_base_is_asked_for(tmp_path):
     a, b = save(tmp_path/"a", deep(0)), save(tmp_path/"b", deep(1))
     code, _, err = cli("merge", a, b, "-o", tmp_path/"o", "--geometry", "ties:density=0.3")
-    assert code == 1 and "--base" in err
+    assert code == 2 and "--base" in err
     args = "merge", a, b, "-o", tmp_path/"o", "--geometry", "ties:density=0.3", "--base", a
     assert cli(*args)[0] == 0

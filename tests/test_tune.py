@@ -319,7 +319,7 @@ def test_on_the_command_line(work, tmp_path):
         and "the nearest merge is as far from the models as the base is, or farther" in err
     ), err
     code, out, err = cli("tune", "bert0", "bert1", "--base", "bert", "--data", "0.jsonl,", cwd=work)
-    assert code == 1 and err.startswith("error: --data '0.jsonl,' has an empty name")
+    assert code == 2 and err.startswith("error: --data '0.jsonl,' has an empty name")
 
 
 def test_the_command_line_names_no_output_that_is_not_there(work, tmp_path):

@@ -89,7 +89,6 @@ def test_a_shard_that_is_not_whole(tmp_path, damage):
         ("--weights 0,0", None, "sum to zero"),
         ("--weights 1", None, "1 weights|2 models"),
         ("--weights mpl=1,0 --weights 1,1", None, "mpl"),
-        ("--geometry sphere:wieghts=1", None, "has no 'wieghts'"),
         ("", without_one, "q.bias|m1"),
     ],
 )
@@ -100,4 +99,13 @@ def test_it_is_refused_on_the_command_line_too(tmp_path, words, second, says):
     code, _, err = cli("merge", "m0", "m1", *words.split(), "-o", "out", cwd=tmp_path)
     assert code == 1 and len(err.strip().splitlines()) <= 3, err
     assert all(word.lower() in err.lower() for word in says.split("|")), err
+    assert sorted(os.listdir(tmp_path)) == ["m0", "m1"]
+
+
+def test_a_word_that_is_misspelled_is_wrong_usage(tmp_path):
+    for name in ("m0", "m1"):
+        save(tmp_path/name, tensors(0), {"model_type": "toy", "vocab_size": 11})
+    words = ("--geometry", "sphere:wieghts=1", "-o", "out")
+    code, _, err = cli("merge", "m0", "m1", *words, cwd=tmp_path)
+    assert code == 2 and len(err.strip().splitlines()) <= 3 and "has no 'wieghts'" in err, err
     assert sorted(os.listdir(tmp_path)) == ["m0", "m1"]

@@ -26,7 +26,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from ..messages import MergeError, redacted, warn
+from ..messages import MergeError, Misfit, redacted, warn
 from .helped import ERASED, App, geometry_names, instead_of, one_of
 from .mixtures import experts_command, mixture_command
 from .options import Absent, AnyBase, Base, BatchSize, MaxLength, Metrics, Models
@@ -1482,14 +1482,13 @@ def _misread(e: Any) -> int:
     if e.ctx is not None:
         said.append(f"See {e.ctx.command_path} --help.")
     print("\n".join(line for line in said if line), file=sys.stderr)
-    # a value that an option does not take is refused as all values are
-    return 1 if type(e) is typer.BadParameter else e.exit_code
+    return e.exit_code
 
 
 # %% ../../nbs/cli/commands.ipynb #5831c528
 def main():
-    """Entry point of `frechet-merge`: exit code 0 done, 1 refused, 2 a command line that cannot be
-    read."""
+    """Entry point of `frechet-merge`: exit code 0 done, 1 the inputs cannot be merged, 2 wrong
+    usage."""
     debug = "--debug" in sys.argv
     if debug:
         sys.argv.remove("--debug")
@@ -1514,7 +1513,7 @@ def main():
         if debug:
             raise
         print("error: " + "\n".join(redacted(str(e)).splitlines()[:3]), file=sys.stderr)
-        code = 1
+        code = 1 if isinstance(e, (MergeError, Misfit)) else 2
     except Exception as e:
         if debug:
             raise

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from ..files.checkpoint import HEAD, Checkpoint
-from ..messages import MergeError, warn
+from ..messages import MergeError, Misfit, warn
 from .absent import is_constant, missing, refuse_another_base
 from .absent import refuse_lost_output, refuse_other_counts
 from .absent import refuse_other_layouts
@@ -320,7 +320,7 @@ def by_name(
         if not meant:
             near = _nearest(pattern, names)
             hint = f"\nThe nearest name is {near!r}." if near else ""
-            raise ValueError(f"the {what} pattern {pattern!r} matches no tensor.{hint}")
+            raise Misfit(f"the {what} pattern {pattern!r} matches no tensor.{hint}")
         left = [n for n in meant if n not in found]
         if not left:
             raise decides_nothing(what, pattern)

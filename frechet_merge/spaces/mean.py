@@ -22,7 +22,7 @@ from ..algebra.lengths import lengths, products, squares
 from ..metrics.kinds import Diagonal
 from ..metrics.kronecker import is_number
 from ..metrics.units import as_metric
-from ..messages import warn as say
+from ..messages import Misfit, warn as say
 from .robust import Loss, Settled, settle
 from .space import Flat, Point, Space
 
@@ -87,12 +87,12 @@ def normalise(ws: Sequence[float] | None, T: int) -> list[float]:
     positive sum."""
     ws = [1.0]*T if ws is None else [float(w) for w in ws]
     if len(ws) != T:
-        raise ValueError(f"{len(ws)} weights {ws} for {T} models: give one per model.")
+        raise Misfit(f"{len(ws)} weights {ws} for {T} models.\nGive one per model.")
     if not all(math.isfinite(w) and w >= 0 for w in ws):
-        raise ValueError(f"weights {ws} must be finite and >= 0.")
+        raise Misfit(f"weights {ws} must be finite and >= 0.")
     top = max(ws)
     if not top > 0:
-        raise ValueError(f"weights {ws} sum to zero: at least one model must count.")
+        raise Misfit(f"weights {ws} sum to zero: at least one model must count.")
     # divided first, so that the sum of the largest numbers is one
     total = math.fsum(w/top for w in ws)
     return [w/top/total for w in ws]
