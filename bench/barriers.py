@@ -19,8 +19,11 @@ numbers in float32, of widths up to that of a model of a billion parameters (819
 runs in a process of its own, whose peak memory is told. Seconds are of the processor, so that what
 else a machine does counts less. Of them `likeness` and `assignment` are told apart, also for an MLP
 of other random numbers, whose assignment is harder; and `moments` are what matching by activations
-takes in likeness' place, of 4096 tokens. Writes bench/results/barriers.csv, barriers_stream.csv and
-barriers_cost.csv, and what they were made with beside them."""
+takes in likeness' place, of 4096 tokens.
+
+All of it runs on one thread: in how many threads sums are made decides what such networks learn.
+Writes bench/results/barriers.csv, barriers_stream.csv and barriers_cost.csv, and what they were
+made with beside them."""
 
 import argparse
 import gzip
@@ -351,6 +354,7 @@ if __name__ == "__main__":
     parser.add_argument("--widths", type=int, nargs="*", default=WIDTHS)
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    torch.set_num_threads(1)
     warnings.filterwarnings("ignore", ".*say the same to all examples")
     if args.one:
         print(json.dumps(cost(args.one)))
