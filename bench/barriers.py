@@ -3,6 +3,7 @@ one gauge; and what aligning costs, by width.
 
     python bench/barriers.py DATA
     python bench/barriers.py --pairs 0 --stream 2 --widths 1024 2048 4096 8192
+    python bench/barriers.py --pairs 0 --widths --whole 2
 
 Two networks 784-512-512-10 learn the pictures in DATA, a folder with the four IDX files of
 Fashion-MNIST or MNIST (as Debian's dataset-fashion-mnist has them; without it, scikit-learn's
@@ -19,8 +20,18 @@ numbers in float32, of widths up to that of a model of a billion parameters (819
 runs in a process of its own, whose peak memory is told. Seconds are of the processor, so that what
 else a machine does counts less. Of them `likeness` and `assignment` are told apart, also for an MLP
 of other random numbers, whose assignment is harder; and `moments` are what matching by activations
-takes in likeness' place, of 4096 tokens. Writes bench/results/barriers.csv, barriers_stream.csv and
-barriers_cost.csv, and what they were made with beside them."""
+takes in likeness' place, of 4096 tokens.
+
+With --whole, `frechet-merge align` is run on two folders of a transformer of the shape of Llama 3.2
+1B (random numbers in bfloat16, of as many layers as are said; it has 16), the second of which is
+the first one in another gauge: units in another order, with other lengths, heads in another basis.
+Told are seconds of a clock and of processors, the largest memory, which counts the pages of the
+files that the system keeps at hand, and how far the second then is from the first: the largest
+relative distance of a tensor.
+
+All but that runs on one thread: in how many threads sums are made decides what such networks learn.
+Writes bench/results/barriers.csv, barriers_stream.csv, barriers_cost.csv and barriers_whole.csv,
+and what they were made with beside them."""
 
 import argparse
 import gzip
@@ -38,6 +49,7 @@ import torch
 from adapters import about, write_rows
 from torch import nn
 
+from frechet_merge import merge
 from frechet_merge.files.checkpoint import from_state_dict
 from frechet_merge.files.open import load
 from frechet_merge.geometries.permutation import assigned, likeness
@@ -45,7 +57,7 @@ from frechet_merge.matching import gauges
 from frechet_merge.matching.behaviour import Crossed, match_activations
 from frechet_merge.matching.families import groups_of
 from frechet_merge.matching.gauges import align_gauges, in_one_gauge
-from frechet_merge.matching.groups import Group, Member, Part
+from frechet_merge.matching.groups import Group, Member, Part, gauged, random_element
 from frechet_merge.matching.stream import stream_of
 from frechet_merge.matching.traced import traced
 
@@ -269,6 +281,55 @@ def rows_of_cost(widths):
     return rows
 
 
+def billion(layers):
+    "A transformer of the shape of Llama 3.2 1B, of random numbers."
+    import transformers
+
+    config = transformers.LlamaConfig(
+        hidden_size=INPUTS, intermediate_size=8192, num_hidden_layers=layers, vocab_size=128256,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=64, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(config).bfloat16()
+
+
+def farthest(one, other):
+    "The largest relative distance of a tensor of two folders."
+    a, b = load(one), load(other)
+    gaps = [float((a[n].float() - b[n].float()).norm()/a[n].float().norm()) for n in a.lazy]
+    return max(gaps)
+
+
+def row_of_whole(layers):
+    "What it takes to bring two such models into one gauge, from disk to disk."
+    with tempfile.TemporaryDirectory() as folder:
+        a, b, out = (f"{folder}/{name}" for name in "abo")
+        model = billion(layers)
+        parameters = sum(p.numel() for p in model.parameters())
+        model.save_pretrained(a)
+        del model
+        c = load(a)
+        groups, gen = groups_of(c), torch.Generator().manual_seed(1)
+        merge([gauged(c, groups, {g.name: random_element(g, gen) for g in groups})], out=b)
+        before = farthest(a, b)
+        since, used = time.time(), resource.getrusage(resource.RUSAGE_CHILDREN)
+        command = [sys.executable, "-m", "frechet_merge", "align", a, b, "-o", out]
+        subprocess.run(command, check=True, capture_output=True)
+        seconds, after = time.time() - since, resource.getrusage(resource.RUSAGE_CHILDREN)
+        return {
+            "parameters": parameters,
+            "layers": layers,
+            "groups": len(groups),
+            "seconds": round(seconds),
+            "of_processors": round(
+                after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime
+            ),
+            "peak_mib": round(after.ru_maxrss/1024),
+            "apart_before": round(before, 3),
+            "apart_after": float(f"{farthest(a, f'{out}/b'):.2g}"),
+        }
+
+
 def tokens():
     "scikit-learn's digits as 16 tokens of 17 each; a fifth of them is for the test."
     x, y, tx, ty = digits()
@@ -349,17 +410,21 @@ if __name__ == "__main__":
     parser.add_argument("--pairs", type=int, default=2)
     parser.add_argument("--stream", type=int, default=0, help="pairs of transformers")
     parser.add_argument("--widths", type=int, nargs="*", default=WIDTHS)
+    parser.add_argument("--whole", type=int, help="layers of a wide transformer")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    torch.set_num_threads(1)
     warnings.filterwarnings("ignore", ".*say the same to all examples")
     if args.one:
         print(json.dumps(cost(args.one)))
         sys.exit()
     said = ["fashion-mnist/"] if args.data else []
-    given = {k: v for k, v in vars(args).items() if k not in ("data", "widths", "one")}
+    given = {k: v for k, v in vars(args).items() if k not in ("data", "widths", "whole", "one")}
     odd = [f"--{k} {v}" for k, v in given.items() if v != parser.get_default(k)]
     if args.widths != WIDTHS:
         odd.append(" ".join(["--widths", *map(str, args.widths)]))
+    if args.whole:
+        odd.append(f"--whole {args.whole}")
     words = " ".join(["python bench/barriers.py", *said, *odd])
     if args.pairs:
         rows = rows_of_barriers(args.data, args.epochs, args.width, args.pairs)
@@ -368,3 +433,5 @@ if __name__ == "__main__":
         write_rows("barriers_stream", rows_of_stream(args.stream), about(words))
     if args.widths:
         write_rows("barriers_cost", rows_of_cost(args.widths), about(words))
+    if args.whole:
+        write_rows("barriers_whole", [row_of_whole(args.whole)], about(words))

@@ -1,6 +1,7 @@
 """Does averaging collapse what real experts' layers say, and does the sphere repair it?
 
     python bench/collapse.py
+    python bench/collapse.py --images IMAGES
 
 The demo's five text experts as full models, and subsets of 2 to 5 of them. Each subset is merged by
 the plain mean, on the sphere and by the norm-rescaled mean (the mean of each tensor, given the mean
@@ -9,21 +10,28 @@ texts, `--texts` of each of the five tasks. What is reported, by block of the en
 variance and effective rank (`frechet_merge.diagnostics.collapse`); and how far outputs are from the
 base's, root mean square, relative to the experts' mean: what is left of what was learnt. Beside
 them the mean accuracy on the subset's tasks (--judged test texts each), the angle between tensors,
-and how far the merge is from the plain mean, both weighted by squared norms. Writes
-bench/results/collapse.csv and collapse.json."""
+and how far the merge is from the plain mean, both weighted by squared norms.
+
+With --images, the same of a vision transformer's experts, which `images/tasks.py` and
+`images/train.py --full` have written into IMAGES: run on --texts test pictures of each task, and
+judged on all others. Writes bench/results/collapse.csv, or collapse_images.csv, and what it was
+made with."""
 
 import argparse
 import itertools
 import math
 import random
+import sys
 import warnings
+from pathlib import Path
 
 import torch
 from adapters import about, write_rows
 from robust import experts
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
-from frechet_merge import merge
+from frechet_merge import load, merge
 from frechet_merge.cli.demo import TOKENS, accuracy, base_folder, tasks
 from frechet_merge.curvature.activations import Moments, blocks_of, rows_of, watching
 
@@ -54,6 +62,20 @@ def merges(models, base):
         yield "norm-rescaled differences", rescaled(models, base)
 
 
+@torch.no_grad()
+def heard(model, calls):
+    "Block → its outputs, a row a token; calls: of the model, each with its mask."
+    found = {}
+    for call, mask in calls:
+
+        def see(name, layer, x, mask=mask):
+            found.setdefault(name, []).append(rows_of(layer, x, mask))
+
+        with watching(model, blocks_of(model), see):
+            call()
+    return {name: torch.cat(rows) for name, rows in found.items()}
+
+
 class Judge:
     "A module into which states are put, and the texts on which it is run."
 
@@ -66,25 +88,56 @@ class Judge:
         how = dict(truncation=True, max_length=TOKENS, padding=True, return_tensors="pt")
         self.batches = [self.tokenizer(found[i : i + 50], **how) for i in range(0, len(found), 50)]
 
-    @torch.no_grad()
     def outputs(self, state):
         "Block → its outputs, a row a token."
         self.model.load_state_dict(state, strict=False)
-        found = {}
-        for batch in self.batches:
-            mask = batch["attention_mask"].bool()
-
-            def see(name, layer, x, mask=mask):
-                found.setdefault(name, []).append(rows_of(layer, x, mask))
-
-            with watching(self.model, blocks_of(self.model), see):
-                self.model(**batch)
-        return {name: torch.cat(rows) for name, rows in found.items()}
+        fed = ((b, b["attention_mask"].bool()) for b in self.batches)
+        return heard(self.model, ((lambda b=b: self.model(**b), mask) for b, mask in fed))
 
     def accuracy(self, state, names):
         self.model.load_state_dict(state, strict=False)
         found = accuracy(self.model, self.tokenizer, names, self.judged)
         return sum(found.values())/len(found)
+
+
+class Pictures:
+    "The same for experts of pictures: some are run on the module, and the others judge it."
+
+    def __init__(self, folder, seen):
+        # what images/train.py is made of
+        sys.path.insert(0, str(Path(__file__).parent/"images"))
+        import train
+
+        self.model = AutoModel.from_pretrained(folder/"base").eval()
+        self.names = sorted(f.name for f in (folder/"full").iterdir())
+        self.tasks = {n: train.load_task(folder, n) for n in self.names}
+        self.heads, self.made_of = load_file(folder/"heads.safetensors"), train
+        self.run = [task["test_x"][:seen] for task in self.tasks.values()]
+        self.left = slice(seen, None)
+
+    def outputs(self, state):
+        "Block → its outputs, a row a token."
+        self.model.load_state_dict(state, strict=False)
+        embed = self.made_of.embed
+        return heard(self.model, ((lambda x=x: embed(self.model, x), None) for x in self.run))
+
+    def accuracy(self, state, names):
+        self.model.load_state_dict(state, strict=False)
+        found = []
+        for n in names:
+            task = {k: self.tasks[n][k][self.left] for k in ("test_x", "test_y")}
+            W, b = (self.heads[f"{n}.{k}"] for k in ("weight", "bias"))
+            found.append(self.made_of.accuracy(self.model, task, W, b))
+        return mean(found)
+
+
+def pictured(folder):
+    "Full models by the task, in memory, and their base."
+    whole = load(folder/"base")
+    names = sorted(f.name for f in (folder/"full").iterdir())
+    every = {n: load(folder/"full"/n) for n in names}
+    found = {n: {k: c[k].clone() for k in c} for n, c in every.items()}
+    return found, {k: whole[k].clone() for k in next(iter(found.values()))}
 
 
 def spread(rows):
@@ -158,13 +211,22 @@ def main():
     parser.add_argument("--texts", type=int, default=40)
     parser.add_argument("--judged", type=int, default=100)
     parser.add_argument("--subsets", type=int, default=1)
+    parser.add_argument("--images", type=Path, help="folder of images/train.py")
     arguments = parser.parse_args()
     command = (
         f"python bench/collapse.py --texts {arguments.texts} --judged {arguments.judged} "
         f"--subsets {arguments.subsets}"
     )
-    found, base = experts()
-    judge = Judge(arguments.texts, arguments.judged)
+    name = "collapse"
+    if arguments.images is None:
+        found, base = experts()
+        judge = Judge(arguments.texts, arguments.judged)
+    else:
+        name += "_images"
+        command = f"python bench/collapse.py --images IMAGES --texts {arguments.texts}"
+        command += f" --subsets {arguments.subsets}"
+        found, base = pictured(arguments.images)
+        judge = Pictures(arguments.images, arguments.texts)
     at_base, seen = judge.outputs(base), {}
     for n, state in found.items():
         rows = judge.outputs(state)
@@ -176,7 +238,7 @@ def main():
             rows += rows_for(names, found, base, judge, seen, at_base)
             for row in rows[-5*len(at_base) :: len(at_base)]:
                 print(row, flush=True)
-            write_rows("collapse", rows, about(command))
+            write_rows(name, rows, about(command))
 
 
 if __name__ == "__main__":

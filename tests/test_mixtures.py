@@ -360,6 +360,9 @@ def test_models_that_cannot_be_are_refused(tmp_path):
     model = put(sparse("mixtral"), tmp_path/"m")
     with pytest.raises(MergeError, match="a llama routes"):
         fewer_experts(changed(model, model_type="llama"), K, tmp_path/"out")
+    # whose gates alternate with what they multiply, and have biases
+    with pytest.raises(MergeError, match="a gpt_oss routes tokens is not known here"):
+        fewer_experts(changed(model, model_type="gpt_oss"), K, tmp_path/"out")
     with pytest.raises(MergeError, match="has 8 experts, and its config says 9"):
         fewer_experts(changed(model, model_type="mixtral", num_local_experts=9), K, tmp_path/"out")
     # mended, it is what it was
