@@ -2,6 +2,7 @@
 that reads the file, or refused with a remedy that is tried."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -195,3 +196,34 @@ class TestModels:
         for models in ([a, b], [b, a]):
             out = merge(models, drop="v_head*", out=tmp_path/f"o{models[0].name}").out
             are_mean(load_file(out/"model.safetensors"), *want)
+
+
+class TestWords:
+    @pytest.mark.parametrize("order", [1, -1])
+    def test_a_pooling_that_the_first_model_does_not_have(self, tiny, order):
+        a, b = tiny("a", 1), tiny("b", 2)
+        (b/"1_Pooling").mkdir()
+        kind = "sentence_transformers.models"
+        parts = [{"path": "", "type": f"{kind}.Transformer"}]
+        parts += [{"path": "1_Pooling", "type": f"{kind}.Pooling"}]
+        (b/"modules.json").write_text(json.dumps(parts))
+        (b/"1_Pooling"/"config.json").write_text(json.dumps({"pooling_mode_cls_token": True}))
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            merge([a, b][::order])
+        found = [w for w in said if "Pooling of cls" in str(w.message)]
+        assert len(found) == (order == 1)
+
+    def test_adapters_of_models_that_predict_other_things(self, tmp_path):
+        stem = "lora_unet_mid_block_attentions_0_proj_in"
+        for name, kind in (("a", "v"), ("b", "epsilon"), ("c", "v")):
+            state = {f"{stem}.lora_down.weight": randn(2, 8), f"{stem}.lora_up.weight": randn(8, 2)}
+            save_file(state, tmp_path/f"{name}.safetensors", {"modelspec.prediction_type": kind})
+        a, b, c = (tmp_path/f"{n}.safetensors" for n in "abc")
+        with pytest.warns(UserWarning, match="prediction_type = 'v' and 'epsilon'"):
+            merge([a, b])
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            merge([a, c])
+            merge([a, b], any_base=True)
+        assert not [w for w in said if "prediction_type" in str(w.message)]
