@@ -1444,6 +1444,11 @@ def _unforeseen(e: Exception) -> str:
             f"error: {e.filename or 'standard output'}: {e.strerror}.\n"
             "Free some space, or print to another place; what was written whole is there."
         )
+    if isinstance(e, RuntimeError) and "home directory" in str(e):
+        return (
+            "error: a name begins with ~, and is of no user's home here.\n"
+            "Write its whole path, from / on."
+        )
     first = "\n".join(str(e).splitlines()[:1])
     return (
         f"error: {type(e).__name__}: {first}\n"

@@ -136,6 +136,23 @@ def depth_of(c: Checkpoint) -> dict[str, int]:
                 found[stem] = max(found.get(stem, 0), int(part))
     return found
 
+# %% ../../nbs/matching/absent.ipynb #61e866e7
+def _says_layers(c: Checkpoint) -> int | None:
+    "How many layers its config gives a model of language."
+    text = c.config.get("text_config")
+    every = (c.config, text if isinstance(text, dict) else {})
+    return next((n for held in every if (n := held.get("num_hidden_layers"))), None)
+
+# %% ../../nbs/matching/absent.ipynb #83fe6534
+def _beyond(first: Checkpoint, c: Checkpoint, stem: str, highest: Sequence[int]) -> str:
+    """What to do where the configs of both have as many layers as the shorter one: what stands
+    behind them predicts further tokens."""
+    low, high = highest
+    if _says_layers(first) != low + 1 or _says_layers(c) != low + 1 or high - low > MOST:
+        return ""
+    how = _how_to_leave_out([f"{stem}.{i}.*" for i in range(low + 1, high + 1)])
+    return f"\nTheir configs say {low + 1}: what is behind these predicts further tokens. {how}"
+
 # %% ../../nbs/matching/absent.ipynb #f93d1439
 def refuse_other_counts(models: Sequence[Checkpoint]) -> None:
     "`MergeError` for two models of which one has more layers in the same list."
@@ -149,6 +166,7 @@ def refuse_other_counts(models: Sequence[Checkpoint]) -> None:
                 raise MergeError(
                     f"{first.source} and {c.source} have {ours[stem] + 1} and {theirs[stem] + 1} "
                     f"layers in {stem!r}: layers of models of other depths have no mean."
+                    f"{_beyond(first, c, stem, sorted((ours[stem], theirs[stem])))}"
                 )
 
 # %% ../../nbs/matching/absent.ipynb #a1b22f5a

@@ -8,13 +8,12 @@ __all__ = ['COMPANIONS', 'among', 'quantised', 'refuse_codes']
 # %% ../../nbs/matching/codes.ipynb #ea2fb165
 import re
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 
 from ..files.checkpoint import Checkpoint
 from ..files.tensors import LazyTensor
-from .quantised import METHODS, reason
+from .quantised import METHODS, reason, said_of
 from ..messages import MergeError
 
 # %% ../../nbs/matching/codes.ipynb #19f5d29d
@@ -30,6 +29,7 @@ COMPANIONS = {
     r"[.]weight[.]_(data|scale|shift)$": "quanto",
     r"[.](q_weight|q_invperm|q_scale_max)$": "EXL2",
     r"[.]trellis$": "EXL3",
+    r"[.](dense_weights|row_offsets|col_vals)$": "SpQR",
     r"[.]pre_quant_scale$": "modelopt, with factors for what goes in",
     r"[.]comfy_quant$": "ComfyUI",
 }
@@ -69,13 +69,14 @@ def _scales(name: str) -> set[str]:
 # %% ../../nbs/matching/codes.ipynb #641043ad
 def _is_packed(x: LazyTensor) -> bool:
     "Whether these may be codes in a format that nobody here knows."
-    return len(x.shape) > 1 and x.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32)
+    kinds = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint32)
+    return len(x.shape) > 1 and x.dtype in kinds
 
 # %% ../../nbs/matching/codes.ipynb #46516915
 def quantised(c: Checkpoint) -> tuple[str, str] | None:
     "A tensor of codes and the format that it is in; None if all are numbers."
-    said: Any = c.config.get("quantization_config") or {}
-    method = said.get("quant_method", "") if isinstance(said, dict) else ""
+    said = said_of(c)
+    method = str(said.get("quant_method", ""))
     beside = _all_beside(c.lazy)
     for name, x in c.lazy.items():
         if name in beside:

@@ -15,7 +15,7 @@ from typing import Any
 from ..files.checkpoint import Checkpoint, json_in, read_json
 from ..files.folders import components
 from .settings import differences, flat, of_both
-from ..messages import MergeError
+from ..messages import MergeError, warn
 
 
 # %% ../../nbs/matching/function.ipynb #46c303f6
@@ -71,6 +71,24 @@ def refuse_other_poolings(models: Sequence[Checkpoint]) -> None:
                     f"{c.source} and {d.source} make other embeddings of the same weights: "
                     f"{' → '.join(ours) or 'no pooling'}, and {' → '.join(theirs) or 'none'}."
                 )
+
+# %% ../../nbs/matching/function.ipynb #fa3e4819
+def _say_lost_pooling(models: Sequence[Checkpoint]) -> None:
+    "Warn where the first model, whose folder the result's is like, has no pooling and another has."
+    first, *others = models
+    if first.folder is None or pooling(first) is not None:
+        return
+    for c in others:
+        found = pooling(c)
+        # what sentence-transformers does where a folder does not say
+        if found and found != ["Pooling of mean"]:
+            warn(
+                f"{c.source} makes embeddings by {' → '.join(found)} (modules.json), and "
+                f"{first.source}, whose folder the result's is like, does not say how: name "
+                f"{c.source} first to keep it"
+            )
+            return
+
 
 # %% ../../nbs/matching/function.ipynb #c844ee72
 def modules(c: Checkpoint) -> dict[str, list[Path]]:
@@ -157,6 +175,7 @@ def refuse_other_meanings(models: Sequence[Checkpoint], base: Checkpoint | None 
     refuse_other_depths(every)
     refuse_other_classes(every)
     refuse_other_poolings(models)
+    _say_lost_pooling(models)
 
 # %% ../../nbs/matching/function.ipynb #e4ee9280
 # what a config says of the function that weights of the same shapes are

@@ -33,6 +33,10 @@ def said_of(c: Checkpoint) -> dict[str, Any]:
     text = config.get("text_config")
     for held in (config, text if isinstance(text, dict) else {}):
         found = held.get("quantization_config") or held.get("compression_config")
+        # a key of its own, without the name of a method
+        of_mlx = held.get("quantization")
+        if isinstance(of_mlx, dict) and "bits" in of_mlx and "group_size" in of_mlx:
+            return {"quant_method": "mlx", **of_mlx}
         if isinstance(found, dict):
             return found
     beside = [] if c.folder is None else [c.folder/name for name in SAID]
@@ -316,7 +320,7 @@ V1, V2 = {"gptq"}, {"gptq_v2"}
 METHODS = {"", "fp8", "compressed-tensors", "mxfp4", "bitsandbytes", "gptq", "awq"}
 METHODS |= {"bitsandbytes_4bit", "bitsandbytes_8bit", "fbgemm_fp8", "modelopt"}
 # those that are not read: beside numbers, a config that names one is out of date
-PACKED = ("hqq", "quanto", "eetq", "torchao", "aqlm", "vptq", "higgs", "spqr", "auto-round")
+PACKED = ("hqq", "quanto", "eetq", "torchao", "aqlm", "vptq", "higgs", "spqr", "auto-round", "mlx")
 # and of modelopt, the algorithms
 ALGORITHMS = ("FP8", "NVFP4")
 

@@ -26,6 +26,7 @@ from ..adapters.common import speech_of
 from ..files.checkpoint import Checkpoint, from_state_dict, vocabulary_size
 from ..files.folders import library_of
 from ..files.open import PICKLES, load
+from ..files.open import parts_of as named_in
 from ..files.ranges import are_remote, is_file, refuse_changed
 from ..files.uploads import uploaded
 from .align import in_gauge_of
@@ -84,6 +85,12 @@ def homes_of(main: Checkpoint | None, adapters: Sequence[Checkpoint] = ()) -> li
     if main is None or main.folder is None:
         return []
     return [*(c.folder for c in adapters if c.folder), *main.homes]
+
+# %% ../../nbs/merging/merge.ipynb #250f3acd
+def _is_named_by_file(c: Checkpoint) -> bool:
+    "Whether a model, without adapters on it, was named by its file: what is beside is not its."
+    return is_file(c.source) or is_file(named_in(c.source)[0])
+
 
 # %% ../../nbs/merging/merge.ipynb #b9decbc2
 @dataclass(frozen=True)
@@ -165,7 +172,7 @@ def dress_of(opened: Opened, output: Output) -> Dress:
         return Dress([], output.dtype)
     main = main_of([*opened.models, *([] if opened.base is None else [opened.base])])
     homes = homes_of(main)
-    alone = main is not None and is_file(main.source)
+    alone = main is not None and _is_named_by_file(main)
     tokens = _lent(opened, homes) if opened.tokens is None else opened.tokens.folder
     read = tuple(f for c in opened.every for f in c.files)
     heads = classes(opened.models[0])
@@ -314,7 +321,8 @@ def _put_on(work: Work, plan: Plan) -> Merged:
     template = _template_of(opened, homes, tokens)
     heads = classes(full)
     read = onto.files
-    dress = Dress(homes, work.output.dtype, heads, False, tokens, read, template, full.says)
+    alone, dtype = _is_named_by_file(onto), work.output.dtype
+    dress = Dress(homes, dtype, heads, alone, tokens, read, template, full.says)
     return work.write(whole, dress, means)
 
 # %% ../../nbs/merging/merge.ipynb #e81c0e12

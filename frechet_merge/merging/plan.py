@@ -45,7 +45,7 @@ from ..messages import MergeError, warn
 from ..matching.statistics import Coupled, statistics
 from ..files.tensors import LazyTensor, MemoryTensor, as_device
 from ..adapters.updates import BATCH, Update, align_updates, batches, bias_key
-from ..adapters.updates import factor_shapes, peft_config
+from ..adapters.updates import factor_shapes, is_copy, peft_config
 
 # %% ../../nbs/merging/plan.ipynb #0a7b92f8
 @dataclass(frozen=True)
@@ -417,8 +417,10 @@ def _versions(
 # %% ../../nbs/merging/plan.ipynb #e1c5cc1c
 def _plan_whole(opened: Opened, whole: Sequence[Block], given: Numbers, dtype, device) -> Plan:
     "The plan for what adapters saved whole, which is merged as in full models."
-    if opened.recipe.models[1:]:
+    several = bool(opened.recipe.models[1:])
+    if several:
         _say_that_heads_have_no_mean(whole)
+    _say_what_is_not_scaled([b for b in whole if len(b.first.shape) < 2 or not several], given)
     parts = []
     for i, c in enumerate(opened.models):
         own = {b.name: b.lazy[b.who.index(i)] for b in whole if i in b.who}
@@ -442,14 +444,13 @@ def _refuse_sum_of_whole(whole: Sequence[Block], given: Numbers) -> None:
     "`MergeError` for coefficients of what several adapters saved whole, unless they are shares."
     for b in whole if given.is_sum else []:
         # a copy of the base is the same in all
-        if len(b.who) > 1 and ".base_layer." not in b.name:
+        if len(b.who) > 1 and not is_copy(b.name):
             why = "the adapters saved it whole, and not as an update"
             refuse_without_difference(b.name, why, given.given[b.name])
 
 # %% ../../nbs/merging/plan.ipynb #88050cf9
 def _say_that_heads_have_no_mean(whole: Sequence[Block]) -> None:
-    is_copy = ".base_layer."
-    heads = [b.name for b in whole if len(b.first.shape) > 1 and is_copy not in b.name]
+    heads = [b.name for b in whole if len(b.first.shape) > 1 and not is_copy(b.name)]
     if heads:
         some = ", ".join(heads[:3]) + (" …" if len(heads) > 3 else "")
         warn(
@@ -457,6 +458,18 @@ def _say_that_heads_have_no_mean(whole: Sequence[Block]) -> None:
             "scale. If these are heads of different tasks, their mean answers none: keep each "
             "one, and put it on after the merge"
         )
+
+# %% ../../nbs/merging/plan.ipynb #dd93f30a
+def _say_what_is_not_scaled(whole: Sequence[Block], given: Numbers) -> None:
+    "Warn of a scale that does not reach what adapters saved whole, as trained biases."
+    odd = [b.name for b in whole if given.scale[b.name] != 1 and not is_copy(b.name)]
+    if odd:
+        more = f" and {len(odd) - 1} more" if odd[1:] else ""
+        warn(
+            f"{odd[0]}{more}: saved whole beside the adapters, and no update: the scale does not "
+            "reach it"
+        )
+
 
 # %% ../../nbs/merging/plan.ipynb #e71c0e15
 WIDE = 128  # ranks above it are told
@@ -537,7 +550,9 @@ def plan_adapters(
         given,
     )
     if opened.onto is not None:
-        return plan
+        # its factors are PEFT's now, with all scaling in them
+        said = {k: v for k, v in (plan.config or {}).items() if k != "dialect"}
+        return replace(plan, config=said)
     return respelled(plan, updates, ranks, recipe, opened.models)
 
 # %% ../../nbs/merging/plan.ipynb #f21677d8
