@@ -145,15 +145,17 @@ def test_nan_and_inf(models, tmp_path, bad, geometry):
         ("1,2,3", "3 weights"),
         ("nan,1", "finite"),
         ("inf,1", "finite"),
-        ("-1,3", "must not be negative"),
     ],
 )
 def test_weights(models, tmp_path, weights, says):
     refused("m0", "m1", f"--weights={weights}", cwd=tmp_path, code=1, says=says)
 
 
-def test_weights_that_are_no_numbers(models, tmp_path):
-    refused("m0", "m1", "--weights=a,b", cwd=tmp_path, code=2, says="not numbers")
+@pytest.mark.parametrize(
+    "weights, says", [("a,b", "not numbers"), ("-1,3", "must not be negative")]
+)
+def test_weights_that_are_none(models, tmp_path, weights, says):
+    refused("m0", "m1", f"--weights={weights}", cwd=tmp_path, code=2, says=says)
 
 
 def test_output_folder_that_is_not_empty(models, tmp_path):

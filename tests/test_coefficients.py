@@ -385,12 +385,16 @@ class TestCommandLine:
             (["--weights", "1,2", "--weights", "2,1"], "all tensors are given twice"),
             (["--weights", "mlp=1,x"], "not numbers"),
             (["--scale", "x"], "not numbers"),
-            (["--weights", "mpl=1,2"], "nearest name"),
         ],
     )
     def test_words_that_are_none(self, here, words, says):
         code, _, err = cli("merge", "a", "b", "--base", "base", "-o", "o", *words, cwd=here)
         assert code == 2 and says in err and not (here/"o").exists()
+
+    def test_a_pattern_that_fits_no_tensor(self, here):
+        words = "--weights", "mpl=1,2"
+        code, _, err = cli("merge", "a", "b", "--base", "base", "-o", "o", *words, cwd=here)
+        assert code == 1 and "nearest name" in err and not (here/"o").exists()
 
 
 def test_a_row_that_only_some_models_have_is_in_no_sum(tmp_path):

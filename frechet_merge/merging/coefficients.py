@@ -16,7 +16,7 @@ from typing import Any
 
 from ..matching.blocks import by_name
 from .block import is_statistic, weights_of
-from ..messages import MergeError, Misfit, warn
+from ..messages import MergeError, warn
 from .rules import without_rules
 from ..spaces.mean import normalise
 
@@ -84,7 +84,7 @@ def refuse_negative(ws: Sequence[float]) -> None:
     "`ValueError` for shares of a mean that are negative, with what takes a model away."
     if any(w < 0 for w in ws):
         said = ",".join(f"{w:g}" for w in ws)
-        raise Misfit(
+        raise ValueError(
             f"weights {[*ws]} must not be negative: they are shares of a mean.\n"
             f"To add up and take away what models changed, give coefficients: --sum {said} "
             f"(sum=[{said}]); whole models with their base (--base)."
