@@ -134,7 +134,8 @@ def read_page(
         node = loader.get_single_node()
         reader = Reader(source, loader)
         data = None if node is None else reader.read(node)
-    except (yaml.YAMLError, ValueError, RecursionError) as e:
+    # a tag may ask for what its value is not
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError, AttributeError) as e:
         if isinstance(e, MergeError):
             raise
         raise _no_yaml(source, e, text) from e
