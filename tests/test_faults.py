@@ -31,6 +31,7 @@ from frechet_merge.curvature.collecting import Statistics
 from frechet_merge.merging.companions import write_companions
 from frechet_merge.merging.block import Job
 from frechet_merge.merging.recipe import Run
+from frechet_merge.merging.recipes import read_recipe, run_recipe
 from frechet_merge.huggingface.models import open_model
 from frechet_merge.merging.run import Plan, in_memory, into_folder, mapper
 from frechet_merge.files.output import OURS, free, staged, staged_file
@@ -813,3 +814,173 @@ class TestWhatIsRun:
         monkeypatch.setattr(torch, "__version__", version)
         with pytest.raises(MergeError, match="Install torch 2.10 or later"):
             load(tmp_path, allow_pickle=True)
+
+
+def with_tokens(folder, seed=0, more=()):
+    "A model of three tokens, whose tokenizer is in its folder."
+    folder.mkdir()
+    words = ["a", "b", "c"] if not more else [*more, "b", "a"]
+    model = {"type": "WordLevel", "vocab": {w: i for i, w in enumerate(words)}, "unk_token": "a"}
+    held = {"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "Whitespace"}}
+    nothing = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor", "decoder"))
+    (folder / "tokenizer.json").write_text(json.dumps(held | nothing | {"model": model}))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    (folder / "config.json").write_text('{"model_type": "llama", "vocab_size": 3}')
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(3, 4, generator=g)
+    save_file({"model.embed_tokens.weight": x}, folder / "model.safetensors")
+    return folder
+
+
+SECRET = "nobody is to read this"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tokenizer_extra.json", "chat_template.jinja", "tokenizer_config.json", "vocab.txt"],
+)
+@pytest.mark.parametrize("how", ["union", "pad", "template"])
+def test_no_choice_of_tokens_follows_a_link_out_of_the_folder(name, how, tmp_path):
+    pytest.importorskip("transformers")
+    a, b = with_tokens(tmp_path / "a"), with_tokens(tmp_path / "b", 1, more=["d"])
+    said = {"chat_template": SECRET, "tokenizer_class": "PreTrainedTokenizerFast"}
+    (tmp_path / "secret").write_text(json.dumps(said))
+    (a / name).unlink(missing_ok=True)
+    (a / name).symlink_to("../secret")
+    (b / "chat_template.jinja").write_text("x")
+    options = {
+        "union": {"tokenizer": "union"},
+        "pad": {"pad_to_multiple_of": 8},
+        "template": {"chat_template": str(a)},
+    }[how]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            merge([a, b if how == "union" else a], out=tmp_path / "out", **options)
+        except ValueError as e:
+            assert name in str(e) or "has no chat template" in str(e)
+    written = [f for f in (tmp_path / "out").rglob("*") if f.is_file()]
+    assert not any(SECRET in f.read_text(errors="replace") for f in written)
+
+
+def test_a_folder_of_templates_behind_a_link_is_not_written(tmp_path):
+    a = with_tokens(tmp_path / "a")
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "b.jinja").write_text(SECRET)
+    (a / "chat_template.jinja").write_text("x")
+    (a / "additional_chat_templates").symlink_to("../others")
+    with pytest.warns(UserWarning, match="is not"):
+        merge([a, a], out=tmp_path / "out", chat_template=str(a))
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "x"
+    assert not (tmp_path / "out" / "additional_chat_templates").exists()
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800.safetensors", "x" * 5000])
+def test_an_index_names_a_file_that_cannot_be(name, tmp_path):
+    (tmp_path / "m").mkdir()
+    index = tmp_path / "m" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"w": name}}))
+    with pytest.raises(MergeError, match=re.escape(str(tmp_path / "m"))):
+        load(tmp_path / "m")
+
+
+@pytest.mark.parametrize("file", ["model_index.json", "modules.json"])
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "\ud800", "/x", "**", "../a"])
+def test_names_of_parts_that_no_folder_can_have(file, name, tmp_path):
+    folder = tmp_path / "m"
+    (folder / "unet").mkdir(parents=True)
+    save_file({"w": torch.ones(3)}, folder / "unet" / "diffusion_pytorch_model.safetensors")
+    held = {"unet": ["diffusers", "U"], name: ["diffusers", "MultiU"]}
+    listed = [{"path": "unet"}, {"path": name}]
+    (folder / file).write_text(json.dumps(held if file == "model_index.json" else listed))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        merge([folder, folder], out=tmp_path / "out")
+    assert (tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("value", [5, [1], [["a"]], True])
+def test_target_parameters_of_another_type(value, tmp_path):
+    a = lora(tmp_path / "a", config={"target_parameters": value})
+    with pytest.raises(MergeError, match="target_parameters"):
+        merge([a, a])
+
+
+def test_facts_of_statistics_that_are_too_deep(tmp_path):
+    save_file({"w": torch.ones(3)}, tmp_path / "s.st", {"form": "[" * 50_000})
+    with pytest.raises(MergeError, match="no JSON"):
+        Statistics.load(tmp_path / "s.st")
+    w = {"w": torch.ones(3)}
+    merge([w, w], "curved", metrics=[tmp_path / "s.st"] * 2)
+
+
+@pytest.mark.parametrize("number", [10**30, 1e300, -1])
+def test_a_token_with_a_number_that_no_row_has(number, tmp_path):
+    pytest.importorskip("transformers")
+    a, b = with_tokens(tmp_path / "a"), with_tokens(tmp_path / "b", 1, more=["d"])
+    held = json.loads((a / "tokenizer.json").read_text())
+    held["model"]["vocab"]["c"] = number
+    (a / "tokenizer.json").write_text(json.dumps(held))
+    with pytest.raises(MergeError, match="a"):
+        merge([a, b], tokenizer="union")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_template_that_is_no_text(tmp_path):
+    a = with_tokens(tmp_path / "a")
+    (a / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(MergeError, match="chat_template.jinja: is no text"):
+        merge([a, a], out=tmp_path/"out", chat_template=str(a))
+
+
+@pytest.mark.parametrize("kind", ["fifo", "dangling", "folder"])
+def test_a_template_in_something_that_is_no_file(kind, tmp_path):
+    a, place = with_tokens(tmp_path/"a"), tmp_path/"template"
+    if kind == "dangling":
+        place.symlink_to("nothing")
+    else:
+        {"fifo": os.mkfifo, "folder": os.mkdir}[kind](place)
+    with pytest.raises(MergeError, match="template"):
+        merge([a, a], out=tmp_path/"out", chat_template=str(place))
+
+
+PLACES = ["loop", "loop/x", "~nobodyx/x", "x"*300, "/".join(["d"*200]*30), "\ud800"]
+
+
+@pytest.mark.parametrize("name", PLACES, ids=range(len(PLACES)))
+def test_a_place_that_cannot_be_is_refused_before_the_work(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.symlink("loop", "loop")
+    for folder in (True, False):
+        with pytest.raises(MergeError, match="Name another place"):
+            free(name, folder=folder)
+    with pytest.raises(MergeError):
+        load(name)
+
+
+def test_names_are_printed_where_the_terminal_cannot_spell_them(tmp_path):
+    for model in ("a", "b"):
+        (tmp_path/model).mkdir()
+        save_file({"wé→": torch.ones(3)}, tmp_path/model/"model.safetensors")
+    env = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"}
+    for words in (["inspect", "a", "b"], ["merge", "a", "b", "-o", "é→"]):
+        command = [sys.executable, "-m", "frechet_merge", *words]
+        ran = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True)
+        assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.parametrize("value", [5, [1], "x", None, {"a": 1}, {"models": 5}, {"models": [5]}])
+def test_a_record_whose_recipe_is_none(value, tmp_path):
+    for seed, model in enumerate("ab"):
+        save(tmp_path/model, tensors(seed))
+    merge([tmp_path/"a", tmp_path/"b"], out=tmp_path/"out")
+    file = tmp_path/"out"/"frechet_merge.json"
+    held = json.loads(file.read_text())
+    file.write_text(json.dumps(held | {"recipe": value}))
+    with pytest.raises(MergeError, match="out"):
+        asked = read_recipe(tmp_path/"out")
+        run_recipe(asked, asked.output.into(tmp_path/"again"))
+    for key in ("inputs", "means", "warnings", "versions", "seconds", "shard_size"):
+        file.write_text(json.dumps(held | {key: "x"}))
+        with pytest.raises(MergeError, match=f"out.*{key}"):
+            read_recipe(tmp_path/"out")

@@ -646,7 +646,7 @@ def _written(made: Extracted, out: Path, like: Checkpoint) -> Extracted:
         if home is not None and home.is_dir():
             for f in sorted(home.iterdir()):
                 if not f.is_dir() and any(fnmatchcase(f.name, p) for p in companions.TOKENIZER):
-                    companions._copied(home, f, part/f.name)
+                    companions.copied(home, f, part/f.name)
     return replace(made, tensors=load(out), out=out)
 
 # %% ../../nbs/adapters/extract.ipynb #3e4809f5

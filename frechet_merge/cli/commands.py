@@ -10,6 +10,7 @@ __all__ = ['app', 'RecipeFile', 'RunPlace', 'RunFolder', 'MergedBefore', 'SeenBe
 
 # %% ../../nbs/cli/commands.ipynb #fbd8897e
 import errno
+import io
 import json
 import os
 import signal
@@ -26,7 +27,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from ..messages import MergeError, Misfit, redacted, warn
+from ..messages import MergeError, Misfit, named, redacted, warn
 from .helped import ERASED, App, geometry_names, instead_of, one_of
 from .mixtures import experts_command, mixture_command
 from .options import Absent, AnyBase, Base, BatchSize, MaxLength, Metrics, Models
@@ -1439,7 +1440,14 @@ def _open_standard_streams() -> None:
 # %% ../../nbs/cli/commands.ipynb #5afed003
 def _unforeseen(e: Exception) -> str:
     "What is said of an error that has no message of ours."
-    if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+    no_room = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+    if isinstance(e, OSError) and e.filename and e.strerror and e.errno not in no_room:
+        where = named(str(e.filename))
+        return f"error: {where}: {e.strerror}.\nCheck this path and who may use it."
+    # of pathlib
+    if isinstance(e, RuntimeError) and str(e).startswith("Could not determine home"):
+        return "error: a path begins with ~, and there is no home of this name.\nWrite it out."
+    if isinstance(e, OSError) and e.errno in no_room:
         return (
             f"error: {e.filename or 'standard output'}: {e.strerror}.\n"
             "Free some space, or print to another place; what was written whole is there."
@@ -1498,6 +1506,10 @@ def main():
     if debug:
         sys.argv.remove("--debug")
     _open_standard_streams()
+    for stream in (sys.stdout, sys.stderr):
+        # a name may have what the encoding of a terminal has not
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     # a terminal that was closed; nohup has it ignored
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
@@ -1518,7 +1530,9 @@ def main():
         if debug:
             raise
         print("error: " + "\n".join(redacted(str(e)).splitlines()[:3]), file=sys.stderr)
-        code = 1 if isinstance(e, (MergeError, Misfit)) else 2
+        # what no encoding holds was in a file
+        are_inputs = isinstance(e, (MergeError, Misfit, UnicodeError))
+        code = 1 if are_inputs else 2
     except Exception as e:
         if debug:
             raise

@@ -124,8 +124,10 @@ def experts_command(
 # %% ../../nbs/cli/mixtures.ipynb #a7ab72ae
 def lines_of(path: Path) -> list[str]:
     "The texts in a file, one a line; `MergeError` if it cannot be read, or holds none."
+    from frechet_merge.files.shards import read_bytes
+
     try:
-        found = [x for x in path.read_text(encoding="utf-8").splitlines() if x.strip()]
+        found = [x for x in read_bytes(path).decode().splitlines() if x.strip()]
     except (OSError, UnicodeDecodeError) as e:
         raise MergeError(f"{path}: cannot be read as text ({e}).") from e
     if not found:

@@ -31,7 +31,7 @@ from ..files.output import disk_errors, staged_file
 from ..files.shards import read_header, save_tensors
 from .routed import ByExpert, piece_names, pieces_of
 from .uses import Watch
-from ..messages import warn
+from ..messages import MergeError, warn
 
 Batch = Any  # a mapping, as tokenizers make them; (inputs, labels, …); or inputs. Samples first
 # parameter (m, n) → U (m, p), V (n, p): the matrices u_i v_iᵀ
@@ -97,7 +97,14 @@ class Statistics(dict):
         tied = {name: tensors[kept] for name, kept in held.tied.items()}
         facts = {k: v for k, v in read_header(path)[1].items() if k not in held.tied}
         facts.pop("format", None)
-        return cls(tensors | tied, {k: json.loads(v) for k, v in facts.items()})
+        try:
+            about = {k: json.loads(v) for k, v in facts.items()}
+        except (ValueError, RecursionError) as e:
+            raise MergeError(
+                f"{path}: has facts in its header that are no JSON.\n"
+                "Name a file that frechet-merge curvature wrote."
+            ) from e
+        return cls(tensors | tied, about)
 
     def lacking(self) -> str:
         """What has no metric, grouped by why; empty if there is nothing to say (frozen parameters,

@@ -524,7 +524,10 @@ def write_report(
             "(merge --report)."
         )
     record = Record.read(out) if record is None else record
-    text = report_of(record, out.absolute().name, out, seen)
+    try:
+        text = report_of(record, out.absolute().name, out, seen)
+    except MergeError as e:
+        raise MergeError(f"{out}: {e}") from e
     place = free(page_of(out), folder=False, replace=True)
     with disk_errors(place, len(text)), staged_file(place) as part:
         part.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -17,6 +17,7 @@ from rich.text import Text
 from ..files.checkpoint import Checkpoint, read_json, vocabulary_size
 from ..matching.joined import kind_of
 from ..matching.vocabulary import contradiction, is_reserved, moved, vocabulary
+from ..files.shards import read_bytes
 from ..messages import shown
 
 # %% ../../nbs/diagnostics/tokens.ipynb #40bbadf1
@@ -45,7 +46,7 @@ def template_of(c: Checkpoint) -> str | None:
     "Its chat template; None if it has none."
     for home in c.homes:
         if (home/"chat_template.jinja").is_file():
-            return (home/"chat_template.jinja").read_text(errors="replace")
+            return read_bytes(home/"chat_template.jinja").decode(errors="replace")
     found = _said(c, "tokenizer_config.json").get("chat_template")
     return found if found is None or isinstance(found, str) else str(found)
 

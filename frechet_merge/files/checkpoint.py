@@ -71,7 +71,7 @@ SHAPES = {
         "alpha_pattern": ["an object of numbers"],
         "target_modules": ["a list of texts", "a text"],
         "modules_to_save": ["a list of texts"],
-        "target_parameters": ["a list of texts", "a text"],
+        "target_parameters": ["a list of texts"],
     },
 }
 

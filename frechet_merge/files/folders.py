@@ -10,6 +10,7 @@ __all__ = ['LIBRARIES', 'TRAINING', 'TRAINING_FOLDERS', 'WEIGHTS', 'module_paths
 import re
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
+from glob import escape
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -52,23 +53,28 @@ def pipeline_parts(home: Path) -> dict[str, list[Any]]:  # folder → library an
     found = {k: v for k, v in listed.items() if len(v) == 2 and None not in v}
     for k, v in [*found.items()]:
         # of several ControlNets the second is in controlnet_1, and is not listed
-        if str(v[1]).startswith("Multi"):
-            found |= {d.name: v for d in home.glob(f"{k}_[0-9]") if d.is_dir()}
+        if str(v[1]).startswith("Multi") and _is_inside(home, k):
+            found |= {d.name: v for d in home.glob(f"{escape(k)}_[0-9]") if d.is_dir()}
     return found
 
 # %% ../../nbs/files/folders.ipynb #4ccc4150
 def _is_inside(home: Path, path: str) -> bool:
     "Whether a folder that a file names stands in its own folder, links followed."
     parts = PurePosixPath(path).parts
-    if not parts or path.startswith("/") or ".." in parts or not (home/path).is_dir():
+    if not parts or path.startswith("/") or ".." in parts:
         return False
-    return (home/path).resolve().is_relative_to(home.resolve())
+    try:
+        return (home/path).is_dir() and (home/path).resolve().is_relative_to(home.resolve())
+    # no folder can be called so
+    except (OSError, ValueError):
+        return False
 
 # %% ../../nbs/files/folders.ipynb #717f0172
 def components(home: Path) -> list[str]:  # paths in it, with / between
     "The folders in a folder that a library opens as parts of one model; only real ones."
     modules = module_paths(home)
-    routed = [f"{path}/{part}" for path in modules for part in _routed(home/path)]
+    there = [path for path in modules if _is_inside(home, path)]
+    routed = [f"{path}/{part}" for path in there for part in _routed(home/path)]
     at_root = _routed(home) if (home/"router_config.json").is_file() else []
     listed = [*pipeline_parts(home), *modules, *routed, *at_root]
     inside = (str(PurePosixPath(p)) for p in listed if _is_inside(home, p))

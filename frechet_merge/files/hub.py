@@ -69,7 +69,7 @@ def ids_in(
 ) -> list[str]:
     "The hub ids in a name; what is here is none."
     name = local(name)
-    if not isinstance(name, (str, os.PathLike)) or Path(name).expanduser().exists():
+    if not isinstance(name, (str, os.PathLike)) or os.path.exists(os.path.expanduser(name)):
         return []
     from frechet_merge.files.open import parts_of
     from frechet_merge.matching.slices import slices_of
@@ -297,7 +297,7 @@ def exact(
     if isinstance(name, (list, tuple)):
         return [exact(x, found) for x in name]
     is_name = isinstance(name, (str, os.PathLike))
-    if not is_name or not found or Path(name).expanduser().exists():
+    if not is_name or not found or os.path.exists(os.path.expanduser(name)):
         return name
     ids = "|".join(map(re.escape, sorted(found, key=len, reverse=True)))
     whole = rf"(?<![\w./@-])(?:{ids})(?![\w./@-])"

@@ -33,7 +33,7 @@ def parts_of(
             (
                 k
                 for k in range(len(parts), 0, -1)
-                if Path(local("+".join(parts[:k]))).expanduser().exists()
+                if os.path.exists(os.path.expanduser(local("+".join(parts[:k]))))
             ),
             1,
         )
@@ -174,18 +174,19 @@ def load(
             f"{adapted if hasattr(source, 'peft_config') else ''}."
         )
     named = os.fspath(local(source))
-    path = Path(named).expanduser()
-    if not path.exists() and "[" in named:
+    path = Path(os.path.expanduser(named))
+    if os.path.exists(path):
+        return _open(snapshot_of(path), allow_pickle, named)
+    if "[" in named:
         from frechet_merge.matching.slices import load_slices, slices_of
 
         if pieces := slices_of(named):
             return load_slices(pieces, allow_pickle)
-    if not path.exists() and len(parts := parts_of(named)) > 1:
+    if len(parts := parts_of(named)) > 1:
         return _on_its_base(parts, allow_pickle)
     if is_address(named):
         return _in_store(named, allow_pickle)
-    here = snapshot_of(path) if path.exists() else download(named, allow_pickle)
-    return _open(here, allow_pickle, named)
+    return _open(download(named, allow_pickle), allow_pickle, named)
 
 # %% ../../nbs/files/open.ipynb #94a6e039
 def _in_memory(tensors: Mapping[str, Tensor], name: str) -> Checkpoint:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 
 from .checkpoint import Checkpoint
-from ..messages import MergeError
+from ..messages import MergeError, named
 from ..messages import warn
 from .ranges import ADDRESS, remote_of
 from .shards import refuse_another
@@ -50,6 +50,25 @@ def _refuse_address(out: Path) -> None:
             "Name a folder here."
         )
 
+# %% ../../nbs/files/output.ipynb #422ecc4c
+def _refuse_no_name(out: Path) -> None:
+    "`MergeError` for a place that no path can name: too long, a loop of links, of no user."
+    try:
+        os.stat(out)
+    except (FileNotFoundError, NotADirectoryError):
+        if not str(out).startswith("~"):
+            return
+        why = "no user here has this name"
+    except OSError as e:
+        why = e.strerror
+    # half of a character
+    except ValueError as e:
+        why = str(e)
+    else:
+        return
+    raise MergeError(f"{named(str(out))}: cannot be written to ({why}).\nName another place.")
+
+
 # %% ../../nbs/files/output.ipynb #27f61a92
 def free(
     out: str | os.PathLike,  # where something will be written; ~ is home
@@ -58,8 +77,9 @@ def free(
     replace: bool = False,  # whether there may be such a file
 ) -> Path:  # with ~ written out
     "The place of an output; `MergeError` if it is taken, or cannot be."
-    out = Path(out).expanduser()
+    out = Path(os.path.expanduser(out))
     _refuse_address(out)
+    _refuse_no_name(out)
     if not folder:
         if out.is_dir() or not out.absolute().parent.is_dir():
             raise MergeError(
@@ -72,7 +92,7 @@ def free(
             )
         if out.exists() and not replace:
             raise MergeError(f"{out}: exists already.\nRemove it, or name another file.")
-    elif out.resolve() == Path.cwd():
+    elif os.path.realpath(out) == os.getcwd():
         raise MergeError(
             f"{out}: is the current folder, which cannot be replaced.\nName a folder in it."
         )

@@ -62,7 +62,7 @@ def is_file(
     "Whether a name is of a file, and not of a folder or a hub id."
     if is_address(name):
         return name_of(name).endswith(ENDS)
-    return Path(name).expanduser().is_file()
+    return os.path.isfile(os.path.expanduser(name))
 
 # %% ../../nbs/files/ranges.ipynb #d1f78544
 # kind of address → the package with its driver

@@ -101,7 +101,11 @@ def open_file(path: str | os.PathLike) -> int:
     """A descriptor to read a file by; `MergeError` if it is something else (a pipe would never
     end), `OSError` if it cannot be opened."""
     # before it is opened, since that may wait for a writer or wake a device
-    mode = os.stat(path).st_mode
+    try:
+        mode = os.stat(path).st_mode
+    # a zero byte, or half of a character
+    except ValueError as e:
+        raise MergeError(f"{path}: is no name that a file can have ({e}).") from e
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
         raise MergeError(f"{path}: is {kind}, and not a file.\nPut the file itself there.")

@@ -106,7 +106,7 @@ def _value(text: str) -> Any:
     "What JSON says, or else the text itself."
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 # %% ../../nbs/matching/statistics.ipynb #44e82861

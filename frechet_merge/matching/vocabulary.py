@@ -15,6 +15,16 @@ from ..files.checkpoint import Checkpoint
 from .tokenizers import FILES, held_by, read_tokens
 from ..messages import MergeError, warn
 
+# %% ../../nbs/matching/vocabulary.ipynb #623a08cc
+def _numbered(found: Mapping[Any, Any]) -> dict[str, int]:
+    "Tokens and their numbers; `ValueError` for a number that is of no row."
+    numbers = {str(t): int(i) for t, i in found.items()}
+    odd = next((t for t, i in numbers.items() if not 0 <= i < 2**31), None)
+    if odd is not None:
+        raise ValueError(f"its token {odd!r} has a number that no row has")
+    return numbers
+
+
 # %% ../../nbs/matching/vocabulary.ipynb #19bb1dfa
 def vocabulary(c: Checkpoint) -> dict[str, int] | None:
     "Token → number; None if its folders have no tokenizer of a kind that is known here."
@@ -22,7 +32,7 @@ def vocabulary(c: Checkpoint) -> dict[str, int] | None:
         try:
             found = read_tokens(home)
             if found is not None:
-                return {str(t): int(i) for t, i in found.items()}
+                return _numbered(found)
         except (OSError, TypeError, LookupError, AttributeError, ValueError):
             return None
     return None
@@ -32,7 +42,7 @@ def why_unread(c: Checkpoint) -> str:
     "What is in the way of its tokenizer, in words; empty if it can be read, or if there is none."
     for home in c.homes:
         try:
-            if read_tokens(home) is not None:
+            if (found := read_tokens(home)) is not None and _numbered(found) is not None:
                 return ""
         except (OSError, TypeError, LookupError, AttributeError, ValueError) as e:
             return (str(e).splitlines() or [type(e).__name__])[0][:200]

@@ -136,7 +136,8 @@ def read_pages(
             reader = Reader(source, loader, count=count)
             found.append(Page(source, reader.read(loader.get_node()), reader.lines))
             count = reader.count
-    except (yaml.YAMLError, ValueError, RecursionError) as e:
+    # a tag may ask for what its value is not
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError, AttributeError) as e:
         if isinstance(e, MergeError):
             raise
         raise _no_yaml(source, e, text) from e

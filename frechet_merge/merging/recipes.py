@@ -377,6 +377,20 @@ class Asked:
     mixture: Any = None  # `Wanted`, if a mixture is made of the models; None: they are merged
     steps: tuple[Any, ...] = ()  # `Step`s of a file of several recipes, in the order of running
 
+# %% ../../nbs/merging/recipes.ipynb #d610299e
+def _of_record(folder: Path) -> Asked:
+    "What the record in a folder asks for; `MergeError` names the folder if it does not say."
+    record = Record.read(folder)
+    models = record.recipe.get("models")
+    if not isinstance(models, list) or not all(isinstance(m, (str, dict)) for m in models):
+        raise MergeError(f"{folder}: its recipe is damaged: models = {repr(models)[:80]}.")
+    try:
+        return Asked(record.again(), record.output())
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as e:
+        why = str(e) if isinstance(e, MergeError) else f"its recipe is damaged: {e}"
+        raise MergeError(f"{folder}: {why}") from e
+
+
 # %% ../../nbs/merging/recipes.ipynb #4b29498e
 def read_recipe(
     path: Path,  # of a recipe, ours or mergekit's; of a record, or the folder of one
@@ -391,10 +405,10 @@ def read_recipe(
     if path.is_dir() and not (path/NAME).is_file():
         raise MergeError(f"{path}: is a folder without {NAME}, which a merge writes.")
     if path.is_dir() or path.name == NAME:
-        record = Record.read(path if path.is_dir() else path.parent)
-        return Asked(record.again(), record.output())
+        return _of_record(path if path.is_dir() else path.parent)
     pages = read_file(path)
     return asked_by(pages[0]) if len(pages) == 1 else several_asked(pages)
+
 
 # %% ../../nbs/merging/recipes.ipynb #9402471a
 def asked_by(page: Page) -> Asked:

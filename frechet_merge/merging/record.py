@@ -11,7 +11,8 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 import torch
 
@@ -36,6 +37,21 @@ def mean_of(said: Mapping[str, Any]) -> Mean:
         if kept[number] is None:
             kept[number] = math.nan
     return Mean(None, **{**kept, "squares": tuple(kept["squares"])})
+
+# %% ../../nbs/merging/record.ipynb #7c167709
+def _is_of(value: Any, kind: Any) -> bool:
+    "Whether a value out of JSON is of a type, as a field is annotated with it."
+    if kind is Any:
+        return True
+    inner = get_args(kind)
+    if isinstance(kind, UnionType):
+        return any(_is_of(value, k) for k in inner)
+    if get_origin(kind) is dict:
+        return isinstance(value, dict) and all(_is_of(v, inner[1]) for v in value.values())
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_is_of(v, inner[0]) for v in value)
+    return isinstance(value, (int, float) if kind is float else kind)
+
 
 # %% ../../nbs/merging/record.ipynb #c3df5783
 NAME = "frechet_merge.json"  # the file of a record, in an output
@@ -81,9 +97,15 @@ class Record:
     def read(cls, folder: str | Path) -> "Record":
         "From a folder that a merge wrote; `MergeError` if it holds none."
         path = Path(folder).expanduser()/NAME
-        held = read_json(path)
+        held: dict[str, Any] = {"recipe": None} | read_json(path)
         if strange := held.keys() - {f.name for f in fields(cls)}:
             raise MergeError(f"{path}: has {min(strange)!r}, which no record of this version has.")
+        for f in fields(cls):
+            if f.name in held and not _is_of(held[f.name], f.type):
+                raise MergeError(
+                    f"{path}: has {f.name} = {repr(held.get(f.name))[:80]}, which no merge wrote.\n"
+                    "The file is damaged: merge again."
+                )
         return cls(**held)
 
     def as_means(self) -> dict[str, Mean]:

@@ -7,6 +7,7 @@ __all__ = ['MORE', 'MARKS', 'templates_in', 'home_of', 'Chosen', 'chosen_templat
 
 # %% ../../nbs/merging/templates.ipynb #b68fb210
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,8 +18,19 @@ from typing import Any
 from ..files.checkpoint import Checkpoint, read_json
 from ..files.shards import read_bytes
 from ..matching.tokenizers import read_tokens
-from ..messages import warn
-from .companions import TOKENIZER, _first_with
+from ..messages import MergeError, warn
+from .companions import TOKENIZER, _first_with, is_of
+
+# %% ../../nbs/merging/templates.ipynb #3c973aa0
+def _text_of(file: Path) -> str:
+    "The text of a template; `MergeError` if it is none."
+    try:
+        return read_bytes(file).decode()
+    except OSError as e:
+        raise MergeError(f"{file}: cannot be read ({e.strerror}).\nName a template.") from e
+    except UnicodeDecodeError as e:
+        raise MergeError(f"{file}: is no text, and so no chat template.") from e
+
 
 # %% ../../nbs/merging/templates.ipynb #6b59ab4f
 MORE = "additional_chat_templates"  # the folder of further templates
@@ -28,7 +40,8 @@ def _in_config(folder: Path) -> dict[str, str]:
     "Templates by name in the JSON files of a folder."
     found: dict[str, str] = {}
     for name in ("chat_template.json", "tokenizer_config.json"):
-        held = read_json(folder/name).get("chat_template") if (folder/name).is_file() else None
+        file = folder/name
+        held = read_json(file).get("chat_template") if is_of(folder, file) else None
         several = held if isinstance(held, list) else [{"name": "default", "template": held}]
         for t in several:
             if isinstance(t, Mapping) and isinstance(t.get("template"), str):
@@ -39,12 +52,13 @@ def _in_config(folder: Path) -> dict[str, str]:
 def templates_in(
     folder: Path,
 ) -> dict[str, str]:  # name → template; the one that is used alone is "default"
-    "The chat templates of a folder; none if it has none."
+    "The chat templates of a folder, but those behind links that lead out of it."
     found = _in_config(folder)
-    if (folder/"chat_template.jinja").is_file():
-        found["default"] = read_bytes(folder/"chat_template.jinja").decode()
+    if is_of(folder, folder/"chat_template.jinja"):
+        found["default"] = _text_of(folder/"chat_template.jinja")
     for f in sorted((folder/MORE).glob("*.jinja")):
-        found[f.stem] = read_bytes(f).decode()
+        if is_of(folder, f):
+            found[f.stem] = _text_of(f)
     return found
 
 # %% ../../nbs/merging/templates.ipynb #d5c22810
@@ -71,7 +85,7 @@ def chosen_templates(
     c = named.get(choice)
     if c is None and ("{%" in choice or "{{" in choice):
         return Chosen("the recipe", {"default": choice})
-    if c is None and Path(choice).is_file():
+    if c is None and os.path.lexists(choice):
         return Chosen(choice, _of_file(Path(choice)))
     if c is None:
         every = ", ".join(map(repr, named))
@@ -86,13 +100,10 @@ def chosen_templates(
 def _of_file(file: Path) -> dict[str, str]:
     "The template in a file: its text, or what a JSON file says under `chat_template`."
     if file.suffix != ".json":
-        try:
-            return {"default": read_bytes(file).decode()}
-        except UnicodeDecodeError as e:
-            raise ValueError(f"chat_template = {str(file)!r}: is no text.") from e
+        return {"default": _text_of(file)}
     held = read_json(file).get("chat_template")
     if not isinstance(held, str):
-        raise ValueError(f"chat_template = {str(file)!r}: has no text under 'chat_template'.")
+        raise MergeError(f"chat_template = {str(file)!r}: has no text under 'chat_template'.")
     return {"default": held}
 
 # %% ../../nbs/merging/templates.ipynb #6543737b
