@@ -1452,11 +1452,6 @@ def _unforeseen(e: Exception) -> str:
             f"error: {e.filename or 'standard output'}: {e.strerror}.\n"
             "Free some space, or print to another place; what was written whole is there."
         )
-    if isinstance(e, RuntimeError) and "home directory" in str(e):
-        return (
-            "error: a name begins with ~, and is of no user's home here.\n"
-            "Write its whole path, from / on."
-        )
     first = "\n".join(str(e).splitlines()[:1])
     return (
         f"error: {type(e).__name__}: {first}\n"
@@ -1498,6 +1493,16 @@ def _misread(e: Any) -> int:
     return e.exit_code
 
 
+# %% ../../nbs/cli/commands.ipynb #bba61bc7
+def _refused(e: Exception) -> int:
+    "Say why a command ends, in at most three lines; the exit code."
+    if not isinstance(e, ValueError):
+        print(_unforeseen(e), file=sys.stderr)
+        return 1
+    print("error: " + "\n".join(redacted(str(e)).splitlines()[:3]), file=sys.stderr)
+    # what no encoding holds was in a file
+    return 1 if isinstance(e, (MergeError, Misfit, UnicodeError)) else 2
+
 # %% ../../nbs/cli/commands.ipynb #5831c528
 def main():
     """Entry point of `frechet-merge`: exit code 0 done, 1 the inputs cannot be merged, 2 wrong
@@ -1526,18 +1531,10 @@ def main():
         code = e.code
     except UsageError as e:
         code = _misread(e)
-    except ValueError as e:
-        if debug:
-            raise
-        print("error: " + "\n".join(redacted(str(e)).splitlines()[:3]), file=sys.stderr)
-        # what no encoding holds was in a file
-        are_inputs = isinstance(e, (MergeError, Misfit, UnicodeError))
-        code = 1 if are_inputs else 2
     except Exception as e:
         if debug:
             raise
-        print(_unforeseen(e), file=sys.stderr)
-        code = 1
+        code = _refused(e)
     flushed = _flushed()
     code = code or flushed
     # everything is on disk; unloading torch takes longer than a small merge
