@@ -209,7 +209,7 @@ class TestStaging:
         ended = []
         monkeypatch.setattr(os, "_exit", ended.append)
         monkeypatch.setattr(
-            "frechet_merge.cli.commands.app", lambda: os.kill(os.getpid(), signal.SIGHUP)
+            "frechet_merge.cli.commands.app", lambda **_: os.kill(os.getpid(), signal.SIGHUP)
         )
         try:
             main()
