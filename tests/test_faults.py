@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tracemalloc
 import warnings
+from importlib.machinery import ModuleSpec
 from importlib.metadata import EntryPoint
 
 import pytest
@@ -26,7 +27,7 @@ from frechet_merge.files import output
 from frechet_merge.geometries import registry
 from frechet_merge.matching.views import in_front
 from frechet_merge.messages import warn
-from frechet_merge.cli.commands import main
+from frechet_merge.cli.commands import ENDING, _end, main
 from frechet_merge.curvature.collecting import Statistics
 from frechet_merge.merging.companions import write_companions
 from frechet_merge.merging.block import Job
@@ -203,7 +204,7 @@ class TestStaging:
     @pytest.mark.parametrize("ignored", [False, True])
     def test_a_closed_terminal(self, monkeypatch, ignored):
         "It ends a run as SIGTERM does; under nohup it does not."
-        was = signal.getsignal(signal.SIGHUP), signal.getsignal(signal.SIGTERM)
+        was = {number: signal.getsignal(number) for number in ENDING}
         signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
         monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
         ended = []
@@ -214,9 +215,23 @@ class TestStaging:
         try:
             main()
         finally:
-            signal.signal(signal.SIGHUP, was[0])
-            signal.signal(signal.SIGTERM, was[1])
+            for number, handler in was.items():
+                signal.signal(number, handler)
         assert ended == [0 if ignored else 129]
+
+    @pytest.mark.parametrize("number", ENDING)
+    @pytest.mark.parametrize("is_imported", [False, True])
+    def test_a_signal_ends_a_command_at_once_while_torch_is_imported(
+        self, monkeypatch, number, is_imported
+    ):
+        spec = ModuleSpec("torch", None)
+        spec._initializing = not is_imported
+        monkeypatch.setattr(torch, "__spec__", spec)
+        ended = []
+        monkeypatch.setattr(os, "_exit", ended.append)
+        with pytest.raises(SystemExit) as e:
+            _end(number, None)
+        assert e.value.code == 128 + number and ended == [128 + number]*(not is_imported)
 
 
 class TestBounds:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'RecipeFile', 'RunPlace', 'RunFolder', 'MergedBefore', 'SeenBefore', 'KnownMetrics', 'KnownData',
-           'RecipeToWrite', 'UsageError', 'is_dry', 'merge_command', 'run_command', 'report_command', 'align_command',
-           'convert_command', 'inspect_command', 'curvature_command', 'basis_command', 'tune_command',
+           'RecipeToWrite', 'UsageError', 'ENDING', 'is_dry', 'merge_command', 'run_command', 'report_command',
+           'align_command', 'convert_command', 'inspect_command', 'curvature_command', 'basis_command', 'tune_command',
            'suggest_command', 'extract_command', 'resize_command', 'demo_command', 'main']
 
 # %% ../../nbs/cli/commands.ipynb #fbd8897e
@@ -1503,6 +1503,19 @@ def _refused(e: Exception) -> int:
     # what no encoding holds was in a file
     return 1 if isinstance(e, (MergeError, Misfit, UnicodeError)) else 2
 
+# %% ../../nbs/cli/commands.ipynb #ca9e1748
+# ^C, a request to end, and a terminal that was closed
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def _end(number: int, frame: Any) -> None:
+    "End by a signal, with the exit code that shells give it."
+    torch = sys.modules.get("torch")
+    # while torch is imported, what is raised may be swallowed; nothing is written yet
+    if torch is not None and getattr(torch.__spec__, "_initializing", False):
+        os._exit(128 + number)
+    sys.exit(128 + number)
+
 # %% ../../nbs/cli/commands.ipynb #5831c528
 def main():
     """Entry point of `frechet-merge`: exit code 0 done, 1 the inputs cannot be merged, 2 wrong
@@ -1515,10 +1528,10 @@ def main():
         # a name may have what the encoding of a terminal has not
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    # a terminal that was closed; nohup has it ignored
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
-        signal.signal(signal.SIGHUP, lambda *_: sys.exit(129))
+    for number in ENDING:
+        # what nohup, or a shell for what it runs behind, has ignored stays so
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _end)
     # over the line that says that a command is at work
     over = ERASED if sys.stderr.isatty() else ""
     warnings.showwarning = lambda text, *_: print(f"{over}warning: {text}", file=sys.stderr)
