@@ -51,7 +51,7 @@ class MergeError(ValueError):
 
 # %% ../nbs/messages.ipynb #2244c795
 class Misfit(ValueError):
-    "What is asked for makes sense, and does not fit these models."
+    "Numbers or names that make sense, and are too many, too few or none for these models."
 
 # %% ../nbs/messages.ipynb #98065e30
 # the notes that are taken, and the tensor that is worked on; each thread has its own

@@ -1,5 +1,5 @@
-"""What cannot be merged is refused: exit code 1 (2 for a command line that cannot be
-read), at most three lines that name the tensor, and nothing written."""
+"""What cannot be merged is refused: exit code 1 (2 for wrong usage), at
+most three lines that name the tensor, and nothing written."""
 
 import json
 import os

@@ -132,6 +132,19 @@ def test_options_of_mergekit_are_answered_by_ours(option):
     assert {*re.findall(r"(?<!\w)--?[a-z][\w-]*", helped.OF_MERGEKIT[option])} <= ours
 
 
+@pytest.mark.parametrize(
+    "option, says",
+    [
+        ("--no-cuda", "Leave it out"),
+        ("--no-write-model-card", "remove README.md"),
+        ("--no-copy-tokenizer", "always copied"),
+        ("--no-thing", ""),
+    ],
+)
+def test_what_mergekit_switches_off(option, says):
+    assert helped.instead_of(option) == "" if not says else says in helped.instead_of(option)
+
+
 def test_out_stands_behind_the_recipe_or_behind_its_option(place, tmp_path):
     code, _, err = cli("run", place/"recipe.yaml", tmp_path/"a", cwd=place)
     assert code == 0 and (tmp_path/"a"/"model.safetensors").exists(), err

@@ -8,7 +8,7 @@ from test_preview import deep
 
 from frechet_merge import MergeError, merge
 from frechet_merge.files.tensors import FileTensor
-from frechet_merge.merging.memory import HELD, KEPT, KEPT_WITHIN, MMAP_THRESHOLD
+from frechet_merge.merging.memory import HELD, KEPT, KEPT_WITHIN, MMAP_THRESHOLD, frugal
 from frechet_merge.merging.preview import preview
 from frechet_merge.merging.recipe import Recipe, Run
 
@@ -93,3 +93,13 @@ def test_only_a_budget_hands_blocks_back(folders, memory, monkeypatch):
     merge(folders, memory=memory)
     back = [("mallopt", MMAP_THRESHOLD, n) for n in (KEPT_WITHIN, KEPT)]
     assert asked == (back if memory else [])
+
+
+def test_the_last_of_several_merges_ends_a_budget(monkeypatch):
+    asked = []
+    monkeypatch.setattr("frechet_merge.merging.memory._of_c", lambda *given: asked.append(given[2]))
+    with frugal(True):
+        with frugal(True), frugal(False):
+            pass
+        assert KEPT not in asked
+    assert asked[-1] == KEPT

@@ -401,6 +401,10 @@ class TestSecrets:
     def test_redacted(self, address, shows):
         assert redacted(address) == shows
 
+    def test_a_line_that_cannot_be_read(self, tmp_path):
+        code, _, err = cli("report", "a", "https://me:word@host/x", cwd=tmp_path)
+        assert code == 2 and "https://***@host/x" in err and "word" not in err
+
     def test_nothing_written_or_said_has_them(self, models, tmp_path, capsys, recwarn):
         fsspec.register_implementation("toy", Signed, clobber=True)
         put(models)

@@ -36,7 +36,7 @@ def part_of_folder(
 
 # %% ../../nbs/adapters/homes.ipynb #835348d5
 # what stands in front of a denoiser's names, in a file of a whole model and in ComfyUI's adapters
-LEAD = re.compile(r"(model[.])?diffusion_model[.]")
+LEAD = re.compile(r"^(model[.])?diffusion_model[.]")
 # names of a denoiser that stand alone in a file
 BARE = re.compile(r"(double_blocks|single_blocks|joint_blocks|input_blocks)[.]\d")
 # what is in front of a text encoder's → the part of a pipeline

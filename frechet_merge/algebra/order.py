@@ -29,7 +29,7 @@ def top(
     x: Tensor,  # of any shape
     k: int,  # how many are taken
 ) -> Tensor:  # of x's shape, bool
-    "Where the k largest numbers are; of equal ones the first."
+    "Where the k largest numbers are, of which none is NaN; of equal ones the first."
     if k <= 0 or k >= x.numel():
         return torch.full(x.shape, k > 0, dtype=torch.bool, device=x.device)
     flat = x.flatten()

@@ -1481,7 +1481,7 @@ UsageError: Any = typer.BadParameter.__mro__[1]
 
 def _misread(e: Any) -> int:
     "Say what is wrong with a command line, in at most three lines; the exit code."
-    text = e.format_message()
+    text = redacted(e.format_message())
     # nothing was typed: all of the help
     if text.startswith("Usage:"):
         print(text, file=sys.stderr)
@@ -1489,7 +1489,8 @@ def _misread(e: Any) -> int:
     said = [f"error: {text[:1].lower()}{text[1:]}", instead_of(vars(e).get("option_name", ""))]
     if e.ctx is not None:
         said.append(f"See {e.ctx.command_path} --help.")
-    print("\n".join(line for line in said if line), file=sys.stderr)
+    lines = "\n".join(filter(None, said)).splitlines()
+    print("\n".join([*lines[:2], *lines[2:][-1:]]), file=sys.stderr)
     return e.exit_code
 
 

@@ -29,7 +29,7 @@ def _installed(path: tuple[str, ...]) -> dict[str, EntryPoint]:
 # %% ../../nbs/geometries/registry.ipynb #81c49b51
 def geometries() -> dict[str, EntryPoint]:
     "Name → entry point of every installed geometry."
-    return _installed(tuple(sys.path))
+    return {**_installed(tuple(sys.path))}
 
 # %% ../../nbs/geometries/registry.ipynb #50559fb2
 # what people look for → where it is

@@ -26,7 +26,7 @@ from ..matching.views import alike
 from .alignment import Alignment, aligned_by, as_alignment, lacking
 from .plan import Opened
 from .recipe import Model, Output, Recipe, as_dtype
-from ..messages import MergeError
+from ..messages import MergeError, Misfit
 
 # %% ../../nbs/merging/align.ipynb #9356dff3
 def _refuse_what_has_no_units(every: Sequence[Checkpoint]) -> None:
@@ -130,7 +130,7 @@ def align(
     versions(every[len(bases) :], first, None)
     ws = [1.0]*len(opened) if weights is None else list(weights)
     if len(ws) != len(opened):
-        raise ValueError(f"weights = {ws}: give one for each of the {len(opened)} models.")
+        raise Misfit(f"weights = {ws}: give one for each of the {len(opened)} models.")
     place = None if out is None else free(out)
     all_ws = [*(sum(ws)/len(ws) for _ in bases), *ws]
     sources = [*([] if base is None else [base]), *models]

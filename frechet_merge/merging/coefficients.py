@@ -16,7 +16,7 @@ from typing import Any
 
 from ..matching.blocks import by_name
 from .block import is_statistic, weights_of
-from ..messages import MergeError, warn
+from ..messages import MergeError, Misfit, warn
 from .rules import without_rules
 from ..spaces.mean import normalise
 
@@ -94,7 +94,7 @@ def refuse_negative(ws: Sequence[float]) -> None:
 def of_sum(cs: Sequence[float], T: int) -> list[float]:  # absolute values, of sum 1
     "Weights of a sum; `ValueError` unless there are T coefficients, all finite."
     if len(cs) != T:
-        raise ValueError(f"{len(cs)} coefficients {[*cs]} for {T} models: give one per model.")
+        raise Misfit(f"{len(cs)} coefficients {[*cs]} for {T} models: give one per model.")
     if not all(map(math.isfinite, cs)):
         raise ValueError(f"sum {[*cs]}: coefficients must be finite.")
     return normalise([abs(c) for c in cs] if any(cs) else None, T)

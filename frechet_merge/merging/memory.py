@@ -150,6 +150,8 @@ def give_back() -> None:
 MMAP_THRESHOLD = -3  # as <malloc.h> has it
 KEPT = 24 << 20  # bytes: blocks up to this size are kept when they are freed
 KEPT_WITHIN = 4 << 20  # under a budget: chunks, and no tensors
+# merges that run under one
+_budgets, _lock = [], threading.Lock()
 
 
 @contextmanager
@@ -157,13 +159,20 @@ def frugal(
     is_asked: bool,  # False: nothing changes
 ) -> Iterator[None]:
     "Within, blocks of more than a chunk are handed back as they are freed, if glibc has them."
-    if is_asked:
+    if not is_asked:
+        yield
+        return
+    with _lock:
+        _budgets.append(True)
         _of_c("mallopt", MMAP_THRESHOLD, KEPT_WITHIN)
     try:
         yield
     finally:
-        if is_asked:
-            _of_c("mallopt", MMAP_THRESHOLD, KEPT)
+        with _lock:
+            _budgets.pop()
+            # the last of several merges at once
+            if not _budgets:
+                _of_c("mallopt", MMAP_THRESHOLD, KEPT)
 
 # %% ../../nbs/merging/memory.ipynb #454c6ae7
 class Room:
