@@ -2,6 +2,7 @@
 moves a merge, and what is no symmetry is refused by name."""
 
 import json
+from dataclasses import replace
 from itertools import permutations, product
 
 import pytest
@@ -497,6 +498,98 @@ def test_experts_that_lie_the_other_way_round_are_known(tmp_path):
     tf.Llama4ForCausalLM(config).save_pretrained(tmp_path/"a")
     groups = experts_of(groups_of(load(tmp_path/"a")))
     assert [(g.size, g.kind) for g in groups] == [(40, "permutation+scaling")]*2
+
+
+def test_units_that_are_clipped_have_no_scale(tmp_path):
+    torch.manual_seed(0)
+    narrow = dict(head_dim=16, q_lora_rank=16, o_lora_rank=8, o_groups=2, qk_rope_head_dim=8)
+    sizes = WIDE | narrow | dict(index_n_heads=2, index_head_dim=8, moe_intermediate_size=40)
+    config = tf.DeepseekV4Config(**sizes, num_hidden_layers=2, n_routed_experts=4)
+    net = tf.DeepseekV4ForCausalLM(config).double().eval()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(20)
+    net.save_pretrained(tmp_path/"a")
+    c = load(tmp_path/"a")
+    groups = groups_of(c)
+    assert len(groups) == 10 and {g.kind for g in groups} == {"permutation"}
+    assert any("shared_experts" in g.name for g in groups)
+    # far beyond the limit, where the order is free and no scale is
+    free = [replace(g, parts=(replace(g.parts[0], kind="scaling"), *g.parts[1:])) for g in groups]
+    merge([elsewhere(c, groups, 1)], out=tmp_path/"b")
+    merge([elsewhere(c, free, 1)], out=tmp_path/"c")
+
+    def says(name):
+        net = tf.DeepseekV4ForCausalLM.from_pretrained(tmp_path/name, dtype=torch.float64).eval()
+        net.set_experts_implementation("eager")
+        with torch.no_grad():
+            return net(torch.arange(3, 40)[None]).logits
+
+    assert gap(says("b"), says("a")) < 1e-6
+    assert gap(says("c"), says("a")) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("says", "kind"),
+    [
+        ({}, "permutation+scaling"),
+        ({"swiglu_limit": None}, "permutation+scaling"),
+        ({"swiglu_limits": [0.0, None], "swiglu_limits_shared": None}, "permutation+scaling"),
+        ({"swiglu_limit": 10.0}, "permutation"),
+        ({"swiglu_limits": [0.0, None, 16.0]}, "permutation"),
+        ({"text_config": {"swiglu_limit": 7.0}}, "permutation"),
+    ],
+)
+def test_a_limit_is_one_if_a_config_says_how_large(says, kind):
+    apart = {"gate_proj.weight": (4, 3), "up_proj.weight": (4, 3), "down_proj.weight": (3, 4)}
+    fused = {"gate_up_proj": (2, 8, 3), "down_proj": (2, 3, 4)}
+    for shapes, n in ((apart, 1), (fused, 2)):
+        c = from_state_dict({f"mlp.{name}": torch.ones(s) for name, s in shapes.items()})
+        assert [g.kind for g in derived(c.view(says=says))] == [kind]*n
+
+
+def test_a_limit_of_some_layers_is_not_tried_away(tmp_path):
+    # the small model has two layers, and only the last of three clips
+    torch.manual_seed(0)
+    sizes = dict(WIDE, num_hidden_layers=3, num_key_value_heads=2, head_dim=8, sliding_window=16)
+    for limit, kind in ((0.0, "permutation+scaling"), (16.0, "permutation")):
+        config = tf.Step3p7TextConfig(
+            **sizes, mlp_layer_types=["dense"]*3, swiglu_limits_shared=[0.0, 0.0, limit]
+        )
+        tf.Step3p7TextModel(config).save_pretrained(tmp_path/str(limit))
+        units = [g for g in groups_of(load(tmp_path/str(limit))) if g.name.endswith(".mlp")]
+        assert [g.kind for g in units] == [kind]*3
+
+
+def test_a_text_model_within_another_is_read_as_what_it_is(tmp_path):
+    text = tf.GptOssConfig(**WIDE, **OSS, num_hidden_layers=1, layer_types=["full_attention"])
+    seen = tf.InternVLVisionConfig(
+        hidden_size=16, intermediate_size=24, num_attention_heads=2, num_hidden_layers=1,
+        image_size=[28, 28], patch_size=[14, 14],
+    )  # fmt: skip
+    config = tf.InternVLConfig(text_config=text, vision_config=seen, image_token_id=5)
+    tf.InternVLForConditionalGeneration(config).save_pretrained(tmp_path/"a")
+    found = experts_of(derived(load(tmp_path/"a")))
+    assert [g.kind for g in found] == ["permutation"]*4
+    up, gate = (p.into[0] for p in found[0].parts)
+    assert (up.start, up.stride, gate.start, gate.stride) == (1, 2, 0, 2)
+
+
+def test_heads_whose_values_are_clipped_keep_their_own_bases(tmp_path):
+    torch.manual_seed(0)
+    for limit, kind in ((None, "permutation+linear+rotary"), (8.0, "permutation")):
+        config = tf.OlmoConfig(**WIDE, num_hidden_layers=1, clip_qkv=limit, eos_token_id=1)
+        tf.OlmoForCausalLM(config).save_pretrained(tmp_path/str(limit))
+        groups = groups_of(load(tmp_path/str(limit)))
+        assert [g.kind for g in groups if "attn" in g.name] == [kind]
+
+
+def test_what_is_clipped_beyond_what_a_module_says_is_refused():
+    net = nn.Sequential(nn.Linear(5, 8), nn.Hardtanh(-1e3, 1e3), nn.Linear(8, 3))
+    x, scaled = torch.randn(9, 5), dense(["0.weight", "2.weight"], [8], homogeneous=True)
+    with pytest.raises(MergeError, match="'0'.*no symmetry"):
+        check_groups(net.double(), scaled, x)
+    check_groups(net, dense(["0.weight", "2.weight"], [8]), x)
 
 
 def test_sides_of_other_sizes_are_computed_in_one_dtype(tmp_path, monkeypatch):
