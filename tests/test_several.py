@@ -3,6 +3,7 @@ what is wrong with any of them is said before the first."""
 
 import itertools
 import os
+import re
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from frechet_merge import MergeError, load, merge
 from frechet_merge.geometries.directions import Slerp
 from frechet_merge.merging.lines import read_page, read_pages
 from frechet_merge.merging.recipes import read_recipe
+from frechet_merge.merging.record import Record
 from frechet_merge.merging.several import moved, steps_of
 
 __all__ = ["folders"]
@@ -86,10 +88,77 @@ def test_recipes_of_both_kinds_read_each_other(tmp_path, folders):
     assert all(torch.equal(load(tmp_path/"out")[n], x) for n, x in hand.tensors.items())
 
 
-def test_a_recipe_with_a_name_alone_is_a_recipe(tmp_path, folders):
-    path = several(tmp_path, folders, FIRST)
+@pytest.mark.parametrize("text", [FIRST, "name: org/x:7\nmodels: [$a, $b]\n"])
+def test_a_recipe_with_a_name_alone_is_a_recipe(tmp_path, folders, text):
+    path = several(tmp_path, folders, text)
     assert cli("run", path, tmp_path/"out", cwd=tmp_path)[0] == 0
     assert "h.1.mlp.weight" in load(tmp_path/"out") and not (tmp_path/"out"/"recipes.yml").exists()
+
+
+@pytest.mark.parametrize("last", [LAST, "name: deep/third\n" + LAST])
+def test_into_a_folder_that_is_not_there_yet(tmp_path, folders, last):
+    out = tmp_path/"deep"/"er"/"out"
+    second = "name: second\nmodels: [first, $c]\nweights: [1, 2, 3]\n"
+    path = several(tmp_path, folders, FIRST, second, last)
+    before = sorted(os.listdir(tmp_path))
+    code, _, err = cli("run", path, out, cwd=tmp_path)
+    assert code == 1 and "3 weights" in err and sorted(os.listdir(tmp_path)) == before
+    path = several(tmp_path, folders, FIRST, SECOND, last)
+    assert cli("run", path, out, cwd=tmp_path)[0] == 0
+    assert os.listdir(out.parent) == ["out"]
+    assert sorted(os.listdir(tmp_path)) == sorted([*before, "deep"])
+
+
+def told(folder):
+    "Every file of an output but its weights, without how long it took."
+    files = [f for f in folder.rglob("*") if f.is_file() and f.suffix != ".safetensors"]
+    held = {str(f.relative_to(folder)): f.read_text() for f in files}
+    return {name: re.sub(r'"seconds": [0-9.e-]+', "", text) for name, text in held.items()}
+
+
+@pytest.mark.parametrize("last", [LAST, "name: deep/third\n" + LAST])
+def test_two_runs_write_the_same_and_name_no_hidden_folder(tmp_path, folders, last):
+    path = several(tmp_path, folders, FIRST, SECOND, last)
+    found = []
+    for _ in range(2):
+        assert cli("run", path, tmp_path/"out", cwd=tmp_path)[0] == 0
+        found.append(told(tmp_path/"out"))
+        assert not any(".partial" in text or "steps/" in text for text in found[-1].values())
+        os.rename(tmp_path/"out", tmp_path/f"out{len(found)}")
+    assert found[0] == found[1] and "frechet_merge.json" in str([*found[0]])
+
+
+def test_a_step_that_is_kept_can_be_made_again(tmp_path, folders):
+    path = several(tmp_path, folders, FIRST, SECOND)
+    assert cli("run", path, tmp_path/"out", cwd=tmp_path)[0] == 0
+    record = Record.read(tmp_path/"out"/"second")
+    assert record.recipe["models"][0] == str(tmp_path/"out"/"first")
+    assert f"merge {tmp_path/'out'/'first'} " in record.command
+    code, _, err = cli("run", tmp_path/"out"/"second", tmp_path/"again", cwd=tmp_path)
+    assert code == 0, err
+    assert digest(tmp_path/"out"/"second") == digest(tmp_path/"again")
+
+
+def test_an_output_without_its_steps_sends_to_the_recipes(tmp_path, folders):
+    path = several(tmp_path, folders, FIRST.replace("first", "deep/first", 1),
+                   LAST.replace("first", "deep/first").replace("second", "$c"))
+    assert cli("run", path, tmp_path/"out", cwd=tmp_path)[0] == 0
+    record, again = Record.read(tmp_path/"out"), "frechet-merge run recipes.yml -o OUT"
+    assert record.recipe["models"][0] == "deep/first" and record.command == again
+    with pytest.raises(MergeError, match=again):
+        record.again()
+    code, _, err = cli("run", tmp_path/"out"/"frechet_merge.json", tmp_path/"x", cwd=tmp_path)
+    assert code == 1 and again in err
+    card = (tmp_path/"out"/"README.md").read_text()
+    assert card.count(again) == 2 and "frechet-merge merge" not in card
+    assert "models:\n- deep/first" not in card and card.startswith("---\n")
+    assert cli("run", "recipes.yml", tmp_path/"x", cwd=tmp_path/"out")[0] == 0
+
+
+def test_several_are_not_written_to_a_file(tmp_path, folders):
+    path = several(tmp_path, folders, FIRST, LAST.replace("second", "$c"))
+    code, _, err = cli("run", path, tmp_path/"x.safetensors", cwd=tmp_path)
+    assert code == 2 and "name a folder for the last of them, and not a file" in err
 
 
 WRONG = {
@@ -99,6 +168,24 @@ WRONG = {
         [FIRST.replace("$a", "second"), SECOND, LAST], "line 1: first reads second, which reads it",
     ),
     "itself": ([FIRST.replace("$a", "first"), LAST], "first reads first"),
+    "a field that does not fit": (
+        ["name: first\nmodels: [$a, $c]\nweights: [1, 2, 3]\n", LAST.replace("second", "$c")],
+        "line 3: 3 weights [1.0, 2.0, 3.0] for 2 models",
+    ),
+    "a name of ours": ([FIRST.replace("first", "recipes.yml", 1)], "be the name of a folder"),
+    "a name that is too long": (
+        ["name: x/" + "é"*128 + "\nmodels: [$a]\n"], "cannot be the name of a folder",
+    ),
+    "half a character": (['name: "\\uD800"\nmodels: [$a]\n'], "cannot be the name of a folder"),
+    "a name with NUL": (['name: "a\\0b"\nmodels: [$a]\n'], "cannot be the name of a folder"),
+    "a name in another": (
+        [FIRST, FIRST.replace("first", "first/deeper", 1)],
+        "'first/deeper' and 'first' would lie in each other",
+    ),
+    "a name around another": (
+        [FIRST.replace("first", "first/deeper", 1), FIRST],
+        "'first' and 'first/deeper' would lie in each other",
+    ),
     "a place elsewhere": ([FIRST.replace("first", "../x", 1)], "cannot be the name of a folder"),
     "a model that is not there": (
         [FIRST, SECOND.replace("$c", "./nowhere"), LAST], "./nowhere: there is no such folder",
@@ -151,6 +238,9 @@ def test_names_are_those_of_models_alone():
     assert found["merge_method"] == "linear" and found["tokenizer_source"] == "union"
     assert found["tokenizer"] == {"source": "/here"} and found["base_model"] == "org/linear"
     assert found["slices"][0]["sources"][0]["model"] == "/here+lora"
+    for address in ("s3://bucket/x", "simplecache::s3://s3/x"):
+        assert moved(address, {"s3": "/here", "x": "/there"}, "model") == address
+    assert moved("s3+s3://b/x|s3[0:2]", {"s3": "/h"}, "model") == "/h+s3://b/x|/h[0:2]"
     assert moved("linear[0:2]|b[2:3]", {"linear": "/here"}, "base") == "/here[0:2]|b[2:3]"
 
 

@@ -29,6 +29,7 @@ from frechet_merge.files.uploads import in_order_of_sending
 from frechet_merge.merging.companions import _carry_part
 from frechet_merge.merging.preview import in_bytes, preview
 from frechet_merge.merging.recipe import Output, Recipe
+from frechet_merge.merging.recipes import read_recipe, run_recipe
 from frechet_merge.messages import redacted
 
 CONFIG = {"model_type": "toy", "vocab_size": 11}
@@ -419,6 +420,22 @@ class TestSecrets:
         assert not any("word" in x for x in said) and not any(b"word" in x for x in held)
         assert "toy://***@bucket/m0" in (tmp_path/"OUT"/"frechet_merge.json").read_text()
 
+    @pytest.mark.parametrize("name", ["", "name: last\n"])
+    def test_recipes_that_are_written_have_none(self, models, tmp_path, name):
+        fsspec.register_implementation("toy", Signed, clobber=True)
+        put(models)
+        path = tmp_path/"several.yml"
+        path.write_text(
+            "name: first\nmodels: ['toy://me:word@bucket/m0', "
+            "'toy://bucket/m1/model.safetensors?signature=word']\n"
+            f"---\n{name}models: [first, 'toy://me:word@bucket/m0']\n"
+        )
+        asked = read_recipe(path)
+        path.unlink()
+        run_recipe(asked, asked.output.into(tmp_path/"OUT"))
+        held = [f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()]
+        assert not any(b"word" in x for x in held)
+        assert "toy://***@bucket/m0" in (tmp_path/"OUT"/"recipes.yml").read_text()
 
     def test_of_a_web_server(self, models, tmp_path):
         pytest.importorskip("aiohttp", reason="the driver for http:// is not installed")

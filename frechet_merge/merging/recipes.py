@@ -396,7 +396,7 @@ def read_recipe(
     path: Path,  # of a recipe, ours or mergekit's; of a record, or the folder of one
 ) -> Asked:
     "What a file asks for; `MergeError` if it is no recipe."
-    from frechet_merge.merging.several import RECIPES, several_asked
+    from frechet_merge.merging.several import RECIPES, several_asked, unnamed
 
     path = path.expanduser()
     # of several merges a record knows the last
@@ -407,7 +407,7 @@ def read_recipe(
     if path.is_dir() or path.name == NAME:
         return _of_record(path if path.is_dir() else path.parent)
     pages = read_file(path)
-    return asked_by(pages[0]) if len(pages) == 1 else several_asked(pages)
+    return asked_by(unnamed(pages[0])) if len(pages) == 1 else several_asked(pages)
 
 
 # %% ../../nbs/merging/recipes.ipynb #9402471a

@@ -121,7 +121,8 @@ class Record:
         if self.made is not None:
             again = f": {self.command}" if self.command else "."
             raise MergeError(
-                f"this was made by frechet-merge {self.made.get('what')}, and by no recipe.\n"
+                f"this was made by frechet-merge {self.made.get('what')}, "
+                "and its record is no recipe.\n"
                 f"Run that again{again}"
             )
         return Recipe.from_data(self.recipe)
