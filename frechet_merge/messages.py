@@ -51,7 +51,7 @@ class MergeError(ValueError):
 
 # %% ../nbs/messages.ipynb #2244c795
 class Misfit(ValueError):
-    "Numbers or names that make sense, and are too many, too few or none for these models."
+    "Numbers or names with which these models have no mean: too many, too few, of no tensor."
 
 # %% ../nbs/messages.ipynb #98065e30
 # the notes that are taken, and the tensor that is worked on; each thread has its own

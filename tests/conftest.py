@@ -19,6 +19,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
 
+# of a small model of language, as its config says it
+LLAMA = dict(
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    vocab_size=48,
+    tie_word_embeddings=False,
+)
+
 
 def tensors(seed=0, dtype=torch.float32, hidden=8, vocab=11):
     """A small model with ragged shapes: a matrix, an embedding, a vector, a scalar, an empty tensor

@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 import torch
-from conftest import cli, save
+from conftest import LLAMA, cli, save
 from safetensors.torch import load_file
 
 from frechet_merge import LoRA, Sphere, merge
@@ -129,15 +129,7 @@ class TestAdapters:
 
         root = tmp_path_factory.mktemp("adapters")
         torch.manual_seed(0)
-        config = AutoConfig.for_model(
-            "llama",
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            vocab_size=48,
-        )
+        config = AutoConfig.for_model("llama", **LLAMA)
         AutoModelForCausalLM.from_config(config).save_pretrained(root/"base")
         for name, rank in (("a", 4), ("b", 2)):
             said = peft.LoraConfig(

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import cli
+from conftest import LLAMA, cli
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -18,15 +18,6 @@ from frechet_merge.algebra.truncation import truncated
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 IDS = torch.arange(3, 13).view(1, 10)
-LLAMA = dict(
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=2,
-    vocab_size=48,
-    tie_word_embeddings=False,
-)
 SMALL = {
     "llama": LLAMA,
     "qwen2": {**LLAMA, "tie_word_embeddings": True},

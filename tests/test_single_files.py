@@ -37,7 +37,8 @@ AROUND = {
     "conv_out": "out.2",
 }
 BLOCK = re.compile(
-    r"(down|up|mid)_blocks?[.](?:(\d)[.])?(attentions|resnets|downsamplers|upsamplers)[.](\d)[.](.+)"
+    r"(down|up|mid)_blocks?[.](?:(\d)[.])?"
+    r"(attentions|resnets|downsamplers|upsamplers)[.](\d)[.](.+)"
 )
 
 

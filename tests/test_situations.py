@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from conftest import LLAMA
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -24,17 +25,7 @@ def tiny(tmp_path):
     "tiny(name, seed) saves a model of language, and returns its folder."
 
     def tiny(name, seed=0, kind="llama", **more):
-        config = AutoConfig.for_model(
-            kind,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            vocab_size=48,
-            tie_word_embeddings=False,
-            **more,
-        )
+        config = AutoConfig.for_model(kind, **LLAMA, **more)
         torch.manual_seed(seed)
         AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path/name)
         return tmp_path/name

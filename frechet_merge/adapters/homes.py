@@ -46,7 +46,6 @@ ENCODERS = {
     "text_encoders.clip_l.transformer.": "text_encoder",
 }
 
-
 # %% ../../nbs/adapters/homes.ipynb #69141817
 def _in_file(stem: str, is_bare: bool) -> str | None:
     "A module of a single file, with the part of the pipeline in front; None: it is in none."
@@ -57,24 +56,20 @@ def _in_file(stem: str, is_bare: bool) -> str | None:
         return f"unet.{LEAD.sub('', stem)}"
     return None
 
-
 # %% ../../nbs/adapters/homes.ipynb #8def212f
 # what loaders know names of modules with; of flat names the first alone
 ENDS = ((".lora_down.weight", ".lora_up.weight"), (".lora_A.weight", ".lora_B.weight"))
-
 
 # %% ../../nbs/adapters/homes.ipynb #4d44e583
 def _flat(name: str) -> str:
     "A module of a UNet as kohya's trainer spells it."
     return "lora_unet_" + name.removeprefix("unet.").replace(".", "_")
 
-
 # %% ../../nbs/adapters/homes.ipynb #e92387a0
 def _asked(flat: str, x: LazyTensor) -> Asked:
     "What a loader is asked about a layer of a weight."
     rows, *inputs = x.shape
     return Asked(flat, (f"{flat}{ENDS[0][0]}", f"{flat}{ENDS[0][1]}"), rows, tuple(inputs), True)
-
 
 # %% ../../nbs/adapters/homes.ipynb #2de1b8ac
 # a part of a block of a UNet, which is asked about alone: the tenth block begins as the first
@@ -94,7 +89,6 @@ def _renamed_by_diffusers(base: Checkpoint, known: Mapping[str, str]) -> dict[st
         result |= {name: stems[x.module] for name, x in found.items() if x.is_whole}
     return result
 
-
 # %% ../../nbs/adapters/homes.ipynb #5d58677d
 def _of_file(base: Checkpoint) -> dict[str, str]:
     "The modules of a single file of a diffusion model; empty for any other model."
@@ -108,7 +102,6 @@ def _of_file(base: Checkpoint) -> dict[str, str]:
     if not any(name.startswith("unet.") for name in found):
         return {}
     return {**_renamed_by_diffusers(base, found), **found}
-
 
 # %% ../../nbs/adapters/homes.ipynb #482bc135
 def modules_of(

@@ -29,7 +29,6 @@ from ..files.checkpoint import HEAD, Checkpoint
 from ..files.tensors import LazyTensor
 from ..messages import MergeError, warn
 
-
 # %% ../../nbs/adapters/updates.ipynb #12c2c6a3
 @dataclass
 class Update:
@@ -92,7 +91,6 @@ def _say_other_models(models: Sequence[Checkpoint]) -> None:
                     f"their headers: {key} = {ours!r} and {theirs!r}"
                 )
                 break
-
 
 # %% ../../nbs/adapters/updates.ipynb #b2ecb7a5
 def _under(said: Said, to: Callable[[str], str]) -> Said:
@@ -271,7 +269,6 @@ def is_copy(
 ) -> bool:
     "Whether it is the base's, beside an update of it, and not trained itself, as biases are."
     return ".base_layer." in key and not key.endswith(".bias")
-
 
 # %% ../../nbs/adapters/updates.ipynb #2fc0e2e0
 def _whole(

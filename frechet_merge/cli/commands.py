@@ -510,7 +510,6 @@ def _one_of(place: str | None, out: str | None) -> str | None:
         raise ValueError(f"where is it written, to {place} or to {out}? Give one of them.")
     return out if place is None else place
 
-
 # %% ../../nbs/cli/commands.ipynb #cf575ff3
 RecipeFile = Annotated[
     Path,
@@ -826,7 +825,6 @@ def _announce(models: Sequence[str], base: str | None, allow_pickle: bool) -> No
             "network, for norms, distances and NaN: --headers reads none",
             file=sys.stderr,
         )
-
 
 # %% ../../nbs/cli/commands.ipynb #d71c0e11
 @app.command("inspect")
@@ -1489,10 +1487,9 @@ def _misread(e: Any) -> int:
     said = [f"error: {text[:1].lower()}{text[1:]}", instead_of(vars(e).get("option_name", ""))]
     if e.ctx is not None:
         said.append(f"See {e.ctx.command_path} --help.")
-    lines = "\n".join(filter(None, said)).splitlines()
-    print("\n".join([*lines[:2], *lines[2:][-1:]]), file=sys.stderr)
+    *lines, last = "\n".join(filter(None, said)).splitlines()
+    print("\n".join([*lines[:2], last]), file=sys.stderr)
     return e.exit_code
-
 
 # %% ../../nbs/cli/commands.ipynb #bba61bc7
 def _refused(e: Exception) -> int:

@@ -63,7 +63,6 @@ def in_words(
         option = option.replace(kind, word)
     return option
 
-
 # %% ../../nbs/cli/helped.ipynb #c625c9c4
 # command → what can be typed, with a comment where it does not say itself what it does
 EXAMPLES = {
@@ -230,7 +229,6 @@ class Commands(TyperGroup):
         with formatter.section("Which one is yours"):
             formatter.write(FIRST)
 
-
 # %% ../../nbs/cli/helped.ipynb #163ca041
 class App(typer.Typer):
     "Commands with such help, and a help over all of them."
@@ -282,7 +280,6 @@ def instead_of(
     if option == positive or positive not in OF_MERGEKIT:
         return OF_MERGEKIT.get(option, "")
     return ALWAYS.get(positive, "Leave it out: it is so.")
-
 
 # %% ../../nbs/cli/helped.ipynb #c0a59ae0
 def geometry_names(incomplete: str = "") -> list[str]:

@@ -385,7 +385,6 @@ def bytes_away(
     files = {os.path.realpath(f) for c in opened for f in files_of(c)}
     return sum(there.size for f in files if (there := remote_of(f)) is not None)
 
-
 # %% ../../nbs/diagnostics/inspection.ipynb #7f05f9ba
 def inspect(
     models: Sequence[Model],  # as for `merge`

@@ -68,7 +68,6 @@ def _refuse_no_name(out: Path) -> None:
         return
     raise MergeError(f"{named(str(out))}: cannot be written to ({why}).\nName another place.")
 
-
 # %% ../../nbs/files/output.ipynb #27f61a92
 def free(
     out: str | os.PathLike,  # where something will be written; ~ is home

@@ -17,7 +17,6 @@ from ..files.folders import components
 from .settings import differences, flat, of_both
 from ..messages import MergeError, warn
 
-
 # %% ../../nbs/matching/function.ipynb #46c303f6
 def _listed(home: Path) -> list[dict[str, Any]]:
     "The modules that a folder of sentence-transformers lists."
@@ -88,7 +87,6 @@ def _say_lost_pooling(models: Sequence[Checkpoint]) -> None:
                 f"{c.source} first to keep it"
             )
             return
-
 
 # %% ../../nbs/matching/function.ipynb #c844ee72
 def modules(c: Checkpoint) -> dict[str, list[Path]]:

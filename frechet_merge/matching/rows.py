@@ -251,7 +251,6 @@ def chosen(
     choices = ", ".join(map(repr, dict.fromkeys(["union", *names])))
     raise ValueError(f"tokenizer = {choice!r}: is none of {choices}.")
 
-
 # %% ../../nbs/matching/rows.ipynb #c71c0e11
 TINY = 1e-30  # of a model of weight 0, which is asked where no other knows a token
 

@@ -99,7 +99,6 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
             "Mend its tokenizer_config.json, or save the tokenizer again."
         ) from e
 
-
 # %% ../../nbs/matching/union.ipynb #da29f439
 def _inner(tokenizer: Any) -> dict[str, Any] | None:
     "What its tokenizer.json says; None if it is written in Python."

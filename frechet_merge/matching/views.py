@@ -50,7 +50,6 @@ def _around(names: Sequence[str], is_adapter: bool) -> str:
     is_held = any(n.startswith("model.model.") for n in names)
     return "model." if is_held and all(n.startswith("model.") for n in names) else ""
 
-
 # %% ../../nbs/matching/views.ipynb #9ac4056c
 # parts that torch.compile, FSDP and activation checkpointing put into names
 COMPILED = re.compile(

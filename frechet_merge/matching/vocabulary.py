@@ -24,7 +24,6 @@ def _numbered(found: Mapping[Any, Any]) -> dict[str, int]:
         raise ValueError(f"its token {odd!r} has a number that no row has")
     return numbers
 
-
 # %% ../../nbs/matching/vocabulary.ipynb #19bb1dfa
 def vocabulary(c: Checkpoint) -> dict[str, int] | None:
     "Token → number; None if its folders have no tokenizer of a kind that is known here."

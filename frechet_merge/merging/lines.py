@@ -175,7 +175,6 @@ def read_page(
         raise MergeError(f"{source}, line {line}: here a second recipe begins, and one is read.")
     return first
 
-
 # %% ../../nbs/merging/lines.ipynb #27cbbb54
 def read_file(path: Path) -> list[Page]:  # one a recipe
     "What a file says, and where; `MergeError` if it is missing, or no YAML."

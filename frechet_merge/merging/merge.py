@@ -91,7 +91,6 @@ def _is_named_by_file(c: Checkpoint) -> bool:
     "Whether a model, without adapters on it, was named by its file: what is beside is not its."
     return is_file(c.source) or is_file(named_in(c.source)[0])
 
-
 # %% ../../nbs/merging/merge.ipynb #b9decbc2
 @dataclass(frozen=True)
 class Dress:
@@ -414,7 +413,6 @@ def refuse_shares(plan: Plan, run: Run) -> None:
             "part and join are for full models whose files are many: adapters, and models in fp8 "
             "with scales, are merged whole."
         )
-
 
 # %% ../../nbs/merging/merge.ipynb #9a0c0f20
 def is_finished(output: Output, run: Run) -> bool:

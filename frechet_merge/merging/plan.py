@@ -470,7 +470,6 @@ def _say_what_is_not_scaled(whole: Sequence[Block], given: Numbers) -> None:
             "reach it"
         )
 
-
 # %% ../../nbs/merging/plan.ipynb #e71c0e15
 WIDE = 128  # ranks above it are told
 

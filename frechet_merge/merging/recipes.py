@@ -390,7 +390,6 @@ def _of_record(folder: Path) -> Asked:
         why = str(e) if isinstance(e, MergeError) else f"its recipe is damaged: {e}"
         raise MergeError(f"{folder}: {why}") from e
 
-
 # %% ../../nbs/merging/recipes.ipynb #4b29498e
 def read_recipe(
     path: Path,  # of a recipe, ours or mergekit's; of a record, or the folder of one
@@ -408,7 +407,6 @@ def read_recipe(
         return _of_record(path if path.is_dir() else path.parent)
     pages = read_file(path)
     return asked_by(unnamed(pages[0])) if len(pages) == 1 else several_asked(pages)
-
 
 # %% ../../nbs/merging/recipes.ipynb #9402471a
 def asked_by(page: Page) -> Asked:

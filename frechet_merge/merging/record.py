@@ -52,7 +52,6 @@ def _is_of(value: Any, kind: Any) -> bool:
         return isinstance(value, list) and all(_is_of(v, inner[0]) for v in value)
     return isinstance(value, (int, float) if kind is float else kind)
 
-
 # %% ../../nbs/merging/record.ipynb #c3df5783
 NAME = "frechet_merge.json"  # the file of a record, in an output
 

@@ -31,7 +31,6 @@ def _text_of(file: Path) -> str:
     except UnicodeDecodeError as e:
         raise MergeError(f"{file}: is no text, and so no chat template.") from e
 
-
 # %% ../../nbs/merging/templates.ipynb #6b59ab4f
 MORE = "additional_chat_templates"  # the folder of further templates
 
