@@ -74,9 +74,9 @@ def render():
     web = yaml.safe_load((ROOT/"_quarto.yml").read_text())["website"]
     h1, what = title("index.ipynb")
     out = [f"# {h1}", f"> {what}: {ABOUT}", INTERFACE]
-    for held in web["sidebar"]["contents"]:
-        is_page = isinstance(held, str)
-        part = {"section": "Pages", "contents": [held]} if is_page else held
+    contents = web["sidebar"]["contents"]
+    pages = {"section": "Pages", "contents": [held for held in contents if isinstance(held, str)]}
+    for part in [pages, *(held for held in contents if isinstance(held, dict))]:
         out.append(section(part["section"], part["contents"], web["site-url"]))
     out.append(optional(web["repo-url"]))
     return "\n\n".join(out) + "\n"

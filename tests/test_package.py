@@ -338,6 +338,10 @@ def test_former_modules_are_found_with_a_note(monkeypatch):
             _ = module.nothing
 
 
+def test_all_chapters_are_the_sidebar():
+    run("python", ".ci/chapters.py", "--check", cwd=ROOT)
+
+
 def test_llms_txt_is_the_sidebar():
     from nbdev.doclinks import _nbpath2html
 

@@ -30,6 +30,7 @@ from ..files.checkpoint import Checkpoint, token_rows
 from ..files.hub import look_up
 from ..files.open import load
 from ..files.output import disk_errors, staged
+from ..files.places import is_here, place_of
 from ..files.shards import save_tensors
 from ..files.stack import Stack
 from ..matching.blocks import Block, align, get
@@ -498,7 +499,7 @@ def _targets(adapted: Sequence[str], modules: Mapping[str, str]) -> list[str] | 
 # %% ../../nbs/adapters/extract.ipynb #eebc17f1
 def base_name(base: Checkpoint) -> str | None:
     "What an adapter calls its base: a hub id, or a path as it was typed if it is a relative one."
-    path = Path(base.source).expanduser()
+    path = place_of(base.source)
     if not path.exists():
         # PEFT writes its revision beside it
         repo = base.source.partition("@")[0]
@@ -512,8 +513,7 @@ def base_name(base: Checkpoint) -> str | None:
 # %% ../../nbs/adapters/extract.ipynb #5a186ee1
 def revision_of(base: Checkpoint) -> str | None:
     "The revision of a base on the hub, if one was asked for."
-    is_here = Path(base.source).expanduser().exists()
-    return None if is_here else base.source.partition("@")[2] or None
+    return None if is_here(base.source) else base.source.partition("@")[2] or None
 
 # %% ../../nbs/adapters/extract.ipynb #dbbcf225
 # what classes of transformers end in → PEFT's task

@@ -27,6 +27,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from ..files.places import place_of
 from ..messages import MergeError, Misfit, named, redacted, warn
 from .helped import ERASED, App, geometry_names, instead_of, one_of
 from .mixtures import experts_command, mixture_command
@@ -72,7 +73,7 @@ def _place(model: str) -> str:
     "Where a model is: the first of its files, if it is here."
     from frechet_merge.files.formats import weight_files
 
-    path = Path(model).expanduser()
+    path = place_of(model)
     try:
         files = weight_files(path)[0] if path.is_dir() else []
     # a folder of parts may hold other files as well
@@ -363,7 +364,7 @@ def _refuse_report(out: Path | None, reported: bool, dry_run: bool) -> None:
     from frechet_merge.diagnostics.report import page_of
     from frechet_merge.files.output import free
 
-    if out is not None and page_of(out.expanduser()).parent != out.expanduser():
+    if out is not None and page_of(place_of(out)).parent != place_of(out):
         free(page_of(out), folder=False)
 
 # %% ../../nbs/cli/commands.ipynb #5f4d0aec
@@ -1016,7 +1017,7 @@ def curvature_command(
     print(
         f"{out}: {about['form']}{drawn}, "
         f"{about['samples']:,} samples, {about['tokens']:,} tokens, "
-        f"{time.time() - start:.1f} s, {out.expanduser().stat().st_size / 1e6:,.1f} MB"
+        f"{time.time() - start:.1f} s, {place_of(out).stat().st_size / 1e6:,.1f} MB"
     )
     print(_error_of(about))
 
@@ -1053,7 +1054,7 @@ def basis_command(
     print(
         f"{out}: {len(found) // 3} matrices, at most "
         f"{max(x.shape[-1] for x in found.values())} directions each, "
-        f"{time.time() - start:.1f} s, {out.expanduser().stat().st_size / 1e6:,.1f} MB"
+        f"{time.time() - start:.1f} s, {place_of(out).stat().st_size / 1e6:,.1f} MB"
     )
 
 # %% ../../nbs/cli/commands.ipynb #be2a217c
@@ -1442,9 +1443,6 @@ def _unforeseen(e: Exception) -> str:
     if isinstance(e, OSError) and e.filename and e.strerror and e.errno not in no_room:
         where = named(str(e.filename))
         return f"error: {where}: {e.strerror}.\nCheck this path and who may use it."
-    # of pathlib
-    if isinstance(e, RuntimeError) and str(e).startswith("Could not determine home"):
-        return "error: a path begins with ~, and there is no home of this name.\nWrite it out."
     if isinstance(e, OSError) and e.errno in no_room:
         return (
             f"error: {e.filename or 'standard output'}: {e.strerror}.\n"

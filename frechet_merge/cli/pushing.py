@@ -14,6 +14,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from ..files.places import is_here, place_of
 from ..messages import MergeError, shown
 
 # %% ../../nbs/cli/pushing.ipynb #f9ffa249
@@ -131,7 +132,7 @@ def target_of(
         raise MergeError(f"--push {repo}: is no id of a model ({why}).\nWrite OWNER/NAME.")
     repo = may_write(repo, whoami())
     there = _visible(repo)
-    paths = [n for n in names if Path(n).expanduser().exists()]
+    paths = [n for n in names if is_here(n)]
     if there is None:
         return Target(repo, public, True, paths)
     is_private = bool(there.private)
@@ -183,7 +184,7 @@ def push(
         return
     from huggingface_hub import HfApi, constants
 
-    out, api, repo = out.expanduser(), HfApi(), target.repo
+    out, api, repo = place_of(out), HfApi(), target.repo
     message = "A merge by frechet_merge"
     try:
         api.create_repo(repo, private=not target.is_public, exist_ok=True)

@@ -28,6 +28,7 @@ from .estimators import ESTIMATORS, causal, default_forward, default_mask
 from .estimators import length, objective, size, take
 from .forms import FORMS, Form, Sums
 from ..files.output import disk_errors, staged_file
+from ..files.places import place_of
 from ..files.shards import read_header, save_tensors
 from .routed import ByExpert, piece_names, pieces_of
 from .uses import Watch
@@ -91,7 +92,7 @@ class Statistics(dict):
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Statistics":
         "Read back what `save` wrote; `MergeError` if the file is missing or damaged."
-        path = Path(path).expanduser()
+        path = place_of(path)
         held = load(path)
         tensors = {name: held[name] for name in held.lazy}
         tied = {name: tensors[kept] for name, kept in held.tied.items()}
@@ -226,7 +227,7 @@ class State:
         diagonal: set[str],  # of its `Form`; filled from the file
         device,  # of the sums
     ):
-        self.path = None if path is None else Path(path).expanduser()
+        self.path = None if path is None else place_of(path)
         self.run, self.sums, self.diagonal = run, sums, diagonal
         # what is in the sums, and the checksum of its batches
         self.samples = self.tokens = self.crc = 0

@@ -25,6 +25,7 @@ from .pages import Column, page, sortable
 from ..files.checkpoint import Checkpoint, read_json
 from ..files.open import load
 from ..files.output import disk_errors, free, staged_file
+from ..files.places import place_of
 from ..geometries.registry import from_data, spelled
 from ..merging.card import in_yaml, kind_of
 from ..merging.coefficients import told
@@ -128,7 +129,7 @@ def read_seen(
     if path is None:
         return Seen()
     try:
-        return Seen.of(read_json(path.expanduser()))
+        return Seen.of(read_json(place_of(path)))
     except MergeError as e:
         raise MergeError(str(e) if str(path) in str(e) else f"{path}: {e}") from e
 
@@ -516,7 +517,7 @@ def write_report(
     record: Record | None = None,  # of the merge; default: the one in the folder
 ) -> Path:  # the page
     "Write the report of a merge beside it; `MergeError` if there is no record of it."
-    out = Path(out).expanduser()
+    out = place_of(out)
     if record is None and not (out/NAME).is_file():
         raise MergeError(
             f"{out}: has no {NAME}, which a merge writes into its folder.\n"

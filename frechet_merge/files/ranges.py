@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 
 import torch
 
+from .places import place_of
 from .shards import Entry, header_length, stand_in, stood_for
 from .tensors import LazyTensor, scratch, spans
 from ..messages import MergeError, redacted
@@ -62,7 +63,7 @@ def is_file(
     "Whether a name is of a file, and not of a folder or a hub id."
     if is_address(name):
         return name_of(name).endswith(ENDS)
-    return os.path.isfile(os.path.expanduser(name))
+    return os.path.isfile(place_of(name))
 
 # %% ../../nbs/files/ranges.ipynb #d1f78544
 # kind of address → the package with its driver

@@ -18,6 +18,7 @@ from typing import Any
 from .folders import TRAINING, is_named
 from .formats import INDEX, _of_index
 from .hub import needed, small_files
+from .places import place_of
 from .ranges import asked, driver, found, is_file, kind_of, name_of
 from .ranges import put_stand_in, state_of
 from ..messages import MergeError, redacted, warn
@@ -72,7 +73,7 @@ def _around(address: str) -> tuple[str, str | None, dict[str, dict[str, Any]]]:
 def cache() -> Path:
     "Where small files of stores are kept; whoever removes it loses nothing."
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(home).expanduser()/"frechet_merge"/"stores"
+    return place_of(home)/"frechet_merge"/"stores"
 
 # %% ../../nbs/files/stores.ipynb #cb49df7f
 def home_of_state(folder: str, there: Mapping[str, dict[str, Any]]) -> Path:

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..files.places import is_here, place_of
 from ..messages import MergeError
 from ..messages import warn
 
@@ -210,7 +211,7 @@ def _error(data: Any, why: str, remedy: str) -> MergeError:
 # %% ../../nbs/huggingface/examples.ipynb #f23a1ea2
 def _of_file(data: str | os.PathLike, split: str) -> Table:
     "The table of a file that Python reads."
-    path = Path(data).expanduser()
+    path = place_of(data)
     kind_of = READERS[_endings(path)[0]][1]
     size, seen = 0, {}
     for row in _rows(path):
@@ -313,7 +314,7 @@ def _load_saved(datasets: Any, path: Path, split: str, data: Any) -> Any:
 # %% ../../nbs/huggingface/examples.ipynb #d3306948
 def _load(datasets: Any, data: str | os.PathLike, split: str, cache: str) -> Any:
     "A file, a folder, or a data set of the hub, as a `datasets.Dataset`."
-    path = Path(data).expanduser()
+    path = place_of(data)
     if path.is_file():
         return _load_file(datasets, path, split, cache)
     if (path/"state.json").exists() or (path/"dataset_dict.json").exists():
@@ -328,7 +329,7 @@ def _load(datasets: Any, data: str | os.PathLike, split: str, cache: str) -> Any
 @contextmanager
 def _of_datasets(data: str | os.PathLike, split: str) -> Iterator[Table]:
     "The table of what `datasets` reads, while the context lasts."
-    here = Path(data).expanduser().exists()
+    here = is_here(data)
     reads = f"{data}" if here else f"{data}, which is not a file or folder here"
     datasets = need("datasets", reads)
     with quiet(datasets), TemporaryDirectory() as cache:
@@ -343,7 +344,7 @@ def _of_datasets(data: str | os.PathLike, split: str) -> Iterator[Table]:
 # %% ../../nbs/huggingface/examples.ipynb #5170fe18
 def _python_reads(data: str | os.PathLike, split: str) -> bool:
     "Whether Python reads this; `MergeError` if nothing does."
-    path = Path(data).expanduser()
+    path = place_of(data)
     if not path.is_file():
         looks_like_a_file = path.suffix or str(data).startswith(("/", ".", "~"))
         if looks_like_a_file and not path.exists():

@@ -30,6 +30,7 @@ from ..files.checkpoint import Checkpoint, read_json
 from ..files.decoded import Decoded
 from ..files.hub import beside
 from ..files.open import load, parts_of
+from ..files.places import is_here, place_of
 from ..files.ranges import kept
 from ..messages import MergeError
 from ..files.shards import open_file, read_header, refuse_another
@@ -122,9 +123,9 @@ def read_head(text: Name) -> tuple[Tensor, Tensor | None]:  # (classes, width), 
     """FILE or FILE:NAME → the `weight` and `bias` of a linear head in a safetensors file;
     `MergeError` if it holds none."""
     file, name = str(text), ""
-    if not Path(file).expanduser().exists():
+    if not is_here(file):
         file, _, name = file.rpartition(":")
-    if not file or not Path(file).expanduser().exists():
+    if not file or not is_here(file):
         raise MergeError(
             f"{text}: there is no such file.\nA head is FILE.safetensors or FILE.safetensors:NAME."
         )
@@ -240,7 +241,7 @@ def open_tokenizer(
             "Copy its files there from the base model, or name a folder that has one "
             "(--tokenizer)."
         )
-    if not Path(folder).expanduser().exists():
+    if not is_here(folder):
         folder = beside(str(folder))
     for f in Path(folder).iterdir() if Path(folder).is_dir() else ():
         if f.exists() and not f.is_dir():
@@ -287,12 +288,12 @@ def _give_padding(tok: Any, rows: int, folder: Name):
 # %% ../../nbs/huggingface/models.ipynb #503c7663
 def _read(model: Name, allow_pickle: bool) -> tuple[Checkpoint, list[Checkpoint]]:
     "A base in a folder with a config, and the adapters on it; `MergeError` for anything else."
-    parts = [str(model)] if Path(model).expanduser().exists() else parts_of(str(model))
+    parts = [str(model)] if is_here(model) else parts_of(str(model))
     base, *adapters = (load(p, allow_pickle) for p in parts)
     if base.adapter is not None:
         named = base.adapter.get("base_model_name_or_path") or "BASE"
         raise _no(model, "is an adapter", f"Name its base too: {named}+{model}.")
-    is_file = Path(parts[0]).expanduser().is_file()
+    is_file = place_of(parts[0]).is_file()
     if base.folder is None or is_file or not (base.folder/"config.json").exists():
         raise _no(
             model,

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..curvature.calibration import Calibration, recalibrate, recording
 from ..files.checkpoint import Checkpoint, read_json
 from ..files.formats import weight_files
+from ..files.places import place_of
 from ..files.shards import Entry, read_header
 from .examples import need, quiet, table
 from .models import NO_CODE
@@ -57,7 +58,7 @@ def _bytes_or_path(value: Any, data: str) -> Path | bytes:
     if isinstance(value, bytes):
         return value
     if isinstance(value, str) and value:
-        place = Path(data).expanduser()
+        place = place_of(data)
         return (place.parent if place.is_file() else place)/value
     raise MergeError(
         f"{data}: a cell of its column of pictures is {str(value)[:40]!r}, which is no picture.\n"
@@ -75,7 +76,7 @@ def pictures(
 ) -> list[Path | bytes]:  # each a file, or what is in one; in random order
     "Pictures that are asked for, none of them opened; `MergeError` if there are fewer than two."
     data = str(asked.data)
-    folder = Path(data).expanduser()
+    folder = place_of(data)
     files = files_in(folder) if folder.is_dir() else []
     if files:
         found: list[Path | bytes] = [files[i] for i in _subset(len(files), asked)]

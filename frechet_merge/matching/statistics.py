@@ -23,6 +23,7 @@ from .rows import Rows
 from ..files.checkpoint import Checkpoint
 from ..files.open import load
 from ..messages import MergeError
+from ..files.places import place_of
 from ..files.tensors import LazyTensor
 from ..metrics.kinds import Dense
 from ..metrics.kronecker import Kronecker
@@ -111,7 +112,7 @@ def _value(text: str) -> Any:
 
 # %% ../../nbs/matching/statistics.ipynb #44e82861
 def _same(a, b):
-    return os.path.realpath(os.path.expanduser(a)) == os.path.realpath(os.path.expanduser(b))
+    return os.path.realpath(place_of(a)) == os.path.realpath(place_of(b))
 
 # %% ../../nbs/matching/statistics.ipynb #847dcc15
 def _check_kinds(files: list[Checkpoint], about: list[dict]):

@@ -11,11 +11,13 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Collection, Mapping, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from ..files.checkpoint import TEXT, Checkpoint, read_json
+from ..files.folders import TOKENIZER, is_named
+from ..files.output import copied
+from ..files.places import is_of
 from .joined import TRIED, joined, kind_of, new_pieces, split_otherwise
 from .tokenizers import SENTENCEPIECE, needs
 from .vocabulary import is_reserved
@@ -37,8 +39,6 @@ def place_for(
     with_tokenizer: bool = True,  # whose tokenizer, too
 ) -> Checkpoint:  # without tensors
     "A checkpoint in a new folder, of so many rows of tokens."
-    from frechet_merge.merging.companions import TOKENIZER, copied
-
     folder = Path(tempfile.mkdtemp(prefix="frechet_merge_"))
     made = Checkpoint({}, c.source if with_tokenizer else "the union", folder)
     weakref.finalize(made, shutil.rmtree, folder, ignore_errors=True)
@@ -50,7 +50,7 @@ def place_for(
     if home is None:
         return made
     for f in sorted(home.iterdir()):
-        if f.is_file() and any(fnmatchcase(f.name, p) for p in TOKENIZER):
+        if f.is_file() and is_named(f.name, TOKENIZER):
             copied(home, f, folder/f.name)
     return made
 
@@ -64,11 +64,9 @@ def _tokenizer_of(c: Checkpoint) -> Path | None:
 def _opened(c: Checkpoint) -> Any:
     """Its tokenizer, as transformers opens it; `MergeError` if it does not, or if a link leads out
     of its folder: all that it holds would be written."""
-    from frechet_merge.merging.companions import TOKENIZER, is_of
-
     home = _tokenizer_of(c)
     for f in sorted(home.iterdir()) if home is not None else []:
-        if any(fnmatchcase(f.name, p) for p in TOKENIZER) and not is_of(f.parent, f):
+        if is_named(f.name, TOKENIZER) and not is_of(f.parent, f):
             raise MergeError(
                 f"{f}: is a link that leads out of its folder, or nowhere, and of the tokenizer.\n"
                 "Put the file itself there."

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from ..files.places import place_of
 from ..files.stack import Stack
 from ..files.tensors import CHUNK, LazyTensor
 from ..geometries.directions import Slerp
@@ -154,7 +155,7 @@ def seconds_a_byte(
 ) -> float:
     "Of writing, beside it."
     data = os.urandom(1 << 23)
-    beside = None if out is None else out.expanduser().absolute().parent
+    beside = None if out is None else place_of(out).absolute().parent
     if beside is not None and os.access(beside, os.W_OK):
         try:
             with tempfile.TemporaryFile(dir=beside, buffering=0) as f:

@@ -27,6 +27,7 @@ from ..files.checkpoint import Checkpoint, from_state_dict, vocabulary_size
 from ..files.folders import library_of
 from ..files.open import PICKLES, load
 from ..files.open import parts_of as named_in
+from ..files.places import place_of
 from ..files.ranges import are_remote, is_file, refuse_changed
 from ..files.uploads import uploaded
 from .align import in_gauge_of
@@ -418,13 +419,13 @@ def refuse_shares(plan: Plan, run: Run) -> None:
 def is_finished(output: Output, run: Run) -> bool:
     "Whether a merge that is to be resumed has been written already, this one or another."
     out = output.folder
-    return run.resume and out is not None and (out.expanduser()/NAME).exists()
+    return run.resume and out is not None and (place_of(out)/NAME).exists()
 
 # %% ../../nbs/merging/merge.ipynb #9a0c0f10
 def done_before(output: Output, staging: Staging) -> Merged:
     "What the same merge has already written; `MergeError` if another one has."
     assert output.folder is not None
-    out = output.folder.expanduser()
+    out = place_of(output.folder)
     record = Record.read(out)
     if record.key != staging.key:
         # says that it is taken

@@ -17,6 +17,7 @@ from typing import Any
 
 from ..curvature.calibration import Calibration
 from ..files.hub import ids_in
+from ..files.places import is_here, place_of
 from ..geometries.geometry import Geometry
 from ..geometries.registry import from_data, geometries, geometry_named
 from ..geometries.varied import ByName, Varied
@@ -163,7 +164,7 @@ def _of_revision(page: Page, key: Key) -> str:
         return name
     revision = str(page.at((*key, "revision")))
     at = (*key, "revision")
-    if Path(name).expanduser().exists():
+    if is_here(name):
         page.refuse(at, f"is of a model on the hub, and {name} is here: leave it out.")
     if ids_in(name) != [name] or "@" in name:
         page.refuse(at, f"write it into the name, as NAME@{revision}: {name!r} is no lone hub id.")
@@ -397,7 +398,7 @@ def read_recipe(
     "What a file asks for; `MergeError` if it is no recipe."
     from frechet_merge.merging.several import RECIPES, several_asked, unnamed
 
-    path = path.expanduser()
+    path = place_of(path)
     # of several merges a record knows the last
     if (path/RECIPES).is_file():
         return read_recipe(path/RECIPES)

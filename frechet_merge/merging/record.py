@@ -19,6 +19,7 @@ import torch
 import frechet_merge
 from ..files.checkpoint import Checkpoint, read_json
 from ..files.open import load
+from ..files.places import place_of
 from ..messages import MergeError
 from ..spaces.mean import Mean
 from .plan import Opened
@@ -95,7 +96,7 @@ class Record:
     @classmethod
     def read(cls, folder: str | Path) -> "Record":
         "From a folder that a merge wrote; `MergeError` if it holds none."
-        path = Path(folder).expanduser()/NAME
+        path = place_of(folder)/NAME
         held: dict[str, Any] = {"recipe": None} | read_json(path)
         if strange := held.keys() - {f.name for f in fields(cls)}:
             raise MergeError(f"{path}: has {min(strange)!r}, which no record of this version has.")

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..files.checkpoint import Checkpoint, read_json
 from ..files.hub import misspelled
+from ..files.places import is_here
 from ..files.ranges import is_file
 from ..files.shards import open_file
 from ..messages import MergeError
@@ -140,7 +141,7 @@ def short_name(
     "What a model is called where its place is nobody's business."
     pieces = re.split(r"([+|])", name)
     try:
-        is_one = len(pieces) == 1 or Path(name).expanduser().exists()
+        is_one = len(pieces) == 1 or is_here(name)
     except (OSError, RuntimeError):
         is_one = True
     if not is_one:

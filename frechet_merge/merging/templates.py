@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from ..files.checkpoint import Checkpoint, read_json
+from ..files.places import is_of
 from ..files.shards import read_bytes
 from ..matching.tokenizers import read_tokens
 from ..messages import MergeError, warn
-from .companions import TOKENIZER, _first_with, is_of
+from ..files.folders import TOKENIZER, first_with
 
 # %% ../../nbs/merging/templates.ipynb #3c973aa0
 def _text_of(file: Path) -> str:
@@ -63,7 +64,7 @@ def templates_in(
 # %% ../../nbs/merging/templates.ipynb #d5c22810
 def home_of(homes: Sequence[Path]) -> Path | None:
     "The folder that brings the tokenizer, and so the template."
-    return _first_with(homes, TOKENIZER)
+    return first_with(homes, TOKENIZER)
 
 # %% ../../nbs/merging/templates.ipynb #be9aa131
 @dataclass(frozen=True)
