@@ -5,10 +5,13 @@
 PYTHON is the interpreter of an environment with mergekit. Models are random Llamas of four layers
 in float32. Methods that draw random numbers are compared in the mean and the number of entries kept
 over a few seeds. Recipes of modules are for random Gemmas that see, in the layout of the hub;
-adapters are PEFT's, of several kinds. A file of several recipes is run by mergekit-multi.
+adapters are PEFT's, of several kinds. A file of several recipes is run by mergekit-multi. Recipes
+of tokens are for Llamas with tokenizers of their own, and rows are compared by token. Chat
+templates render random conversations.
 Writes bench/results/mergekit_recipes.json.
 """
 import json
+import random
 import subprocess
 import sys
 import tempfile
@@ -140,6 +143,26 @@ slices:
 merge_method: passthrough
 dtype: float32
 """
+SPEAKING = """models:
+  - {model: $ta, parameters: {weight: 1}}
+  - {model: $tb, parameters: {weight: 3}}
+merge_method: linear
+dtype: float32
+tokenizer:
+  source: union
+  tokens:
+"""
+A_CAT = "{kind: model_token, model: $ta, token: cat}"
+# of models with tokenizers: title → whose rows, by token
+TOKENS = {
+    "tokens of a model": {"<x>": "{source: $ta}", "<z>": "{source: $tb}"},
+    "tokens, forced": {"cat": "{source: $ta, force: true}", "<x>": "{source: $ta, force: true}"},
+    "tokens that are new": {"<new>": f"{{source: {A_CAT}}}", "<y>": f"{{source: {A_CAT}}}"},
+    "tokens of a number": {"<new>": "{source: {kind: model_token, model: $tb, token_id: 13}}"},
+    "tokens of zeros": {"<x>": "{source: {kind: zero}}", "<new>": "{source: {kind: zero}}"},
+    "tokens of zeros, forced": {"<x>": "{source: {kind: zero}, force: true}"},
+}
+CHATS = 200  # random conversations that each template renders
 # by mergekit-multi
 FILES = {"several recipes": SEVERAL, "several recipes, slices of one with an adapter": STACKED}
 # of PEFT, on the base
@@ -159,8 +182,13 @@ RECIPES = {
     "slerp, models near": SLICED.replace("$x", "$a").replace("$y", "$b"),
     "nuslerp": FAR,
     "nuslerp, of differences": BOTH + "\nbase_model: $base",
+    "nuslerp, columns": FAR + "parameters: {nuslerp_flatten: false}",
+    "nuslerp, rows": FAR + "parameters: {nuslerp_flatten: false, nuslerp_row_wise: true}",
+    "nuslerp, rows of differences": BOTH + "\nbase_model: $base\n"
+    "parameters: {nuslerp_flatten: false, nuslerp_row_wise: true}",
     "multislerp": FAR,
     "multislerp, of differences": BOTH + "\nbase_model: $base",
+    "multislerp, not normalised": BOTH + "\nparameters: {normalize_weights: false}",
     "karcher": ALIKE,
     "karcher, of smaller tolerance": ALIKE + "parameters: {tol: 1e-9, max_iter: 100}",
     "task_arithmetic": THREE + "parameters: {lambda: 0.8}",
@@ -171,6 +199,7 @@ RECIPES = {
     "breadcrumbs": THREE,
     "breadcrumbs_ties": THREE + "parameters: {gamma: 0.1}",
     "model_stock": PLAIN,
+    "model_stock, filter_wise": PLAIN + "parameters: {filter_wise: true}",
     "sce": PLAIN + "parameters: {select_topk: 0.3}",
     "nearswap": "models: [{model: $base}, {model: $a}]\nbase_model: $base\nparameters: {t: 0.01}",
     "arcee_fusion": "models: [{model: $a}]\nbase_model: $base",
@@ -204,11 +233,11 @@ import json, sys, torch, yaml
 from pathlib import Path
 from mergekit.config import MergeConfiguration
 from mergekit.merge import MergeOptions, run_merge
-for recipe, out, seed in json.loads(sys.stdin.read()):
+for recipe, out, seed, tokenizer in json.loads(sys.stdin.read()):
     config = MergeConfiguration.model_validate(yaml.safe_load(Path(recipe).read_text()))
     torch.manual_seed(seed)
     loras = str(Path(out).parent/"loras")
-    how = {"copy_tokenizer": False, "quiet": True, "lora_merge_cache": loras}
+    how = {"copy_tokenizer": tokenizer, "quiet": True, "lora_merge_cache": loras}
     run_merge(config, out, options=MergeOptions(random_seed=seed, **how))
 """
 SEEDS = 8
@@ -348,6 +377,117 @@ def of_files(python, folder, recipes):
         yield title, {"error": worst, "tensor": name}
 
 
+def speaking(folder, seed, added):
+    "A random Llama with a tokenizer of a few words, to which tokens were added."
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = ["<unk>", "<s>", "</s>", *"the a cat dog sat on mat and ran".split()]
+    numbers = {word: i for i, word in enumerate(words)}
+    inner = Tokenizer(models.WordLevel(numbers, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, **special)
+    tokenizer.add_special_tokens({"additional_special_tokens": added})
+    tokenizer.save_pretrained(folder)
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": False}
+    torch.manual_seed(seed)
+    config = LlamaConfig(vocab_size=len(tokenizer), **shape, **heads)
+    LlamaForCausalLM(config).float().save_pretrained(folder)
+
+
+def by_token(folder):
+    "The tensors of a model, in which each row of a token is one."
+    from transformers import AutoTokenizer
+
+    numbers = AutoTokenizer.from_pretrained(folder).get_vocab()
+    found = load_file(folder/"model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        rows = found.pop(name)
+        found |= {f"{name} {token}": rows[i] for token, i in numbers.items()}
+    return found
+
+
+def row_error(x, y):
+    "The largest error of a tensor or row, relative to its norm unless that is zero, and which."
+    if x.keys() != y.keys():
+        return float("inf"), f"other tokens: {sorted(x.keys() ^ y.keys())[:3]}"
+    norms = {k: float(y[k].double().norm()) or 1.0 for k in y}
+    return max((float((x[k].double() - y[k].double()).norm())/norms[k], k) for k in y)
+
+
+def of_tokens(python, folder):
+    "The rows of recipes that give rows to tokens, by both."
+    from frechet_merge.merging.recipes import read_recipe, run_recipe
+
+    for i, (name, added) in enumerate({"ta": ["<x>"], "tb": ["<y>", "<z>"]}.items()):
+        speaking(folder/name, i, added)
+    work = []
+    for title, tokens in TOKENS.items():
+        text = SPEAKING + "".join(f"    {t}: {how}\n" for t, how in tokens.items())
+        for name in ("ta", "tb"):
+            text = text.replace(f"${name}", str(folder/name))
+        file = folder/f"{title}.yml"
+        file.write_text(text)
+        work.append((str(file), str(folder/f"{title}-theirs"), 0, True))
+    subprocess.run([python, "-c", THEIRS], input=json.dumps(work), text=True, check=True)
+    for (file, out, *_), title in zip(work, TOKENS):
+        asked = read_recipe(Path(file))
+        run_recipe(asked, asked.output.into(folder/f"{title}-ours"))
+        worst, name = row_error(by_token(folder/f"{title}-ours"), by_token(Path(out)))
+        yield title, {"error": worst, "tensor": name}
+
+
+def conversations():
+    "Random ones: in turn, or of any roles in any order."
+    draw = random.Random(0)
+    texts = ["Hi", " a \n", "x\n\ny", ""]
+    for _ in range(CHATS):
+        count = draw.randint(1, 6)
+        roles = [("user", "assistant")[i % 2] for i in range(count)]
+        if draw.random() < 0.3:
+            roles = draw.choices(["user", "assistant", "system", "tool"], k=count)
+        elif draw.random() < 0.5:
+            roles = ["system", *roles]
+        chat = [{"role": role, "content": draw.choice(texts)} for role in roles]
+        yield chat, draw.random() < 0.5
+
+
+def rendered(folder):
+    "What a template says of each conversation; None where it refuses."
+    from jinja2.exceptions import TemplateError
+    from transformers import AutoTokenizer
+
+    tokenizer, found = AutoTokenizer.from_pretrained(folder), []
+    for chat, asks in conversations():
+        how = {"tokenize": False, "add_generation_prompt": asks}
+        try:
+            found.append(tokenizer.apply_chat_template(chat, **how))
+        except TemplateError:
+            found.append(None)
+    return found
+
+
+def of_templates(python, folder):
+    "How many conversations both render alike, by the names of templates."
+    from frechet_merge.merging.formats import FORMATS
+    from frechet_merge.merging.recipes import read_recipe, run_recipe
+
+    work = []
+    for name in FORMATS:
+        text = f"models: [{{model: {folder/'ta'}, parameters: {{weight: 1}}}}]\n"
+        text += f"merge_method: linear\ndtype: float32\nchat_template: {name}\n"
+        (folder/f"{name}.yml").write_text(text)
+        work.append((str(folder/f"{name}.yml"), str(folder/f"{name}-theirs"), 0, True))
+    subprocess.run([python, "-c", THEIRS], input=json.dumps(work), text=True, check=True)
+    for (file, out, *_), name in zip(work, FORMATS):
+        asked = read_recipe(Path(file))
+        run_recipe(asked, asked.output.into(folder/f"{name}-ours"))
+        both = zip(rendered(folder/f"{name}-ours"), rendered(Path(out)))
+        yield name, {"alike": sum(x == y for x, y in both), "of": CHATS}
+
+
 def main(python):
     warnings.simplefilter("ignore")
     found = {}
@@ -355,7 +495,7 @@ def main(python):
         folder = Path(folder)
         recipes = written(folder)
         seeds = {t: SEEDS if t.startswith(RANDOM) else 1 for t in recipes}
-        work = [(str(recipes[t]), str(folder/f"{recipes[t].stem}-{s}"), s)
+        work = [(str(recipes[t]), str(folder/f"{recipes[t].stem}-{s}"), s, False)
                 for t in RECIPES for s in range(seeds[t])]
         subprocess.run([python, "-c", THEIRS], input=json.dumps(work), text=True, check=True)
         base = load_file(folder/"base"/"model.safetensors")
@@ -372,7 +512,13 @@ def main(python):
         for title, seen in of_files(python, folder, recipes):
             found[title] = seen
             print(title, seen, flush=True)
-    said = about("python bench/mergekit_recipes.py PYTHON_WITH_MERGEKIT", recipes=found)
+        for title, seen in of_tokens(python, folder):
+            found[title] = seen
+            print(title, seen, flush=True)
+        chats = dict(of_templates(python, folder))
+        print(chats)
+    how = "python bench/mergekit_recipes.py PYTHON_WITH_MERGEKIT"
+    said = about(how, recipes=found, templates=chats)
     (HERE/"results"/"mergekit_recipes.json").write_text(json.dumps(said, indent=1) + "\n")
 
 

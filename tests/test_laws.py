@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from frechet_merge import FLAT, Euclidean, LoRA, Point, Span, Sphere, check_geometry
 from frechet_merge import frechet_mean, merge
+from frechet_merge.geometries.directions import Slerp
 from frechet_merge.geometries.sphere import Cylinder, karcher
 from frechet_merge.geometries.laws import LAWS, mean_of
 from frechet_merge.geometries.manifold import Manifold, import_geomstats
@@ -21,6 +22,9 @@ GEOMETRIES = {
     "Span(Euclidean)": Span(Euclidean()),
     "Sphere": Sphere(),
     "Span(Sphere)": karcher(),
+    "Slerp": Slerp(),
+    "Slerp of rows": Slerp(axis=-1),
+    "Slerp of columns": Slerp(axis=0),
 }
 SHAPES = st.lists(st.integers(1, 7), min_size=1, max_size=3).filter(lambda s: math.prod(s) > 3)
 

@@ -417,9 +417,29 @@ REFUSED = [
     (PLAIN + "merge_method: sce\nparameter: {}", "line 4", "Did you mean 'parameters'"),
     (PLAIN + "merge_method: slerp\nparameters: {t: 0.5}", "line 1", "takes 1 models"),
     (PLAIN + "merge_method: sce\ndtype: int8", "line 4", "int8"),
-    (PLAIN + "merge_method: sce\nchat_template: llama3", "line 4", "write its text"),
-    (PLAIN + "merge_method: sce\ntokenizer: {tokens: {}}", "line 4", "leave tokens out"),
-    (PLAIN + "merge_method: model_stock\nparameters: {filter_wise: true}", "line 4", "leave it"),
+    (PLAIN + "merge_method: sce\ntokenizer: {tokens: {x: {}}}", "line 4", "needs a source"),
+    (
+        PLAIN + "merge_method: sce\ntokenizer: {tokens: {x: {source: {kind: one}}}}",
+        "line 4",
+        "write model_token or zero",
+    ),
+    (
+        PLAIN + "merge_method: sce\ntokenizer: {tokens: {x: {source: {kind: model_token}}}}",
+        "line 4",
+        "names no model",
+    ),
+    (
+        PLAIN + "merge_method: sce\ntokenizer:\n  tokens:\n"
+        "    x: {source: {kind: model_token, model: a, token: b, token_id: 1}}",
+        "line 6",
+        "by its token or by its number",
+    ),
+    (
+        PLAIN + "merge_method: sce\ntokenizer:\n  tokens:\n"
+        "    x: {source: {kind: model_token, model: a, token_id: -1}}",
+        "line 6",
+        "from 0 on",
+    ),
     ("modules: {}\nmerge_method: linear", "line 1", "from modules to recipes"),
     (
         "modules: {default: {models: [{model: a}], merge_method: ties}}\nmerge_method: linear",
@@ -528,18 +548,3 @@ def test_a_base_that_is_not_merged_is_said_to_be_so(tmp_path, folders, method):
     with pytest.warns(UserWarning, match="is not merged.*name it among the models"):
         found = merged(tmp_path/"o", plain + "base_model: $base", folders)[NAME]
     assert torch.equal(found, alone)
-
-
-def test_chatml():
-    "As Qwen's cards show it."
-    jinja2 = pytest.importorskip("jinja2")
-    text = (TWO % 1).replace("$", "") + "merge_method: linear\nchat_template: chatml"
-    template = translated(read_page(text)).recipe.chat_template
-    said = jinja2.Template(template).render(
-        messages=[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}],
-        add_generation_prompt=True,
-    )
-    assert said == (
-        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes?<|im_end|>\n"
-        "<|im_start|>assistant\n"
-    )

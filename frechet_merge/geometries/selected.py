@@ -6,12 +6,13 @@
 __all__ = ['ModelStock', 'SCE', 'Clipped', 'Outliers', 'RAM', 'Times']
 
 # %% ../../nbs/geometries/selected.ipynb #f6a6a4bc
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..algebra.gram import combine, gram
+from ..algebra.gram import combine, combine_along, gram, grams_along
 from ..algebra.order import smallest
 from .geometry import Chart, Geometry, Needs
 from .trimmed import elected, largest, per_model
@@ -23,18 +24,29 @@ from ..spaces.space import Point
 class ModelStock(Geometry):
     "The mean of the differences, shortened by how little they agree (Jang et al. 2024)."
 
-    needs = Needs(base=True)
+    # of a matrix, along which each vector has a ratio of its own: -1 its rows, 0 its columns; None:
+    # all of it has one
+    axis: int | None = None
+    needs = property(lambda self: Needs(base=True, entries=self.axis is not None))
     # twice the same model agrees with itself; a point is shortened on its way back
     waives = (4, 6)
 
     def chart(self, thetas, Gs=None):
         "T coordinates; back, the combination times the ratio; `ValueError` for opposite models."
         T, Gs = len(thetas), as_numbers(Gs, len(thetas))
+        if self.axis is not None:
+            return self._along(self.axis, thetas, Gs)
         K, L = gram(thetas)
         ratio = _ratio(L @ K @ L.T, T)
         rows = torch.eye(T, dtype=torch.float64)
         points = [Point(x, g) for x, g in zip(rows, Gs)]
         return Chart(points, lambda m: combine(ratio*m, thetas))
+
+    def _along(self, axis: int, thetas: Sequence[Tensor], Gs: Sequence[float]) -> Chart:
+        "T coordinates; back, the combination times the ratio of each vector."
+        ratios = _ratios(grams_along(thetas, axis))
+        points = [Point(x, g) for x, g in zip(torch.eye(len(Gs), dtype=torch.float64), Gs)]
+        return Chart(points, lambda m: combine_along(ratios[:, None]*m, thetas, axis))
 
 # %% ../../nbs/geometries/selected.ipynb #21c0e111
 def _ratio(G: Tensor, T: int) -> float:
@@ -51,6 +63,18 @@ def _ratio(G: Tensor, T: int) -> float:
             "between base and mean.\nUse Euclidean() with a scale."
         )
     return T*cosine/below
+
+# %% ../../nbs/geometries/selected.ipynb #ee3009c7
+def _ratios(K: Tensor) -> Tensor:  # (n,) of Gram matrices (n, T, T)
+    "How far to go, for each place of a vector; not at all where the differences are opposite."
+    T = K.shape[1]
+    norms = K.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
+    cosines = K/(norms[:, :, None]*norms[:, None])
+    # a zero agrees with nothing
+    rows, columns = torch.tril_indices(T, T, -1)
+    mean = cosines.nan_to_num(0, 0, 0)[:, rows, columns].mean(1) if T > 1 else K.new_ones(len(K))
+    below = 1 + (T - 1)*mean
+    return torch.where(below < 1e-6, 0, T*mean/below)
 
 # %% ../../nbs/geometries/selected.ipynb #162fea97
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ __all__ = ['ROWS', 'OF_TOKENS', 'WHOLE', 'NOT_OF_TOKENS', 'NEAR', 'TINY', 'Known
 # %% ../../nbs/matching/rows.ipynb #ab769588
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,8 +18,9 @@ from torch import Tensor
 from ..files.checkpoint import HEAD, Checkpoint, token_rows, vocabulary_size
 from ..files.tensors import LazyTensor
 from .absent import refuse_other_layouts
+from .given import Found, Given, rows_given
 from .ties import is_of_t5
-from .union import place_for, united
+from .union import place_for, united, with_tokens
 from .views import alike
 from .vocabulary import CHOOSE, distinct, is_reserved, refuse_other_tokens
 from .vocabulary import vocabulary, why_unread
@@ -52,6 +53,10 @@ class Known:
             total += numbers.view(-1, self.width).double().sum(0)
         return total/self.count
 
+    def row(self, i: int) -> Tensor:
+        "Row i of its own: (width,)."
+        return self.lazy.read(i*self.width, (i + 1)*self.width)
+
     def rows(self, start: int, stop: int) -> Tensor:
         "Rows start … stop of the other vocabulary: (stop-start, width); zero where it lacks them."
         at = self.at[start:stop]
@@ -79,11 +84,19 @@ class Rows(LazyTensor):
     own: Known  # the model's
     others: tuple[Known, ...]  # of the merge, which fill in what it lacks: one of them has it
     shape: tuple[int, ...]  # with as many rows as the other vocabulary
+    # rows that are given by hand: number here → whose, and number there; None: zeros
+    given: Mapping[int, tuple[Known, int] | None] = field(default_factory=dict)
 
     @property
     def dtype(self) -> torch.dtype:
         "The model's."
         return self.own.lazy.dtype
+
+    @property
+    def lacks_some(self) -> bool:
+        "Whether there are rows that the model does not have, and that are not given."
+        lacking = (self.own.at < 0).nonzero().flatten().tolist()
+        return any(row not in self.given for row in lacking)
 
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
         "As of any tensor; only the rows in which the range lies are read."
@@ -98,6 +111,9 @@ class Rows(LazyTensor):
             if nobody.any():
                 filled[nobody] = self.own.mean()
             found[lacks] = filled[lacks].to(found.dtype)
+        for row, source in self.given.items():
+            if first <= row < last:
+                found[row - first] = 0 if source is None else source[0].row(source[1])
         return found.view(-1)[start - first*width : stop - first*width]
 
 # %% ../../nbs/matching/rows.ipynb #1f7648bc
@@ -263,6 +279,15 @@ class Matched:
     count: int  # how many it has
     at: Tensor  # (rows,) of the other vocabulary; -1: it lacks this token
     weight: float | None = None  # in the mean; None: it is the base, asked where no model knows
+    given: Sequence[Found] = ()  # rows that it gets by hand
+
+    @property
+    def lacks(self) -> Tensor:
+        "(rows,): those that it does not have, and that are not given to it."
+        found = self.at < 0
+        for x in self.given:
+            found[x.row] = False
+        return found
 
     def known(self, name: str) -> Known | None:
         "A tensor by any of its names; None: it has none, or none with rows of tokens."
@@ -274,14 +299,15 @@ class Matched:
 
     def seen(self, every: Sequence["Matched"]) -> Checkpoint:
         "A view of it in the other rows; what it lacks is filled in by `every`."
-        if torch.equal(self.at, torch.arange(self.count)):
+        if not self.given and torch.equal(self.at, torch.arange(self.count)):
             return self.c
         apart = self.apart(every)
         lazy = {**self.c.lazy, **{n: self.c.lazy[self.c.tied[n]] for n in apart}}
         for name, x in lazy.items():
             if own := self.known(name):
                 others = tuple(k for m in every if (k := m.known(name)))
-                lazy[name] = Rows(own, others, _with_rows(x.shape, len(self.at)))
+                given = self.given_in(name, every)
+                lazy[name] = Rows(own, others, _with_rows(x.shape, len(self.at)), given)
         return self.c.view(
             lazy=lazy, tied={n: stored for n, stored in self.c.tied.items() if n not in apart}
         )
@@ -289,7 +315,23 @@ class Matched:
     def apart(self, every: Sequence["Matched"]) -> list[str]:
         "Names that it ties, whose rows others have apart: what it lacks is another row of each."
         found = [n for n in self.c.tied if self.known(n) and any(n in m.c.lazy for m in every)]
-        return found if (self.at < 0).any() else []
+        return found if self.given or (self.at < 0).any() else []
+
+    def given_in(
+        self, name: str, every: Sequence["Matched"]
+    ) -> dict[int, tuple[Known, int] | None]:
+        "The rows of a tensor that it gets by hand; `MergeError` if a model lacks what it gives."
+        found: dict[int, tuple[Known, int] | None] = {}
+        for x in self.given:
+            source = None if x.of is None else every[x.of]
+            known = None if source is None else source.known(name)
+            if source is not None and known is None:
+                raise MergeError(
+                    f"{source.c.source}: has no {name!r}, of which it is to give a row: name a "
+                    "model in tokens that has it."
+                )
+            found[x.row] = None if known is None else (known, x.at)
+        return found
 
 # %% ../../nbs/matching/rows.ipynb #a8ae7af0
 def on_rows_of(
@@ -297,11 +339,13 @@ def on_rows_of(
     every: Sequence[Checkpoint],  # the base, if there is one, and the models
     known: Sequence[Mapping[str, int] | None],  # their vocabularies; None: by number
     weights: Sequence[float | None],  # of the models, which fill in what others lack; None: a base
+    given: Sequence[Found] = (),  # rows by hand
 ) -> list[Checkpoint]:
     "Views of checkpoints whose rows of tokens are those of one of them."
     counts = [vocabulary_size(c.config) or 0 for c in every]
-    held = (every, counts, _places(target, every, known, counts), weights)
-    matched = [Matched(*m) for m in zip(*held)]
+    places = _places(target, every, known, counts)
+    theirs = [[x for x in given if x.force or at[x.row] < 0] for at in places]
+    matched = [Matched(*m) for m in zip(every, counts, places, weights, theirs)]
     _say_what_is_lacked(matched, every[target].source)
     _say_what_is_untied(matched)
     return [m.seen(matched) for m in matched]
@@ -311,17 +355,20 @@ def _say_what_is_lacked(matched: Sequence[Matched], target: str) -> None:
     "Warn of rows that some models lack, and of those that all lack."
     models = [m for m in matched if m.c.lazy]
     rows = len(models[0].at)
-    nobody = torch.stack([m.at < 0 for m in models]).all(0)
+    lacking = [m.lacks for m in models]
+    nobody = torch.stack(lacking).all(0)
     if nobody.any():
         warn(
             f"{int(nobody.sum())} of {rows} rows of tokens are of no model: each is the mean of "
             "the other rows"
         )
-    if lacks := next((m for m in models if ((m.at < 0) & ~nobody).any()), None):
-        warn(
-            f"{lacks.c.source} lacks {int(((lacks.at < 0) & ~nobody).sum())} of the {rows} tokens "
-            f"of {target}: a row that some models lack is the mean of those that have it"
-        )
+    for m, lacks in zip(models, lacking):
+        if count := int((lacks & ~nobody).sum()):
+            warn(
+                f"{m.c.source} lacks {count} of the {rows} tokens of {target}: a row that some "
+                "models lack is the mean of those that have it"
+            )
+            return
 
 # %% ../../nbs/matching/rows.ipynb #6721fd47
 def _say_what_is_untied(matched: Sequence[Matched]) -> None:
@@ -420,6 +467,36 @@ def _padded(target: Checkpoint, multiple: int | None) -> Checkpoint:
         return target
     return place_for(target, -(-rows//n)*n)
 
+# %% ../../nbs/matching/rows.ipynb #fccbb6f9
+def _with_all_of(
+    tokens: Mapping[str, Given],
+    target: Checkpoint,
+    theirs: Mapping[str, int] | None,  # its vocabulary
+) -> tuple[Checkpoint, Mapping[str, int] | None]:
+    "Whose rows the result has, and its vocabulary, with all tokens that are given."
+    new = [t for t in tokens if t not in (theirs or {})]
+    if not new:
+        return target, theirs
+    return with_tokens(target, new, vocabulary_size(target.config) or 0)
+
+# %% ../../nbs/matching/rows.ipynb #028cf4aa
+def _by_hand(
+    tokens: Mapping[str, Given] | None,
+    every: Sequence[Checkpoint],
+    names: Sequence[str],
+    known: Sequence[Mapping[str, int] | None],
+    chosen: tuple[Checkpoint, Mapping[str, int] | None],  # whose rows, and its vocabulary
+) -> tuple[Checkpoint, Mapping[str, int] | None, list[Found]]:
+    """Whose rows the result has, its vocabulary with all tokens that are given, and their rows;
+    `MergeError` for a model whose tokens nobody can read."""
+    if not tokens:
+        return *chosen, []
+    _refuse_unknown(every, known)
+    target, theirs = _with_all_of(tokens, *chosen)
+    counts = [vocabulary_size(c.config) or 0 for c in every]
+    found = rows_given(tokens, every, names, [v or {} for v in known], counts, theirs or {})
+    return target, theirs, found
+
 # %% ../../nbs/matching/rows.ipynb #53a1716a
 def lined_up(
     every: Sequence[Checkpoint],  # the base, if there is one, and the models
@@ -427,21 +504,24 @@ def lined_up(
     weights: Sequence[float | None],  # of the models; None: a base
     choice: str | None,  # whose vocabulary; None: that of all, if it is one
     multiple: int | None = None,  # of which the number of rows is to be one
+    tokens: Mapping[str, Given] | None = None,  # rows by hand
 ) -> tuple[list[Checkpoint], Checkpoint | None]:
     """Every checkpoint in the rows of one, and which one it is; None: all had the same, and nothing
     was chosen. `MergeError` where vocabularies contradict each other."""
-    if choice is None and multiple is None and not _may_differ(every):
+    is_asked = multiple is not None or bool(tokens)
+    if choice is None and not is_asked and not _may_differ(every):
         return [*every], None
     views = alike(every, [c for c, w in zip(every, weights) if w is not None])
     refuse_other_layouts([c for c, w in zip(views, weights) if w is not None])
     known = [vocabulary(c) for c in every]
     if choice is None:
         refuse_other_tokens([*every], CHOOSE)
-        if multiple is None and _are_one(every, known):
+        if not is_asked and _are_one(every, known):
             return [*every], None
     # the first model, whose numbers a new tokenizer keeps
     first = next(i for i, w in enumerate(weights) if w is not None)
     target, theirs = _target(every, known, names, choice, first)
+    target, theirs, given = _by_hand(tokens, every, names, known, (target, theirs))
     target = _padded(target, multiple)
-    rows = on_rows_of(len(views), [*views, target], [*known, theirs], [*weights, None])
+    rows = on_rows_of(len(views), [*views, target], [*known, theirs], [*weights, None], given)
     return rows[:-1], target

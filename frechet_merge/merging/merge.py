@@ -561,6 +561,9 @@ def merge(
     align: bool | str | Alignment = False,
     # rows of tokens are added until their number is a multiple of this
     pad_to_multiple_of: int | None = None,
+    # rows of single tokens of full models, by the tokens: {"<new>": {"model": …, "token": "old"}};
+    # new tokens are added, {} is a row of zeros, and force=True puts it into all models
+    tokens: Mapping | None = None,
     # whose chat template is written: "base", a model as it is named, or a file; default: that of
     # the tokenizer that is written
     chat_template: str | os.PathLike[str] | None = None,

@@ -96,6 +96,7 @@ def _part(opened: Opened, path: str) -> Opened:
     theirs = _opened(base, path, recipe.allow_pickle) if has_base and base is not None else None
     _refuse_other_words(models)
     alone = replace(recipe, metrics=None, drop=(), tokenizer=None, pad_to_multiple_of=None)
+    alone = replace(alone, tokens=None)
     return Opened(alone, models, theirs)
 
 # %% ../../nbs/merging/parts.ipynb #2559196b
@@ -122,7 +123,7 @@ def _heads(opened: Opened) -> dict[str, Opened]:
         if odd := ours.keys() ^ _head_files(c).keys():
             raise MergeError(f"{first.source} and {c.source}: only one of them has {min(odd)!r}.")
     recipe = replace(opened.recipe, metrics=None, drop=(), tokenizer=None)
-    recipe = replace(recipe, pad_to_multiple_of=None)
+    recipe = replace(recipe, pad_to_multiple_of=None, tokens=None)
     for name in ours:
         models = [load(_head_files(c)[name], recipe.allow_pickle) for c in opened.models]
         theirs = {} if opened.base is None else _head_files(opened.base)
@@ -325,6 +326,7 @@ def _in_place(opened: Opened, path: str) -> Opened:
         sum=_of_those(coefficients, who, len(opened.models)),
         scale=1.0 if base is not None and theirs is None else scale,
         tokenizer=recipe.tokenizer if has_tokens else None,
+        tokens=recipe.tokens if has_tokens else None,
         drop=(),
     )
     return _in_one_vocabulary(Opened(alone, models, theirs))

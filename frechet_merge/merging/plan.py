@@ -114,6 +114,8 @@ def _in_one_vocabulary(opened: Opened) -> Opened:
     recipe, base = opened.recipe, opened.base
     if opened.are_folders:
         return opened
+    if opened.are_adapters and recipe.tokens:
+        raise ValueError("tokens gives rows to full models: name each adapter as BASE+ADAPTER.")
     if opened.are_adapters:
         models, tokens = adapters_lined_up(
             opened.models,
@@ -132,6 +134,7 @@ def _in_one_vocabulary(opened: Opened) -> Opened:
         [*(None for _ in bases), *_shares(recipe)],
         recipe.tokenizer,
         recipe.pad_to_multiple_of,
+        recipe.tokens,
     )
     models = seen[len(bases) :]
     if recipe.sum is not None:
@@ -161,7 +164,7 @@ def _refuse_rows_without_difference(models: Sequence[Checkpoint]) -> None:
     "`MergeError` for a sum of models that lack rows: nobody says what they would add there."
     for c in models:
         for name, x in c.lazy.items():
-            if isinstance(x, Rows) and bool((x.own.at < 0).any()):
+            if isinstance(x, Rows) and x.lacks_some:
                 raise MergeError(
                     f"{c.source}: {name!r} lacks rows of tokens that others have, and in a sum "
                     "(sum=, --sum) it is not known what it adds there.\n"

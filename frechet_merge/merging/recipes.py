@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['FIELDS', 'OF_OUTPUT', 'HINTS', 'number', 'spread', 'texts', 'text', 'switch', 'row', 'by_pattern', 'models', 'place',
-           'geometry', 'with_arguments', 'whole', 'recipe_of', 'with_line', 'Asked', 'read_recipe', 'asked_by',
-           'run_recipe']
+           'geometry', 'with_arguments', 'whole', 'given_row', 'given_rows', 'recipe_of', 'with_line', 'Asked',
+           'read_recipe', 'asked_by', 'run_recipe']
 
 # %% ../../nbs/merging/recipes.ipynb #ba608f00
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from inspect import Parameter, signature
 from pathlib import Path
@@ -21,6 +21,7 @@ from ..files.places import is_here, place_of
 from ..geometries.geometry import Geometry
 from ..geometries.registry import from_data, geometries, geometry_named
 from ..geometries.varied import ByName, Varied
+from ..matching.given import Given
 from .lines import Key, Page, read_file
 from .merge import make
 from .recipe import Output, Recipe, Run, as_dtype
@@ -280,6 +281,40 @@ def _loss(page: Page, key: Key) -> Any:
     except ValueError as e:
         page.refuse(key, str(e))
 
+# %% ../../nbs/merging/recipes.ipynb #c46d7aed
+def _row_number(page: Page, key: Key) -> int:
+    "The number of a row; `MergeError` if it is none."
+    value = page.at(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        page.refuse(key, f"{value!r} must be the number of a row, from 0 on.")
+    return value
+
+# %% ../../nbs/merging/recipes.ipynb #7211463e
+def given_row(
+    page: Page,
+    key: Key,
+    beside: Sequence[str] = (),  # fields that are of no row
+) -> Given:
+    "Where the row of one token comes from: {model: …, token: …, token_id: …, force: …}."
+    if not isinstance(page.at(key), Mapping):
+        page.refuse(key, "must say where the row comes from: {model: NAME, token: …}.")
+    page.known(key, [*beside, *(f.name for f in fields(Given))])
+    read = {"model": text, "token": text, "token_id": _row_number, "force": switch}
+    said = [k for k, v in page.at(key).items() if v is not None and k not in beside]
+    try:
+        return Given(**{k: read[k](page, (*key, k)) for k in said})
+    except MergeError:
+        raise
+    except ValueError as e:
+        page.refuse(key, str(e))
+
+# %% ../../nbs/merging/recipes.ipynb #1dbc7b88
+def given_rows(page: Page, key: Key) -> dict[str, Given]:
+    "Rows by tokens, {TOKEN: {model: …, token: …, force: …}}; {} is a row of zeros."
+    if not isinstance(page.at(key), Mapping):
+        page.refuse(key, "must be a mapping from tokens to where their rows come from.")
+    return {str(token): given_row(page, (*key, token)) for token in page.at(key)}
+
 # %% ../../nbs/merging/recipes.ipynb #b96296e0
 # how each field but `models` is read
 FIELDS: dict[str, Callable[[Page, Key], Any]] = {
@@ -296,6 +331,7 @@ FIELDS: dict[str, Callable[[Page, Key], Any]] = {
     "tokenizer": text,
     "loss": _loss,
     "pad_to_multiple_of": whole,
+    "tokens": given_rows,
     "chat_template": text,
     "allow_nonfinite": switch,
     "allow_pickle": switch,

@@ -19,6 +19,7 @@ from ..files.hub import look_up, only_headers
 from ..files.open import load
 from ..files.output import disk_errors, free, staged
 from .card import in_yaml, typed_again
+from .formats import FORMATS
 from .lines import Page
 from .merge import Merged, make
 from .recipe import Output, Recipe, Run
@@ -31,7 +32,7 @@ from ..messages import named, redacted
 MODELS = ("model", "models", "base_model", "base", "bake", "source_model")
 # and fields that hold one of them, or a word of their own
 CHOICES = ("tokenizer_source", "source", "tokenizer", "chat_template")
-WORDS = ("base", "union", "auto", "chatml")  # these are
+WORDS = ("base", "union", "auto", *FORMATS)  # these are
 # of what says which models: addresses, and names between pluses, bars and ranges of layers
 PIECES = re.compile(r"[^+|:\[\]]+(?:::[^+|:\[\]]+)*://[^+|]*|[^+|:\[\]]+")
 

@@ -156,7 +156,7 @@ def put_templates(
 
 # %% ../../nbs/merging/templates.ipynb #60f3d0ab
 # how special tokens of chats are written
-MARKS = re.compile(r"<\|[\w-]+\|>|</?s>|\[/?INST\]|<(?:start|end)_of_turn>")
+MARKS = re.compile(r"<\|[\w-]+\|>|\[\|\w+\|\]|</?s>|\[/?INST\]|<(?:start|end)_of_turn>")
 
 
 def _say_unknown_tokens(out: Path, chosen: Chosen) -> None:
