@@ -58,7 +58,7 @@ class SCE(Geometry):
     "Where models vary most, by how much they changed, as far as they agree (Wan et al. 2024)."
 
     select: float = 1.0  # share of the positions to keep, those of the largest variance
-    needs = Needs(base=True, weighs=True, entries=True)
+    needs = Needs(base=True, weighs=True, entries=True, held=(2, 16))
     waives = (3, 4, 6, 9)
 
     def __post_init__(self):
@@ -115,7 +115,7 @@ class Outliers(Geometry):
     "The first model, but for entries in which others stand out from it (Arcee Fusion)."
 
     fence: float = 1.5  # how many interquartile ranges above the median an entry stands out
-    needs = Needs(entries=True)
+    needs = Needs(entries=True, held=(2, 16))
     # the first model is the one that others are compared with; a point is masked
     waives = (2, 6)
 
@@ -142,7 +142,7 @@ class RAM(Geometry):
     least: float = 1e-5  # how far an entry is moved that was changed, in units of the weights
     gain: float = 0.0  # how much larger what one model changed alone becomes; RAM+: 0.1
     most: float = 0.2  # at most this ratio of what is shared to what is unique makes it larger
-    needs = Needs(base=True, weighs=True, entries=True)
+    needs = Needs(base=True, weighs=True, entries=True, held=(2, 16))
     # a model that is listed twice changed nothing alone
     waives = (3, 4, 6, 9)
 

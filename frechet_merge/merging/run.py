@@ -11,7 +11,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -27,7 +27,7 @@ from .block import Job, may_be_infinite, Write
 from .executors import FAR, cores, is_far, workers
 from .journal import Journal
 from .many import grouped
-from .memory import KEPT, Room, bytes_held, frugal
+from .memory import KEPT, Room, bytes_held, frugal, handed_back
 from .recipe import Run, typed_dtype
 from ..messages import Notes, warn
 from ..files.shards import Ledger, ShardWriter
@@ -222,18 +222,22 @@ SMALL = 1 << 16
 
 @contextmanager
 def hands(plan: Plan, sink: Any, run: Run) -> Iterator[tuple[Callable, Callable]]:
-    "A map over jobs, and what it is to do with each."
+    "A map over jobs, and what it is to do with each, when there is room for it."
     if is_far(run.executor, sink):
-        with workers(plan, sink, run.executor, run.device) as found:
+        with workers(plan, sink, run) as found:
             yield found
         return
-    write, turn = cast_into(plan, sink), threading.Lock()
+    write, turn, room = cast_into(plan, sink), threading.Lock(), Room(run.memory)
 
     def act(job: Job) -> dict[str, Mean]:
-        with turn if job.size < SMALL else nullcontext():
+        if job.size < SMALL:
+            with turn:
+                return job.run(write)
+        held = bytes_held(job)
+        with room.of(held), handed_back(held):
             return job.run(write)
 
-    with mapper(run.executor) as over:
+    with frugal(run.memory is not None), mapper(run.executor) as over:
         yield over, act
 
 # %% ../../nbs/merging/run.ipynb #a90cf8fe
@@ -243,18 +247,17 @@ def do_jobs(
     run: Run = Run(),
 ) -> dict[str, Mean]:
     "Do all jobs of a plan; what is known about each mean, in the plan's order."
-    notes, room = Notes(), Room(run.memory)
+    notes = Notes()
     means: dict[str, Mean] = {}
     seen, total = 0, sum(job.size for job in plan.jobs)
-    ours, asked = hands(plan, sink, run), run.memory is not None
-    with frugal(asked), ours as (over, act), bar("merging", total, run.progress) as tick:
+    ours = hands(plan, sink, run)
+    with ours as (over, act), bar("merging", total, run.progress) as tick:
 
         def do(group: list[Job]) -> list[tuple[Job, dict[str, Mean]]]:
             return [(job, told(job)) for job in group]
 
         def told(job: Job) -> dict[str, Mean]:
-            held = bytes_held(job) if job.size >= SMALL else 0
-            with notes.about(job.name), room.of(held):
+            with notes.about(job.name):
                 return act(job)
 
         groups = grouped(sorted(plan.jobs, key=lambda job: -job.size))
