@@ -26,7 +26,7 @@ from ..spaces.mean import ConvergenceWarning, Mean
 from .block import Job, may_be_infinite, Write
 from .executors import FAR, cores, is_far, workers
 from .journal import Journal
-from .many import grouped
+from .many import at_once, grouped
 from .memory import KEPT, Room, bytes_held, frugal, handed_back
 from .recipe import Run, typed_dtype
 from ..messages import Notes, warn
@@ -221,11 +221,11 @@ SMALL = 1 << 16
 
 
 @contextmanager
-def hands(plan: Plan, sink: Any, run: Run) -> Iterator[tuple[Callable, Callable]]:
-    "A map over jobs, and what it is to do with each, when there is room for it."
+def hands(plan: Plan, sink: Any, run: Run) -> Iterator[tuple[Callable, Callable, Callable]]:
+    "A map over groups of jobs, what becomes of a group first, and what is to be done with each."
     if is_far(run.executor, sink):
-        with workers(plan, sink, run) as found:
-            yield found
+        with workers(plan, sink, run) as (over, do):
+            yield over, list, do
         return
     write, turn, room = cast_into(plan, sink), threading.Lock(), Room(run.memory)
 
@@ -237,8 +237,12 @@ def hands(plan: Plan, sink: Any, run: Run) -> Iterator[tuple[Callable, Callable]
         with room.of(held), handed_back(held):
             return job.run(write)
 
+    def ready(group: list[Job]) -> list[Job]:
+        with turn:
+            return at_once(group)
+
     with frugal(run.memory is not None), mapper(run.executor) as over:
-        yield over, act
+        yield over, ready, act
 
 # %% ../../nbs/merging/run.ipynb #a90cf8fe
 def do_jobs(
@@ -251,10 +255,10 @@ def do_jobs(
     means: dict[str, Mean] = {}
     seen, total = 0, sum(job.size for job in plan.jobs)
     ours = hands(plan, sink, run)
-    with ours as (over, act), bar("merging", total, run.progress) as tick:
+    with ours as (over, ready, act), bar("merging", total, run.progress) as tick:
 
         def do(group: list[Job]) -> list[tuple[Job, dict[str, Mean]]]:
-            return [(job, told(job)) for job in group]
+            return [(job, told(job)) for job in ready(group)]
 
         def told(job: Job) -> dict[str, Mean]:
             with notes.about(job.name):
