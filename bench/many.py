@@ -5,10 +5,12 @@
 The models have 32 numbers in each tensor, as a mixture of very many small experts might. Each row
 is a process of its own: planning from the headers alone (`--dry-run`), and merging, in each
 geometry. The time of the processor and the peak of memory are what the system says of the process
-when it has ended. Writes bench/results/many.csv and many.json.
+when it has ended. Writes bench/results/many.csv and many.json; rows of before that are not run
+again stay.
 """
 
 import argparse
+import csv
 import json
 import os
 import shutil
@@ -78,9 +80,13 @@ def main():
             rows.append(run(f"merging, {geometry}", *args))
             shutil.rmtree(out)
     # a process begins with the memory of the one that starts it, so torch is imported only now
-    from adapters import about, write_rows
+    from adapters import HERE, about, write_rows
 
     command = " ".join(["python bench/many.py", *sys.argv[1:]])
+    before = csv.DictReader((HERE/"results"/"many.csv").read_text().splitlines())
+    rows = [*{row["what"]: row for row in (*before, *rows)}.values()]
+    earlier = json.loads((HERE/"results"/"many.json").read_text())["command"].split("; ")
+    command = "; ".join(dict.fromkeys([*earlier, command]))
     # of the whole machine: others' work makes the processor slower, too
     write_rows("many", rows, about(command, load=round(os.getloadavg()[0], 1)))
 

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from alone import Alone
 from conftest import cli, save
 from deadly import Deadly
 from test_faults import lora
@@ -278,7 +279,8 @@ class TestRay:
     @classmethod
     def started(cls):
         ray = pytest.importorskip("ray", reason="Ray is not installed: pip install ray")
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+        quiet = dict(include_dashboard=False, log_to_driver=False, logging_level="error")
+        ray.init(num_cpus=2, _memory=8_000_000, **quiet)
         yield
         ray.shutdown()
 
@@ -301,6 +303,18 @@ class TestRay:
         with pytest.raises(MergeError, match="NaN"):
             merge([models[0], bad], out=tmp_path/"out", executor="ray")
         assert not (tmp_path/"out").exists()
+
+    @pytest.mark.parametrize("memory", [None, 8_000_000])
+    def test_jobs_wait_for_a_machine_with_room(self, tmp_path, memory):
+        "Each holds 5.4 MB of 8; one that holds more than any machine has is done all the same."
+        sides = {f"w{i}": 260 for i in range(4)} | {"v": 300 if memory else 400}
+        made = (torch.Generator().manual_seed(i) for i in range(2))
+        states = [{n: torch.randn(s, s, generator=g) for n, s in sides.items()} for g in made]
+        models = [save(tmp_path/n, state) for n, state in zip("mn", states)]
+        (tmp_path/"d").mkdir()
+        g = Alone(str(tmp_path/"d"))
+        merge(models, g, out=tmp_path/"out", executor="ray", memory=memory)
+        assert not (tmp_path/"d"/"two").exists()
 
 
 def test_without_ray_it_is_said_what_to_install(tmp_path, models, monkeypatch):

@@ -15,6 +15,7 @@ from frechet_merge import Mean, MergeError, merge
 from frechet_merge.files import formats, shards
 from frechet_merge.files.checkpoint import from_state_dict
 from frechet_merge.matching import absent, views
+from frechet_merge.merging import many, run
 from frechet_merge.merging.block import Job
 from frechet_merge.merging.merge import open_recipe, plan_root
 from frechet_merge.merging.recipe import Recipe
@@ -208,3 +209,76 @@ def test_small_jobs_take_turns(size, together, monkeypatch):
     jobs = [Meets(name, size, barrier, 20 if together else 0.3, met) for name in "ab"]
     do_jobs(Plan({}, jobs), None)
     assert bool(met) == together
+
+
+class TestAtOnce:
+    "Small tensors of one shape are merged as one; the oracle is each on its own."
+
+    def both(self, tmp_path, monkeypatch, states, **how):
+        "Bytes and means, at once and alone; how many jobs were only written."
+        paths = [tmp_path/f"m{i}" for i in range(len(states))]
+        for path, one in zip(paths, states):
+            path.mkdir()
+            save_file(one, path/"model.safetensors", {"format": "pt"})
+        made = counted(monkeypatch, many, "Made")
+        found = []
+        for ready in (many.at_once, list):
+            monkeypatch.setattr(run, "at_once", ready)
+            out = tmp_path/f"out{len(found)}"
+            merged = merge([*map(str, paths)], out=out, **how)
+            means = {n: vars(m) for n, m in merged.means.items()}
+            found.append(((out/"model.safetensors").read_bytes(), means))
+        return *found, len(made)
+
+    @pytest.mark.parametrize(
+        "how",
+        [
+            {},
+            {"weights": [0.2, 0.0, 0.8], "executor": "serial"},
+            {"base": True, "scale": 0.7},
+            {"base": True, "sum": [1.0, -0.3, 0.5]},
+            {"dtype": "bf16"},
+        ],
+        ids=str,
+    )
+    def test_the_same_bytes_and_means(self, tmp_path, monkeypatch, how):
+        states = [state(names(), i) for i in range(3)]
+        if "base" in how:
+            how = {**how, "base": folder(tmp_path/"base", names(), 9)}
+        at_once, alone, made = self.both(tmp_path, monkeypatch, states, **how)
+        assert at_once == alone and made > MANY//2
+
+    def test_of_many_shapes_and_dtypes(self, tmp_path, monkeypatch):
+        g, states = torch.Generator().manual_seed(0), []
+        for _ in range(4):
+            one = {n: torch.randn(3 + i//150, 7, generator=g) for i, n in enumerate(names())}
+            cast = {n: x.bfloat16() if i % 150 > 70 else x for i, (n, x) in enumerate(one.items())}
+            states.append(cast)
+        at_once, alone, made = self.both(tmp_path, monkeypatch, states)
+        assert at_once == alone and made > MANY//2
+
+    def test_what_is_special_is_done_alone(self, tmp_path, monkeypatch):
+        states = [state(names(), i) for i in range(2)]
+        for one in states:
+            one["norm.running_mean"], one["layers.7.input_max"] = torch.ones(4, 8), torch.ones(4, 8)
+        at_once, alone, made = self.both(tmp_path, monkeypatch, states)
+        assert at_once == alone and MANY//2 < made <= MANY
+
+    def test_a_nan_is_refused_by_the_same_name(self, tmp_path, monkeypatch):
+        states = [state(names(), i) for i in range(2)]
+        states[1][names()[300]][1, 2] = torch.nan
+        said = []
+        for ready in (many.at_once, list):
+            monkeypatch.setattr(run, "at_once", ready)
+            with pytest.raises(MergeError, match="layers.30.experts.0.weight") as e:
+                merge([from_state_dict(s, n) for s, n in zip(states, "ab")], executor="serial")
+            said.append(str(e.value))
+        assert said[0] == said[1]
+
+    def test_other_executors_do_the_same(self, tmp_path):
+        models = [folder(tmp_path/f"m{i}", names(), i) for i in range(3)]
+        ways = [merge(models, out=tmp_path/e, executor=e) for e in ("threads", "processes")]
+        one, other = ((m.out/"model.safetensors").read_bytes() for m in ways)
+        assert one == other
+        one, other = ({n: vars(x) for n, x in m.means.items()} for m in ways)
+        assert one == other

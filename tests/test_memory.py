@@ -3,14 +3,19 @@ import re
 
 import pytest
 import torch
+from alone import Alone
 from conftest import cli, save
 from test_preview import deep
 
 from frechet_merge import MergeError, merge
-from frechet_merge.files.tensors import FileTensor
-from frechet_merge.merging.memory import HELD, KEPT, KEPT_WITHIN, MMAP_THRESHOLD, frugal
+from frechet_merge.files.tensors import FileTensor, MemoryTensor
+from frechet_merge.geometries.registry import geometries, geometry_named
+from frechet_merge.merging import executors, memory
+from frechet_merge.merging.block import Copy
+from frechet_merge.merging.memory import KEPT, KEPT_WITHIN, MMAP_THRESHOLD, frugal
 from frechet_merge.merging.preview import preview
 from frechet_merge.merging.recipe import Recipe, Run
+from frechet_merge.merging.run import Plan
 
 
 @pytest.fixture
@@ -76,7 +81,7 @@ def test_in_memory(folders):
 
 
 def test_experts_of_one_tensor_are_held_one_by_one(tmp_path):
-    each, beside = HELD["tensor"]
+    each, beside = geometry_named("ties").needs.held
     name, held = "model.layers.0.mlp.experts.down_proj", 4*(2*each + beside)*16*12
     made = (torch.Generator().manual_seed(i) for i in range(3))
     states = [{name: torch.randn(8, 16, 12, generator=g)} for g in made]
@@ -103,3 +108,44 @@ def test_the_last_of_several_merges_ends_a_budget(monkeypatch):
             pass
         assert KEPT not in asked
     assert asked[-1] == KEPT
+
+
+class TestWorkersShareABudget:
+    "Of four jobs no two fit: whoever does them, no two are at once."
+
+    @pytest.fixture
+    def large(self, tmp_path):
+        made = (torch.Generator().manual_seed(i) for i in range(2))
+        states = [{f"w{k}": torch.randn(260, 260, generator=g) for k in range(6)} for g in made]
+        return [save(tmp_path/n, state) for n, state in zip("mn", states)]
+
+    def one_by_one(self, large, tmp_path, executor, memory):
+        (tmp_path/executor).mkdir()
+        g = Alone(str(tmp_path/executor))
+        merge(large, g, out=tmp_path/f"out-{executor}", executor=executor, memory=memory)
+        return not (tmp_path/executor/"two").exists()
+
+    @pytest.mark.parametrize("executor", ["threads", "processes"])
+    def test_of_one_machine(self, large, tmp_path, executor):
+        each, beside = Alone.needs.held
+        held = 4*(2*each + beside)*260*260
+        assert self.one_by_one(large, tmp_path, executor, int(1.9*held))
+
+    def test_what_a_worker_held_is_handed_back(self, monkeypatch):
+        "In the process of the worker, and before it says that it is done."
+        asked = []
+        monkeypatch.setattr(memory, "_of_c", lambda *given: asked.append(given))
+        monkeypatch.setattr(memory, "LARGE", 0)
+        site = executors.Site.of(Plan({"w": ((2,), torch.float32)}, []), None, is_frugal=True)
+        job = Copy("w", MemoryTensor(torch.zeros(1 << 20)))
+        executors.Bench(site).run(job, lambda *_: asked.append("wrote"))
+        back = ("mallopt", MMAP_THRESHOLD, KEPT)
+        begun = ("mallopt", MMAP_THRESHOLD, KEPT_WITHIN)
+        assert asked == [begun, *["wrote"]*4, ("malloc_trim", 0), back]
+
+
+def test_geometries_of_whole_tensors_say_how_many_they_hold():
+    for name in geometries():
+        needs = geometry_named(name).needs
+        is_whole = needs.of == "matrix" or needs.entries and needs.of == "tensor"
+        assert any(needs.held) == (is_whole and not needs.pieces) or needs.whole, name

@@ -180,8 +180,8 @@ ShardSize = Annotated[str, typer.Option(help="Largest file to write.")]
 Memory = Annotated[
     Optional[str],
     typer.Option(
-        help="What tensors may take of it at once, as 8GB: those that fit are read once, and one "
-        "that is too large is refused.",
+        help="What tensors may take of it at once, in all workers together, as 8GB: those that fit "
+        "are read once, and one that is too large is refused.",
         show_default="what the machine has left",
     ),
 ]

@@ -317,7 +317,9 @@ def read_header(path: str | Path) -> tuple[dict[str, Entry], dict[str, str]]:
 
 def read_metadata(path: str | Path) -> dict[str, str]:
     "The metadata of a safetensors file whose header was held to its tensors already."
-    return _parsed(path, _raw_header(path)[0])[1]
+    raw, _ = _raw_header(path)
+    # a hundred thousand names need not be read again for nothing
+    return _parsed(path, raw)[1] if b"__metadata__" in raw or b"\\u" in raw else {}
 
 
 def plan(

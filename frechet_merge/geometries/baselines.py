@@ -52,7 +52,7 @@ class KnOTS(Geometry):
     a distance."""
 
     density: float = 0.2  # share of the entries that each update keeps
-    needs = Needs(of="matrix", stacks=True)
+    needs = Needs(of="matrix", stacks=True, held=(4, 26))
     # trimmed is not the input; a model that is listed twice has two votes
     waives = (3, 4, 6, 9)
 

@@ -88,7 +88,11 @@ class Slerp(Geometry):
     # of a matrix, along which each vector is turned by itself: -1 its rows, 0 its columns; None:
     # all of it is one vector
     axis: int | None = None
-    needs = property(lambda self: Needs(entries=self.axis is not None))
+
+    @property
+    def needs(self):
+        "A vector at a time takes whole tensors."
+        return Needs() if self.axis is None else Needs(entries=True, held=(2, 16))
 
     def chart(self, thetas, Gs=None):
         "Shares, and unit vectors in the span; back, coefficients on the models."

@@ -43,6 +43,7 @@ class Curved(Geometry):
             carries=frozenset({"diagonal", "kronecker"}),
             pieces=True,
             whole=whole,
+            held=(2, 16) if whole else (0, 0),
             raw=self.share is None and not self.damping,
             knob="anchor" if anchored else None,
         )

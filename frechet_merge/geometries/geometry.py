@@ -63,6 +63,9 @@ class Needs:
     # its chart counts with the weights: they come as the numbers that models bring
     weighs: bool = False
     entries: bool = False  # it reads single entries, which a change of basis does not keep
+    # whole tensors in float32 that its chart holds at once, for each version and beside them;
+    # (0, 0): it goes through them in ranges
+    held: tuple[int, int] = (0, 0)
     # of a composition: why it cannot be, and what to use instead, in words
     unmet: str = ""
 
@@ -138,6 +141,7 @@ def together(gs: Sequence[Geometry]) -> Needs:
         carries=frozenset.intersection(*(n.carries for n in all_needs)),
         keeps_rank=all(n.keeps_rank for n in all_needs),
         entries=any(n.entries for n in all_needs),
+        held=max(n.held for n in all_needs),
         unmet=next((n.unmet for n in all_needs if n.unmet), ""),
     )
 

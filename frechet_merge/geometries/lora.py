@@ -86,6 +86,7 @@ class LoRA(Geometry):
             pieces=False,
             raw=False,
             knob=None,
+            held=(0, 0),
             stored=True,
         )
 

@@ -27,7 +27,14 @@ class ModelStock(Geometry):
     # of a matrix, along which each vector has a ratio of its own: -1 its rows, 0 its columns; None:
     # all of it has one
     axis: int | None = None
-    needs = property(lambda self: Needs(base=True, entries=self.axis is not None))
+
+    @property
+    def needs(self):
+        "A vector at a time takes whole tensors."
+        if self.axis is None:
+            return Needs(base=True)
+        return Needs(base=True, entries=True, held=(2, 16))
+
     # twice the same model agrees with itself; a point is shortened on its way back
     waives = (4, 6)
 
@@ -82,7 +89,7 @@ class SCE(Geometry):
     "Where models vary most, by how much they changed, as far as they agree (Wan et al. 2024)."
 
     select: float = 1.0  # share of the positions to keep, those of the largest variance
-    needs = Needs(base=True, weighs=True, entries=True)
+    needs = Needs(base=True, weighs=True, entries=True, held=(2, 16))
     waives = (3, 4, 6, 9)
 
     def __post_init__(self):
@@ -139,7 +146,7 @@ class Outliers(Geometry):
     "The first model, but for entries in which others stand out from it (Arcee Fusion)."
 
     fence: float = 1.5  # how many interquartile ranges above the median an entry stands out
-    needs = Needs(entries=True)
+    needs = Needs(entries=True, held=(2, 16))
     # the first model is the one that others are compared with; a point is masked
     waives = (2, 6)
 
@@ -166,7 +173,7 @@ class RAM(Geometry):
     least: float = 1e-5  # how far an entry is moved that was changed, in units of the weights
     gain: float = 0.0  # how much larger what one model changed alone becomes; RAM+: 0.1
     most: float = 0.2  # at most this ratio of what is shared to what is unique makes it larger
-    needs = Needs(base=True, weighs=True, entries=True)
+    needs = Needs(base=True, weighs=True, entries=True, held=(2, 16))
     # a model that is listed twice changed nothing alone
     waives = (3, 4, 6, 9)
 

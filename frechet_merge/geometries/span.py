@@ -33,6 +33,7 @@ class Span(Geometry):
             raw=False,
             stacks=False,
             knob=None,
+            held=(0, 0),
             unmet=inner.unmet or _unmet_by_vectors(self.inner),
         )
 

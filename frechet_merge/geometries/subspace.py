@@ -218,7 +218,10 @@ class EpiMer(Geometry):
     damping: float = 1e-2
     normalise: bool = False  # divide each projected metric by its mean eigenvalue
     needs = Needs(
-        of="matrix", base=True, carries=frozenset({"diagonal", "kronecker", "projected"})
+        of="matrix",
+        base=True,
+        carries=frozenset({"diagonal", "kronecker", "projected"}),
+        held=(3, 20),
     )
     waives = property(
         lambda self: (3, 4, 6) if self.k is None and self.alpha == 1 else (3, 4, 6, 9)

@@ -77,7 +77,7 @@ class Trimmed(Geometry):
     gamma: float | Sequence[float] = 0.0  # of the rule size: share of the very largest that go, too
     epsilon: float | Sequence[float] = 0.0  # of the rule rank: how far chances are from the density
     seed: int = 0  # of chance
-    needs = Needs(base=True, weighs=True, entries=True)
+    needs = Needs(base=True, weighs=True, entries=True, held=(2, 16))
 
     @property
     def waives(self):

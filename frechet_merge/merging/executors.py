@@ -52,13 +52,15 @@ class Site:
     host: str  # the machine that hands out work
     versions: str  # of what the numbers depend on, there
     path: tuple[str, ...] = ()  # where modules are, there
+    is_frugal: bool = False  # whether there is a budget of memory
 
     @classmethod
-    def of(cls, plan: Any, sink: Any) -> "Site":
+    def of(cls, plan: Any, sink: Any, is_frugal: bool = False) -> "Site":
         "The site of a plan whose files are laid out."
         entries = sink.entries if isinstance(sink, ShardWriter) else None
         alone = replace(plan, jobs=[], names=[], given=None)
-        return cls(alone, entries, socket.gethostname(), versions_here(), tuple(sys.path))
+        host, path = socket.gethostname(), tuple(sys.path)
+        return cls(alone, entries, host, versions_here(), path, is_frugal)
 
 # %% ../../nbs/merging/executors.ipynb #8c437cde
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ class Bench:
         ready()
         torch.set_num_threads(1)
         self.is_away = socket.gethostname() != site.host
+        self.is_frugal = site.is_frugal
         self.sink: Any = Nowhere() if site.entries is None else filled(site)
         self.write: Write = cast_into(site.plan, self.sink)
 
@@ -135,13 +138,21 @@ class Bench:
 
         notes = Notes()
         with notes.about(task.job.name):
-            means = task.job.run(noting)
+            means = self.run(task.job, noting)
         if self.is_away and wrote:
             self.sink.flush({r.name for r in wrote})
         if task.is_entered:
             summed = self.sink.checksum
             wrote = [replace(r, checksum=summed(r.name, r.start, r.count)) for r in wrote]
         return Done(wrote, means, [*notes])
+
+    def run(self, job: Job, write: Write) -> dict[str, Mean]:
+        "Run a job; what it held is this process's no more when it is told that it is done."
+        # it needs this module
+        from frechet_merge.merging.memory import bytes_held, frugal, handed_back
+
+        with frugal(self.is_frugal), handed_back(bytes_held(job)):
+            return job.run(write)
 
 # %% ../../nbs/merging/executors.ipynb #88579a77
 def sendable(e: BaseException) -> BaseException:
@@ -409,12 +420,20 @@ class Ray:
         gpus = int(str(device or "cpu").startswith("cuda"))
         self.far = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=TRIES - 1)(on_ray)
         self.cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        nodes = [node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]]
+        self.largest = int(max(nodes, default=0))
         self.asked: set[Any] = set()
 
     def do(self, task: Task) -> Done | Failed:
         "Have a task done; `MergeError` if all workers that try it die."
+        # it needs this module
+        from frechet_merge.merging.memory import bytes_held
+
         data = packed(task, self.ray.cloudpickle.dumps)
-        answer = self.far.options(name=task.job.name).remote(self.key, self.site, data)
+        # a task that no machine has room for would wait for ever
+        held = min(bytes_held(task.job), self.largest)
+        far = self.far.options(name=task.job.name, memory=held)
+        answer = far.remote(self.key, self.site, data)
         self.asked.add(answer)
         try:
             return self.ray.get(answer)
@@ -474,16 +493,25 @@ def cores() -> int:
 def workers(
     plan: Any,  # whose jobs are done
     sink: ShardWriter,  # whose files are filled
-    executor: str | Callable,  # one of `FAR`
-    device: Any = None,  # where chunks are computed
+    run: Any,  # a `Run` by one of `FAR`
 ) -> Iterator[tuple[Callable, Callable[[Job], dict[str, Mean]]]]:
-    "A map over jobs, and what it is to do with each: have it done elsewhere."
-    site = Site.of(plan, sink)
-    crew = Processes(site) if executor == "processes" else Ray(site, device)
+    "A map over jobs, and what it is to do with each: have it done elsewhere, if there is room."
+    # it needs this module
+    from frechet_merge.merging.memory import Room, bytes_held
+
+    site = Site.of(plan, sink, run.memory is not None)
+    crew = Processes(site) if run.executor == "processes" else Ray(site, run.device)
     # a thread does nothing but wait; Ray is given the next task before the last is done
     threads = ThreadPoolExecutor(min(512, 2*crew.cpus) if isinstance(crew, Ray) else cores())
+    # without a budget Ray itself looks what its machines have left
+    room = Room(math.inf if isinstance(crew, Ray) and run.memory is None else run.memory)
+
+    def act(job: Job) -> dict[str, Mean]:
+        with room.of(bytes_held(job)):
+            return entered(job, crew.do(Task.of(job)), sink)
+
     try:
-        yield threads.map, lambda job: entered(job, crew.do(Task.of(job)), sink)
+        yield threads.map, act
     finally:
         crew.close()
         threads.shutdown(cancel_futures=True)

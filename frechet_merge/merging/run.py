@@ -11,7 +11,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -26,8 +26,8 @@ from ..spaces.mean import ConvergenceWarning, Mean
 from .block import Job, may_be_infinite, Write
 from .executors import FAR, cores, is_far, workers
 from .journal import Journal
-from .many import grouped
-from .memory import KEPT, Room, bytes_held, frugal
+from .many import at_once, grouped
+from .memory import KEPT, Room, bytes_held, frugal, handed_back
 from .recipe import Run, typed_dtype
 from ..messages import Notes, warn
 from ..files.shards import Ledger, ShardWriter
@@ -221,20 +221,28 @@ SMALL = 1 << 16
 
 
 @contextmanager
-def hands(plan: Plan, sink: Any, run: Run) -> Iterator[tuple[Callable, Callable]]:
-    "A map over jobs, and what it is to do with each."
+def hands(plan: Plan, sink: Any, run: Run) -> Iterator[tuple[Callable, Callable, Callable]]:
+    "A map over groups of jobs, what becomes of a group first, and what is to be done with each."
     if is_far(run.executor, sink):
-        with workers(plan, sink, run.executor, run.device) as found:
-            yield found
+        with workers(plan, sink, run) as (over, do):
+            yield over, list, do
         return
-    write, turn = cast_into(plan, sink), threading.Lock()
+    write, turn, room = cast_into(plan, sink), threading.Lock(), Room(run.memory)
 
     def act(job: Job) -> dict[str, Mean]:
-        with turn if job.size < SMALL else nullcontext():
+        if job.size < SMALL:
+            with turn:
+                return job.run(write)
+        held = bytes_held(job)
+        with room.of(held), handed_back(held):
             return job.run(write)
 
-    with mapper(run.executor) as over:
-        yield over, act
+    def ready(group: list[Job]) -> list[Job]:
+        with turn:
+            return at_once(group)
+
+    with frugal(run.memory is not None), mapper(run.executor) as over:
+        yield over, ready, act
 
 # %% ../../nbs/merging/run.ipynb #a90cf8fe
 def do_jobs(
@@ -243,18 +251,17 @@ def do_jobs(
     run: Run = Run(),
 ) -> dict[str, Mean]:
     "Do all jobs of a plan; what is known about each mean, in the plan's order."
-    notes, room = Notes(), Room(run.memory)
+    notes = Notes()
     means: dict[str, Mean] = {}
     seen, total = 0, sum(job.size for job in plan.jobs)
-    ours, asked = hands(plan, sink, run), run.memory is not None
-    with frugal(asked), ours as (over, act), bar("merging", total, run.progress) as tick:
+    ours = hands(plan, sink, run)
+    with ours as (over, ready, act), bar("merging", total, run.progress) as tick:
 
         def do(group: list[Job]) -> list[tuple[Job, dict[str, Mean]]]:
-            return [(job, told(job)) for job in group]
+            return [(job, told(job)) for job in ready(group)]
 
         def told(job: Job) -> dict[str, Mean]:
-            held = bytes_held(job) if job.size >= SMALL else 0
-            with notes.about(job.name), room.of(held):
+            with notes.about(job.name):
                 return act(job)
 
         groups = grouped(sorted(plan.jobs, key=lambda job: -job.size))

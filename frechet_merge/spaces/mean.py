@@ -363,8 +363,12 @@ def _at_sum(
     gone = ~np.isfinite(each)
     each = np.where(gone, 0, each)
     none = np.zeros(each.shape[1])
+    variance = none.copy()
+    # one after the other: so it is the same for a problem that is alone and for one of many
+    for w, square in zip(ws, each):
+        variance += w*square
     lost = (gone & (ws > 0)[:, None]).sum(0)
-    at = Pull(None, none, none, ws @ each, none, lost, [*each])
+    at = Pull(None, none, none, variance, none, lost, [*each])
     at.residual = none
     return at
 
