@@ -89,6 +89,43 @@ class TestAdapters:
             out = merge(models, out=a.parent/f"out-{models[0].name}").out
             are_mean(put(base, out), *want)
 
+    @pytest.mark.parametrize("lead", ["model.", "policy.", "student.encoder.", "module.model."])
+    def test_an_adapted_model_in_a_trainer(self, tiny, adapter, lead):
+        base = tiny("base")
+        a, b = adapter("a", base, 1), adapter("b", base, 2)
+        want = [put(base, x) for x in (a, b)]
+        for folder in (a, b):
+            rewritten(folder/"adapter_model.safetensors", lambda n: lead + n)
+        out = merge([a, b], out=a.parent/"out").out
+        are_mean(put(base, out), *want)
+
+    @pytest.mark.parametrize("algo", ["lora", "loha", "lokr"])
+    def test_lycoris_around_any_model(self, tmp_path, algo):
+        lycoris = pytest.importorskip("lycoris")
+        inputs, outputs = (torch.eye(6), randn(1, 3, 5, 5)), []
+        for seed in (1, 2):
+            torch.manual_seed(0)
+            net = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Conv2d(3, 4, 3))
+            if seed == 1:
+                save_file(net.state_dict(), tmp_path/"base.safetensors")
+            lycoris.LycorisNetwork.apply_preset({"target_module": ["Linear", "Conv2d"]})
+            how = {"linear_dim": 2, "linear_alpha": 3.0, "conv_dim": 2, "conv_alpha": 3.0}
+            wrapped = lycoris.create_lycoris(net, 1.0, algo=algo, **how)
+            wrapped.apply_to()
+            torch.manual_seed(seed)
+            for p in wrapped.parameters():
+                torch.nn.init.normal_(p, std=0.3)
+            held = {n: x.clone() for n, x in wrapped.state_dict().items()}
+            save_file(held, tmp_path/f"{seed}.safetensors")
+            # what it computes: what its `merge_to` makes of a LoHa is another
+            outputs.append([layer(x).detach() for layer, x in zip(net, inputs)])
+        files = [tmp_path/f"{seed}.safetensors" for seed in (1, 2)]
+        found = merge(files, bake=tmp_path/"base.safetensors").tensors
+        net = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Conv2d(3, 4, 3))
+        net.load_state_dict(dict(found))
+        for layer, x, *ys in zip(net, inputs, *outputs):
+            torch.testing.assert_close(layer(x), sum(ys)/2, atol=1e-5, rtol=1e-4)
+
     def test_a_folder_of_mlx_on_its_base(self, tiny, tmp_path):
         base, name = tiny("base"), "model.layers.0.self_attn.q_proj"
         (tmp_path/"a").mkdir()
