@@ -99,6 +99,39 @@ class TestAdapters:
         out = merge([a, b], out=a.parent/"out").out
         are_mean(put(base, out), *want)
 
+    @pytest.mark.parametrize("bare", ["a", "b", "ab"])
+    def test_names_without_pefts_part_in_front(self, tiny, adapter, bare):
+        "As injected layers are saved: PEFT's own `from_pretrained` then reads none of them."
+        base = tiny("base")
+        a, b = adapter("a", base, 1), adapter("b", base, 2)
+        want = [put(base, x) for x in (a, b)]
+        for n in bare:
+            file = a.parent/n/"adapter_model.safetensors"
+            rewritten(file, lambda n: n.removeprefix("base_model.model."))
+        out = merge([a, b], out=a.parent/"out").out
+        are_mean(put(base, out), *want)
+
+    @pytest.mark.parametrize("init", ["pissa", "olora"])
+    def test_an_initialisation_that_peft_repeats(self, tiny, adapter, init):
+        base = tiny("base")
+        a, b = adapter("a", base, 1, init_lora_weights=init), adapter("b", base, 2)
+        with pytest.raises(MergeError, match="put it on the base with merge_and_unload"):
+            merge([a, b])
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), a)
+        model.merge_and_unload().save_pretrained(a.parent/"whole")
+        found = merge([a.parent/"whole", f"{base}+{b}"], base=base).tensors
+        # what was trained, with what its own initialisation took off
+        torch.manual_seed(0)
+        said = {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj"], "init_lora_weights": init}
+        config = LoraConfig(task_type="CAUSAL_LM", **said)
+        trained = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+        held = load_file(a/"adapter_model.safetensors")
+        named = {n.replace(".weight", ".default.weight"): x for n, x in held.items()}
+        assert not trained.load_state_dict(named, strict=False).unexpected_keys
+        want = trained.merge_and_unload().state_dict()
+        for name, x in put(base, b).items():
+            torch.testing.assert_close(found[name], (x + want[name])/2, atol=1e-5, rtol=1e-4)
+
     @pytest.mark.parametrize("algo", ["lora", "loha", "lokr"])
     def test_lycoris_around_any_model(self, tmp_path, algo):
         lycoris = pytest.importorskip("lycoris")
