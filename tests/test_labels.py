@@ -220,12 +220,15 @@ class TestOrders:
         assert not inspect([tmp_path/"a", tmp_path/"c"]).mergeable
 
 
-def test_a_model_that_transformers_does_not_know(tmp_path):
-    "As timm writes it."
+@pytest.mark.parametrize("is_inside", [False, True])
+@pytest.mark.parametrize("key", ["label_names", "labels"])
+def test_a_model_that_transformers_does_not_know(tmp_path, key, is_inside):
+    "As timm writes it, in its two places and under its two names."
     states = []
     for i, named in enumerate((LABELS, LABELS[::-1])):
         state = {"stem.weight": randn(4, 4, seed=i), "head.fc.weight": randn(4, 4, seed=i)}
-        save(tmp_path/"ab"[i], state, {"architecture": "resnet0", "label_names": named})
+        said = {"pretrained_cfg": {key: named}} if is_inside else {key: named}
+        save(tmp_path/"ab"[i], state, {"architecture": "resnet0", **said})
         states.append(state["head.fc.weight"])
     m = merge([tmp_path/"a", tmp_path/"b"]).tensors
     torch.testing.assert_close(m["head.fc.weight"], (states[0] + states[1].flip(0))/2)

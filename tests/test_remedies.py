@@ -91,15 +91,6 @@ def test_a_text_beside_a_model(whole):
     is_one(whole, whole)
 
 
-def test_safetensors_under_another_name(tmp_path, whole):
-    shutil.copy(whole/"model.safetensors", tmp_path/"x.bin")
-    how = {"allow_pickle": True}
-    said = refused("under another name", tmp_path/"x.bin", whole, **how)
-    assert "Rename it: x.safetensors" in said
-    shutil.move(tmp_path/"x.bin", tmp_path/"x.safetensors")
-    is_one(tmp_path/"x.safetensors", whole, **how)
-
-
 def test_several_sets_of_tensors_in_a_pickle(tmp_path, whole):
     file = tmp_path/"x.pt"
     torch.save({"model": ONE, "generator": ONE}, file)
@@ -115,6 +106,42 @@ def test_a_pickle_with_something_that_is_no_tensor(tmp_path, whole):
     said = refused("'epoch' is a int", file, whole, allow_pickle=True)
     command = said.splitlines()[-1].partition(": ")[2].removesuffix(".")
     exec(command, {"torch": torch, "STATE": torch.load(file), "OTHER": tmp_path/"y.pt"})
+    is_one(tmp_path/"y.pt", whole, allow_pickle=True)
+
+
+def test_a_pickle_of_arrays(tmp_path, whole):
+    file = tmp_path/"x.pt"
+    torch.save({n: x.numpy() for n, x in ONE.items()}, file)
+    said = refused("'u' is a numpy", file, whole, allow_pickle=True)
+    command = said.splitlines()[-1].partition(": ")[2].removesuffix(".")
+    state = torch.load(file, weights_only=False)
+    exec(command, {"torch": torch, "STATE": state, "OTHER": tmp_path/"y.pt"})
+    is_one(tmp_path/"y.pt", whole, allow_pickle=True)
+
+
+def test_a_pickle_of_parts(tmp_path, whole):
+    file, parts = tmp_path/"x.pt", {"encoder": {"all": {"u": ONE["u"]}}, "v": {"all": {}}}
+    torch.save(parts, file)
+    refused("Save the tensors in it under their names", file, whole, allow_pickle=True)
+    torch.save({**parts["encoder"]["all"], "v": ONE["v"]}, tmp_path/"y.pt")
+    is_one(tmp_path/"y.pt", whole, allow_pickle=True)
+
+
+class Whole(torch.nn.Module):
+    "What some trainers save in the place of its tensors."
+
+    def __init__(self):
+        super().__init__()
+        for name, x in ONE.items():
+            setattr(self, name, torch.nn.Parameter(x))
+
+
+def test_a_model_as_an_object_beside_other_things(tmp_path, whole):
+    file = tmp_path/"x.pt"
+    torch.save({"epoch": 3, "model": Whole(), "ema": None}, file)
+    said = refused("'epoch' is a int", file, whole, allow_pickle=True)
+    command = said.splitlines()[-1].partition(": ")[2].removesuffix(".")
+    exec(command, {"torch": torch, "FILE": file, "OTHER": tmp_path/"y.pt"})
     is_one(tmp_path/"y.pt", whole, allow_pickle=True)
 
 

@@ -89,6 +89,76 @@ class TestAdapters:
             out = merge(models, out=a.parent/f"out-{models[0].name}").out
             are_mean(put(base, out), *want)
 
+    @pytest.mark.parametrize("lead", ["model.", "policy.", "student.encoder.", "module.model."])
+    def test_an_adapted_model_in_a_trainer(self, tiny, adapter, lead):
+        base = tiny("base")
+        a, b = adapter("a", base, 1), adapter("b", base, 2)
+        want = [put(base, x) for x in (a, b)]
+        for folder in (a, b):
+            rewritten(folder/"adapter_model.safetensors", lambda n: lead + n)
+        out = merge([a, b], out=a.parent/"out").out
+        are_mean(put(base, out), *want)
+
+    @pytest.mark.parametrize("bare", ["a", "b", "ab"])
+    def test_names_without_pefts_part_in_front(self, tiny, adapter, bare):
+        "As injected layers are saved: PEFT's own `from_pretrained` then reads none of them."
+        base = tiny("base")
+        a, b = adapter("a", base, 1), adapter("b", base, 2)
+        want = [put(base, x) for x in (a, b)]
+        for n in bare:
+            file = a.parent/n/"adapter_model.safetensors"
+            rewritten(file, lambda n: n.removeprefix("base_model.model."))
+        out = merge([a, b], out=a.parent/"out").out
+        are_mean(put(base, out), *want)
+
+    @pytest.mark.parametrize("init", ["pissa", "olora"])
+    def test_an_initialisation_that_peft_repeats(self, tiny, adapter, init):
+        base = tiny("base")
+        a, b = adapter("a", base, 1, init_lora_weights=init), adapter("b", base, 2)
+        with pytest.raises(MergeError, match="put it on the base with merge_and_unload"):
+            merge([a, b])
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), a)
+        model.merge_and_unload().save_pretrained(a.parent/"whole")
+        found = merge([a.parent/"whole", f"{base}+{b}"], base=base).tensors
+        # what was trained, with what its own initialisation took off
+        torch.manual_seed(0)
+        said = {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj"], "init_lora_weights": init}
+        config = LoraConfig(task_type="CAUSAL_LM", **said)
+        trained = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+        held = load_file(a/"adapter_model.safetensors")
+        named = {n.replace(".weight", ".default.weight"): x for n, x in held.items()}
+        assert not trained.load_state_dict(named, strict=False).unexpected_keys
+        want = trained.merge_and_unload().state_dict()
+        for name, x in put(base, b).items():
+            torch.testing.assert_close(found[name], (x + want[name])/2, atol=1e-5, rtol=1e-4)
+
+    @pytest.mark.parametrize("algo", ["lora", "loha", "lokr"])
+    def test_lycoris_around_any_model(self, tmp_path, algo):
+        lycoris = pytest.importorskip("lycoris")
+        inputs, outputs = (torch.eye(6), randn(1, 3, 5, 5)), []
+        for seed in (1, 2):
+            torch.manual_seed(0)
+            net = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Conv2d(3, 4, 3))
+            if seed == 1:
+                save_file(net.state_dict(), tmp_path/"base.safetensors")
+            lycoris.LycorisNetwork.apply_preset({"target_module": ["Linear", "Conv2d"]})
+            how = {"linear_dim": 2, "linear_alpha": 3.0, "conv_dim": 2, "conv_alpha": 3.0}
+            wrapped = lycoris.create_lycoris(net, 1.0, algo=algo, **how)
+            wrapped.apply_to()
+            torch.manual_seed(seed)
+            for p in wrapped.parameters():
+                torch.nn.init.normal_(p, std=0.3)
+            held = {n: x.clone() for n, x in wrapped.state_dict().items()}
+            save_file(held, tmp_path/f"{seed}.safetensors")
+            # what it computes: what its `merge_to` makes of a LoHa is another
+            outputs.append([layer(x).detach() for layer, x in zip(net, inputs)])
+        files = [tmp_path/f"{seed}.safetensors" for seed in (1, 2)]
+        found = merge(files, bake=tmp_path/"base.safetensors").tensors
+        net = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Conv2d(3, 4, 3))
+        net.load_state_dict(dict(found))
+        for layer, x, *ys in zip(net, inputs, *outputs):
+            torch.testing.assert_close(layer(x), sum(ys)/2, atol=1e-5, rtol=1e-4)
+
     def test_a_folder_of_mlx_on_its_base(self, tiny, tmp_path):
         base, name = tiny("base"), "model.layers.0.self_attn.q_proj"
         (tmp_path/"a").mkdir()

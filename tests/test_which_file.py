@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import tarfile
+import zipfile
 from collections import OrderedDict
 
 import numpy as np
@@ -205,6 +206,25 @@ class TestPlaces:
             torch.save(state(), folder/f"consolidated.{i:02d}.pth")
         says("2 slices", folder)
 
+    def test_files_of_torchtune(self, tmp_path):
+        whole, files = state(), [tmp_path/f"hf_model_000{i}_0.pt" for i in (1, 2)]
+        first, *others = whole
+        torch.save({first: whole[first]}, files[0])
+        torch.save({n: whole[n] for n in others}, files[1])
+        command = says("2 files", tmp_path, allow_pickle=True).partition("names: ")[2]
+        names = {"torch": torch, "FILES": files, "OTHER": tmp_path/"whole.pt"}
+        exec(command.removesuffix("."), names)
+        assert same(load(tmp_path/"whole.pt", allow_pickle=True), whole)
+
+    def test_shards_of_torchtune_become_those_of_transformers(self, tmp_path):
+        for n in "ab":
+            (tmp_path/n).mkdir()
+            for i, (name, x) in enumerate(state().items(), 1):
+                file = f"ft-model-{i:05d}-of-{len(state()):05d}.safetensors"
+                save_file({name: x}, tmp_path/n/file)
+        out = merge([tmp_path/"a", tmp_path/"b"], out=tmp_path/"o").out
+        assert [f.name for f in out.glob("*.safetensors")] == ["model.safetensors"]
+
     def test_shards_of_strange_names_have_no_common_one(self, tmp_path):
         for n in "ab":
             (tmp_path/n).mkdir()
@@ -304,9 +324,10 @@ class TestFormats:
         snp.save_file(held, tmp_path/"model.safetensors")
         assert same(load(tmp_path), state())
 
-    def test_another_pickle_in_a_folder(self, tmp_path):
-        torch.save(state(), tmp_path/"last.ckpt")
-        said = says("(?s)but last.ckpt.*that file", tmp_path, allow_pickle=True)
+    @pytest.mark.parametrize("name", ["last.ckpt", "model_best.pth.tar"])
+    def test_another_pickle_in_a_folder(self, tmp_path, name):
+        torch.save(state(), tmp_path/name)
+        said = says(f"(?s)but {name}.*that file", tmp_path, allow_pickle=True)
         named = said.split(", as ")[1].split(", with")[0]
         assert same(load(named, allow_pickle=True), state())
 
@@ -372,12 +393,26 @@ class TestPickles:
         alone = torch.load(tmp_path/"m.pt", weights_only=False)["ema"]
         assert same(self.of(tmp_path, alone, "alone.pt"), state(2))
 
-    def test_safetensors_under_its_name(self, tmp_path):
-        save_file(state(), tmp_path/"pytorch_model.bin")
-        said = says("safetensors under another name", tmp_path, allow_pickle=True)
-        name = said.split("Rename it: ")[1].removesuffix(".")
-        (tmp_path/"pytorch_model.bin").rename(tmp_path/name)
-        assert same(load(tmp_path), state())
+    @pytest.mark.parametrize("name", ["pytorch_model.bin", "x.ckpt", "x.pt"])
+    def test_safetensors_under_its_name(self, tmp_path, name):
+        save_file(state(), tmp_path/name)
+        assert same(load(tmp_path/name), state())
+
+    @pytest.mark.parametrize("name", ["model_best.pth.tar", "x.pyth", "x.weights", "x", "x.tar"])
+    @pytest.mark.parametrize("is_zip", [True, False])
+    def test_under_any_name(self, tmp_path, name, is_zip):
+        held = {"epoch": 1, "model_state": state()}
+        torch.save(held, tmp_path/name, _use_new_zipfile_serialization=is_zip)
+        says("is a pickle, which can run code", tmp_path/name)
+        assert same(load(tmp_path/name, allow_pickle=True), state())
+
+    def test_archives_are_no_pickles(self, tmp_path):
+        with tarfile.open(tmp_path/"m.tar", "w") as f:
+            f.addfile(tarfile.TarInfo("tensors"), io.BytesIO())
+        says("(?s)an archive.*Unpack it", tmp_path/"m.tar", allow_pickle=True)
+        with zipfile.ZipFile(tmp_path/"m.zip", "w") as f:
+            f.writestr("model/config.json", "{}")
+        says("(?s)an archive.*unzip", tmp_path/"m.zip", allow_pickle=True)
 
     def test_settings_that_are_objects_are_not_made(self, tmp_path):
         held = {"state_dict": state(), "hyper_parameters": Settings(lr=0.1), "args": Filled(x=1)}

@@ -24,6 +24,7 @@ from .spelling import split, table
 from ..files.checkpoint import FACTOR, Checkpoint
 from ..files.tensors import LazyTensor
 from ..matching.codes import among
+from ..matching.views import renamed
 from ..messages import MergeError, warn
 
 # %% ../../nbs/adapters/dialects.ipynb #78cc7102
@@ -159,6 +160,14 @@ def alpha_beside(names: Collection[str]) -> str | None:
     layers = {FACTOR.split(n)[0] for n in names if FACTOR.search(n)}
     return next((n for n in names if n.endswith(".alpha") and n[: -len(".alpha")] in layers), None)
 
+# %% ../../nbs/adapters/dialects.ipynb #09a89682
+def _as_peft_writes(c: Checkpoint) -> Checkpoint:
+    "An adapter beside a config of PEFT with its part in front of names: it reads none without."
+    lead = "base_model.model."
+    is_bare = "peft_type" in (c.adapter or {}) and not any(n.startswith(lead) for n in c)
+    return renamed(c, lambda n: lead + n) if is_bare else c
+
+
 # %% ../../nbs/adapters/dialects.ipynb #ef6308dd
 def spoken(c: Checkpoint) -> Checkpoint:
     "c with its dialect in `adapter`, if it is not PEFT's; `MergeError` if it cannot be read."
@@ -181,7 +190,7 @@ def spoken(c: Checkpoint) -> Checkpoint:
             "adapter_config.json away if alpha is to count, as diffusers and ComfyUI read it."
         )
     if dialect in (None, "peft"):
-        return c
+        return _as_peft_writes(c)
     beside = (c.adapter or {}) if dialect in ("mlx", "torchtune") else {}
     return c.view(adapter={**beside, "dialect": dialect})
 

@@ -168,17 +168,35 @@ def _nowhere(base: Checkpoint, adapter: Checkpoint, module: str) -> MergeError:
         f"{adapter.source}: adapts {module!r}, which is not in {base.source}.\n{remedy}"
     )
 
+# %% ../../nbs/adapters/homes.ipynb #816a451c
+def _in_any_model(base: Checkpoint, found: dict[str, Layer]) -> dict[str, Layer]:
+    "Layers that LyCORIS named flat, under the names of a model that is no pipeline."
+    lead = "lycoris_"
+    if not any(name.startswith(lead) for name in found):
+        return found
+    stems = [name.removesuffix(".weight") for name in base if name.endswith(".weight")]
+    flat: dict[str, list[str]] = {}
+    for stem in stems:
+        flat.setdefault(lead + stem.replace(".", "_"), []).append(stem)
+    homes = {}
+    for name, layer in found.items():
+        meant = flat.get(name, [])
+        home = meant[0] if len(meant) == 1 else name
+        homes[home] = replace(layer, name=home)
+    return homes
+
+
 # %% ../../nbs/adapters/homes.ipynb #b3aeccdd
 def at_home(
     base: Checkpoint,  # any full model
     adapter: Checkpoint,  # for messages
     found: dict[str, Layer],  # its layers, by the names that it has for them
 ) -> dict[str, Layer]:
-    """Layers under the names of a pipeline's tensors; as they are if the base is none. `MergeError`
-    for a layer that the pipeline does not have."""
+    """Layers under the names of a pipeline's tensors; in another base those that LyCORIS wrote
+    flat. `MergeError` for a layer that the pipeline does not have."""
     known = modules_of(base)
     if not known:
-        return found
+        return _in_any_model(base, found)
     flat, homes, left = by_flat(known), {}, {}
     for key, layer in found.items():
         # as a merged adapter has it

@@ -148,6 +148,23 @@ def _remedy(c: Checkpoint, key: str) -> str:
         "models with --base."
     )
 
+# %% ../../nbs/adapters/peft.ipynb #45509dd1
+def _of_another_base(c: Checkpoint, init: str) -> MergeError:
+    "What is said of an adapter whose initialisation took something off the base."
+    convert = (
+        "Convert it to plain LoRA first: PEFT's save_pretrained(..., "
+        "path_initial_model_for_weight_conversion=...)"
+    )
+    # these are computed from the base alone, and come out the same whenever PEFT loads it
+    if init in ("pissa", "olora"):
+        convert += (
+            ", or put it on the base with merge_and_unload(), which takes the same off again, "
+            "save that, and merge full models with --base"
+        )
+    why = f"has init_lora_weights = {init!r}, which changed the base that it was trained on"
+    return _refusal(c, why, convert + ".")
+
+
 # %% ../../nbs/adapters/peft.ipynb #653ce08c
 def _refuse_other_updates(c: Checkpoint) -> None:
     "`MergeError` for a config by which an adapter is not W + s·B·A."
@@ -169,12 +186,7 @@ def _refuse_other_updates(c: Checkpoint) -> None:
             raise _refusal(c, f"has {key} = {config[key]!r}: {why}", _remedy(c, key))
     init = str(config.get("init_lora_weights")).lower()
     if init.startswith(CHANGE_THE_BASE):
-        raise _refusal(
-            c,
-            f"has init_lora_weights = {init!r}, which changed the base that it was trained on",
-            "Convert it to plain LoRA first: PEFT's save_pretrained(..., "
-            "path_initial_model_for_weight_conversion=...).",
-        )
+        raise _of_another_base(c, init)
 
 # %% ../../nbs/adapters/peft.ipynb #cc72c390
 # a key with the adapter's name in it: before it, the name, after it

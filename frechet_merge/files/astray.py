@@ -9,7 +9,7 @@ __all__ = ['FOREIGN', 'NO_MODELS', 'FINAL', 'foreign', 'no_weights']
 from collections.abc import Iterator
 from pathlib import Path
 
-from .folders import components, is_named, weights_in
+from .folders import TARS, components, is_named, weights_in
 from .formats import weight_files
 from ..messages import MergeError
 
@@ -52,7 +52,7 @@ FOREIGN = {
 
 def foreign(file: Path) -> str | None:
     "Whose format a file has and what to do about it, by its name; None: nothing is known."
-    for pattern, (whose, remedy) in FOREIGN.items():
+    for pattern, (whose, remedy) in FOREIGN.items() if not is_named(file.name, TARS) else ():
         if is_named(file.name, [pattern]):
             return f"is in the format of {whose}, which is not read here.\n{remedy}"
     return None
@@ -134,6 +134,12 @@ def _slices(folder: Path) -> str | None:
             f"{folder}: holds a model of Meta in {len(found)} slices ({found[0].name} …).\n"
             "Convert it with convert_llama_weights_to_hf.py of transformers, or name the model "
             "in its format."
+        )
+    if len(found := sorted(folder.glob("hf_model_*.pt"))) > 1:
+        return (
+            f"{folder}: holds a model of torchtune in {len(found)} files ({found[0].name} …).\n"
+            "Save them as one, where FILES are their names: torch.save({n: x for f in FILES for "
+            "n, x in torch.load(f).items()}, OTHER)."
         )
     return None
 

@@ -20,6 +20,21 @@ from .rows import Known, Rows
 from .views import alike, head_of
 from ..messages import MergeError, warn
 
+# %% ../../nbs/matching/labels.ipynb #5099ccc9
+def _of_timm(config: Mapping[str, Any]) -> list[list[str]]:
+    "The lists of labels that timm keeps, beside the architecture or with what it was trained on."
+    inner = config.get("pretrained_cfg")
+    found = []
+    for held in (config, inner if isinstance(inner, dict) else {}):
+        # the second is an older name
+        for names in (held.get("label_names"), held.get("labels")):
+            if isinstance(names, dict) and all(str(k).isdigit() for k in names):
+                names = [names[k] for k in sorted(names, key=int)]
+            if isinstance(names, list) and all(isinstance(x, str) for x in names):
+                found.append([*names])
+    return found
+
+
 # %% ../../nbs/matching/labels.ipynb #137ff9a2
 def _named(config: Mapping[str, Any]) -> list[list[str]]:
     "The lists of labels that a config holds, those that say nothing among them."
@@ -29,13 +44,7 @@ def _named(config: Mapping[str, Any]) -> list[list[str]]:
         found.append([str(ids[k]) for k in sorted(ids, key=int)])
     if isinstance(numbers, dict) and all(str(v).isdigit() for v in numbers.values()):
         found.append([str(k) for k in sorted(numbers, key=lambda k: int(numbers[k]))])
-    # of timm
-    names = config.get("label_names")
-    if isinstance(names, dict) and all(str(k).isdigit() for k in names):
-        names = [names[k] for k in sorted(names, key=int)]
-    if isinstance(names, list):
-        found.append([str(x) for x in names])
-    return found
+    return found + _of_timm(config)
 
 # %% ../../nbs/matching/labels.ipynb #dc744631
 def _says_nothing(named: Sequence[str]) -> bool:

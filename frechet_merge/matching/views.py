@@ -33,6 +33,14 @@ def renamed(
         lazy[to(name)] = x
     return c.view(lazy=lazy, tied=tied)
 
+# %% ../../nbs/matching/views.ipynb #9a3e4bf0
+def _before_peft(names: Sequence[str]) -> str:
+    "What stands in front of PEFT's part in all names, of which PEFT then reads none; or nothing."
+    peft = AROUND[1]
+    before = names[0].partition(peft)[0] if names else ""
+    return before if all(n.startswith(before + peft) for n in names) else ""
+
+
 # %% ../../nbs/matching/views.ipynb #9241166e
 def _around(names: Sequence[str], is_adapter: bool) -> str:
     "What a wrapper has put in front of all names; empty: nothing."
@@ -66,7 +74,8 @@ def unwrapped(c: Checkpoint) -> Checkpoint:
     names = [*c.lazy, *c.tied]
     if any(COMPILED.search(n) for n in names):
         return unwrapped(renamed(c, lambda n: COMPILED.sub(r"\1", n)))
-    lead = _around(names, c.adapter is not None)
+    before = _before_peft(names) if c.adapter is not None else ""
+    lead = before or _around(names, c.adapter is not None)
     return unwrapped(renamed(c, lambda n: n.removeprefix(lead))) if lead else c
 
 # %% ../../nbs/matching/views.ipynb #886e99a4

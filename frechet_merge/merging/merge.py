@@ -25,9 +25,10 @@ from ..adapters.baking import classes
 from ..adapters.common import speech_of
 from ..files.checkpoint import Checkpoint, from_state_dict, vocabulary_size
 from ..files.folders import library_of
-from ..files.open import PICKLES, load
+from ..files.open import load
 from ..files.open import parts_of as named_in
 from ..files.places import place_of
+from ..files.pickles import PICKLES
 from ..files.ranges import are_remote, is_file, refuse_changed
 from ..files.uploads import uploaded
 from .align import in_gauge_of

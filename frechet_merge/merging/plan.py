@@ -264,7 +264,12 @@ def _metrics_for(opened: Opened, blocks: Sequence[Block], device: Any) -> dict[s
 
 # %% ../../nbs/merging/plan.ipynb #17221b71
 # how libraries call the safetensors file that they read in place of a pickle
-SAFE = {"pytorch_model": "model", "open_clip_pytorch_model": "open_clip_model"}
+SAFE = {
+    "pytorch_model": "model",
+    "open_clip_pytorch_model": "open_clip_model",
+    # of torchtune, whose files transformers finds by their index only
+    "ft-model": "model",
+}
 
 
 def stem_of(every: Sequence[Checkpoint]) -> str:
@@ -275,7 +280,7 @@ def stem_of(every: Sequence[Checkpoint]) -> str:
     file = first.files[0]
     shard = SHARD.fullmatch(file.stem)
     stem, dot, variant = (shard[1] if shard else file.stem).partition(".")
-    if stem in STEMS and stem != "adapter_model":
+    if stem in (*STEMS, *SAFE) and stem != "adapter_model":
         return SAFE.get(stem, stem) + dot + variant
     # other names are known to nobody, unless it is the folder that was opened by them
     is_named_alone = is_file(first.source)
