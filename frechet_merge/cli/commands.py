@@ -28,7 +28,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from ..files.places import place_of
-from ..messages import MergeError, Misfit, named, redacted, warn
+from ..messages import MergeError, Misfit, named, redacted, say, warn
 from .helped import ERASED, App, geometry_names, instead_of, one_of
 from .mixtures import experts_command, mixture_command
 from .options import Absent, AnyBase, Base, BatchSize, MaxLength, Metrics, Models
@@ -52,7 +52,7 @@ def _version(show: bool):
     if show:
         from frechet_merge import __version__
 
-        print(f"frechet-merge {__version__}")
+        say(f"frechet-merge {__version__}")
         raise typer.Exit
 
 # %% ../../nbs/cli/commands.ipynb #3b6ac879
@@ -302,7 +302,7 @@ def _print_written(merged: Any, done: str, start: float) -> None:
     "What was written, and how long it took."
     written = merged.tensors.lazy
     n = fsum(x.numel for x in written.values())
-    print(
+    say(
         f"{redacted(str(merged.out))}: {done}, {len(written)} tensors, "
         f"{_count(int(n))} parameters, {time.time() - start:.1f} s"
     )
@@ -313,9 +313,9 @@ def _print_numbers(record: Any) -> None:
     from frechet_merge.merging.coefficients import told
 
     for line in told(record.coefficients):
-        print(line)
+        say(line)
     if known := record.calibrated:
-        print(
+        say(
             f"calibrated: {known['layers']} BatchNorm layers on {known['examples']:,} pictures of "
             f"{known['data']}"
         )
@@ -336,7 +336,7 @@ def _print_merged(merged: Any, n_models: int, start: float, reported: bool = Fal
     if reported:
         from frechet_merge.diagnostics.report import write_report
 
-        print(f"report: {write_report(merged.out, record=merged.record)}")
+        say(f"report: {write_report(merged.out, record=merged.record)}")
 
 # %% ../../nbs/cli/commands.ipynb #4e9a01c8
 def _refuse_of_part(part: str | None, reported: bool, push: str | None) -> None:
@@ -386,9 +386,9 @@ def _print_preview(
 
     found = preview(recipe, output, run, name, timed=True)
     if as_json:
-        return print(json.dumps(found.as_data(), ensure_ascii=False))
+        return print(json.dumps(found.as_data()))
     for line in found.report():
-        print(line)
+        say(line)
 
 # %% ../../nbs/cli/commands.ipynb #765f8713
 def _pictures(data: str | None, split: str, samples: int) -> Any:
@@ -609,7 +609,7 @@ def report_command(out: MergedBefore, seen: SeenBefore = None):
     look, and what came of every block."""
     from frechet_merge.diagnostics.report import read_seen, write_report
 
-    print(write_report(out, read_seen(seen)))
+    say(write_report(out, read_seen(seen)))
 
 # %% ../../nbs/cli/commands.ipynb #aa1g0002
 @app.command("align")
@@ -662,7 +662,7 @@ def align_command(
     how = Alignment(data, residual, split, text, *sizes, tokenizer, restarts)
     seen, found = align(models, out, base, None, ws, dtype, allow_pickle, how)
     first, last = found.variances[0], found.variances[-1]
-    print(
+    say(
         f"{out}: {len(seen)} models in one gauge, {len(found.gauges[0])} groups, variance "
         f"{first:.4g} → {last:.4g}, {time.time() - start:.1f} s"
     )
@@ -700,7 +700,7 @@ def convert_command(
     convert(adapter, to, out, rank, dtype, allow_pickle)
     written = load(out).lazy
     n = sum(x.numel for x in written.values())
-    print(
+    say(
         f"{out}: {adapter} in the spelling of {to}, {len(written)} tensors, {_count(n)} "
         f"parameters, {time.time() - start:.1f} s"
     )
@@ -786,7 +786,7 @@ def _show(found: Any, ran: Any, as_json: bool, top: int) -> None:
         said = {"gain": found.gain, "verdict": found.verdict, "mergeable": found.mergeable}
         if ran is not None:
             said["collapse"] = ran.rows
-        print(json.dumps(asdict(found) | said))
+        say(json.dumps(asdict(found) | said))
         return
     # lines as they are, for grep
     for x in chain(found.report(top), ran.report() if ran is not None else ()):
@@ -821,10 +821,10 @@ def _announce(models: Sequence[str], base: str | None, allow_pickle: bool) -> No
 
     away = bytes_away(*models, base, allow_pickle=allow_pickle)
     if away:
-        print(
+        say(
             f"{ERASED if sys.stderr.isatty() else ''}reading {in_bytes(away)} of weights over the "
             "network, for norms, distances and NaN: --headers reads none",
-            file=sys.stderr,
+            err=True,
         )
 
 # %% ../../nbs/cli/commands.ipynb #d71c0e11
@@ -1014,12 +1014,12 @@ def curvature_command(
         progress=not quiet and sys.stderr.isatty(),
     ).about
     drawn = f", {about['estimator']}" if about["estimator"] else ""
-    print(
+    say(
         f"{out}: {about['form']}{drawn}, "
         f"{about['samples']:,} samples, {about['tokens']:,} tokens, "
         f"{time.time() - start:.1f} s, {place_of(out).stat().st_size / 1e6:,.1f} MB"
     )
-    print(_error_of(about))
+    say(_error_of(about))
 
 # %% ../../nbs/cli/commands.ipynb #eb3c1f91
 @app.command("basis")
@@ -1051,7 +1051,7 @@ def basis_command(
         time.time(),
         write_bases(models, base, out, k, only, allow_pickle, not quiet and sys.stderr.isatty()),
     )
-    print(
+    say(
         f"{out}: {len(found) // 3} matrices, at most "
         f"{max(x.shape[-1] for x in found.values())} directions each, "
         f"{time.time() - start:.1f} s, {place_of(out).stat().st_size / 1e6:,.1f} MB"
@@ -1175,12 +1175,12 @@ def tune_command(
         absent=absent,
         any_base=any_base,
         allow_pickle=allow_pickle,
-        say=lambda s: None if quiet else print(s, file=sys.stderr),
+        say=lambda s: None if quiet else say(s, err=True),
     )
     _print_table(found, models)
     scale = f" --scale {found.best.scale:g}" if found.best.scale != 1 else ""
     written = f" → {out}" if found.merged else ""
-    print(
+    say(
         f"The nearest: --geometry {found.best.name}{scale}{written} ({time.time() - start:.0f} s)"
     )
     if out and not found.merged:
@@ -1248,12 +1248,12 @@ def suggest_command(
         any_base,
         allow_pickle,
         not quiet and sys.stderr.isatty(),
-        lambda s: None if quiet else print(s, file=sys.stderr),
+        lambda s: None if quiet else say(s, err=True),
         device=device,
         seed=seed,
         **asking,
     )
-    print(json.dumps(found.as_data(), ensure_ascii=False) if as_json else found.told())
+    say(json.dumps(found.as_data()) if as_json else found.told())
     if found.recipe is None:
         raise typer.Exit(1)
     if out is not None:
@@ -1314,7 +1314,7 @@ def _print_kept(found: Any, start: float):
     ranks = sorted(k.rank for k in found.kept.values())
     worst = max(found.kept, key=lambda n: found.kept[n].error)
     spread = f"rank {ranks[0]}" if ranks[0] == ranks[-1] else f"ranks {ranks[0]} to {ranks[-1]}"
-    print(
+    say(
         f"{found.out}: {len(ranks)} layers, {spread}, {100*found.energy:.2f} % of the squared "
         f"change kept, {time.time() - start:.1f} s\n"
         f"The worst layer is {worst}: {100*found.kept[worst].error:.1f} % of its change is lost."
@@ -1402,7 +1402,7 @@ def demo_command(
     from frechet_merge.cli.demo import demo, picture
 
     out = picture_path(out) or out
-    start, results = time.time(), demo(lambda s: print(s, file=sys.stderr), texts)
+    start, results = time.time(), demo(lambda s: say(s, err=True), texts)
     names = list(next(iter(results.values())))
     t = Table("accuracy", *names, "average", title="Five tasks, one model")
     for who, acc in results.items():
@@ -1411,18 +1411,18 @@ def demo_command(
     average = {k: sum(v.values())/len(v) for k, v in results.items()}
     best = max((k for k in average if k not in ("base", "experts")), key=lambda k: average[k])
     if average[best] > average["base"]:
-        print(
+        say(
             f"The best merge, {best}, is {100 * (average[best] - average['base']):.1f} "
             f"points above the base and {100 * (average['experts'] - average[best]):.1f} "
             "below five separate experts."
         )
     else:
-        print(
+        say(
             f"No merge beats the base on average: the best, {best}, is "
             f"{100 * (average['base'] - average[best]):.1f} points below it."
         )
     _saved(picture(results).figure, out)
-    print(f"Picture: {out} ({time.time() - start:.0f} s in all)")
+    say(f"Picture: {out} ({time.time() - start:.0f} s in all)")
 
 # %% ../../nbs/cli/commands.ipynb #5afed002
 def _open_standard_streams() -> None:
@@ -1436,18 +1436,36 @@ def _open_standard_streams() -> None:
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w" if number else "r"))
 
+# %% ../../nbs/cli/commands.ipynb #ffe50ba8
+def _is_shut() -> bool:
+    "Whether standard output takes nothing any more: what it refused waits in its buffer."
+    try:
+        sys.stdout.flush()
+    except OSError:
+        return True
+    return False
+
+# %% ../../nbs/cli/commands.ipynb #cf2c9745
+def _of_a_disk(e: OSError) -> str:
+    "What a disk said, of a file or of none that it names."
+    remedy = "Check this path, its disk, and who may use it."
+    if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        remedy = "Free some space there; TMPDIR names another place for temporary files."
+    if e.errno in (errno.EMFILE, errno.ENFILE):
+        remedy = "Allow more open files: ulimit -n 65536."
+    where = named(str(e.filename or ""))
+    if not where and _is_shut():
+        where = "standard output"
+        remedy = "Free some space, or print to another place; what was written whole is there."
+    from tempfile import gettempdir
+
+    return f"error: {where or f'a file here or in {gettempdir()}'}: {e.strerror}.\n{remedy}"
+
 # %% ../../nbs/cli/commands.ipynb #5afed003
 def _unforeseen(e: Exception) -> str:
     "What is said of an error that has no message of ours."
-    no_room = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-    if isinstance(e, OSError) and e.filename and e.strerror and e.errno not in no_room:
-        where = named(str(e.filename))
-        return f"error: {where}: {e.strerror}.\nCheck this path and who may use it."
-    if isinstance(e, OSError) and e.errno in no_room:
-        return (
-            f"error: {e.filename or 'standard output'}: {e.strerror}.\n"
-            "Free some space, or print to another place; what was written whole is there."
-        )
+    if isinstance(e, OSError) and e.strerror:
+        return _of_a_disk(e)
     first = "\n".join(str(e).splitlines()[:1])
     return (
         f"error: {type(e).__name__}: {first}\n"
@@ -1467,7 +1485,7 @@ def _flushed() -> int:
         except OSError as e:
             code = 1
             if stream is sys.stdout:
-                print(_unforeseen(e), file=sys.stderr)
+                say(_unforeseen(e), err=True)
     return code
 
 # %% ../../nbs/cli/commands.ipynb #1de376da
@@ -1480,28 +1498,28 @@ def _misread(e: Any) -> int:
     text = redacted(e.format_message())
     # nothing was typed: all of the help
     if text.startswith("Usage:"):
-        print(text, file=sys.stderr)
+        say(text, err=True)
         return e.exit_code
     said = [f"error: {text[:1].lower()}{text[1:]}", instead_of(vars(e).get("option_name", ""))]
     if e.ctx is not None:
         said.append(f"See {e.ctx.command_path} --help.")
     *lines, last = "\n".join(filter(None, said)).splitlines()
-    print("\n".join([*lines[:2], last]), file=sys.stderr)
+    say("\n".join([*lines[:2], last]), err=True)
     return e.exit_code
 
 # %% ../../nbs/cli/commands.ipynb #bba61bc7
 def _refused(e: Exception) -> int:
     "Say why a command ends, in at most three lines; the exit code."
     if not isinstance(e, ValueError):
-        print(_unforeseen(e), file=sys.stderr)
+        say(_unforeseen(e), err=True)
         return 1
-    print("error: " + "\n".join(redacted(str(e)).splitlines()[:3]), file=sys.stderr)
+    say("error: " + "\n".join(redacted(str(e)).splitlines()[:3]), err=True)
     # what no encoding holds was in a file
     return 1 if isinstance(e, (MergeError, Misfit, UnicodeError)) else 2
 
 # %% ../../nbs/cli/commands.ipynb #ca9e1748
-# ^C, a request to end, and a terminal that was closed
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# ^C and ^\, a request to end, a terminal that was closed, and time that is used up
+ENDING = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP, signal.SIGXCPU)
 
 
 def _end(number: int, frame: Any) -> None:
@@ -1530,7 +1548,7 @@ def main():
             signal.signal(number, _end)
     # over the line that says that a command is at work
     over = ERASED if sys.stderr.isatty() else ""
-    warnings.showwarning = lambda text, *_: print(f"{over}warning: {text}", file=sys.stderr)
+    warnings.showwarning = lambda text, *_: say(f"warning: {text}", err=True, over=over)
     code = 0
     try:
         found = app(standalone_mode=False)

@@ -16,7 +16,7 @@ import typer
 
 from .options import BatchSize, MaxLength, Models, PairColumn, Pickle, Quiet, Split
 from .options import TextColumn, Tokenizer, size
-from ..messages import MergeError
+from ..messages import MergeError, say
 
 # %% ../../nbs/cli/mixtures.ipynb #108b69dc
 OutFolder = Annotated[
@@ -116,7 +116,7 @@ def experts_command(
     )
     made = found.record.made if found.record is not None and found.record.made else {}
     n = sum(x.numel for x in found.tensors.lazy.values())
-    print(
+    say(
         f"{out}: {keep} of {made['experts']} experts in {len(made['layers'])} layers, "
         f"{made['per_token']} for each token, {n:,} parameters, {time.time() - start:.1f} s"
     )
@@ -128,7 +128,7 @@ def lines_of(path: Path) -> list[str]:
 
     try:
         found = [x for x in read_bytes(path).decode().splitlines() if x.strip()]
-    except (OSError, UnicodeDecodeError) as e:
+    except UnicodeDecodeError as e:
         raise MergeError(f"{path}: cannot be read as text ({e}).") from e
     if not found:
         raise MergeError(f"{path}: holds no text.\nWrite one a line.")
@@ -203,7 +203,7 @@ def mixture_command(
     )
     made = found.record.made if found.record is not None and found.record.made else {}
     n = sum(x.numel for x in found.tensors.lazy.values())
-    print(
+    say(
         f"{out}: a {made['type']} of {made['experts']} experts, {per_token} for each token, "
         f"{n:,} parameters, {time.time() - start:.1f} s"
     )

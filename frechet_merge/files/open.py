@@ -14,13 +14,15 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint, FACTOR, from_state_dict, read_json
 from .astray import foreign, no_weights
-from .folders import components, pipeline_parts, snapshot_of
+from .folders import TOKENIZER, components, is_named, pipeline_parts
+from .folders import snapshot_of
 from .hub import download
 from .places import is_here, place_of
 from .ranges import is_address, local
 from .stores import meant, snapshot
 from .formats import INDEX, SHARD, STEMS, _of_index, _open_files, weight_files
 from .pickles import _open_pickles, begins_as, is_pickle
+from .shards import Stamp
 from ..messages import MergeError, redacted, warn
 
 # %% ../../nbs/files/open.ipynb #c76f6df9
@@ -130,6 +132,13 @@ def _of_parts(parts: Mapping[str, Checkpoint], folder: Path, source: str) -> Che
         files += part.files
     return Checkpoint(lazy, source, folder, tied, files=files).view(parts=dict(parts))
 
+# %% ../../nbs/files/open.ipynb #5e9184be
+def _beside(folder: Path) -> dict[Path, Stamp]:
+    "The configs and tokens in a folder, as they are now."
+    kinds = ("config.json", "generation_config.json", "adapter_config.json", *TOKENIZER)
+    found = (f for f in folder.iterdir() if is_named(f.name, kinds) and f.is_file())
+    return {f: Stamp.of(os.stat(f)) for f in found}
+
 # %% ../../nbs/files/open.ipynb #3646c068
 def _open(path: Path, allow_pickle: bool, source: str) -> Checkpoint:
     "A folder or file that is here."
@@ -141,14 +150,18 @@ def _open(path: Path, allow_pickle: bool, source: str) -> Checkpoint:
         return _of_parts(parts, path, source)
     files, promised = _files_of(path, allow_pickle)
     config = files[0].parent/"config.json"
+    beside = _beside(files[0].parent)
     if is_pickle(files[0]):
+        # mapped into memory, where nobody sees them change
+        beside |= {f: Stamp.of(os.stat(f)) for f in files if f.is_file()}
         c = _open_pickles(files, promised, source)
     else:
         c = _open_files(files, promised, source, read_json(config) if config.exists() else {})
     if not c.lazy:
         raise MergeError(f"{path}: holds no tensors.\nName a folder or file with weights.")
     # what is in front of an adapter's names is not a wrapper
-    c = unwrapped(c.view(adapter=_adapter_config(path, files, c.lazy)))
+    adapter = _adapter_config(path, files, c.lazy)
+    c = unwrapped(c.view(adapter=adapter, beside=beside))
     return spoken(dequantised(c))
 
 # %% ../../nbs/files/open.ipynb #d753e65d

@@ -8,6 +8,7 @@ The format (https://github.com/huggingface/safetensors): 8 bytes little-endian h
 header {name: {dtype, shape, data_offsets}}, then the tensors' bytes, row-major, with no gaps.
 """
 
+import errno
 import json
 import math
 import os
@@ -16,7 +17,8 @@ import struct
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
@@ -53,6 +55,7 @@ MAGIC = {
 # what a file begins with that stands in for one in a store: no header is as long as this says
 STANDS_IN = b"stand-in"
 MAX_HEADER = 100 << 20  # bytes; the reference implementation's own limit
+MAX_TEXT = 128 << 20  # bytes of a config, an index or a tokenizer; the longest known has 34 MB
 MAX_BYTES = 2**63 - 1  # of a tensor; what torch counts with
 
 
@@ -97,36 +100,96 @@ class Entry:
         return self.numel*self.dtype.itemsize
 
 
+class Unreadable(MergeError, OSError):
+    "What a disk said of a file that was to be read: an error of both kinds."
+
+    def __init__(self, path: str | os.PathLike, said: OSError):
+        remedy = "Check the path, its disk, and who may read it."
+        if said.errno == errno.ENOENT:
+            remedy = "Check that it is there: an index or a link may name what is not."
+        if said.errno in (errno.EMFILE, errno.ENFILE):
+            remedy = "Allow more open files: ulimit -n 65536."
+        super().__init__(f"{path}: cannot be read ({said.strerror or said}).\n{remedy}")
+        self.errno, self.strerror, self.filename = said.errno, said.strerror, os.fspath(path)
+
+    def __str__(self):
+        "The message, as of any `MergeError`."
+        return self.args[0]
+
+    def __reduce__(self):
+        "From another process, it is the same."
+        return Unreadable, (self.filename, OSError(self.errno, self.strerror))
+
+
+@contextmanager
+def reading(path: str | os.PathLike) -> Iterator[None]:
+    "Within, what a disk says of this file is `Unreadable`, and names it."
+    try:
+        yield
+    except Unreadable:
+        raise
+    except OSError as e:
+        raise Unreadable(path, e) from e
+
+
 def open_file(path: str | os.PathLike) -> int:
     """A descriptor to read a file by; `MergeError` if it is something else (a pipe would never
-    end), `OSError` if it cannot be opened."""
+    end), `Unreadable` if it cannot be opened."""
     # before it is opened, since that may wait for a writer or wake a device
     try:
         mode = os.stat(path).st_mode
+    except OSError as e:
+        raise Unreadable(path, e) from e
     # a zero byte, or half of a character
     except ValueError as e:
         raise MergeError(f"{path}: is no name that a file can have ({e}).") from e
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
         raise MergeError(f"{path}: is {kind}, and not a file.\nPut the file itself there.")
-    return os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with reading(path):
+        return os.open(path, os.O_RDONLY | os.O_NONBLOCK)
 
 
 def read_bytes(path: str | os.PathLike) -> bytes:
-    "All of a small file; `MergeError` and `OSError` as in `open_file`."
+    "All of a file of text; `MergeError` as in `open_file`, or if none can be so long."
+    with reading(path), open(open_file(path), "rb") as f:
+        found = f.read(MAX_TEXT + 1)
+    # a sparse file costs nobody anything, and would fill the memory
+    if len(found) > MAX_TEXT:
+        raise MergeError(
+            f"{path}: has more than {MAX_TEXT >> 20} MiB, which no file of text beside a model "
+            "has.\nThe file is damaged: download or save it again."
+        )
+    return found
+
+
+def pieces_of(path: str | os.PathLike) -> Iterator[bytes]:
+    "The bytes of a file, a MiB at a time: those that it has when it is opened, if it grows."
     with open(open_file(path), "rb") as f:
-        return f.read()
+        left = os.fstat(f.fileno()).st_size
+        while left > 0:
+            with reading(path):
+                piece = f.read(min(left, 1 << 20))
+            if not piece:
+                return
+            left -= len(piece)
+            yield piece
 
 
-def refuse_another(path: str | os.PathLike, stamp: Stamp | None, found: os.stat_result):
-    "`MergeError` if a file is not any more what its header was read from; None: it has none."
+def refuse_another(
+    path: str | os.PathLike,
+    stamp: Stamp | None,  # None: it has none
+    found: os.stat_result,
+    since: str = "its header was read",
+):
+    "`MergeError` if a file is not any more what it was."
     now = Stamp.of(found)
     if stamp is None or stamp in (now, replace(now, device=None)):
         return
     is_cut = now.inode == stamp.inode and now.size < stamp.size
     how = "was cut short" if is_cut else "was replaced or written to"
     raise MergeError(
-        f"{path}: {how} after its header was read.\n"
+        f"{path}: {how} after {since}.\n"
         "Wait until nothing writes to it, and start again."
     )
 
@@ -173,7 +236,7 @@ def _stood_for(path, f) -> dict:
 
 def stood_for(path: str | os.PathLike) -> dict | None:
     "What a file that stands in for one in a store says of it; None: it is no such file."
-    with open(open_file(path), "rb") as f:
+    with reading(path), open(open_file(path), "rb") as f:
         return _stood_for(path, f) if f.read(8) == STANDS_IN else None
 
 
@@ -194,18 +257,12 @@ def header_length(
 
 def _raw_header(path) -> tuple[bytes, Stamp]:
     "The bytes of the header, and which file they are of."
-    try:
-        with open(open_file(path), "rb") as f:
-            stamp, head = Stamp.of(os.fstat(f.fileno())), f.read(8)
-            if head == STANDS_IN:
-                stamp = replace(stamp, size=_stood_for(path, f)["size"])
-                return f.read(MAX_HEADER), stamp
-            return f.read(header_length(path, head, stamp.size)), stamp
-    except OSError as e:
-        raise MergeError(
-            f"{path}: {e.strerror}.\n"
-            "Check that every shard that the index names is there and readable."
-        ) from e
+    with reading(path), open(open_file(path), "rb") as f:
+        stamp, head = Stamp.of(os.fstat(f.fileno())), f.read(8)
+        if head == STANDS_IN:
+            stamp = replace(stamp, size=_stood_for(path, f)["size"])
+            return f.read(MAX_HEADER), stamp
+        return f.read(header_length(path, head, stamp.size)), stamp
 
 
 def _unique(pairs):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .shards import Entry, open_file, refuse_another
+from .shards import Entry, open_file, reading, refuse_another
 from ..messages import MergeError
 
 # %% ../../nbs/files/tensors.ipynb #8b78fac8
@@ -135,7 +135,11 @@ class Files(dict):
 
     def __del__(self, close=os.close):  # bound here, since at exit modules may be gone
         for fd in self.values():
-            close(fd)
+            try:
+                close(fd)
+            # what a disk says of a file that was only read is of no use any more
+            except OSError:
+                pass
 
 # %% ../../nbs/files/tensors.ipynb #d48a5c2c
 @dataclass(frozen=True)
@@ -162,7 +166,8 @@ class FileTensor(LazyTensor):
         at = self.entry.offset + start*self.dtype.itemsize
         fd = self.files[path]
         while room:
-            n = os.preadv(fd, [room], at)
+            with reading(path):
+                n = os.preadv(fd, [room], at)
             if n == 0:
                 refuse_another(path, self.entry.stamp, os.fstat(fd))
                 raise MergeError(

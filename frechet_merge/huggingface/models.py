@@ -38,7 +38,7 @@ from ..files.tensors import FileTensor, as_device
 from ..curvature.collecting import Statistics, checked, curvature
 from ..curvature.estimators import cross_entropy
 from .examples import batches, examples, need, quiet
-from ..files.output import free
+from ..files.output import free, is_full
 from ..matching.layouts import layout
 from ..matching.quantised import without_codes
 from ..matching.statistics import PARTS
@@ -444,6 +444,8 @@ def open_model(
         except MergeError:
             raise
         except Exception as e:
+            if is_full(e):
+                raise
             raise _no(
                 model,
                 f"transformers cannot open it ({str(e).splitlines()[0][:200]})",

@@ -285,7 +285,7 @@ def told(used: Sequence[Mapping[str, Any]]) -> list[str]:  # lines
     lines, noted = [], False
     for group in used[:MOST]:
         line = f"sum {_listed(group['sum'])}" if "sum" in group else ""
-        line = line or f"weights {_listed(group['weights'])}"
+        line = line or f"weights {_listed(group.get('weights', []))}"
         if group["scale"] != 1:
             line += f", scale {group['scale']:.4g}"
         if len(used) > 1:

@@ -23,7 +23,8 @@ from torch import Tensor
 from ..adapters.baking import bake as put_on
 from ..adapters.baking import classes
 from ..adapters.common import speech_of
-from ..files.checkpoint import Checkpoint, from_state_dict, vocabulary_size
+from ..files.checkpoint import Checkpoint, from_state_dict, refuse_changed_beside
+from ..files.checkpoint import vocabulary_size
 from ..files.folders import library_of
 from ..files.open import load
 from ..files.open import parts_of as named_in
@@ -204,6 +205,7 @@ class Work:
         onto = self.opened.onto
         for c in [*self.opened.every, *([] if onto is None else [onto])]:
             refuse_changed(files_of(c))
+            refuse_changed_beside(c)
         seconds = time.monotonic() - self.since
         return replace(self.record, **came_of(means, start, self.said, seconds))
 
