@@ -390,6 +390,20 @@ def _print_preview(
     for line in found.report():
         print(line)
 
+# %% ../../nbs/cli/commands.ipynb #f2ef0c5d
+def _print_foreseen(steps: Sequence[Any], output: Any, run: Any, as_json: bool) -> None:
+    "What the recipes of a file would do."
+    from frechet_merge.merging.several import foresee, in_all
+
+    found = foresee(steps, output, run)
+    if as_json:
+        data = {"recipes": [one.as_data() for one in found]}
+        return print(json.dumps(data, ensure_ascii=False))
+    for line in [line for one in found for line in one.report()]:
+        print(line)
+    if together := in_all(found):
+        print(together)
+
 # %% ../../nbs/cli/commands.ipynb #765f8713
 def _pictures(data: str | None, split: str, samples: int) -> Any:
     "On what a merge is calibrated, if anything is given."
@@ -577,6 +591,8 @@ def run_command(
     _refuse_report(output.folder, report, dry_run)
     if is_dry(dry_run, as_json):
         asked_to_push(push, public, yes, dry_run)
+        if asked.steps:
+            return _print_foreseen(asked.steps, output, run, as_json)
         return run_recipe(asked, output, run, partial(_print_preview, as_json=as_json))
     if output.is_in_memory:
         raise ValueError(f"{recipe} names no output: give a folder, -o OUT.")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROLES', 'LIBRARIES', 'TASKS', 'OF_PEFT', 'OPENED_BY', 'HOME', 'AGAIN', 'printable', 'in_yaml', 'in_ticks', 'in_title',
            'fenced', 'names_of', 'without_places', 'architecture', 'task_of', 'kind_of', 'head', 'usage', 'in_short',
-           'typed_again', 'as_file', 'card']
+           'typed_again', 'as_file', 'again', 'card']
 
 # %% ../../nbs/merging/card.ipynb #77a4c6bb
 import re
@@ -337,6 +337,10 @@ def typed_again(record: Record) -> str | None:
     "The command of a record with names in the place of paths; None if it cannot be typed."
     if record.command is None:
         return None
+    # what was no merge is made by another command, of the same models
+    if record.made is not None:
+        short = names_of(record)
+        return shlex.join(short.get(word, word) for word in shlex.split(record.command))
     recipe = Recipe.from_data(without_places(record))
     words = shlex.split(record.command)
     out = words[words.index("-o") + 1]
@@ -405,6 +409,20 @@ AGAIN = (
 )
 
 
+def again(record: Record) -> list[str]:  # paragraphs; none: it cannot be said
+    "How it is made again."
+    made, command = record.made or {}, typed_again(record)
+    said = as_file(record) if record.made is None else None
+    if said is not None:
+        return ["## Make it again\n", AGAIN, fenced(in_yaml(said), "yaml")]
+    if "recipes" in made:
+        how = f"By the recipes in {in_ticks(made['recipes'])}: {in_ticks(command or '')}.\n"
+        return ["## Make it again\n", how]
+    if record.made is None or command is None:
+        return []
+    return ["## Make it again\n", f"Where models of these names are: {in_ticks(command)}.\n"]
+
+# %% ../../nbs/merging/card.ipynb #c30d4a0a
 def card(
     record: Record,
     title: str,  # what the folder will be called
@@ -420,7 +438,6 @@ def card(
     many = len(record.recipe["models"])
     kind = "adapters" if config is not None else "models"
     opened = usage(title, front.get("library_name"), folder or Path(title), config or own)
-    again = as_file(record)
     parts = [
         f"---\n{in_yaml(front)}---\n# {in_title(title)}\n",
         f"A merge of {many} {kind}, tensor by tensor: of each, the Fréchet mean of its versions "
@@ -429,6 +446,4 @@ def card(
         "## Use\n",
         fenced(opened, "python"),
     ]
-    if again is not None:
-        parts += ["## Make it again\n", AGAIN, fenced(in_yaml(again), "yaml")]
-    return "\n".join(parts)
+    return "\n".join([*parts, *again(record)])

@@ -8,6 +8,7 @@ __all__ = ['FIELDS', 'OF_OUTPUT', 'HINTS', 'number', 'spread', 'texts', 'text', 
            'read_recipe', 'asked_by', 'run_recipe']
 
 # %% ../../nbs/merging/recipes.ipynb #ba608f00
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -17,7 +18,8 @@ from typing import Any
 
 from ..curvature.calibration import Calibration
 from ..files.hub import ids_in
-from ..files.places import is_here, place_of
+from ..files.places import place_of
+from ..files.ranges import path_of
 from ..geometries.geometry import Geometry
 from ..geometries.registry import from_data, geometries, geometry_named
 from ..geometries.varied import ByName, Varied
@@ -165,7 +167,7 @@ def _of_revision(page: Page, key: Key) -> str:
         return name
     revision = str(page.at((*key, "revision")))
     at = (*key, "revision")
-    if is_here(name):
+    if os.path.exists(path_of(name)):
         page.refuse(at, f"is of a model on the hub, and {name} is here: leave it out.")
     if ids_in(name) != [name] or "@" in name:
         page.refuse(at, f"write it into the name, as NAME@{revision}: {name!r} is no lone hub id.")
@@ -481,7 +483,9 @@ def run_recipe(
     if asked.steps:
         from frechet_merge.merging.several import run_steps
 
-        return run_steps(asked.steps, output, run, do)
+        if do is not make:
+            raise ValueError(f"this file has {len(asked.steps)} merges: see `foresee`.")
+        return run_steps(asked.steps, output, run)
     try:
         if asked.mixture is not None:
             return _mixed(asked, output, run, do)
