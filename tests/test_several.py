@@ -226,6 +226,29 @@ def test_what_is_done_with_one_merge_is_not_done_with_several(tmp_path, folders,
     assert cli("run", path, tmp_path/"out", cwd=tmp_path)[0] == 0
 
 
+def test_a_report_of_each_that_is_kept(tmp_path, folders):
+    path = several(tmp_path, folders, FIRST, "name: deep/third\n" + LAST, SECOND)
+    code, out, err = cli("run", path, tmp_path/"out", "--report", cwd=tmp_path)
+    assert code == 0, err
+    for name, count in (("first", 2), ("second", 2), ("deep/third", 3)):
+        page = tmp_path/"out"/name/"report.html"
+        assert f"report: {page}" in out and page.read_text().startswith("<!DOCTYPE html>")
+        assert f"{tmp_path/'out'/name}: {count} models merged" in out
+    code, _, err = cli("report", tmp_path/"out"/"second", cwd=tmp_path)
+    assert code == 0, err
+    path = several(tmp_path, folders, FIRST, SECOND, LAST)
+    code, out, err = cli("run", path, tmp_path/"one", "--report", cwd=tmp_path)
+    assert code == 0 and out.count("models merged") == 1, err
+    page = (tmp_path/"one"/"report.html").read_text()
+    assert "frechet-merge run recipes.yml -o OUT" in page and "models: [first" not in page
+
+
+def test_several_models_are_not_pushed_as_one(tmp_path, folders):
+    path = several(tmp_path, folders, FIRST, "name: third\n" + LAST, SECOND)
+    code, _, err = cli("run", path, tmp_path/"out", "--push", "me/x", "--yes", cwd=tmp_path)
+    assert code == 2 and "keeps 3" in err and not (tmp_path/"out").exists()
+
+
 class TestDryRun:
     "Each recipe is planned, also of what is not there yet, and nothing is written."
 

@@ -338,12 +338,33 @@ def _print_merged(merged: Any, n_models: int, start: float, reported: bool = Fal
 
         print(f"report: {write_report(merged.out, record=merged.record)}")
 
+# %% ../../nbs/cli/commands.ipynb #bed50fbd
+def _print_beside(steps: Sequence[Any], out: Path | None, reported: bool) -> None:
+    "What a file of several recipes keeps beside the last one, as if each had been run alone."
+    if not steps or out is None:
+        return
+    from frechet_merge.merging.several import kept_beside
+
+    for one in kept_beside(steps, out):
+        assert one.record is not None
+        began = time.time() - one.record.seconds
+        _print_merged(one, len(one.record.recipe["models"]), began, reported)
+
 # %% ../../nbs/cli/commands.ipynb #4e9a01c8
 def _refuse_of_part(part: str | None, reported: bool, push: str | None) -> None:
     "`ValueError` for what is done with a whole merge, asked of a part of it."
     if part is not None and (reported or push is not None):
         raise ValueError(
             "--report and --push are of a whole merge: give them with --join, and not with --part."
+        )
+
+# %% ../../nbs/cli/commands.ipynb #2768e3dc
+def _refuse_of_several(steps: Sequence[Any], push: str | None) -> None:
+    "`ValueError` if several models are kept, and would be pushed as one."
+    if push is not None and steps and steps[-1].name:
+        raise ValueError(
+            f"--push is of one model, and this file keeps {len(steps)}: leave out the name of the "
+            "last recipe, and its result alone is kept and pushed."
         )
 
 # %% ../../nbs/cli/commands.ipynb #b8fa7600
@@ -588,6 +609,7 @@ def run_command(
     run = _run_typed(typed)
     _refuse_of_part(part, report, push)
     _refuse_of_store(output, report, push)
+    _refuse_of_several(asked.steps, push)
     _refuse_report(output.folder, report, dry_run)
     if is_dry(dry_run, as_json):
         asked_to_push(push, public, yes, dry_run)
@@ -598,6 +620,7 @@ def run_command(
         raise ValueError(f"{recipe} names no output: give a folder, -o OUT.")
     target = asked_to_push(push, public, yes, names=asked.recipe.models)
     merged = run_recipe(asked, output, run)
+    _print_beside(asked.steps, output.folder, report)
     _print_merged(merged, len(asked.recipe.models), start, report)
     push_(target, output.folder)
 

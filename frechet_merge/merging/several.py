@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'CHOICES', 'WORDS', 'PIECES', 'RECIPES', 'moved', 'Step', 'unnamed', 'steps_of', 'several_asked', 'names_of',
-           'keys_of', 'Several', 'run_steps', 'Foreseen', 'foresee', 'in_all']
+           'keys_of', 'Several', 'run_steps', 'kept_beside', 'Foreseen', 'foresee', 'in_all']
 
 # %% ../../nbs/merging/several.ipynb #a40985b0
 import os
@@ -391,6 +391,14 @@ def run_steps(
         several.gather(places, part)
     there = out/several.last
     return replace(ready[-1], out=there, tensors=load(there))
+
+# %% ../../nbs/merging/several.ipynb #2c37210b
+def kept_beside(steps: Sequence[Step], out: Path) -> list[Merged]:
+    "What was made and is kept beside the last one, but for adapters that are one file."
+    folders = [out.expanduser().resolve()/s.name for s in steps[:-1] if steps[-1].name]
+    there = [f for f in folders if (f/NAME).is_file()]
+    records = [Record.read(folder) for folder in there]
+    return [Merged(load(f), r.as_means(), f, r) for f, r in zip(there, records)]
 
 # %% ../../nbs/merging/several.ipynb #deeb0c87
 @dataclass(frozen=True)
