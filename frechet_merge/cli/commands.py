@@ -550,7 +550,7 @@ def _one_of(place: str | None, out: str | None) -> str | None:
 RecipeFile = Annotated[
     Path,
     typer.Argument(
-        help="A recipe (YAML), ours or mergekit's, or a folder that a merge wrote.",
+        help="A recipe (YAML), ours or mergekit's, a model card, or a folder that a merge wrote.",
         show_default=False,
     ),
 ]

@@ -16,6 +16,7 @@ from typing import Any
 
 from ..files.checkpoint import read_json
 from ..geometries.registry import from_data, spelled
+from .lines import MAKE_AGAIN
 from .recipe import Recipe, command
 from .record import Record
 from .said import FORMS, ids_in, licence, origin, values
@@ -414,13 +415,13 @@ def again(record: Record) -> list[str]:  # paragraphs; none: it cannot be said
     made, command = record.made or {}, typed_again(record)
     said = as_file(record) if record.made is None else None
     if said is not None:
-        return ["## Make it again\n", AGAIN, fenced(in_yaml(said), "yaml")]
+        return [f"{MAKE_AGAIN}\n", AGAIN, fenced(in_yaml(said), "yaml")]
     if "recipes" in made:
         how = f"By the recipes in {in_ticks(made['recipes'])}: {in_ticks(command or '')}.\n"
-        return ["## Make it again\n", how]
+        return [f"{MAKE_AGAIN}\n", how]
     if record.made is None or command is None:
         return []
-    return ["## Make it again\n", f"Where models of these names are: {in_ticks(command)}.\n"]
+    return [f"{MAKE_AGAIN}\n", f"Where models of these names are: {in_ticks(command)}.\n"]
 
 # %% ../../nbs/merging/card.ipynb #c30d4a0a
 def card(
