@@ -395,7 +395,7 @@ def run_steps(
 # %% ../../nbs/merging/several.ipynb #2c37210b
 def kept_beside(steps: Sequence[Step], out: Path) -> list[Merged]:
     "What was made and is kept beside the last one, but for adapters that are one file."
-    folders = [out.expanduser().resolve()/s.name for s in steps[:-1] if steps[-1].name]
+    folders = [place_of(out).resolve()/s.name for s in steps[:-1] if steps[-1].name]
     there = [f for f in folders if (f/NAME).is_file()]
     records = [Record.read(folder) for folder in there]
     return [Merged(load(f), r.as_means(), f, r) for f, r in zip(there, records)]
