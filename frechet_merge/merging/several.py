@@ -375,7 +375,7 @@ def run_steps(
     several = Several(steps, out, output, run, names, keys_of(steps, names, output, run))
     done = several.finished() if run.resume else None
     if done is not None:
-        return done
+        return replace(done, out=place_of(output.folder)/several.last)
     free(output.folder)
     ready: list[Merged] = []
 
@@ -389,13 +389,13 @@ def run_steps(
             for step in steps:
                 ready.append(several.make(step, places[step.name]))
         several.gather(places, part)
-    there = out/several.last
+    there = place_of(output.folder)/several.last
     return replace(ready[-1], out=there, tensors=load(there))
 
 # %% ../../nbs/merging/several.ipynb #2c37210b
 def kept_beside(steps: Sequence[Step], out: Path) -> list[Merged]:
     "What was made and is kept beside the last one, but for adapters that are one file."
-    folders = [place_of(out).resolve()/s.name for s in steps[:-1] if steps[-1].name]
+    folders = [place_of(out)/s.name for s in steps[:-1] if steps[-1].name]
     there = [f for f in folders if (f/NAME).is_file()]
     records = [Record.read(folder) for folder in there]
     return [Merged(load(f), r.as_means(), f, r) for f, r in zip(there, records)]
