@@ -4,6 +4,7 @@ of the disk it was written on."""
 import json
 import os
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from frechet_merge import load, merge
 from frechet_merge.merging import said
-from frechet_merge.merging.card import in_ticks, in_title, in_yaml
+from frechet_merge.merging.card import card, in_ticks, in_title, in_yaml
 from frechet_merge.merging.recipes import read_recipe, run_recipe
 from frechet_merge.merging.recipe import Output
 from frechet_merge.merging.record import Record
@@ -356,3 +357,34 @@ def tiny_bert(folder):
     BertModel(config).save_pretrained(folder)
     BertTokenizer(str(folder/"vocab.txt")).save_pretrained(folder)
     return folder
+
+
+class TestMixtures:
+    "What is no merge is made again by its own command, whose card is as discreet as any."
+
+    def told(self, tmp_path, made, command):
+        a, b = (with_card(tmp_path/n, i) for i, n in enumerate("ab"))
+        record = merge([a, b], out=tmp_path/"o").record
+        words = command.replace("$a", str(a)).replace("$b", str(b)).replace("$", f"{tmp_path}/")
+        return card(replace(record, made=made, command=words), "o")
+
+    def test_a_mixture(self, tmp_path):
+        made = {"what": "mixture", "type": "mixtral", "experts": 2, "per_token": 1}
+        text = self.told(tmp_path, made, "frechet-merge mixture $a $b -o o --gate random")
+        assert "`frechet-merge mixture a b -o o --gate random`" in text
+        assert "whose 2 experts are the MLPs of 2 models, of which each token is sent to 1" in text
+        assert "frechet-merge merge" not in text and "frechet-merge run" not in text
+        assert str(tmp_path) not in text and hub(text).tags[0] == "merge"
+
+    def test_experts_that_were_merged_by_data(self, tmp_path):
+        made = {"what": "experts", "experts": 8, "keep": 4, "data": f"{tmp_path}/me/x.jsonl"}
+        text = self.told(tmp_path, made, "frechet-merge experts $a -o o --data $me/x.jsonl")
+        assert "`frechet-merge experts a -o o --data x.jsonl`" in text
+        assert "with 4 experts in the place of 8" in text and str(tmp_path) not in text
+
+    def test_what_cannot_be_typed_is_not_said(self, tmp_path):
+        a, b = (with_card(tmp_path/n, i) for i, n in enumerate("ab"))
+        record = merge([a, b], out=tmp_path/"o").record
+        made = {"what": "mixture", "type": "mixtral", "experts": 2, "per_token": 1}
+        text = card(replace(record, made=made, command=None), "o")
+        assert "Make it again" not in text

@@ -201,3 +201,64 @@ def test_a_recipe_of_mergekit_with_nothing_beside_the_base(folders):
     text = f"merge_method: ties\nbase_model: {folders[0]}\nmodels: [{{model: {folders[0]}}}]"
     with pytest.raises(MergeError, match="at least 1 models beside the base, not 0"):
         asked_by(read_page(text))
+
+
+class TestPasted:
+    "Recipes are read in model cards, and pasted with what stands around them."
+
+    def card(self, *texts, mark="```", word="yaml"):
+        blocks = [f"{mark}{word}\n{text}{mark}\n" for text in texts]
+        return "---\ntags: [merge]\nmodels: [x]\n---\n# M\n\nBy:\n\n" + "\nand\n".join(blocks)
+
+    @pytest.mark.parametrize(
+        "mark, word", [("```", "yaml"), ("~~~~", "YAML"), ("```", ""), ("```", "yml")]
+    )
+    @pytest.mark.parametrize("end", ["\n", "\r\n"])
+    def test_the_recipe_in_a_card(self, tmp_path, folders, mark, word, end):
+        text = f"models: [{folders[0]}, {folders[1]}]\nweights: [1, 3]\n"
+        path = tmp_path/"README.md"
+        path.write_bytes(self.card(text, mark=mark, word=word).replace("\n", end).encode())
+        want = merge(folders[:2], weights=[1, 3]).tensors
+        found = ran(path, tmp_path/"out").tensors
+        assert all(torch.equal(found[n], x) for n, x in want.items())
+
+    def test_lines_are_those_of_the_card(self, tmp_path):
+        path = tmp_path/"README.md"
+        path.write_text(self.card("models: [a, b]\nwieghts: [1, 2]\n"))
+        with pytest.raises(MergeError, match=r"README.md, line 11: .*'wieghts'"):
+            read_recipe(path)
+
+    def test_a_block_alone_that_was_pasted_with_its_fences(self, tmp_path, folders):
+        path = written(tmp_path, f"\n```yaml\nmodels: [{folders[0]}, {folders[1]}]\n```\n")
+        assert len(read_recipe(path).recipe.models) == 2
+
+    def test_our_own_card_gives_the_same_bytes(self, tmp_path, folders):
+        by_name = [str(f) for f in folders[:2]]
+        merge(by_name, weights=[1, 3], out=tmp_path/"one", dtype="bf16")
+        code, _, err = cli("run", "one/README.md", "two", cwd=tmp_path)
+        assert code == 0, err
+        assert digest(tmp_path/"one") == digest(tmp_path/"two")
+
+    def test_which_of_several_is_for_the_user_to_say(self, tmp_path, folders):
+        path, one = tmp_path/"README.md", f"models: [{folders[0]}, {folders[1]}]\n"
+        path.write_text(self.card(one, one + "weights: [1, 3]\n"))
+        with pytest.raises(MergeError, match="(?s)holds 2 recipes, the second at line 15.*Save"):
+            read_recipe(path)
+        assert read_recipe(written(tmp_path, one)).recipe.weights is None
+        path.write_text(self.card("a: 1\n"))
+        with pytest.raises(MergeError, match="holds no recipe"):
+            read_recipe(path)
+        path.write_text("```python\nmodels: [a, b]\n```\n```\nnot closed\nmodels: [a]\n")
+        with pytest.raises(MergeError, match="holds no recipe"):
+            read_recipe(path)
+
+    def test_what_mergekit_wrote_is_made_again(self, tmp_path, folders):
+        out = tmp_path/"old"
+        out.mkdir()
+        (out/"mergekit_config.yml").write_text(
+            f"merge_method: linear\nmodels:\n- model: {folders[0]}\n- model: {folders[1]}\n"
+            "parameters: {weight: 0.5}\n"
+        )
+        want = merge(folders[:2]).tensors
+        found = ran(out, tmp_path/"new").tensors
+        assert all(torch.equal(found[n], x) for n, x in want.items())

@@ -1,20 +1,28 @@
 """A file of several recipes gives what its merges give one after the other, and leaves no more;
 what is wrong with any of them is said before the first."""
 
+import errno
 import itertools
+import json
 import os
 import re
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import cli, save
+from test_card import adapter
+from test_dialects import flux_file
 from test_mergekit import filled, folders
 from test_recipe_files import deep, digest, written
 
 from frechet_merge import MergeError, load, merge
 from frechet_merge.geometries.directions import Slerp
+from frechet_merge.merging.block import MeanOf
 from frechet_merge.merging.lines import read_page, read_pages
-from frechet_merge.merging.recipes import read_recipe
+from frechet_merge.merging.recipe import Run
+from frechet_merge.merging.recipes import read_recipe, run_recipe
 from frechet_merge.merging.record import Record
 from frechet_merge.merging.several import moved, steps_of
 
@@ -209,13 +217,242 @@ def test_what_is_wrong_is_said_before_the_first_merge(tmp_path, folders, case):
     assert sorted(os.listdir(tmp_path)) == before
 
 
-@pytest.mark.parametrize("option", [["--dry-run"], ["--resume"], ["--part", "1/2"], ["--join"]])
+@pytest.mark.parametrize("option", [["--part", "1/2"], ["--join"]])
 def test_what_is_done_with_one_merge_is_not_done_with_several(tmp_path, folders, option):
     path = several(tmp_path, folders, FIRST, SECOND, LAST)
     code, _, err = cli("run", path, tmp_path/"out", *option, cwd=tmp_path)
     assert code == 2 and option[0] in err and "3 merges" in err
     assert not (tmp_path/"out").exists()
     assert cli("run", path, tmp_path/"out", cwd=tmp_path)[0] == 0
+
+
+def test_a_report_of_each_that_is_kept(tmp_path, folders):
+    path = several(tmp_path, folders, FIRST, "name: deep/third\n" + LAST, SECOND)
+    code, out, err = cli("run", path, tmp_path/"out", "--report", cwd=tmp_path)
+    assert code == 0, err
+    for name, count in (("first", 2), ("second", 2), ("deep/third", 3)):
+        page = tmp_path/"out"/name/"report.html"
+        assert f"report: {page}" in out and page.read_text().startswith("<!DOCTYPE html>")
+        assert f"{tmp_path/'out'/name}: {count} models merged" in out
+    code, _, err = cli("report", tmp_path/"out"/"second", cwd=tmp_path)
+    assert code == 0, err
+    path = several(tmp_path, folders, FIRST, SECOND, LAST)
+    code, out, err = cli("run", path, tmp_path/"one", "--report", cwd=tmp_path)
+    assert code == 0 and out.count("models merged") == 1, err
+    page = (tmp_path/"one"/"report.html").read_text()
+    assert "frechet-merge run recipes.yml -o OUT" in page and "models: [first" not in page
+
+
+def test_several_models_are_not_pushed_as_one(tmp_path, folders):
+    path = several(tmp_path, folders, FIRST, "name: third\n" + LAST, SECOND)
+    code, _, err = cli("run", path, tmp_path/"out", "--push", "me/x", "--yes", cwd=tmp_path)
+    assert code == 2 and "keeps 3" in err and not (tmp_path/"out").exists()
+
+
+class TestDryRun:
+    "Each recipe is planned, also of what is not there yet, and nothing is written."
+
+    @pytest.mark.parametrize("last", [LAST, "name: deep/third\n" + LAST])
+    def test_every_recipe_is_planned_as_it_will_be_run(self, tmp_path, folders, last):
+        path = several(tmp_path, folders, FIRST, SECOND, last)
+        before = sorted(os.listdir(tmp_path))
+        code, out, err = cli("run", path, tmp_path/"out", "--dry-run", "--json", cwd=tmp_path)
+        assert code == 0 and not err and sorted(os.listdir(tmp_path)) == before, err
+        found = json.loads(out)["recipes"]
+        name = "" if last == LAST else "deep/third"
+        assert [x["name"] for x in found] == ["first", "second", name]
+        assert [x["reads"] for x in found] == [[], ["first"], ["first", "second"]]
+        assert found[2]["plan"]["recipe"]["models"] == ["first", "second"]
+        assert found[0]["plan"]["seconds"] is not None and found[2]["plan"]["seconds"] is None
+        # as one who has made them plans them
+        by_hand(folders, tmp_path)
+        two = several(tmp_path, folders, *[
+            x.replace("first", str(tmp_path/"1")).replace("second", str(tmp_path/"2")) for x in (
+                SECOND.partition("\n")[2],)])
+        alone = json.loads(cli("run", two, "--dry-run", "--json", cwd=tmp_path)[1])
+        for key in ("lines", "read", "written", "memory"):
+            assert found[1]["plan"][key] == alone[key]
+
+    def test_it_is_told_in_short(self, tmp_path, folders):
+        path = several(tmp_path, folders, FIRST, SECOND, LAST)
+        code, out, err = cli("run", path, "--dry-run", cwd=tmp_path)
+        assert code == 0 and "the output (reads first, second):" in out, err
+        assert out.splitlines()[-1].startswith("3 merges: ") and "480 B stays" in out
+
+    def test_what_does_not_fit_is_found_before_the_first_merge(self, tmp_path, folders):
+        odd = save(tmp_path/"odd", deep(3) | {"more": torch.ones(2)})
+        last = LAST.replace("second", str(odd))
+        path = several(tmp_path, folders, FIRST, SECOND, last)
+        code, out, err = cli("run", path, tmp_path/"out", "--dry-run", cwd=tmp_path)
+        assert code == 1 and "'more'" in err and "line 10: " in err and not out, err
+        code, _, err = cli("run", path, folders["a"], "--dry-run", cwd=tmp_path)
+        assert code == 1 and "exists already" in err
+
+    def test_a_mixture_and_what_reads_it_are_not_known(self, tmp_path, folders):
+        mixture = """name: moe
+base_model: $base
+gate_mode: random
+experts: [{source_model: $a}, {source_model: $b}]
+"""
+        path = several(tmp_path, folders, FIRST, mixture, "models: [moe, first]\n")
+        code, out, err = cli("run", path, "--dry-run", "--json", cwd=tmp_path)
+        found = json.loads(out)["recipes"]
+        assert code == 0 and [x["plan"] is None for x in found] == [False, True, True]
+        assert "mixture" in found[1]["why"] and "reads moe, which" in found[2]["why"]
+        code, out, err = cli("run", path, "--dry-run", cwd=tmp_path)
+        assert code == 0 and "not known: it is a mixture" in out and "3 merges" not in out
+
+    def test_adapters_and_dtypes_and_vocabularies(self, tmp_path):
+        "What a step writes is what it was foreseen to write: shapes and dtypes of every tensor."
+        a, b = (adapter(tmp_path/n, seed) for seed, n in enumerate("ab"))
+        first = f"name: first\nmodels: [{a}, {b}]\ngeometry: lora\ndtype: bf16\n"
+        path = written(tmp_path, f"{first}---\nmodels: [first, {a}]\ngeometry: lora\n")
+        code, out, err = cli("run", path, tmp_path/"out", "--dry-run", "--json", cwd=tmp_path)
+        assert code == 0, err
+        plan = json.loads(out)["recipes"][1]["plan"]
+        code, _, err = cli("run", path, tmp_path/"out", cwd=tmp_path)
+        assert code == 0, err
+        assert plan["written"] == sum(x.nbytes for x in load(tmp_path/"out").values())
+
+    def test_numbers_that_count_are_not_known(self, tmp_path):
+        "kohya's alphas are tensors, and a LoRA means nothing without them."
+        a, b = (flux_file(tmp_path/f"{i}.safetensors", i) for i in range(2))
+        first = f"name: first\nmodels: [{a}, {b}]\ngeometry: lora\n"
+        path = written(tmp_path, f"{first}---\nmodels: [first, {b}]\ngeometry: lora\n")
+        code, out, err = cli("run", path, "--dry-run", cwd=tmp_path)
+        assert code == 0 and "not known: the numbers of first count" in out, (out, err)
+
+
+class TestResumed:
+    """A file that was stopped goes on with the step that it was stopped in, and writes what it
+    would have."""
+
+    @pytest.fixture
+    def made(self, monkeypatch):
+        "How many means were computed so far; the one that is `kill`ed stops the run."
+        count = SimpleNamespace(n=0, kill=None)
+        real = MeanOf.run
+
+        def run(job, write):
+            if count.n == count.kill:
+                raise KeyboardInterrupt
+            count.n += 1
+            return real(job, write)
+
+        monkeypatch.setattr(MeanOf, "run", run)
+        return count
+
+    def run(self, path, out, resume=True):
+        asked = read_recipe(path)
+        return run_recipe(asked, asked.output.into(out), Run("serial", resume=resume))
+
+    @pytest.mark.parametrize("last", [LAST, "name: deep/third\n" + LAST])
+    @pytest.mark.parametrize("kill", [3, 8, 17])
+    def test_what_is_whole_is_not_made_again(self, tmp_path, folders, made, last, kill):
+        path, out = several(tmp_path, folders, FIRST, SECOND, last), tmp_path/"out"
+        self.run(path, out, resume=False)
+        whole, want = told(out), made.n
+        shutil.rmtree(out)
+        made.n, made.kill = 0, kill
+        with pytest.raises(KeyboardInterrupt), pytest.warns(UserWarning) as said:
+            self.run(path, out)
+        assert not out.exists()
+        assert not any(".partial" in str(w.message) for w in said)
+        made.kill = None
+        found = self.run(path, out)
+        assert made.n == want and told(out) == whole
+        hand = by_hand(folders, tmp_path).tensors
+        assert all(torch.equal(x, hand[n]) for n, x in found.tensors.items())
+        assert {p.name for p in tmp_path.iterdir() if "partial" in p.name} == set()
+
+    @pytest.mark.filterwarnings("ignore:.*what is done is kept")
+    def test_who_mends_the_last_recipe_pays_for_that_alone(self, tmp_path, folders, made):
+        wrong = LAST.replace("second", str(save(tmp_path/"odd", deep(3) | {"x": torch.ones(2)})))
+        path, out = several(tmp_path, folders, FIRST, SECOND, wrong), tmp_path/"out"
+        with pytest.raises(MergeError, match="'x'"):
+            self.run(path, out)
+        spent = made.n
+        assert not out.exists() and spent
+        found = self.run(several(tmp_path, folders, FIRST, SECOND, LAST), out)
+        hand = by_hand(folders, tmp_path).tensors
+        assert all(torch.equal(x, hand[n]) for n, x in found.tensors.items())
+        made.n = 0
+        self.run(path, tmp_path/"other")
+        assert made.n > spent
+
+    @pytest.mark.filterwarnings("ignore:.*what is done is kept")
+    def test_what_reads_a_changed_model_is_made_again(self, tmp_path, folders, made):
+        path, out = several(tmp_path, folders, FIRST, SECOND, LAST), tmp_path/"out"
+        made.kill = 17
+        with pytest.raises(KeyboardInterrupt):
+            self.run(path, out)
+        made.kill = None
+        save(folders["a"], {k: x + 1 for k, x in load(folders["a"]).items()},
+             {"model_type": "toy", "n_layer": 3})
+        with pytest.warns(UserWarning, match="first: is made again"):
+            found = self.run(path, out)
+        hand = by_hand(folders, tmp_path).tensors
+        assert all(torch.equal(x, hand[n]) for n, x in found.tensors.items())
+
+    @pytest.mark.parametrize("last", [LAST, "name: deep/third\n" + LAST])
+    def test_what_is_finished_is_left_as_it_is(self, tmp_path, folders, made, last):
+        path, out = several(tmp_path, folders, FIRST, SECOND, last), tmp_path/"out"
+        self.run(path, out)
+        before, made.n = told(out), 0
+        again = self.run(path, out)
+        assert made.n == 0 and told(out) == before
+        assert torch.equal(again.tensors["embed.weight"], load(again.out)["embed.weight"])
+        with pytest.raises(MergeError, match="exists already"):
+            self.run(path, out, resume=False)
+        text = path.read_text().replace("0.3}", "0.4}")
+        path.write_text(text)
+        with pytest.raises(MergeError, match="exists already"):
+            self.run(path, out)
+
+    def test_without_resume_an_error_leaves_nothing(self, tmp_path, folders, made):
+        path, out = several(tmp_path, folders, FIRST, SECOND, LAST), tmp_path/"out"
+        before, made.kill = sorted(os.listdir(tmp_path)), 17
+        with pytest.raises(KeyboardInterrupt):
+            self.run(path, out, resume=False)
+        assert sorted(os.listdir(tmp_path)) == before
+
+    def test_a_full_disk_keeps_nothing(self, tmp_path, folders, monkeypatch):
+        path, out = several(tmp_path, folders, FIRST, SECOND, LAST), tmp_path/"out"
+        before, real = sorted(os.listdir(tmp_path)), os.posix_fallocate
+
+        def fallocate(fd, start, size):
+            if "second" in os.readlink(f"/proc/self/fd/{fd}"):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return real(fd, start, size)
+
+        monkeypatch.setattr(os, "posix_fallocate", fallocate)
+        with pytest.raises(MergeError, match="second: No space left.*\n.*nothing was left behind"):
+            self.run(path, out)
+        assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize("last, called", [(LAST, "first"), ("name: x\n" + LAST, "$out/first")])
+def test_errors_name_the_step_and_its_recipe(tmp_path, folders, last, called):
+    odd = save(tmp_path/"odd", deep(3) | {"more": torch.ones(2)})
+    path = several(tmp_path, folders, FIRST, SECOND.replace("$c", str(odd)), last)
+    code, _, err = cli("run", path, tmp_path/"out", cwd=tmp_path)
+    called = called.replace("$out", str(tmp_path/"out"))
+    assert code == 1 and f"{path}, line 5, second: " in err and "'more'" in err, err
+    assert ".partial" not in err and "steps" not in err
+    torn = save(tmp_path/"torn", {k: x[:2] for k, x in deep(3).items()})
+    second = f"name: second\nmodels: [first, {torn}]\n"
+    path = several(tmp_path, folders, FIRST, second, last)
+    code, _, err = cli("run", path, tmp_path/"out", cwd=tmp_path)
+    assert code == 1 and f", in {called} it is" in err, err
+    assert ".partial" not in err and "steps" not in err
+
+
+def test_a_folder_here_of_the_name_of_a_step_is_not_read(tmp_path, folders):
+    save(tmp_path/"first", deep(77), {"model_type": "toy", "n_layer": 3})
+    path = several(tmp_path, folders, FIRST, SECOND, LAST)
+    assert cli("run", path, tmp_path/"out", cwd=tmp_path)[0] == 0
+    hand = by_hand(folders, tmp_path)
+    assert all(torch.equal(load(tmp_path/"out")[n], x) for n, x in hand.tensors.items())
 
 
 def test_a_step_that_fails_leaves_nothing(tmp_path, folders):

@@ -338,12 +338,33 @@ def _print_merged(merged: Any, n_models: int, start: float, reported: bool = Fal
 
         say(f"report: {write_report(merged.out, record=merged.record)}")
 
+# %% ../../nbs/cli/commands.ipynb #bed50fbd
+def _print_beside(steps: Sequence[Any], out: Path | None, reported: bool) -> None:
+    "What a file of several recipes keeps beside the last one, as if each had been run alone."
+    if not steps or out is None:
+        return
+    from frechet_merge.merging.several import kept_beside
+
+    for one in kept_beside(steps, out):
+        assert one.record is not None
+        began = time.time() - one.record.seconds
+        _print_merged(one, len(one.record.recipe["models"]), began, reported)
+
 # %% ../../nbs/cli/commands.ipynb #4e9a01c8
 def _refuse_of_part(part: str | None, reported: bool, push: str | None) -> None:
     "`ValueError` for what is done with a whole merge, asked of a part of it."
     if part is not None and (reported or push is not None):
         raise ValueError(
             "--report and --push are of a whole merge: give them with --join, and not with --part."
+        )
+
+# %% ../../nbs/cli/commands.ipynb #2768e3dc
+def _refuse_of_several(steps: Sequence[Any], push: str | None) -> None:
+    "`ValueError` if several models are kept, and would be pushed as one."
+    if push is not None and steps and steps[-1].name:
+        raise ValueError(
+            f"--push is of one model, and this file keeps {len(steps)}: leave out the name of the "
+            "last recipe, and its result alone is kept and pushed."
         )
 
 # %% ../../nbs/cli/commands.ipynb #b8fa7600
@@ -389,6 +410,20 @@ def _print_preview(
         return print(json.dumps(found.as_data()))
     for line in found.report():
         say(line)
+
+# %% ../../nbs/cli/commands.ipynb #f2ef0c5d
+def _print_foreseen(steps: Sequence[Any], output: Any, run: Any, as_json: bool) -> None:
+    "What the recipes of a file would do."
+    from frechet_merge.merging.several import foresee, in_all
+
+    found = foresee(steps, output, run)
+    if as_json:
+        data = {"recipes": [one.as_data() for one in found]}
+        return print(json.dumps(data, ensure_ascii=False))
+    for line in [line for one in found for line in one.report()]:
+        print(line)
+    if together := in_all(found):
+        print(together)
 
 # %% ../../nbs/cli/commands.ipynb #765f8713
 def _pictures(data: str | None, split: str, samples: int) -> Any:
@@ -515,7 +550,7 @@ def _one_of(place: str | None, out: str | None) -> str | None:
 RecipeFile = Annotated[
     Path,
     typer.Argument(
-        help="A recipe (YAML), ours or mergekit's, or a folder that a merge wrote.",
+        help="A recipe (YAML), ours or mergekit's, a model card, or a folder that a merge wrote.",
         show_default=False,
     ),
 ]
@@ -574,14 +609,18 @@ def run_command(
     run = _run_typed(typed)
     _refuse_of_part(part, report, push)
     _refuse_of_store(output, report, push)
+    _refuse_of_several(asked.steps, push)
     _refuse_report(output.folder, report, dry_run)
     if is_dry(dry_run, as_json):
         asked_to_push(push, public, yes, dry_run)
+        if asked.steps:
+            return _print_foreseen(asked.steps, output, run, as_json)
         return run_recipe(asked, output, run, partial(_print_preview, as_json=as_json))
     if output.is_in_memory:
         raise ValueError(f"{recipe} names no output: give a folder, -o OUT.")
     target = asked_to_push(push, public, yes, names=asked.recipe.models)
     merged = run_recipe(asked, output, run)
+    _print_beside(asked.steps, output.folder, report)
     _print_merged(merged, len(asked.recipe.models), start, report)
     push_(target, output.folder)
 

@@ -25,8 +25,7 @@ from .astray import no_weights
 from .folders import TRAINING, TRAINING_FOLDERS, components, is_named
 from .folders import pipeline_parts
 from .formats import weight_files
-from .places import is_here
-from .ranges import is_address, local
+from .ranges import is_address, local, path_of
 from ..messages import MergeError, Notes, named, warn
 
 # %% ../../nbs/files/hub.ipynb #f7ed5795
@@ -70,7 +69,7 @@ def ids_in(
 ) -> list[str]:
     "The hub ids in a name; what is here is none."
     name = local(name)
-    if not isinstance(name, (str, os.PathLike)) or is_here(name):
+    if not isinstance(name, (str, os.PathLike)) or os.path.exists(path_of(name)):
         return []
     from frechet_merge.files.open import parts_of
     from frechet_merge.matching.slices import slices_of
@@ -298,7 +297,7 @@ def exact(
     if isinstance(name, (list, tuple)):
         return [exact(x, found) for x in name]
     is_name = isinstance(name, (str, os.PathLike))
-    if not is_name or not found or is_here(name):
+    if not is_name or not found or os.path.exists(path_of(name)):
         return name
     ids = "|".join(map(re.escape, sorted(found, key=len, reverse=True)))
     whole = rf"(?<![\w./@-])(?:{ids})(?![\w./@-])"

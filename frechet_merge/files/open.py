@@ -17,8 +17,7 @@ from .astray import foreign, no_weights
 from .folders import TOKENIZER, components, is_named, pipeline_parts
 from .folders import snapshot_of
 from .hub import download
-from .places import is_here, place_of
-from .ranges import is_address, local
+from .ranges import is_address, local, path_of
 from .stores import meant, snapshot
 from .formats import INDEX, SHARD, STEMS, _of_index, _open_files, weight_files
 from .pickles import _open_pickles, begins_as, is_pickle
@@ -36,7 +35,7 @@ def parts_of(
             (
                 k
                 for k in range(len(parts), 0, -1)
-                if is_here(local("+".join(parts[:k])))
+                if os.path.exists(path_of("+".join(parts[:k])))
             ),
             1,
         )
@@ -186,7 +185,7 @@ def load(
             f"{adapted if hasattr(source, 'peft_config') else ''}."
         )
     named = os.fspath(local(source))
-    path = place_of(named)
+    path = path_of(named)
     if os.path.exists(path):
         return _open(snapshot_of(path), allow_pickle, named)
     if "[" in named:

@@ -14,11 +14,10 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-
 
 from .checkpoint import Checkpoint
 from ..messages import MergeError, named
@@ -137,6 +136,8 @@ class Staging:
 
     key: str = ""  # of all that its bytes depend on; "": not known
     resume: bool = False  # go on where another one stopped, and leave what is done if stopped
+    # whether what is done is left after an error, too, on resuming; None: it never is
+    keeps: Callable[[Exception], bool] | None = None
 
 # %% ../../nbs/files/output.ipynb #7e2ef1a7
 def _let_go(fds: list[int]):
@@ -253,6 +254,13 @@ def _say_removed(folder: Path, staging: Staging):
         why = "it was of other models, or of another recipe"
     warn(f"{folder.name}: what a merge that was stopped had left is removed ({why})")
 
+# %% ../../nbs/files/output.ipynb #2521f28a
+def _leaves(staging: Staging, e: BaseException) -> bool:
+    "Whether what is done is left when this has stopped it."
+    if isinstance(e, Exception):
+        return staging.keeps is not None and staging.keeps(e)
+    return isinstance(e, (KeyboardInterrupt, SystemExit))
+
 # %% ../../nbs/files/output.ipynb #79bc559a
 @contextmanager
 def hidden(
@@ -278,8 +286,8 @@ def hidden(
                     f"{out}: another merge is writing it.\nWait for it, or name another folder."
                 )
         yield folder
-    except (KeyboardInterrupt, SystemExit):
-        is_kept = staging.resume and bool(staging.key)
+    except BaseException as e:
+        is_kept = staging.resume and bool(staging.key) and _leaves(staging, e)
         if is_kept:
             warn(f"{out}: not made, but what is done is kept: --resume goes on with it")
         raise

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['ADDRESS', 'HERE', 'PAGE', 'ENDS', 'DRIVERS', 'PATIENCE', 'PAUSES', 'FINAL', 'STATES', 'EVERY', 'BLOCK', 'KEPT',
-           'local', 'is_address', 'name_of', 'is_file', 'kind_of', 'driver', 'asked', 'refusal_of', 'state_of',
-           'Remote', 'found', 'no_ranges', 'refuse_without_ranges', 'in_order', 'RemoteTensor', 'put_stand_in',
-           'header_of_remote', 'remote_of', 'refuse_changed', 'are_remote', 'kept']
+           'local', 'is_address', 'lying', 'path_of', 'name_of', 'is_file', 'kind_of', 'driver', 'asked', 'refusal_of',
+           'state_of', 'Remote', 'found', 'no_ranges', 'refuse_without_ranges', 'in_order', 'RemoteTensor',
+           'put_stand_in', 'header_of_remote', 'remote_of', 'refuse_changed', 'are_remote', 'NotYet', 'Planned',
+           'put_planned', 'kept']
 
 # %% ../../nbs/files/ranges.ipynb #301b7534
 import hashlib
@@ -14,20 +15,23 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from tempfile import NamedTemporaryFile
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
 
 import torch
 
 from .places import place_of
-from .shards import Entry, header_length, stand_in, stood_for
+from .shards import Entry, header_length, header_of, stand_in, stood_for
 from .tensors import LazyTensor, scratch, spans
-from ..messages import MergeError, redacted
+from ..messages import MergeError, called, redacted
 
 # %% ../../nbs/files/ranges.ipynb #b8dd9ec4
 ADDRESS = re.compile(r"(?:[A-Za-z][\w+.-]*::)*[A-Za-z][A-Za-z0-9+.-]*://")
@@ -47,6 +51,28 @@ def is_address(name: Any) -> bool:
         return False
     return bool(ADDRESS.match(name))
 
+# %% ../../nbs/files/ranges.ipynb #aa3d0662
+_lying: ContextVar[Mapping[str, Path]] = ContextVar("lying", default=MappingProxyType({}))
+
+
+@contextmanager
+def lying(
+    places: Mapping[str, Path],  # name → where what it names lies now
+) -> Iterator[None]:
+    "Within, these names lead to these places, and messages about the places have the names."
+    token = _lying.set({**_lying.get(), **places})
+    try:
+        with called({str(place): name for name, place in places.items()}):
+            yield
+    finally:
+        _lying.reset(token)
+
+# %% ../../nbs/files/ranges.ipynb #e1a72373
+def path_of(name: str | os.PathLike) -> Path:  # ~ is home
+    "Where a name leads, if it is of something on this disk."
+    there = _lying.get().get(os.fspath(name))
+    return place_of(local(name)) if there is None else there
+
 # %% ../../nbs/files/ranges.ipynb #7b304eac
 # how files end that can be named instead of their folder
 ENDS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json")
@@ -63,7 +89,7 @@ def is_file(
     "Whether a name is of a file, and not of a folder or a hub id."
     if is_address(name):
         return name_of(name).endswith(ENDS)
-    return os.path.isfile(place_of(name))
+    return os.path.isfile(path_of(name))
 
 # %% ../../nbs/files/ranges.ipynb #d1f78544
 # kind of address → the package with its driver
@@ -322,7 +348,7 @@ class RemoteTensor(LazyTensor):
         return out
 
 # %% ../../nbs/files/ranges.ipynb #5abe30be
-_standing: dict[str, Remote] = {}  # path of what stands in → for which file
+_standing: dict[str, Any] = {}  # path of what stands in → for which `Remote` file
 
 
 def put_stand_in(file: Path, remote: Remote) -> None:
@@ -349,8 +375,8 @@ def header_of_remote(remote: Remote) -> bytes:
     return remote.read(8, 8 + n)
 
 # %% ../../nbs/files/ranges.ipynb #c9b9328c
-def remote_of(file: str | os.PathLike) -> Remote | None:
-    "For which file in a store this one stands in; None: it is itself."
+def remote_of(file: str | os.PathLike) -> Any:
+    "For which `Remote` or `Planned` file this one stands in; None: it is itself."
     there = _standing.get(os.path.realpath(file))
     if there is None and (said := stood_for(file)) is not None:
         raise MergeError(
@@ -369,7 +395,34 @@ def refuse_changed(files: Iterable[Path]) -> None:
 # %% ../../nbs/files/ranges.ipynb #3cf21263
 def are_remote(files: Iterable[Path]) -> bool:
     "Whether some of these files only stand in for files in a store."
-    return any(os.path.realpath(file) in _standing for file in files)
+    return any(isinstance(_standing.get(os.path.realpath(file)), Remote) for file in files)
+
+# %% ../../nbs/files/ranges.ipynb #92ebb2bd
+class NotYet(MergeError):
+    "Numbers were looked at that no merge has made yet."
+
+# %% ../../nbs/files/ranges.ipynb #3d8cbcb3
+@dataclass(frozen=True)
+class Planned:
+    "A file that a merge would write."
+
+    name: str  # of what it would make
+
+    def read(self, start: int, stop: int) -> bytes:
+        "`NotYet`."
+        raise NotYet(f"the numbers of {self.name} count, which is not made yet")
+
+# %% ../../nbs/files/ranges.ipynb #510e7534
+def put_planned(
+    file: Path,
+    name: str,  # of what it would be of, for messages
+    layout: Mapping[str, tuple[tuple, torch.dtype]],  # tensor name → (shape, dtype)
+    metadata: Mapping[str, str],  # of its header
+) -> None:
+    "Have a file stand in for one that a merge would write."
+    head, _, size = header_of(dict(layout), dict(metadata))
+    file.write_bytes(stand_in(size, head[8:], planned=name))
+    _standing[os.path.realpath(file)] = Planned(name)
 
 # %% ../../nbs/files/ranges.ipynb #decd57f8
 def kept(file: Path) -> Path:

@@ -30,8 +30,8 @@ from ..files.checkpoint import Checkpoint, read_json
 from ..files.decoded import Decoded
 from ..files.hub import beside
 from ..files.open import load, parts_of
-from ..files.places import is_here, place_of
-from ..files.ranges import kept
+from ..files.places import is_here
+from ..files.ranges import kept, path_of
 from ..messages import MergeError
 from ..files.shards import open_file, read_header, refuse_another
 from ..files.tensors import FileTensor, as_device
@@ -288,12 +288,12 @@ def _give_padding(tok: Any, rows: int, folder: Name):
 # %% ../../nbs/huggingface/models.ipynb #503c7663
 def _read(model: Name, allow_pickle: bool) -> tuple[Checkpoint, list[Checkpoint]]:
     "A base in a folder with a config, and the adapters on it; `MergeError` for anything else."
-    parts = [str(model)] if is_here(model) else parts_of(str(model))
+    parts = [str(model)] if os.path.exists(path_of(model)) else parts_of(str(model))
     base, *adapters = (load(p, allow_pickle) for p in parts)
     if base.adapter is not None:
         named = base.adapter.get("base_model_name_or_path") or "BASE"
         raise _no(model, "is an adapter", f"Name its base too: {named}+{model}.")
-    is_file = place_of(parts[0]).is_file()
+    is_file = path_of(parts[0]).is_file()
     if base.folder is None or is_file or not (base.folder/"config.json").exists():
         raise _no(
             model,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROLES', 'LIBRARIES', 'TASKS', 'OF_PEFT', 'OPENED_BY', 'HOME', 'AGAIN', 'printable', 'in_yaml', 'in_ticks', 'in_title',
            'fenced', 'names_of', 'without_places', 'architecture', 'task_of', 'kind_of', 'head', 'usage', 'in_short',
-           'typed_again', 'as_file', 'card']
+           'typed_again', 'as_file', 'what_it_is', 'again', 'card']
 
 # %% ../../nbs/merging/card.ipynb #77a4c6bb
 import re
@@ -16,6 +16,7 @@ from typing import Any
 
 from ..files.checkpoint import read_json
 from ..geometries.registry import from_data, spelled
+from .lines import MAKE_AGAIN
 from .recipe import Recipe, command
 from .record import Record
 from .said import FORMS, ids_in, licence, origin, values
@@ -309,6 +310,19 @@ def _calibrated(record: Record) -> dict[str, Any] | None:
         return found
     return {**found, "data": short_name(found["data"])}
 
+# %% ../../nbs/merging/card.ipynb #7cc559a2
+def _without_place(word: str) -> str:
+    "A word of a command, of which a path is its name alone."
+    return short_name(word) if "/" in word or "\\" in word else word
+
+# %% ../../nbs/merging/card.ipynb #ad005303
+def _made(record: Record) -> dict[str, Any] | None:
+    "What was made by another command than merge, and how, without the place of its data."
+    found = record.made
+    if not found or not isinstance(found.get("data"), str):
+        return found
+    return {**found, "data": short_name(found["data"])}
+
 # %% ../../nbs/merging/card.ipynb #fc6d0575
 def in_short(record: Record) -> dict[str, Any]:
     "A record as a card shows it."
@@ -329,7 +343,7 @@ def in_short(record: Record) -> dict[str, Any]:
         said["metrics"] = [read(c, "metrics") for c in metrics]
     said["dtype"] = record.dtype
     said |= {k: recipe.get(k) for k in ("drop", "absent", "any_base", "allow_nonfinite")}
-    said |= {**record.versions, "doubtful": record.doubtful or None, "made": record.made}
+    said |= {**record.versions, "doubtful": record.doubtful or None, "made": _made(record)}
     return {k: v for k, v in said.items() if v is not None}
 
 # %% ../../nbs/merging/card.ipynb #9f1c3183
@@ -337,6 +351,11 @@ def typed_again(record: Record) -> str | None:
     "The command of a record with names in the place of paths; None if it cannot be typed."
     if record.command is None:
         return None
+    # what was no merge is made by another command, of the same models
+    if record.made is not None:
+        short = names_of(record)
+        words = shlex.split(record.command)
+        return shlex.join(short.get(word) or _without_place(word) for word in words)
     recipe = Recipe.from_data(without_places(record))
     words = shlex.split(record.command)
     out = words[words.index("-o") + 1]
@@ -396,6 +415,27 @@ def _own_config(folder: Path | None) -> dict[str, Any]:
     except MergeError:
         return {}
 
+# %% ../../nbs/merging/card.ipynb #3c762940
+def what_it_is(
+    record: Record,
+    config: dict | None = None,  # of a merged adapter
+) -> str:
+    "The first sentence of a card."
+    made, many = record.made or {}, len(record.recipe["models"])
+    if made.get("what") == "mixture":
+        routed = f"of which each token is sent to {made['per_token']}"
+        return f"A mixture whose {made['experts']} experts are the MLPs of {many} models, {routed}."
+    if made.get("what") == "experts":
+        return (
+            f"A mixture with {made['keep']} experts in the place of {made['experts']}: each is the "
+            f"Fréchet mean of some of them ({in_ticks(kind_of(record))})."
+        )
+    kind = "adapters" if config is not None else "models"
+    return (
+        f"A merge of {many} {kind}, tensor by tensor: of each, the Fréchet mean of its versions "
+        f"({in_ticks(kind_of(record))})."
+    )
+
 # %% ../../nbs/merging/card.ipynb #d24defd1
 HOME = "https://github.com/frechet-merge/frechet_merge"  # where people find this library
 # how a recipe is run
@@ -405,6 +445,20 @@ AGAIN = (
 )
 
 
+def again(record: Record) -> list[str]:  # paragraphs; none: it cannot be said
+    "How it is made again."
+    made, command = record.made or {}, typed_again(record)
+    said = as_file(record) if record.made is None else None
+    if said is not None:
+        return [f"{MAKE_AGAIN}\n", AGAIN, fenced(in_yaml(said), "yaml")]
+    if "recipes" in made:
+        how = f"By the recipes in {in_ticks(made['recipes'])}: {in_ticks(command or '')}.\n"
+        return [f"{MAKE_AGAIN}\n", how]
+    if record.made is None or command is None:
+        return []
+    return [f"{MAKE_AGAIN}\n", f"Where models of these names are: {in_ticks(command)}.\n"]
+
+# %% ../../nbs/merging/card.ipynb #c30d4a0a
 def card(
     record: Record,
     title: str,  # what the folder will be called
@@ -417,18 +471,12 @@ def card(
     # nothing says that it is one of transformers
     is_bare = folder is not None and library == "transformers" and not own
     front = head(record, config, None if is_bare else library, own)
-    many = len(record.recipe["models"])
-    kind = "adapters" if config is not None else "models"
     opened = usage(title, front.get("library_name"), folder or Path(title), config or own)
-    again = as_file(record)
     parts = [
         f"---\n{in_yaml(front)}---\n# {in_title(title)}\n",
-        f"A merge of {many} {kind}, tensor by tensor: of each, the Fréchet mean of its versions "
-        f"({in_ticks(kind_of(record))}). Made with [frechet_merge]({HOME}).\n",
+        f"{what_it_is(record, config)} Made with [frechet_merge]({HOME}).\n",
         _models(record) + fenced(in_yaml(in_short(record)), "yaml"),
         "## Use\n",
         fenced(opened, "python"),
     ]
-    if again is not None:
-        parts += ["## Make it again\n", AGAIN, fenced(in_yaml(again), "yaml")]
-    return "\n".join(parts)
+    return "\n".join([*parts, *again(record)])

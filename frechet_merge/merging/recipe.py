@@ -217,6 +217,9 @@ class Output:
     shard_size: int = 5*10**9  # bytes of a file, at most, unless one tensor is larger
     full_hash: bool = False  # hash every byte of the inputs for the record
     address: str = ""  # in a store, in the place of a folder; "": it is written here
+    # of all that its bytes depend on, if that is known before its models are there; "": it is not
+    key: str = ""
+    recipes: str = ""  # the file beside it that makes it, where its record alone does not
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> "Output":  # `out`, `dtype`, and its other fields

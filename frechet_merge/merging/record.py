@@ -255,15 +255,17 @@ def _about(opened: Opened) -> list[dict]:
 # %% ../../nbs/merging/record.ipynb #ef3d0169
 def begun(opened: Opened, output: Output) -> Record:
     "The record of a merge before it is done: what it reads, and how it is repeated."
+    again = f"frechet-merge run {output.recipes} -o OUT" if output.recipes else ""
     return Record(
         opened.recipe.as_data(),
-        command(opened.recipe, output),
+        again or command(opened.recipe, output),
         repr(opened.recipe.geometry),
         None if output.dtype is None else typed_dtype(output.dtype),
         output.shard_size,
         _fingerprints(opened, output.full_hash) if output.folder is not None else {},
         versions={"frechet_merge": frechet_merge.__version__, "torch": str(torch.__version__)},
         about=_about(opened) if output.folder is not None else [],
+        made={"what": "run", "recipes": output.recipes} if output.recipes else None,
     )
 
 # %% ../../nbs/merging/record.ipynb #ae01d03a

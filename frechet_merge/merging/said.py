@@ -15,8 +15,7 @@ from typing import Any
 
 from ..files.checkpoint import Checkpoint, read_json
 from ..files.hub import misspelled
-from ..files.places import is_here
-from ..files.ranges import is_file
+from ..files.ranges import is_file, path_of
 from ..files.shards import open_file
 from ..messages import MergeError
 
@@ -107,7 +106,7 @@ def is_of_hub(name: str) -> bool:  # OWNER/NAME, or OWNER/NAME@REVISION
     if not _is_id(bare) or (at and not REVISION.fullmatch(at + revision)):
         return False
     try:
-        return not Path(name).exists()
+        return not path_of(name).exists()
     except OSError:
         return False
 
@@ -141,7 +140,7 @@ def short_name(
     "What a model is called where its place is nobody's business."
     pieces = re.split(r"([+|])", name)
     try:
-        is_one = len(pieces) == 1 or is_here(name)
+        is_one = len(pieces) == 1 or path_of(name).exists()
     except (OSError, RuntimeError):
         is_one = True
     if not is_one:
