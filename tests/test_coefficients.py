@@ -6,8 +6,8 @@ import shlex
 
 import pytest
 import torch
-from conftest import LLAMA, cli, save
 from safetensors.torch import load_file
+from conftest import LLAMA, cli, save
 
 from frechet_merge import LoRA, Sphere, merge
 from frechet_merge.messages import MergeError
@@ -406,6 +406,10 @@ def test_a_row_that_only_some_models_have_is_in_no_sum(tmp_path):
         merge(pair, base=base, sum=[0.7, 0.4], tokenizer="union")
     found = merge(pair, base=base, scale=1.1, weights=[0.7, 0.4], tokenizer="union").tensors
     assert found["model.embed_tokens.weight"].shape == (6, 3)
+    given = {"w5": {"model": str(pair[1])}}
+    found = merge(pair, base=base, sum=[0.7, 0.4], tokenizer="union", tokens=given).tensors
+    row = load_file(pair[1]/"model.safetensors")["model.embed_tokens.weight"][5]
+    assert torch.allclose(found["model.embed_tokens.weight"][5], row)
 
 
 def test_a_sphere_without_base_takes_no_model_away(three):

@@ -183,6 +183,17 @@ def test_integers_that_differ(tmp_path):
     is_one(a, b, drop=["map"])
 
 
+def test_bytes_that_no_config_explains_are_no_table(tmp_path):
+    codes = {"l.weight": torch.tensor([[1, 2], [3, 4]], dtype=torch.int8)}
+    others = {"l.weight": 2*codes["l.weight"]}
+    a, b = (save(tmp_path/n, {**ONE, **x}) for n, x in (("a", codes), ("b", others)))
+    said = refused("codes of numbers that no config here explains", a, b)
+    assert "--drop" not in said
+    whole = codes["l.weight"].float()
+    a, b = save(tmp_path/"c", {"l.weight": whole}), save(tmp_path/"d", {"l.weight": 2*whole})
+    assert torch.equal(merge([a, b]).tensors["l.weight"], 1.5*whole)
+
+
 def test_a_bias_that_the_first_config_does_not_know(tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 

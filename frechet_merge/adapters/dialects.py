@@ -62,16 +62,18 @@ def refusal(
     kind = (config or {}).get("peft_type", "LORA")
     # single rows of an embedding mean something on a base
     if kind not in (*UPDATES, "TRAINABLE_TOKENS"):
-        remedy = STAYS_APART if kind in OF_INPUTS else ON_ITS_BASE
-        return f"has peft_type = {kind!r}, which adds no update to the weights.\n{remedy}"
+        if kind in OF_INPUTS:
+            return f"has peft_type = {kind!r}, which does not touch the weights.\n{STAYS_APART}"
+        return f"has peft_type = {kind!r}, whose updates are read by PEFT alone.\n{ON_ITS_BASE}"
     names = [*names]
     suspects = among(REFUSED, names)
     for name in names if suspects else ():
         for part in suspects:
             if re.search(part, name):
                 what = f"{REFUSED[part]} ({name!r})"
-                remedy = STAYS_APART if name == "prompt_embeddings" else ON_ITS_BASE
-                return f"is {what}: it adds no update of its own.\n{remedy}"
+                if name == "prompt_embeddings":
+                    return f"is {what}, which does not touch the weights.\n{STAYS_APART}"
+                return f"is {what}, whose updates are read by its library alone.\n{ON_ITS_BASE}"
     return None
 
 # %% ../../nbs/adapters/dialects.ipynb #88c123b9

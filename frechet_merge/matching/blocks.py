@@ -12,6 +12,8 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
+
 from ..files.checkpoint import HEAD, Checkpoint
 from ..messages import MergeError, Misfit, warn
 from .absent import is_constant, missing, refuse_another_base
@@ -220,12 +222,19 @@ def _check_equal(
 ) -> None:
     "What is copied is the same in all."
     (c0, x0), (c, x) = first, other
-    if x.dtype != x0.dtype or not x.same(x0):
+    if x.dtype == x0.dtype and x.same(x0):
+        return
+    differs = f"{c.source}: tensor {name!r} ({x.dtype}) differs from {c0.source}'s, and"
+    is_matrix_of_bytes = x.dtype in (torch.int8, torch.uint8) and len(x.shape) > 1
+    if is_matrix_of_bytes:
         raise MergeError(
-            f"{c.source}: tensor {name!r} ({x.dtype}) differs from {c0.source}'s, and integers "
-            f"have no mean.\nMake them equal, or leave it out of all models (drop={name!r}, "
-            f"--drop '{name}')."
+            f"{differs} such integers are codes of numbers that no config here explains.\n"
+            "Name the models of full precision that they were made of."
         )
+    raise MergeError(
+        f"{differs} integers have no mean.\nMake them equal, or leave it out of all models "
+        f"(drop={name!r}, --drop '{name}')."
+    )
 
 # %% ../../nbs/matching/blocks.ipynb #3fe93013
 def is_counter(name: str) -> bool:

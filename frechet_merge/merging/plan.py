@@ -169,7 +169,7 @@ def _refuse_rows_without_difference(models: Sequence[Checkpoint]) -> None:
                     f"{c.source}: {name!r} lacks rows of tokens that others have, and in a sum "
                     "(sum=, --sum) it is not known what it adds there.\n"
                     "Use weights and a scale (--weights, --scale): such a row is then the mean of "
-                    "those that have it."
+                    "those that have it. Or say whose row it is (tokens= or tokens: in a recipe)."
                 )
 
 # %% ../../nbs/merging/plan.ipynb #b1b6a75b
