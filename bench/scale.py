@@ -4,8 +4,9 @@
                           [--mergekit MERGEKIT_YAML] [--disk 20] [--quick]
 
 Each size is made, measured and removed before the next one (bench/llama.py; bfloat16). For each
-number T of models, every geometry is timed by threads and with warm files; for the one T of
-`--middle`, every executor too, and with files that are not in the memory of the kernel. Beside each
+number T of models, the average and the Karcher mean are timed by threads and with warm files. For
+the one T of `--middle` they are timed by every executor, too, and with files that are not in the
+memory of the kernel; so are the other geometries, by threads and with warm files. Beside each
 stands what reads the inputs and copies one of them (`cat`, `cp`), and mergekit, on the same files,
 in turn with it. Where T models of a size need more than `--disk` gigabytes, fewer are made, and
 some are given more than once: the column `files` says how many are different.
@@ -31,6 +32,7 @@ from adapters import about, write_rows
 GEOMETRIES = {
     "linear": [],
     "Karcher": ["--geometry", "sphere"],
+    # at one T
     "TIES": ["--geometry", "ties", "--base", "base"],
     "Huber": ["--loss", "huber"],
 }
@@ -66,11 +68,12 @@ def commands(asked, models, cache):
     "What is timed on these models: (who, geometry, executor) → words."
     found = {(COPY, "", ""): copy(models)}
     middle = len(models) == asked.middle
-    # two models have no majority
-    geometries = [g for g in asked.geometries if g != "Huber" or len(models) > 2]
-    for geometry in geometries:
+    for geometry in asked.geometries:
+        is_first = geometry in MERGEKIT
+        if not is_first and not (middle and cache == "warm"):
+            continue
         for executor in asked.executors:
-            if middle or executor == "threads":
+            if executor == "threads" or (middle and is_first):
                 found["frechet-merge", geometry, executor] = ours(models, geometry, executor)
     if asked.mergekit and len(models) <= asked.mergekit_most and cache == "warm":
         for geometry, method in MERGEKIT.items():
@@ -172,8 +175,10 @@ def arguments():
 def command(asked, sizes):
     "What makes the rows of these sizes again."
     words = ["python bench/scale.py --sizes", *sizes, "--models", *map(str, asked.models)]
-    words += ["--runs", str(asked.runs)] + ["--mergekit MERGEKIT_YAML"]*bool(asked.mergekit)
-    return " ".join(words)
+    words += ["--middle", str(asked.middle), "--runs", str(asked.runs)]
+    if asked.mergekit:
+        words += ["--mergekit MERGEKIT_YAML", "--mergekit-most", str(asked.mergekit_most)]
+    return " ".join([*words, "--disk", f"{asked.disk:g}"])
 
 
 def main():

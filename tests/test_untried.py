@@ -29,6 +29,7 @@ from frechet_merge.messages import say
 
 # the package's `merge` is the function
 merging = importlib.import_module("frechet_merge.merging.merge")
+extracting = importlib.import_module("frechet_merge.adapters.extract")
 
 SAID = os.strerror(errno.EIO)
 # what is known of a mean
@@ -127,6 +128,19 @@ class TestMeanwhile:
         monkeypatch.setattr(merging, "write_companions", changed)
         with pytest.raises(MergeError, match="a/tokenizer.json: "):
             merge([folder/"a", folder/"b"], out=folder/"out")
+        assert not [p for p in folder.iterdir() if "out" in p.name]
+
+    def test_tokens_that_change_while_an_adapter_is_extracted(self, whole, tmp_path, monkeypatch):
+        folder = shutil.copytree(whole, tmp_path/"all")
+
+        def changed(*given, **more):
+            os.truncate(folder/"a"/"tokenizer.json", 10)
+            return real(*given, **more)
+
+        real = extracting.save_tensors
+        monkeypatch.setattr(extracting, "save_tensors", changed)
+        with pytest.raises(MergeError, match="a/tokenizer.json: "):
+            extracting.extract(folder/"a", folder/"b", rank=2, out=folder/"out")
         assert not [p for p in folder.iterdir() if "out" in p.name]
 
     def test_a_pickle_that_is_cut(self, models, tmp_path, monkeypatch):

@@ -26,10 +26,11 @@ from .peft import Layer
 from .updates import Update, factor_shapes, peft_config
 from ..algebra.factors import Factors, balanced, svd
 from ..algebra.truncation import rank_for, squared, truncated
-from ..files.checkpoint import Checkpoint, token_rows
+from ..files.checkpoint import Checkpoint, refuse_changed_beside, token_rows
+from ..files.folders import TOKENIZER, is_named
 from ..files.hub import look_up
 from ..files.open import load
-from ..files.output import disk_errors, staged
+from ..files.output import copied, disk_errors, staged
 from ..files.places import is_here, place_of
 from ..files.shards import save_tensors
 from ..files.stack import Stack
@@ -631,8 +632,6 @@ def extract(
 # %% ../../nbs/adapters/extract.ipynb #a8880d16
 def _written(made: Extracted, out: Path, like: Checkpoint) -> Extracted:
     "In a folder that appears whole or not at all, with the tokenizer of what it was made of."
-    from frechet_merge.merging import companions
-
     with disk_errors(out), staged(out) as part:
         save_tensors(part/"adapter_model.safetensors", dict(made.tensors), {"format": "pt"})
         (part/"adapter_config.json").write_text(json.dumps(made.config, indent=2) + "\n")
@@ -645,8 +644,9 @@ def _written(made: Extracted, out: Path, like: Checkpoint) -> Extracted:
         home = like.folder
         if home is not None and home.is_dir():
             for f in sorted(home.iterdir()):
-                if not f.is_dir() and any(fnmatchcase(f.name, p) for p in companions.TOKENIZER):
-                    companions.copied(home, f, part/f.name)
+                if not f.is_dir() and is_named(f.name, TOKENIZER):
+                    copied(home, f, part/f.name)
+        refuse_changed_beside(like)
     return replace(made, tensors=load(out), out=out)
 
 # %% ../../nbs/adapters/extract.ipynb #3e4809f5
