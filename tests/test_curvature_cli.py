@@ -14,7 +14,7 @@ from test_examples import ROWS, make, write
 
 from frechet_merge import load, merge
 from frechet_merge.messages import MergeError
-from frechet_merge.curvature.collecting import Statistics
+from frechet_merge.curvature.collecting import STATE, Statistics
 from frechet_merge.cli.demo import DATA, base_folder
 from frechet_merge.huggingface.models import collect
 
@@ -330,7 +330,7 @@ def test_a_tied_embedding_is_said_to_have_no_factors(work, tmp_path):
 
 
 def test_the_state_of_another_run_is_refused(work, tmp_path):
-    torch.save({"run": "another"}, tmp_path/"s.safetensors.state")
+    torch.save({**dict.fromkeys(STATE), "run": "another"}, tmp_path/"s.safetensors.state")
     with pytest.raises(ValueError, match="another run"):
         collect(work/"bert", work/"a.jsonl", tmp_path/"s.safetensors", resume=True)
     collect(work/"bert", work/"a.jsonl", tmp_path/"s.safetensors")
