@@ -275,6 +275,30 @@ class TestAtOnce:
             said.append(str(e.value))
         assert said[0] == said[1]
 
+    @pytest.mark.filterwarnings("ignore:.*what is done is kept")
+    def test_what_is_done_is_not_merged_again(self, tmp_path, monkeypatch):
+        models = [folder(tmp_path/f"m{i}", names(), i) for i in range(2)]
+        how, merged, stop = {"executor": "serial", "resume": True}, [], []
+        real = many.merged_at_once
+
+        def at_once(jobs):
+            if stop and len(merged) > stop[0]:
+                raise KeyboardInterrupt
+            merged.extend(jobs)
+            return real(jobs)
+
+        monkeypatch.setattr(many, "merged_at_once", at_once)
+        whole = merge(models, out=tmp_path/"whole", **how)
+        count, stop[:] = len(merged), [len(merged)//2]
+        merged.clear()
+        with pytest.raises(KeyboardInterrupt):
+            merge(models, out=tmp_path/"out", **how)
+        stop.clear()
+        out = merge(models, out=tmp_path/"out", **how)
+        assert len(merged) == count > MANY//2
+        one, other = ((m.out/"model.safetensors").read_bytes() for m in (whole, out))
+        assert one == other
+
     def test_other_executors_do_the_same(self, tmp_path):
         models = [folder(tmp_path/f"m{i}", names(), i) for i in range(3)]
         ways = [merge(models, out=tmp_path/e, executor=e) for e in ("threads", "processes")]

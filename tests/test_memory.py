@@ -1,5 +1,6 @@
 "Under a budget: the same bytes, read once; and what is too large is refused by name."
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from test_preview import deep
 
 from frechet_merge import MergeError, merge
 from frechet_merge.files.tensors import FileTensor, MemoryTensor
+from frechet_merge.geometries.geometry import Needs, together
 from frechet_merge.geometries.registry import geometries, geometry_named
 from frechet_merge.merging import executors, memory
 from frechet_merge.merging.block import Copy
@@ -142,6 +144,11 @@ class TestWorkersShareABudget:
         back = ("mallopt", MMAP_THRESHOLD, KEPT)
         begun = ("mallopt", MMAP_THRESHOLD, KEPT_WITHIN)
         assert asked == [begun, *["wrote"]*4, ("malloc_trim", 0), back]
+
+
+def test_of_several_geometries_the_most_is_held():
+    each = [SimpleNamespace(needs=Needs(held=held)) for held in [(3, 4), (2, 40)]]
+    assert together(each).held == (3, 40)
 
 
 def test_geometries_of_whole_tensors_say_how_many_they_hold():

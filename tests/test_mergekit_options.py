@@ -12,6 +12,9 @@ from test_vocabularies import WORDS, speaker
 
 from frechet_merge import MergeError, merge
 from frechet_merge.files.open import load
+from frechet_merge.geometries.directions import Chordal, Slerp
+from frechet_merge.geometries.selected import ModelStock
+from frechet_merge.matching.given import as_given
 from frechet_merge.merging.formats import APART, FORMATS
 from frechet_merge.merging.recipes import read_recipe
 from frechet_merge.merging.record import Record
@@ -107,6 +110,27 @@ def test_nuslerp_of_rows_and_columns(tmp_path, models, by_row, axis, base):
         start = theta0[name].double() if base else 0
         by_hand = start + turned(a[name] - start, b[name] - start, 0.75, axis)
         torch.testing.assert_close(x.double(), by_hand, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("geometry", ["slerp:axis=-1", "slerp:axis=0", "stock:axis=-1"])
+def test_a_number_is_a_vector_of_one(geometry):
+    a, b, c = ({"s": torch.tensor(x), "v": torch.ones(3)*x} for x in (2.0, 4.0, 1.0))
+    out = merge([a, b], geometry, weights=[1, 3], base=c if "stock" in geometry else None)
+    assert out.tensors["s"].shape == () and out.tensors["v"].shape == (3,)
+    assert out.tensors["s"] == 3.5
+
+
+@pytest.mark.parametrize("axis", [1, -2, 0.0, "x", True])
+@pytest.mark.parametrize("of", [Slerp, ModelStock])
+def test_vectors_lie_along_rows_or_columns(of, axis):
+    with pytest.raises(ValueError, match="-1 for the rows of a matrix, or 0 for its columns"):
+        of(axis=axis)
+
+
+@pytest.mark.parametrize("times", ["x", float("nan"), float("inf")])
+def test_a_norm_is_multiplied_by_a_finite_number(times):
+    with pytest.raises(ValueError, match="a finite number"):
+        Chordal(times)
 
 
 def test_model_stock_of_rows(tmp_path, models):
@@ -226,6 +250,18 @@ def test_rows_in_a_sum_are_those_that_were_given(tmp_path, speakers):
             torch.testing.assert_close(row(tmp_path/"o", name, token), given)
         base, a, b = (row(speakers[n], name, "w2") for n in ("base", "a", "b"))
         torch.testing.assert_close(row(tmp_path/"o", name, "w2"), base + (a - base) + 3*(b - base))
+
+
+def test_a_word_that_says_nothing_of_a_row_is_refused():
+    with pytest.raises(ValueError, match="'kind' is none of model, token, token_id and force"):
+        as_given({"<x>": {"kind": "model_token", "model": "a"}})
+
+
+def test_rows_of_the_base_in_a_file_of_several(tmp_path, speakers):
+    base, a, b = (str(speakers[n]) for n in ("base", "a", "b"))
+    rows = "tokens: {<x>: {model: base, token: w1}}\n"
+    text = f"name: one\nmodels: [{a}, {b}]\nbase: {base}\ntokenizer: union\n" + rows
+    assert len(read_recipe(written(tmp_path, text + f"---\nmodels: [one, {a}]\n")).steps) == 2
 
 
 # a row that is not there, what is said of it, and the row as the remedy has it

@@ -394,6 +394,40 @@ class TestResumed:
         hand = by_hand(folders, tmp_path).tensors
         assert all(torch.equal(x, hand[n]) for n, x in found.tensors.items())
 
+    def test_a_revision_that_has_moved_is_another_model(self, tmp_path):
+        hub, env = tmp_path/"hub", {**os.environ, "HF_HUB_CACHE": str(tmp_path/"hub")}
+        repo = hub/"models--org--toy"
+        (repo/"refs").mkdir(parents=True)
+        for i, (ref, commit) in enumerate({"main": "a", "dev": "b", "dev2": "c"}.items()):
+            state = {"w": torch.full((2, 2), float(i))}
+            save(repo/"snapshots"/(commit*40), state, {"model_type": "toy"})
+            (repo/"refs"/ref).write_text(commit*40)
+        path = written(tmp_path, "name: one\nmodels: [{model: org/toy, revision: dev}, org/toy]\n"
+                       "---\nname: two\nmodels: [one, org/toy]\n")
+        words = ("run", path, "-o", tmp_path/"out", "--resume")
+        for _ in range(2):
+            assert cli(*words, env=env)[0] == 0
+        assert load(tmp_path/"out"/"one")["w"][0, 0] == 0.5
+        (repo/"refs"/"dev").write_text("c"*40)
+        code, _, err = cli(*words, env=env)
+        assert code == 1 and "out: exists already" in err
+
+    @pytest.mark.filterwarnings("ignore:.*what is done is kept")
+    def test_what_lies_beside_a_template_is_of_no_recipe(self, tmp_path, folders, made):
+        (tmp_path/"chat.jinja").write_text("{{ bos_token }}")
+        first = FIRST + f"chat_template: {tmp_path/'chat.jinja'}\n"
+        path, out = several(tmp_path, folders, first, SECOND, LAST), tmp_path/"out"
+        made.kill = 17
+        with pytest.raises(KeyboardInterrupt):
+            self.run(path, out)
+        made.kill, spent = None, made.n
+        (tmp_path/"log.txt").write_text("said meanwhile")
+        self.run(path, out)
+        assert made.n - spent < 6
+        (tmp_path/"chat.jinja").write_text("{{ eos_token }}")
+        with pytest.raises(MergeError, match="out: exists already"):
+            self.run(path, out)
+
     @pytest.mark.parametrize("last", [LAST, "name: deep/third\n" + LAST])
     def test_what_is_finished_is_left_as_it_is(self, tmp_path, folders, made, last):
         path, out = several(tmp_path, folders, FIRST, SECOND, last), tmp_path/"out"

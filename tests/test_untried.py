@@ -15,13 +15,14 @@ import torch
 import transformers
 from conftest import save, tensors
 from mutated import MODELS, adapter, full, run, warm
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from frechet_merge import MergeError, load, merge
 from frechet_merge.cli.commands import ENDING, _of_a_disk
 from frechet_merge.curvature.collecting import _state_in
 from frechet_merge.diagnostics.report import write_report
 from frechet_merge.files import shards
+from frechet_merge.files.checkpoint import refuse_changed_beside
 from frechet_merge.files.shards import Unreadable, pieces_of
 from frechet_merge.huggingface.models import open_model
 from frechet_merge.merging.record import NAME
@@ -106,6 +107,11 @@ class TestReading:
         assert "ulimit -n" in said
 
 
+def _made(folder):
+    folder.mkdir(parents=True)
+    return folder
+
+
 class TestMeanwhile:
     "What stands beside the weights is held to what it was when the model was opened, too."
 
@@ -142,6 +148,19 @@ class TestMeanwhile:
         with pytest.raises(MergeError, match="a/tokenizer.json: "):
             extracting.extract(folder/"a", folder/"b", rank=2, out=folder/"out")
         assert not [p for p in folder.iterdir() if "out" in p.name]
+
+    @pytest.mark.parametrize("file", ["x/adapter_config.json", "pipe/tokenizer/vocab.json"])
+    def test_what_parts_and_adapters_bring(self, whole, tmp_path, file):
+        folder = shutil.copytree(whole, tmp_path/"all")
+        save_file({"w": torch.ones(2)}, _made(folder/"pipe"/"unet")/"model.safetensors")
+        (_made(folder/"pipe"/"tokenizer")/"vocab.json").write_text("{}")
+        parts = {"unet": ["diffusers", "U"], "tokenizer": ["transformers", "T"]}
+        (folder/"pipe"/"model_index.json").write_text(json.dumps(parts))
+        c = load(folder/"pipe" if "pipe" in file else f"{folder/'a'}+{folder/'x'}")
+        refuse_changed_beside(c)
+        (folder/file).write_text("{ }")
+        with pytest.raises(MergeError, match=f"{file}: was .* after the model was opened"):
+            refuse_changed_beside(c)
 
     def test_a_pickle_that_is_cut(self, models, tmp_path, monkeypatch):
         pickled = tmp_path/"p"/"pytorch_model.bin"

@@ -393,6 +393,15 @@ class TestPickles:
         alone = torch.load(tmp_path/"m.pt", weights_only=False)["ema"]
         assert same(self.of(tmp_path, alone, "alone.pt"), state(2))
 
+    @pytest.mark.parametrize("kind", ["bin", "safetensors"])
+    def test_an_index_opens_no_pickle(self, tmp_path, kind):
+        torch.save(state(), tmp_path/"shard.bin")
+        index = tmp_path/("pytorch_model.bin" if kind == "bin" else "model.safetensors")
+        index = index.with_name(index.name + ".index.json")
+        index.write_text(json.dumps({"weight_map": dict.fromkeys(state(), "shard.bin")}))
+        says("shard.bin: is a pickle, which can run code", index)
+        assert same(load(index, allow_pickle=True), state())
+
     @pytest.mark.parametrize("name", ["pytorch_model.bin", "x.ckpt", "x.pt"])
     def test_safetensors_under_its_name(self, tmp_path, name):
         save_file(state(), tmp_path/name)

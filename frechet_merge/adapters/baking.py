@@ -484,6 +484,7 @@ def bake(
         },
         source=f"{base.source}+{adapter.source}",
         files=[*base.files, *adapter.files],
+        beside={**base.beside, **adapter.beside},
         brings=(*base.brings, *filter(None, [adapter.folder])),
         tied={n: stored for n, stored in base.tied.items() if n not in onto.lazy},
         says=_says(onto),

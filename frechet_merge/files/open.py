@@ -56,8 +56,8 @@ def _refuse_no_model(file: Path) -> None:
         warn(f"{file}: is one of {int(shard[3])} files of a model; name their folder to merge all")
 
 # %% ../../nbs/files/open.ipynb #bcb18b2b
-def _files_of(path: Path, allow_pickle: bool) -> tuple[list[Path], set[str]]:
-    "The files to open for a path, and what its index promises; `MergeError` if there are none."
+def _named_by(path: Path) -> tuple[list[Path], set[str]]:
+    "The files that a path names, and what its index promises; `MergeError` if there are none."
     if INDEX.search(path.name):
         return _of_index(path)
     if path.is_file():
@@ -67,6 +67,13 @@ def _files_of(path: Path, allow_pickle: bool) -> tuple[list[Path], set[str]]:
         files, promised = weight_files(path, "bin")
     if not files:
         raise MergeError(no_weights(path))
+    return files, promised
+
+
+# %% ../../nbs/files/open.ipynb #4010df77
+def _files_of(path: Path, allow_pickle: bool) -> tuple[list[Path], set[str]]:
+    "The same, whatever names them; `MergeError` for pickles, if none may be opened."
+    files, promised = _named_by(path)
     if is_pickle(files[0]) and not allow_pickle:
         raise MergeError(
             f"{files[0]}: is a pickle, which can run code when it is opened.\n"
@@ -125,16 +132,19 @@ def _parts(folder: Path, allow_pickle: bool, source: str) -> dict[str, Checkpoin
 def _of_parts(parts: Mapping[str, Checkpoint], folder: Path, source: str) -> Checkpoint:
     "Parts as one checkpoint, in which the names of tensors begin with those of the folders."
     lazy, tied, files = {}, {}, []
+    others = [folder/path for path in components(folder) if path not in parts]
+    beside = {f: stamp for home in (folder, *others) for f, stamp in _beside(home).items()}
     for path, part in parts.items():
         lazy |= {f"{path}/{n}": x for n, x in part.lazy.items()}
         tied |= {f"{path}/{n}": f"{path}/{k}" for n, k in part.tied.items()}
         files += part.files
-    return Checkpoint(lazy, source, folder, tied, files=files).view(parts=dict(parts))
+    whole = Checkpoint(lazy, source, folder, tied, files=files)
+    return whole.view(parts=dict(parts), beside=beside)
 
 # %% ../../nbs/files/open.ipynb #5e9184be
 def _beside(folder: Path) -> dict[Path, Stamp]:
     "The configs and tokens in a folder, as they are now."
-    kinds = ("config.json", "generation_config.json", "adapter_config.json", *TOKENIZER)
+    kinds = ("*config.json", "model_index.json", "modules.json", *TOKENIZER)
     found = (f for f in folder.iterdir() if is_named(f.name, kinds) and f.is_file())
     return {f: Stamp.of(os.stat(f)) for f in found}
 

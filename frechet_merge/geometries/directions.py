@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..algebra.gram import SPANNED, combine, combine_along, coordinates, gram
-from ..algebra.gram import grams_along
+from ..algebra.gram import grams_along, refuse_axis
 from ..algebra.lengths import length
 from .geometry import Chart, Geometry, Needs
 from .span import Span
@@ -89,6 +89,9 @@ class Slerp(Geometry):
     # all of it is one vector
     axis: int | None = None
 
+    def __post_init__(self):
+        refuse_axis(self.axis)
+
     @property
     def needs(self):
         "A vector at a time takes whole tensors."
@@ -144,6 +147,10 @@ class Chordal(Geometry):
     "Mean norm and mean direction: squared chords of the sphere, in closed form."
 
     times: float = 1.0  # by what the norm is multiplied; a mean, if it is one
+
+    def __post_init__(self):
+        if not isinstance(self.times, (int, float)) or not math.isfinite(self.times):
+            raise ValueError(f"Chordal(times={self.times!r}): a finite number.")
 
     @property
     def waives(self):

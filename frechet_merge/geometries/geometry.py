@@ -141,7 +141,7 @@ def together(gs: Sequence[Geometry]) -> Needs:
         carries=frozenset.intersection(*(n.carries for n in all_needs)),
         keeps_rank=all(n.keeps_rank for n in all_needs),
         entries=any(n.entries for n in all_needs),
-        held=max(n.held for n in all_needs),
+        held=(max(n.held[0] for n in all_needs), max(n.held[1] for n in all_needs)),
         unmet=next((n.unmet for n in all_needs if n.unmet), ""),
     )
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..algebra.gram import combine, combine_along, gram, grams_along
+from ..algebra.gram import refuse_axis
 from ..algebra.order import smallest
 from .geometry import Chart, Geometry, Needs
 from .trimmed import elected, largest, per_model
@@ -27,6 +28,9 @@ class ModelStock(Geometry):
     # of a matrix, along which each vector has a ratio of its own: -1 its rows, 0 its columns; None:
     # all of it has one
     axis: int | None = None
+
+    def __post_init__(self):
+        refuse_axis(self.axis)
 
     @property
     def needs(self):

@@ -7,7 +7,7 @@ __all__ = ['Given', 'as_given', 'Found', 'rows_given']
 
 # %% ../../nbs/matching/given.ipynb #f753ebf1
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from ..files.checkpoint import Checkpoint
@@ -38,6 +38,10 @@ def as_given(tokens: Mapping[str, Any] | None) -> dict[str, Given] | None:
     for token, how in tokens.items():
         if not isinstance(how, (Given, Mapping)):
             raise ValueError(f"tokens: {token!r}: {how!r} does not say where its row comes from.")
+        if not isinstance(how, Given) and (strange := how.keys() - {f.name for f in fields(Given)}):
+            raise ValueError(
+                f"tokens: {token!r}: {min(strange)!r} is none of model, token, token_id and force."
+            )
         found[str(token)] = how if isinstance(how, Given) else Given(**how)
     return found
 
@@ -72,7 +76,7 @@ def _row_of(
         return vocabulary[wanted]
     raise MergeError(
         f"tokens: {token!r} is to be {wanted!r} of {c.source}, which has no such token.\n"
-        "Name a model that has it, or another token: {kind: model_token, model: …, token: …}."
+        "Name a model that has it (model), or another token of this one (token)."
     )
 
 # %% ../../nbs/matching/given.ipynb #6130433e

@@ -68,11 +68,18 @@ def grouped(jobs: Sequence[Job]) -> Iterator[list[Job]]:
     if group:
         yield group
 
+# %% ../../nbs/merging/many.ipynb #f336c8ba
+def _to_be_merged(job: Job) -> MeanOf | None:
+    "The mean that a job takes; None: it takes none, or an earlier run has taken it."
+    if isinstance(job, Entered):
+        return None if job.key in job.journal.lines else _to_be_merged(job.job)
+    return job if type(job) is MeanOf else None
+
 # %% ../../nbs/merging/many.ipynb #72b3002f
 def _alike(job: Job) -> Hashable:
     "What jobs that are done at once have in common; None: it is done alone."
-    inner = job.job if isinstance(job, Entered) else job
-    if type(inner) is not MeanOf or inner.size > ALIKE or inner.metrics is not None:
+    inner = _to_be_merged(job)
+    if inner is None or inner.size > ALIKE or inner.metrics is not None:
         return None
     how, block, name = inner.how, inner.block, inner.name
     needs = how.geometry.needs

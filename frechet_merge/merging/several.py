@@ -152,10 +152,13 @@ def _models_in(
     keys: Sequence[str] = MODELS,  # the fields that are looked at
     key: str = "",  # the field that holds the value
 ) -> Iterator[str]:
-    "The names of models that a recipe holds."
+    "The names of models that a recipe holds, with the revisions that stand beside them."
     if isinstance(value, Mapping):
-        for k, v in value.items():
-            yield from _models_in(v, keys, k)
+        revision = value.get("revision")
+        # what gives rows of tokens is named among the models, too, or is their base
+        for k, v in ((k, v) for k, v in value.items() if k != "tokens"):
+            at = "" if k != "model" or revision is None else f"@{revision}"
+            yield from (name + at for name in _models_in(v, keys, k))
     elif isinstance(value, list):
         for x in value:
             yield from _models_in(x, keys, key)
@@ -214,7 +217,9 @@ def _files_beside(step: Step) -> Iterator[tuple[Any, ...]]:
     "What tells the files that a recipe names beside models, such as a chat template."
     for name in _models_in(step.page.data, CHOICES):
         if len(name) < 256 and "\0" not in name and Path(name).is_file():
-            yield name, stamps([Path(name)])
+            # alone: logs lie beside it as well
+            there = os.stat(name)
+            yield name, there.st_size, there.st_mtime_ns
 
 # %% ../../nbs/merging/several.ipynb #bece3a55
 def several_asked(pages: Sequence[Page]) -> Asked:
