@@ -6,9 +6,9 @@
 Each size is made, measured and removed before the next one (bench/llama.py; bfloat16). For each
 number T of models, the average and the Karcher mean are timed by threads and with warm files. For
 the one T of `--middle` they are timed by every executor, too, and with files that are not in the
-memory of the kernel; so are the other geometries, by threads and with warm files. Beside each
-stands what reads the inputs and copies one of them (`cat`, `cp`), and mergekit, on the same files,
-in turn with it. Where T models of a size need more than `--disk` gigabytes, fewer are made, and
+memory of the kernel; so are the other geometries, by threads and with warm files, and mergekit.
+Beside each stands what reads the inputs and copies one of them (`cat`, `cp`), on the same files, in
+turn with it. Where T models of a size need more than `--disk` gigabytes, fewer are made, and
 some are given more than once: the column `files` says how many are different.
 
 Writes bench/results/scale.csv (a row for each command) and scale.json, after each size. Seconds are
@@ -75,7 +75,7 @@ def commands(asked, models, cache):
         for executor in asked.executors:
             if executor == "threads" or (middle and is_first):
                 found["frechet-merge", geometry, executor] = ours(models, geometry, executor)
-    if asked.mergekit and len(models) <= asked.mergekit_most and cache == "warm":
+    if asked.mergekit and middle and cache == "warm":
         for geometry, method in MERGEKIT.items():
             if geometry in asked.geometries:
                 # it takes the name of a folder for one of the hub
@@ -162,7 +162,6 @@ def arguments():
     p.add_argument("--executors", nargs="+", default=["threads", "serial"])
     p.add_argument("--runs", type=int, default=3)
     p.add_argument("--mergekit", help="path of mergekit-yaml; without it mergekit is left out")
-    p.add_argument("--mergekit-most", type=int, default=8, help="largest T for mergekit")
     p.add_argument("--disk", type=float, default=20, help="gigabytes that may be used at once")
     p.add_argument("--work", default=tempfile.gettempdir())
     p.add_argument("--quick", action="store_true", help="tiny models, once: does it run?")
@@ -177,7 +176,7 @@ def command(asked, sizes):
     words = ["python bench/scale.py --sizes", *sizes, "--models", *map(str, asked.models)]
     words += ["--middle", str(asked.middle), "--runs", str(asked.runs)]
     if asked.mergekit:
-        words += ["--mergekit MERGEKIT_YAML", "--mergekit-most", str(asked.mergekit_most)]
+        words.append("--mergekit MERGEKIT_YAML")
     return " ".join([*words, "--disk", f"{asked.disk:g}"])
 
 
