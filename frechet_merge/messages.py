@@ -37,12 +37,14 @@ def called(
     names: Mapping[str, str],  # place on the disk → what people call it
 ) -> Iterator[None]:
     "Within, messages have names in the place of these places."
+    before = {place: _names[place] for place in names if place in _names}
     _names.update(names)
     try:
         yield
     finally:
         for place in names:
             _names.pop(place, None)
+        _names.update(before)
 
 # %% ../nbs/messages.ipynb #538c44cc
 def by_name(text: str) -> str:

@@ -133,6 +133,10 @@ class TestWorkersShareABudget:
         held = 4*(2*each + beside)*260*260
         assert self.one_by_one(large, tmp_path, executor, int(1.9*held))
 
+    @pytest.mark.skipif(executors.cores() < 2, reason="one job is done at a time")
+    def test_where_all_have_room_two_are_at_once(self, large, tmp_path):
+        assert not self.one_by_one(large, tmp_path, "threads", 1 << 30)
+
     def test_what_a_worker_held_is_handed_back(self, monkeypatch):
         "In the process of the worker, and before it says that it is done."
         asked = []
@@ -152,7 +156,9 @@ def test_of_several_geometries_the_most_is_held():
 
 
 def test_geometries_of_whole_tensors_say_how_many_they_hold():
-    for name in geometries():
+    for name in (*geometries(), "slerp:axis=0", "stock:axis=-1"):
         needs = geometry_named(name).needs
-        is_whole = needs.of == "matrix" or needs.entries and needs.of == "tensor"
-        assert any(needs.held) == (is_whole and not needs.pieces) or needs.whole, name
+        takes_whole = needs.of == "matrix" or needs.entries and needs.of == "tensor"
+        # some take whole tensors for their metrics alone
+        is_whole = takes_whole and not needs.pieces or needs.whole
+        assert any(needs.held) == is_whole, name

@@ -421,9 +421,9 @@ def _print_foreseen(steps: Sequence[Any], output: Any, run: Any, as_json: bool) 
         data = {"recipes": [one.as_data() for one in found]}
         return print(json.dumps(data, ensure_ascii=False))
     for line in [line for one in found for line in one.report()]:
-        print(line)
+        say(line)
     if together := in_all(found):
-        print(together)
+        say(together)
 
 # %% ../../nbs/cli/commands.ipynb #765f8713
 def _pictures(data: str | None, split: str, samples: int) -> Any:

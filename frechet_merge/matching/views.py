@@ -77,7 +77,7 @@ def unwrapped(c: Checkpoint) -> Checkpoint:
     if any(COMPILED.search(n) for n in names):
         return unwrapped(renamed(c, lambda n: COMPILED.sub(r"\1", n)))
     averaged = [n for n in names if n != COUNTER]
-    if COUNTER in c.lazy and all(n.startswith(AROUND[0]) for n in averaged):
+    if COUNTER in c.lazy and averaged and all(n.startswith(AROUND[0]) for n in averaged):
         return unwrapped(c.view(lazy={n: x for n, x in c.lazy.items() if n != COUNTER}))
     before = _before_peft(names) if c.adapter is not None else ""
     lead = before or _around(names, c.adapter is not None)

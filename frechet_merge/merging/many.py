@@ -11,6 +11,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import Any
 
 import torch
 
@@ -159,7 +160,9 @@ def at_once(group: Sequence[Job]) -> list[Job]:
         jobs = [*run]
         made = None
         if common is not None and len(jobs) > 1:
-            made = merged_at_once([j.job if isinstance(j, Entered) else j for j in jobs])  # type: ignore
+            # what is alike is a mean, be it entered in a journal
+            means: list[Any] = [j.job if isinstance(j, Entered) else j for j in jobs]
+            made = merged_at_once(means)
         for i, job in enumerate(jobs):
             if made is None:
                 found.append(job)
