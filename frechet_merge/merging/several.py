@@ -299,7 +299,10 @@ def _clear(place: Path, name: str) -> None:
         return
     if (place/NAME).is_file():
         warn(f"{name}: is made again: what is left of it was of other models, or another recipe")
-    shutil.rmtree(place) if place.is_dir() else place.unlink()
+    if place.is_dir():
+        shutil.rmtree(place)
+    else:
+        place.unlink()
 
 # %% ../../nbs/merging/several.ipynb #065f9d65
 @dataclass(frozen=True)
