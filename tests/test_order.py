@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from frechet_merge.algebra.order import ranks, smallest, top
+from frechet_merge.algebra.order import cut_of, cuts, ranks
 
 DTYPES = (torch.float32, torch.float64)
 
@@ -18,9 +18,11 @@ DTYPES = (torch.float32, torch.float64)
 )
 def test_the_largest_are_those_of_a_stable_sort(numbers, k, dtype):
     x = torch.tensor(numbers).to(dtype)
+    x = x.float() if dtype == torch.bfloat16 else x
+    k = min(k, len(x))
     want = torch.zeros(len(x), dtype=torch.bool)
     want[x.argsort(descending=True, stable=True)[: max(k, 0)]] = True
-    assert torch.equal(top(x, k), want)
+    assert torch.equal(cut_of(x, k).above(x), want.to(x))
 
 
 @settings(deadline=None, max_examples=60)
@@ -30,14 +32,27 @@ def test_ranks_are_those_of_a_stable_sort(rows, n, kinds, dtype):
     assert torch.equal(ranks(x), x.argsort(dim=-1, stable=True).argsort(-1))
 
 
+@settings(deadline=None, max_examples=60)
+@given(st.data(), st.integers(1, 60), st.integers(1, 9), st.sampled_from(DTYPES))
+def test_ranges_are_cut_as_the_whole_is(data, n, length, dtype):
+    X = torch.randint(4, (2, n)).to(dtype)/7
+    asked = data.draw(st.lists(st.tuples(st.integers(0, 1), st.integers(-1, n)), max_size=4))
+    pieces = [(i, X[:, i : i + length]) for i in range(0, n, length)]
+    for (row, k), cut in zip(asked, cuts(lambda: pieces, n, dtype, asked)):
+        assert cut == cut_of(X[row], k)
+        mask = torch.cat([cut.above(x[row], i) for i, x in pieces])
+        assert torch.equal(mask, cut.above(X[row])) and mask.sum() == max(k, 0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_places_in_the_order(dtype):
-    x = torch.randn(7, 11, dtype=dtype)
-    flat = x.flatten().sort().values
-    assert torch.equal(smallest(x, [0, 30, 76]), flat[[0, 30, 76]])
+    x = torch.rand(7, 11, dtype=dtype)
+    flat = x.flatten().sort(descending=True).values
+    assert [cut_of(x, k).least for k in (1, 30, 77)] == flat[[0, 29, 76]].tolist()
 
 
 def test_of_a_turned_matrix():
     x = torch.rand(30, 20).T
-    assert torch.equal(top(x, 100).flatten(), top(x.flatten(), 100))
+    flat = x.flatten()
+    assert torch.equal(cut_of(x, 100).above(x).flatten(), cut_of(flat, 100).above(flat))
     assert torch.equal(ranks(x), x.argsort(-1).argsort(-1))

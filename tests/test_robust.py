@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from frechet_merge import merge
+from frechet_merge.files.tensors import FileTensor
 from frechet_merge.geometries.lora import LoRA
 from frechet_merge.merging.recipe import Recipe
 from frechet_merge.merging.record import Record
@@ -138,3 +139,36 @@ def test_models_that_most_agree_with_are_the_answer():
     for loss in LOSSES:
         mean = frechet_mean(FLAT, [*map(Point, x)], loss=loss)
         assert np.allclose(mean.x, 1, atol=1e-2)
+
+
+@pytest.mark.parametrize("geometry", ["euclidean", "sphere", "slerp"])
+@pytest.mark.parametrize("per", ["model", "block"])
+def test_versions_in_their_span_are_as_far_as_all_of_them(geometry, per, monkeypatch):
+    "What inner products say is what passes over all numbers say."
+    models = five(30.0)
+    base = model(20)
+    for m in [base, *models]:
+        m["inv_freq"] = torch.ones(4)
+    args = models, geometry, None if geometry == "slerp" else base
+    found = merge(*args, loss=Huber(per=per)).tensors
+    monkeypatch.setattr("frechet_merge.merging.robust.is_spanned", lambda job: False)
+    want = merge(*args, loss=Huber(per=per)).tensors
+    for name in want:
+        torch.testing.assert_close(found[name], want[name], rtol=1e-5, atol=1e-5)
+
+
+def test_files_are_read_twice_however_many_rounds_it_takes(tmp_path, monkeypatch):
+    read = []
+    into = FileTensor.into
+
+    def counted(self, row, start):
+        read.append(len(row))
+        into(self, row, start)
+
+    monkeypatch.setattr(FileTensor, "into", counted)
+    for i, tensors in enumerate(five(30.0)):
+        save_file(tensors, tmp_path/f"{i}.safetensors")
+    paths = [tmp_path/f"{i}.safetensors" for i in range(5)]
+    merge(paths, loss="median", out=tmp_path/"o")
+    assert Record.read(tmp_path/"o").counted["rounds"] > 2
+    assert sum(read) == 2*5*(12*8 + 12)

@@ -6,8 +6,11 @@ from conftest import cli, save
 from test_recipe_files import deep
 
 from frechet_merge import check_geometry, merge
+from frechet_merge.files.stack import Stack
+from frechet_merge.files.tensors import MemoryTensor
 from frechet_merge.geometries.directions import Slerp
 from frechet_merge.geometries.registry import geometry_named, spelled
+from frechet_merge.spaces.mean import frechet_mean
 
 NAMES = [
     "slerp",
@@ -49,7 +52,7 @@ def by_hand(deltas, ws, density, scale):
     sign = sum(w*x for w, x in zip(ws, kept)).sign()
     agree = [(x.sign() == sign) & (x != 0) for x in kept]
     above = sum(w*x*M for w, x, M in zip(ws, kept, agree))
-    below = sum(w*M for w, M in zip(ws, agree))
+    below = sum(w*M.to(deltas[0]) for w, M in zip(ws, agree))
     return scale*torch.where(below > 0, above/below, 0)
 
 
@@ -89,6 +92,61 @@ def test_dare_is_the_sum_in_expectation():
     # what is kept is a half, and twice as large up to the luck of a draw
     close = torch.stack(draws).mean(0) - sum(m["w"] for m in models)
     assert close.abs().max() < 0.35
+
+
+# of two chunks and more, in rows that do not fit into one evenly
+BY_RANGES = [
+    "ties:density=0.2",
+    "breadcrumbs:density=0.5,gamma=0.1",
+    "dare:density=0.5,seed=3",
+    "dare:density=0.5,elect=True",
+    "della:density=0.5,epsilon=0.2",
+    "sce:select=0.3",
+    "sce",
+    "outliers",
+    "ram",
+    "ram:gain=0.1",
+]
+
+
+@pytest.mark.parametrize("name", BY_RANGES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_ranges_of_a_tensor_are_trimmed_as_the_whole_is(name, dtype):
+    gen = torch.Generator().manual_seed(1)
+    base, *models = (torch.randn(530, 1000, generator=gen).to(dtype) for _ in range(4))
+    g, ws = geometry_named(name), [0.5, 0.3, 0.2]
+    base = base if g.needs.base else None
+    found = merge(
+        [{"w": x} for x in models], g, None if base is None else {"w": base}, ws, dtype="float64"
+    ).tensors["w"]
+    wide = torch.promote_types(dtype, torch.float32)
+    thetas = [x.to(wide) - (0 if base is None else base.to(wide)) for x in models]
+    stack = Stack([MemoryTensor(x) for x in thetas], name="w")
+    Gs, weights = (ws, None) if g.needs.weighs else (None, ws)
+    chart = g.ranges(stack, Gs)(0, thetas)
+    want = chart.lift(frechet_mean(chart.space, chart.points, weights).x)
+    want = want if base is None else base.to(wide) + want
+    assert torch.equal(found, want.double())
+
+
+@pytest.mark.parametrize("name", BY_RANGES)
+def test_no_tensor_is_held_whole(name, monkeypatch):
+    def whole(self, t):
+        raise AssertionError("version read whole")
+
+    needs = geometry_named(name).needs
+    base, *models = ({"w": torch.randn(530, 1000)} for _ in range(4))
+    monkeypatch.setattr(Stack, "__getitem__", whole)
+    merge(models, name, base if needs.base else None, memory=30 << 20, executor="serial")
+
+
+def test_ties_of_a_tensor_of_several_chunks():
+    gen = torch.Generator().manual_seed(2)
+    base, *deltas = torch.randn(4, 600, 1000, generator=gen, dtype=torch.float64)
+    models = [{"w": base + x} for x in deltas]
+    found = merge(models, "ties:density=0.3", {"w": base}, [0.5, 0.3, 0.2]).tensors["w"]
+    deltas = [m["w"] - base for m in models]
+    torch.testing.assert_close(found, base + by_hand(deltas, [0.5, 0.3, 0.2], 0.3, 1.0))
 
 
 def test_slerp_is_the_great_circle_and_its_coefficients(four):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..algebra.factors import Factors
+from ..files.stack import Stack
 from ..messages import warn
 from ..spaces.space import FLAT, Point, Space
 
@@ -53,6 +54,10 @@ class Needs:
     pieces: bool = False
     # but for tensors with metrics, whose unit is a mean over the whole tensor
     whole: bool = False
+    # ranges may be merged on their own once all of a tensor is known, which is looked through
+    # so many times before (`Geometry.ranges`)
+    looks: int = 0
+    rows: bool = False  # these ranges are whole rows
     # it adds metrics up as they come: sums of pairs are then slow to invert, and it is said
     raw: bool = False
     stacks: bool = False  # tensors may have one more dimension in front, which counts layers
@@ -63,8 +68,8 @@ class Needs:
     # its chart counts with the weights: they come as the numbers that models bring
     weighs: bool = False
     entries: bool = False  # it reads single entries, which a change of basis does not keep
-    # whole tensors in float32 that its chart holds at once, for each version and beside them;
-    # (0, 0): it goes through them in ranges
+    # tensors in float32, whole ones or ranges if it `looks`, that its chart holds at once, for
+    # each version and beside them; (0, 0): it goes through them in ranges
     held: tuple[int, int] = (0, 0)
     # of a composition: why it cannot be, and what to use instead, in words
     unmet: str = ""
@@ -91,6 +96,14 @@ class Geometry(ABC):
     ) -> Chart:
         """All models at once in coordinates, and the way back; `ValueError` for metrics that the
         coordinates cannot carry."""
+
+    def ranges(
+        self,
+        stack: Stack,  # T tensors of one shape
+        Gs: Sequence[float] | None = None,  # T numbers as metrics; default 1.0
+    ) -> Callable[[int, Sequence[Tensor]], Chart]:  # of where a range begins, and T of it, flat
+        "How ranges of tensors are charted, when all of them was looked through."
+        return lambda start, thetas: self.chart(thetas, Gs)
 
     def __init_subclass__(cls):
         # of version 0.1, when a geometry was its own space

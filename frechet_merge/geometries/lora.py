@@ -84,6 +84,8 @@ class LoRA(Geometry):
             base=False,
             carries=frozenset(),
             pieces=False,
+            looks=0,
+            rows=False,
             raw=False,
             knob=None,
             held=(0, 0),

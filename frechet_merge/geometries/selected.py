@@ -6,7 +6,7 @@
 __all__ = ['ModelStock', 'SCE', 'Clipped', 'Outliers', 'RAM', 'Times']
 
 # %% ../../nbs/geometries/selected.ipynb #f6a6a4bc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ..algebra.gram import combine, combine_along, gram, grams_along
 from ..algebra.gram import refuse_axis
-from ..algebra.order import smallest
+from ..algebra.order import Cut, cuts
+from ..files.stack import Stack
 from .geometry import Chart, Geometry, Needs
-from .trimmed import elected, largest, per_model
+from .trimmed import elected, kept_of, per_model
 from ..metrics.units import as_numbers
 from ..spaces.space import Point
 
@@ -88,12 +89,31 @@ def _ratios(K: Tensor) -> Tensor:  # (n,) of Gram matrices (n, T, T)
     return torch.where(below < 1e-6, 0, T*mean/below)
 
 # %% ../../nbs/geometries/selected.ipynb #162fea97
+def _varying(
+    X: Sequence[Tensor],  # T versions of a range
+    cut: Cut | None,  # of the largest variances; None: all are kept
+    start: int,  # where the range begins
+) -> list[Tensor]:
+    "Differences where models vary most, zeros elsewhere."
+    if cut is None:
+        return [*X]
+    kept = cut.above(_variance(X), start)
+    return [x*kept for x in X]
+
+
+def _variance(X: Sequence[Tensor]) -> Tensor:
+    "Of each entry over the models, in at least float32."
+    every = torch.stack([*X])
+    return (every.float() if every.dtype.itemsize < 4 else every).var(0, unbiased=False)
+
+
+# %% ../../nbs/geometries/selected.ipynb #a67d8857
 @dataclass(frozen=True)
 class SCE(Geometry):
     "Where models vary most, by how much they changed, as far as they agree (Wan et al. 2024)."
 
     select: float = 1.0  # share of the positions to keep, those of the largest variance
-    needs = Needs(base=True, weighs=True, entries=True, held=(2, 16))
+    needs = Needs(base=True, weighs=True, entries=True, looks=4, held=(4, 8))
     waives = (3, 4, 6, 9)
 
     def __post_init__(self):
@@ -102,18 +122,43 @@ class SCE(Geometry):
 
     def chart(self, thetas, Gs=None):
         "Differences where they are kept, with masks times mean squares as metrics."
-        X, Gs = list(thetas), as_numbers(Gs, len(thetas))
+        return self.ranges(Stack.of(thetas), Gs)(0, list(thetas))
+
+    def ranges(self, stack, Gs=None):
+        "The same of ranges, once it is known where models vary most, and how much they changed."
+        Gs = as_numbers(Gs, len(stack))
         # a model that does not count has no say either where nobody else has one
         counts = [float(G != 0) for G in Gs]
-        if self.select < 1:
-            kept = largest(torch.stack(X).var(0, unbiased=False), self.select)
-            X = [x*kept for x in X]
-        squares = [float((x.double()**2).mean()) for x in X]
+        cut = self._cut(stack) if self.select < 1 else None
+        squares = _squares_of(stack, cut)
         total = sum(squares) or 1.0
-        masks = elected(X, [1.0]*len(X))
-        metrics = [G*s/total*M.to(x) for G, s, M, x in zip(Gs, squares, masks, X)]
-        points = [Point(x*M*c, G) for x, M, c, G in zip(X, masks, counts, metrics)]
-        return Chart(points, lambda m: m)
+
+        def charted(start: int, X: Sequence[Tensor]) -> Chart:
+            X = _varying(X, cut, start)
+            masks = elected(X, [1.0]*len(X))
+            metrics = [G*s/total*M for G, s, M in zip(Gs, squares, masks)]
+            points = [Point(x*M*c, G) for x, M, c, G in zip(X, masks, counts, metrics)]
+            return Chart(points, lambda m: m)
+
+        return charted
+
+    def _cut(self, stack: Stack) -> Cut:
+        "What divides the largest variances from the others."
+
+        def variances() -> Iterator[tuple[int, Tensor]]:
+            return ((i, _variance([*stack.rows(i, j)])[None]) for i, j in stack.spans())
+
+        some, _ = kept_of(stack.numel, self.select)
+        return cuts(variances, stack.numel, stack.computes, [(0, some)])[0]
+
+# %% ../../nbs/geometries/selected.ipynb #b28fce69
+def _squares_of(stack: Stack, cut: Cut | None) -> list[float]:
+    "The sum of squares of each model, where models vary most."
+    found = [0.0]*len(stack)
+    for i, j in stack.spans():
+        for t, x in enumerate(_varying([*stack.rows(i, j)], cut, i)):
+            found[t] += float((x.double()**2).sum())
+    return found
 
 # %% ../../nbs/geometries/selected.ipynb #aaaeab14
 @dataclass(frozen=True)
@@ -134,15 +179,17 @@ class Clipped(Geometry):
         return Chart([Point(x, G) for x, G in zip(thetas, Gs)], lambda m: m.clamp(-self.t, self.t))
 
 # %% ../../nbs/geometries/selected.ipynb #e78c4f2b
-def _outlying(x: Tensor, base: Tensor, fence: float) -> Tensor:  # of x's shape, bool
-    "Where a model stands out from the base, by how far it moved in rows that changed."
-    tiny = torch.finfo(x.dtype).tiny
-    p, q = (rows.softmax(-1).clamp(min=tiny) for rows in (x, base))
-    changed = (p*(p/q).log()).sum(-1, keepdim=True)
-    scores = ((x - base).abs()*changed).flatten()
-    last = len(scores) - 1
-    low, middle, high = smallest(scores, [last*i//4 for i in (1, 2, 3)])
-    return (scores > middle + fence*(high - low)).view(x.shape)
+def _scores(X: Sequence[Tensor], width: int) -> list[Tensor]:  # of all but the first
+    "How far each entry moved from the first model, times how much its row of `width` changed."
+    base, *others = (x.reshape(-1, width) for x in X)
+    found = []
+    for x in others:
+        tiny = torch.finfo(x.dtype).tiny
+        p, q = (rows.softmax(-1).clamp(min=tiny) for rows in (x, base))
+        # of equal rows it is zero, which rounding may make less
+        changed = (p*(p/q).log()).sum(-1, keepdim=True).clamp(min=0)
+        found.append(((x - base)*changed).abs().view(X[0].shape))
+    return found
 
 # %% ../../nbs/geometries/selected.ipynb #504f05ee
 @dataclass(frozen=True)
@@ -150,7 +197,7 @@ class Outliers(Geometry):
     "The first model, but for entries in which others stand out from it (Arcee Fusion)."
 
     fence: float = 1.5  # how many interquartile ranges above the median an entry stands out
-    needs = Needs(entries=True, held=(2, 16))
+    needs = Needs(entries=True, looks=2, rows=True, held=(4, 12))
     # the first model is the one that others are compared with; a point is masked
     waives = (2, 6)
 
@@ -160,14 +207,39 @@ class Outliers(Geometry):
 
     def chart(self, thetas, Gs=None):
         "Differences from the first model where they stand out, with masks as metrics."
-        Gs = as_numbers(Gs, len(thetas))
-        base, *others = thetas
-        # who does not count has no say either where nobody else has one
-        masks = [_outlying(x, base, self.fence) & (G != 0) for x, G in zip(others, Gs[1:])]
-        nowhere = ~sum(masks, torch.zeros_like(base, dtype=torch.bool))
-        points = [Point(torch.zeros_like(base), Gs[0]*nowhere.to(base))]
-        points += [Point((x - base)*M, G*M.to(x)) for x, M, G in zip(others, masks, Gs[1:])]
-        return Chart(points, lambda m: base + m)
+        return self.ranges(Stack.of(thetas), Gs)(0, list(thetas))
+
+    def ranges(self, stack, Gs=None):
+        "The same of ranges, once it is known which scores stand out."
+        Gs = as_numbers(Gs, len(stack))
+        width = stack.shape[-1] if stack.shape else 1
+        fences = self._fences(stack, width)
+
+        def charted(start: int, X: Sequence[Tensor]) -> Chart:
+            base, *others = X
+            # who does not count has no say either where nobody else has one
+            scored = zip(_scores(X, width), fences, Gs[1:])
+            masks = [scores.gt_(fence)*(G != 0) for scores, fence, G in scored]
+            nowhere = sum(masks, torch.zeros_like(base)).eq_(0)
+            points = [Point(torch.zeros_like(base), Gs[0]*nowhere)]
+            points += [Point((x - base)*M, G*M) for x, M, G in zip(others, masks, Gs[1:])]
+            return Chart(points, lambda m: base + m)
+
+        return charted
+
+    def _fences(self, stack: Stack, width: int) -> list[float]:
+        "The score above which each model but the first stands out."
+        n = stack.numel
+
+        def scores() -> Iterator[tuple[int, list[Tensor]]]:
+            return ((i, _scores([*stack.rows(i, j)], width)) for i, j in stack.spans(rows=True))
+
+        # a quartile is the least of those that are as large
+        quarters = [n - (n - 1)*i//4 for i in (1, 2, 3)]
+        asked = [(t, k) for t in range(len(stack) - 1) for k in quarters]
+        found = [cut.least for cut in cuts(scores, n, stack.computes, asked)]
+        quartiles = zip(found[::3], found[1::3], found[2::3])
+        return [middle + self.fence*(high - low) for low, middle, high in quartiles]
 
 # %% ../../nbs/geometries/selected.ipynb #34225b91
 @dataclass(frozen=True)
@@ -177,7 +249,7 @@ class RAM(Geometry):
     least: float = 1e-5  # how far an entry is moved that was changed, in units of the weights
     gain: float = 0.0  # how much larger what one model changed alone becomes; RAM+: 0.1
     most: float = 0.2  # at most this ratio of what is shared to what is unique makes it larger
-    needs = Needs(base=True, weighs=True, entries=True, held=(2, 16))
+    needs = Needs(base=True, weighs=True, entries=True, looks=1, held=(4, 8))
     # a model that is listed twice changed nothing alone
     waives = (3, 4, 6, 9)
 
@@ -188,19 +260,38 @@ class RAM(Geometry):
 
     def chart(self, thetas, Gs=None):
         "Differences where they are changes, with masks as metrics."
-        Gs = as_numbers(Gs, len(thetas))
-        masks = [((x.abs() > self.least) & (G != 0)).to(x) for x, G in zip(thetas, Gs)]
-        alone = torch.stack(masks).sum(0) == 1
-        points = [Point(x*self._larger(M, alone), G*M) for x, M, G in zip(thetas, masks, Gs)]
-        return Chart(points, lambda m: m)
+        return self.ranges(Stack.of(thetas), Gs)(0, list(thetas))
 
-    def _larger(self, mask: Tensor, alone: Tensor) -> Tensor:
-        "A mask, with what a model changed alone made larger."
-        own = mask*alone
-        unique = float(own.sum(dtype=torch.float64))
-        shared = float(mask.sum(dtype=torch.float64)) - unique
-        ratio = min(shared/unique, self.most) if unique else 0.0
-        return mask + self.gain*ratio*own
+    def ranges(self, stack, Gs=None):
+        "The same of ranges, once it is known how many entries each model changed alone."
+        Gs = as_numbers(Gs, len(stack))
+        gains = self._gains(stack, Gs) if self.gain else [0.0]*len(Gs)
+
+        def charted(start: int, X: Sequence[Tensor]) -> Chart:
+            masks, alone = self._changed(X, Gs)
+            # what a model changed alone is made larger
+            X = [x*(M + gain*own) for x, M, own, gain in zip(X, masks, alone, gains)]
+            return Chart([Point(x, G*M) for x, G, M in zip(X, Gs, masks)], lambda m: m)
+
+        return charted
+
+    def _changed(
+        self, X: Sequence[Tensor], Gs: Sequence[float]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        "Masks of what each model changed, and of what nobody else did."
+        masks = [x.abs().gt_(self.least)*(G != 0) for x, G in zip(X, Gs)]
+        once = torch.stack(masks).sum(0) == 1
+        return masks, [M*once for M in masks]
+
+    def _gains(self, stack: Stack, Gs: Sequence[float]) -> list[float]:
+        "By which share of itself it becomes larger, what each model changed alone."
+        changed, alone = ([0.0]*len(Gs) for _ in range(2))
+        for i, j in stack.spans():
+            for t, (M, own) in enumerate(zip(*self._changed([*stack.rows(i, j)], Gs))):
+                changed[t] += float(M.sum(dtype=torch.float64))
+                alone[t] += float(own.sum(dtype=torch.float64))
+        ratios = [(every - own)/own if own else 0.0 for every, own in zip(changed, alone)]
+        return [self.gain*min(r, self.most) for r in ratios]
 
 # %% ../../nbs/geometries/selected.ipynb #20a8bfba
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ class Span(Geometry):
             of="tensor",
             carries=frozenset(),
             pieces=False,
+            looks=0,
+            rows=False,
             raw=False,
             stacks=False,
             knob=None,

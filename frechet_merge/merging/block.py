@@ -19,19 +19,23 @@ from torch import Tensor
 from ..matching.absent import CONSTANT, is_constant
 from ..matching.blocks import Block
 from ..messages import MergeError
-from ..geometries.geometry import Euclidean, Geometry
+from ..geometries.geometry import Chart, Euclidean, Geometry
 from ..spaces.mean import Mean, frechet_mean
 from ..files.stack import Stack
 from ..matching.statistics import Coupled
 from ..files.tensors import LazyTensor, MemoryTensor, spans
 
 # %% ../../nbs/merging/block.ipynb #ebc6aca6
-def _mean_of(g: Geometry, thetas: Any, Gs: Any, ws: list[float]) -> tuple[Any, Mean]:
-    "Chart, mean, lift: a tensor, or a promise of one, and what is known about the mean."
-    if g.needs.weighs:
-        # a weight is a multiple of the metric
-        Gs, ws = [w*G for w, G in zip(ws, Gs or [1.0]*len(ws))], [1.0]*len(ws)
-    chart = g.chart(thetas, Gs)
+def _weighed(g: Geometry, Gs: Any, ws: list[float]) -> tuple[Any, list[float]]:
+    "Metrics and weights as a geometry takes them."
+    if not g.needs.weighs:
+        return Gs, ws
+    # a weight is a multiple of a metric
+    return [w*G for w, G in zip(ws, Gs or [1.0]*len(ws))], [1.0]*len(ws)
+
+# %% ../../nbs/merging/block.ipynb #744518eb
+def _mean_of(chart: Chart, ws: list[float]) -> tuple[Any, Mean]:
+    "Mean and lift: a tensor, or a promise of one, and what is known about the mean."
     mean = frechet_mean(chart.space, chart.points, ws, warn=False)
     return chart.lift(mean.x), replace(mean, x=None)
 
@@ -71,11 +75,14 @@ def merge_block(
     whole = metrics is not None and g.needs.whole
     if g.needs.pieces and not whole and not isinstance(metrics, Coupled):
         return _merge_pieces(g, stack, ws, done, metrics)
+    Gs, ws = _weighed(g, list(metrics) if metrics else None, ws)
+    if g.needs.looks:
+        return _merge_ranges(g, stack, Gs, ws, done)
 
     # a convolution, whose metric is of a matrix
     is_flat = isinstance(metrics, Coupled) and len(stack.shape) > 2
     thetas = [x.flatten(1) for x in stack] if is_flat else stack
-    x, mean = _mean_of(g, thetas, list(metrics) if metrics else None, ws)
+    x, mean = _mean_of(g.chart(thetas, Gs), ws)
     if isinstance(x, Tensor):
         x = MemoryTensor(x)
     for i, j in stack.spans():
@@ -90,9 +97,22 @@ def _merge_pieces(
     means = []
     for i, j in stack.spans():
         X = stack.rows(i, j)
-        Gs = None if metrics is None else list(metrics.rows(i, j))
-        x, mean = _mean_of(g, list(X), Gs, ws)
+        Gs, each = _weighed(g, None if metrics is None else list(metrics.rows(i, j)), ws)
+        x, mean = _mean_of(g.chart(list(X), Gs), each)
         # no path to some model: is it a NaN?
+        if mean.lost:
+            stack.check(X, i)
+        done(i, j, x)
+        means.append(mean)
+    return together(means)
+
+# %% ../../nbs/merging/block.ipynb #864e3626
+def _merge_ranges(g: Geometry, stack: Stack, Gs: Any, ws: list[float], done: Callable) -> Mean:
+    "A mean for each chunk, after a look at all of them."
+    charted, means = g.ranges(stack, Gs), []
+    for i, j in stack.spans(g.needs.rows):
+        X = stack.rows(i, j)
+        x, mean = _mean_of(charted(i, list(X)), ws)
         if mean.lost:
             stack.check(X, i)
         done(i, j, x)
@@ -215,20 +235,27 @@ class MeanOf(Job):
     size = property(lambda self: self.block.first.numel)  # type: ignore
     who = property(lambda self: self.block.who)  # type: ignore
 
+    # what a distance is between them
+    @property
+    def geometry(self) -> Geometry:
+        return Euclidean() if is_statistic(self.name) else self.how.geometry
+
+    def stack(self) -> Stack:
+        "Its versions, as differences from the base if there is one."
+        how, base = self.how, None if is_statistic(self.name) else self.block.base
+        stack = Stack(
+            self.block.lazy, base, how.device, self.name, self.sources, how.allow_nonfinite
+        )
+        return stack.reflected(() if base is None else self.signs)
+
     def run(self, write):
         if is_fixed(self.name, self.block):
             write(self.name, 0, self.block.first.read())
             return {}
-        averaged = is_statistic(self.name)
-        how, base = self.how, None if averaged else self.block.base
-        stack = Stack(
-            self.block.lazy, base, how.device, self.name, self.sources, how.allow_nonfinite
-        ).reflected(() if base is None else self.signs)
-        g = Euclidean() if averaged else how.geometry
         try:
             mean = merge_block(
-                g,
-                stack,
+                self.geometry,
+                self.stack(),
                 self.weights,
                 lambda i, x: write(self.name, i, x),
                 self.scale,

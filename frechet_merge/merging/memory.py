@@ -30,12 +30,12 @@ from ..messages import MergeError
 def _held_by(job: MeanOf, size: int) -> int:
     "Of a mean of `size` numbers: all of them where its geometry needs the whole, else a range."
     needs, T = job.how.geometry.needs, len(job.block.lazy)
-    each, beside = needs.held
+    each, beside = needs.held if any(needs.held) else (2, 3)
     # with metrics some are of whole tensors that are else of ranges: their unit is a mean over one
     is_whole = not needs.pieces or (needs.whole and job.metrics is not None)
-    if is_whole and any(needs.held):
+    if is_whole and any(needs.held) and not needs.looks:
         return 4*(each*T + beside)*size
-    return 4*(2*T + 3)*min(size, CHUNK)
+    return 4*(each*T + beside)*min(size, CHUNK)
 
 # %% ../../nbs/merging/memory.ipynb #af49a802
 def bytes_held(job: Job) -> int:

@@ -53,8 +53,11 @@ def bytes_read(job: Job) -> int:
     if not isinstance(job, MeanOf):
         return 0
     versions, base = job.block.lazy, job.block.base
-    once = job.how.geometry.needs.pieces
-    passes, of_base = (1, 2) if once else (2, max(3, len(versions) + 1))
+    needs = job.how.geometry.needs
+    if needs.pieces or needs.looks:
+        passes, of_base = needs.looks + 1, needs.looks + 2
+    else:
+        passes, of_base = 2, max(3, len(versions) + 1)
     return passes*sum(map(bytes_of, versions)) + (0 if base is None else of_base*bytes_of(base))
 
 # %% ../../nbs/merging/preview.ipynb #6ba68af3
