@@ -89,6 +89,12 @@ def _ratios(K: Tensor) -> Tensor:  # (n,) of Gram matrices (n, T, T)
     return torch.where(below < 1e-6, 0, T*mean/below)
 
 # %% ../../nbs/geometries/selected.ipynb #162fea97
+def _variance(X: Sequence[Tensor]) -> Tensor:
+    "Of each entry over the models, in at least float32."
+    every = torch.stack([*X])
+    return (every.float() if every.dtype.itemsize < 4 else every).var(0, unbiased=False)
+
+# %% ../../nbs/geometries/selected.ipynb #3f297b07
 def _varying(
     X: Sequence[Tensor],  # T versions of a range
     cut: Cut | None,  # of the largest variances; None: all are kept
@@ -99,13 +105,6 @@ def _varying(
         return [*X]
     kept = cut.above(_variance(X), start)
     return [x*kept for x in X]
-
-
-def _variance(X: Sequence[Tensor]) -> Tensor:
-    "Of each entry over the models, in at least float32."
-    every = torch.stack([*X])
-    return (every.float() if every.dtype.itemsize < 4 else every).var(0, unbiased=False)
-
 
 # %% ../../nbs/geometries/selected.ipynb #a67d8857
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ class Coin:
     name: str  # of the tensor
     n: int  # entries of it
     model: int  # its number
-    seed: int
+    seed: int  # for other coins
 
     def draw(self, start: int, stop: int) -> Tensor:  # (stop - start,)
         "Numbers from 0 to 1, for entries `start` to `stop`."

@@ -235,9 +235,9 @@ class MeanOf(Job):
     size = property(lambda self: self.block.first.numel)  # type: ignore
     who = property(lambda self: self.block.who)  # type: ignore
 
-    # what a distance is between them
     @property
     def geometry(self) -> Geometry:
+        "What a distance is between them."
         return Euclidean() if is_statistic(self.name) else self.how.geometry
 
     def stack(self) -> Stack:

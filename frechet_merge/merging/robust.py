@@ -29,11 +29,11 @@ from ..spaces.robust import Loss, Settled, settle
 def nowhere(name: str, start: int, values: Any) -> None:
     "Write nothing."
 
-
+# %% ../../nbs/merging/robust.ipynb #18b913e4
 class Nowhere:
     "What is written there is gone."
 
-    write = staticmethod(nowhere)
+    write = staticmethod(nowhere)  # of a part of a tensor
 
 # %% ../../nbs/merging/robust.ipynb #aeb100b8
 def is_spanned(job: Job) -> bool:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
+from itertools import chain
 from operator import add
 from typing import Any, overload
 
@@ -336,14 +337,18 @@ def _reports(
     squares = np.stack(at.squares).reshape(-1, T, len(at.lost)).sum(0)
     for i, lost in enumerate(at.lost.astype(int).tolist()):
         if lost:
-            # without a radius, too, it is known that this is no mean
-            found.append(Mean(None, math.nan, steps, False, math.nan, False, lost))
+            found.append(_without_mean(steps, lost))
             continue
         unique = None if radius is None else bool(at.far[i] < radius)
         residual, variance = float(at.residual[i]), float(at.variance[i])
         each = tuple(squares[:, i].tolist())
         found.append(Mean(None, residual, steps, bool(done[i]), variance, unique, 0, each))
     return found
+
+# %% ../../nbs/spaces/mean.ipynb #50443bab
+def _without_mean(steps: int, lost: int) -> Mean:
+    "What is known where models are lost: also without a radius, that this is no mean."
+    return Mean(None, math.nan, steps, False, math.nan, False, lost)
 
 # %% ../../nbs/spaces/mean.ipynb #2bb46d5e
 def _is_sum(springs: Springs) -> bool:
@@ -355,22 +360,19 @@ def _is_sum(springs: Springs) -> bool:
     return any(w*G.d > 0 for w, G in zip(springs.ws, springs.Gs))
 
 # %% ../../nbs/spaces/mean.ipynb #2194df40
-def _at_sum(
-    each: np.ndarray,  # (P, N) ⟨v, G v⟩ of each point
-    ws: np.ndarray,  # (P,) weights
-) -> Pull:
-    "What is known at a weighted sum, where nothing pulls."
-    gone = ~np.isfinite(each)
-    each = np.where(gone, 0, each)
-    none = np.zeros(each.shape[1])
-    variance = none.copy()
-    # one after the other: so it is the same for a problem that is alone and for one of many
-    for w, square in zip(ws, each):
-        variance += w*square
-    lost = (gone & (ws > 0)[:, None]).sum(0)
-    at = Pull(None, none, none, variance, none, lost, [*each])
-    at.residual = none
-    return at
+def _of_sum(
+    squares: Sequence[float],  # P, ⟨v, G v⟩ of each point; infinite or NaN: it has no place
+    ws: Sequence[float],  # P weights
+    T: int,  # models, each with one point or several
+) -> Mean:
+    "What is known about a weighted sum, at which nothing pulls."
+    known = [x if math.isfinite(x) else 0.0 for x in squares]
+    lost = sum(w > 0 and not math.isfinite(x) for w, x in zip(ws, squares))
+    if lost:
+        return _without_mean(0, lost)
+    variance = math.fsum(w*x for w, x in zip(ws, known))
+    each = known if len(known) == T else [math.fsum(known[t::T]) for t in range(T)]
+    return Mean(None, 0.0, 0, True, variance, True, 0, tuple(each))
 
 # %% ../../nbs/spaces/mean.ipynb #3b7ff319
 def _sum(springs: Springs) -> tuple[Tensor, list[Mean]]:
@@ -384,12 +386,13 @@ def _sum(springs: Springs) -> tuple[Tensor, list[Mean]]:
     for p in springs.points:
         torch.sub(p.x, m, out=way)
         found.append(squares(way, N))
-    each = torch.stack(found).cpu().numpy()
-    if not np.isfinite(each).all():
+    # one look at a device for all points
+    each = torch.stack(found).tolist()
+    if not all(map(math.isfinite, chain.from_iterable(each))):
         # perhaps only their squares are not
-        each = np.stack([products(v := p.x - m, v, N) for p in springs.points])
-    at = _at_sum(each*np.array(Gs)[:, None], np.array(springs.ws))
-    return m, _reports(at, 0, np.ones(N, bool), springs.space.radius, springs.T)
+        each = [products(v := p.x - m, v, N).tolist() for p in springs.points]
+    each = [[G*x for x in row] for G, row in zip(Gs, each)]
+    return m, [_of_sum(problem, springs.ws, springs.T) for problem in zip(*each)]
 
 # %% ../../nbs/spaces/mean.ipynb #a381d514
 def _solve(springs: Springs, tol: float, maxiter: int) -> tuple[Tensor, list[Mean]]:
