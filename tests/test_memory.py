@@ -54,8 +54,8 @@ def test_read_once(folders, read, geometry, tmp_path):
     if isinstance(geometry, str):
         assert read[0] == 3*stored < twice
     recipe = Recipe.of({"models": models, "geometry": geometry, "base": base})
-    told = preview(recipe, run=Run(memory=10**9)).read
-    assert read[0] <= told < preview(recipe).read
+    told = preview(recipe, run=Run(memory=10**9)).bytes_read
+    assert read[0] <= told < preview(recipe).bytes_read
     assert weights(plain.out) == weights(once.out)
 
 

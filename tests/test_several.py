@@ -270,7 +270,7 @@ class TestDryRun:
             x.replace("first", str(tmp_path/"1")).replace("second", str(tmp_path/"2")) for x in (
                 SECOND.partition("\n")[2],)])
         alone = json.loads(cli("run", two, "--dry-run", "--json", cwd=tmp_path)[1])
-        for key in ("lines", "read", "written", "memory"):
+        for key in ("lines", "bytes_read", "bytes_written", "bytes_in_memory"):
             assert found[1]["plan"][key] == alone[key]
 
     def test_it_is_told_in_short(self, tmp_path, folders):
@@ -312,7 +312,7 @@ experts: [{source_model: $a}, {source_model: $b}]
         plan = json.loads(out)["recipes"][1]["plan"]
         code, _, err = cli("run", path, tmp_path/"out", cwd=tmp_path)
         assert code == 0, err
-        assert plan["written"] == sum(x.nbytes for x in load(tmp_path/"out").values())
+        assert plan["bytes_written"] == sum(x.nbytes for x in load(tmp_path/"out").values())
 
     def test_numbers_that_count_are_not_known(self, tmp_path):
         "kohya's alphas are tensors, and a LoRA means nothing without them."

@@ -4,23 +4,21 @@
 
 # %% auto #0
 __all__ = ['app', 'RecipeFile', 'RunPlace', 'RunFolder', 'MergedBefore', 'SeenBefore', 'KnownMetrics', 'KnownData',
-           'RecipeToWrite', 'UsageError', 'ENDING', 'is_dry', 'merge_command', 'run_command', 'report_command',
-           'align_command', 'convert_command', 'inspect_command', 'curvature_command', 'basis_command', 'tune_command',
+           'RecipeToWrite', 'UsageError', 'ENDING', 'merge_command', 'run_command', 'report_command', 'align_command',
+           'convert_command', 'inspect_command', 'curvature_command', 'basis_command', 'tune_command',
            'suggest_command', 'extract_command', 'resize_command', 'demo_command', 'main']
 
 # %% ../../nbs/cli/commands.ipynb #fbd8897e
 import errno
 import io
-import json
 import os
 import signal
 import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Sequence
-from itertools import chain
-from math import fsum
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Optional
@@ -34,6 +32,9 @@ from .mixtures import experts_command, mixture_command
 from .options import Absent, AnyBase, Base, BatchSize, MaxLength, Metrics, Models
 from .options import PairColumn, Pickle, Quiet, Split, TextColumn, Tokenizer
 from .options import Weights
+from .outcomes import Aligned, Based, Collected, Compared, Converted, Cut
+from .outcomes import Drawn, Inspected, Merging, Pictured, Planned, PlannedSteps
+from .outcomes import Pushed, Ran, Reporting, Suggested, Tuned, Written, since
 from .pushing import Public, Push, Yes, asked_to_push, push as push_
 from .options import by_pattern, names, numbers, pair_of, picture_path, size
 
@@ -63,10 +64,6 @@ def _main(
     ] = False,
 ):
     pass
-
-# %% ../../nbs/cli/commands.ipynb #4f24b156
-def _count(n: int) -> str:
-    return f"{n / 1e6:,.1f}M" if n >= 10**6 else f"{n:,}"
 
 # %% ../../nbs/cli/commands.ipynb #141fd7e9
 def _place(model: str) -> str:
@@ -289,66 +286,33 @@ FullHash = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Show what would be merged how, and write nothing.")
 ]
-PlanAsJson = Annotated[
-    bool, typer.Option("--json", help="With --dry-run: everything, as JSON.")
-]
 Reported = Annotated[
     bool,
     typer.Option("--report", help="Write a page beside it, too: report.html. See report."),
 ]
 
-# %% ../../nbs/cli/commands.ipynb #aa1g0003
-def _print_written(merged: Any, done: str, start: float) -> None:
-    "What was written, and how long it took."
-    written = merged.tensors.lazy
-    n = fsum(x.numel for x in written.values())
-    say(
-        f"{redacted(str(merged.out))}: {done}, {len(written)} tensors, "
-        f"{_count(int(n))} parameters, {time.time() - start:.1f} s"
-    )
-
-# %% ../../nbs/cli/commands.ipynb #2ce11a71
-def _print_numbers(record: Any) -> None:
-    "Weights, coefficients and scales as they were used, and on what statistics were collected."
-    from frechet_merge.merging.coefficients import told
-
-    for line in told(record.coefficients):
-        say(line)
-    if known := record.calibrated:
-        say(
-            f"calibrated: {known['layers']} BatchNorm layers on {known['examples']:,} pictures of "
-            f"{known['data']}"
-        )
-
-# %% ../../nbs/cli/commands.ipynb #b4a4e083
-def _what_was_made(record: Any, n_models: int) -> str:
-    "In words: a merge of models, or a mixture whose experts they are."
-    made = getattr(record, "made", None)
-    if not made or "experts" not in made:
-        return f"{n_models} models merged"
-    return f"a {made['type']} of {made['experts']} experts, {made['per_token']} for each token"
-
 # %% ../../nbs/cli/commands.ipynb #8ddc3791
-def _print_merged(merged: Any, n_models: int, start: float, reported: bool = False) -> None:
-    "What was written, in a line, and by which numbers; and its report, if it is asked for."
-    _print_written(merged, _what_was_made(merged.record, n_models), start)
-    _print_numbers(merged.record)
-    if reported:
-        from frechet_merge.diagnostics.report import write_report
+def _page_of(merged: Any, reported: bool) -> Path | None:
+    "The report of a merge, written beside it if it is asked for."
+    if not reported:
+        return None
+    from frechet_merge.diagnostics.report import write_report
 
-        say(f"report: {write_report(merged.out, record=merged.record)}")
+    return write_report(merged.out, record=merged.record)
 
 # %% ../../nbs/cli/commands.ipynb #bed50fbd
-def _print_beside(steps: Sequence[Any], out: Path | None, reported: bool) -> None:
+def _beside(steps: Sequence[Any], out: Path | None, reported: bool) -> list[Merging]:
     "What a file of several recipes keeps beside the last one, as if each had been run alone."
     if not steps or out is None:
-        return
+        return []
     from frechet_merge.merging.several import kept_beside
 
+    found = []
     for one in kept_beside(steps, out):
         assert one.record is not None
-        began = time.time() - one.record.seconds
-        _print_merged(one, len(one.record.recipe["models"]), began, reported)
+        models, page = one.record.recipe["models"], _page_of(one, reported)
+        found.append(Merging.of(one, models, one.record.seconds, page))
+    return found
 
 # %% ../../nbs/cli/commands.ipynb #4e9a01c8
 def _refuse_of_part(part: str | None, reported: bool, push: str | None) -> None:
@@ -388,42 +352,27 @@ def _refuse_report(out: Path | None, reported: bool, dry_run: bool) -> None:
     if out is not None and page_of(place_of(out)).parent != place_of(out):
         free(page_of(out), folder=False)
 
-# %% ../../nbs/cli/commands.ipynb #5f4d0aec
-def is_dry(
-    dry_run: bool,  # --dry-run
-    as_json: bool,  # --json
-) -> bool:
-    "Whether only the plan is shown; `ValueError` for --json without it."
-    if as_json and not dry_run:
-        raise ValueError("--json shows the plan of a merge as JSON: give --dry-run, too.")
-    return dry_run
-
 # %% ../../nbs/cli/commands.ipynb #72557037
-def _print_preview(
-    recipe: Any, output: Any, run: Any, name: str | None = None, as_json: bool = False
-) -> None:
+def _place_told(output: Any) -> Path | str | None:
+    "Where a merge goes: a folder, an address, or nowhere yet."
+    return output.address or (output.folder and place_of(output.folder))
+
+# %% ../../nbs/cli/commands.ipynb #f2ef0c5d
+def _planned(recipe: Any, output: Any, run: Any, name: str | None = None) -> Planned:
     "What a merge would do."
     from frechet_merge.merging.preview import preview
 
-    found = preview(recipe, output, run, name, timed=True)
-    if as_json:
-        return print(json.dumps(found.as_data()))
-    for line in found.report():
-        say(line)
+    return Planned(_place_told(output), preview(recipe, output, run, name, timed=True))
 
-# %% ../../nbs/cli/commands.ipynb #f2ef0c5d
-def _print_foreseen(steps: Sequence[Any], output: Any, run: Any, as_json: bool) -> None:
-    "What the recipes of a file would do."
-    from frechet_merge.merging.several import foresee, in_all
+# %% ../../nbs/cli/commands.ipynb #483a5839
+def _planned_of(asked: Any, output: Any, run: Any) -> Planned | PlannedSteps:
+    "What the recipe of a file would do, or all of its recipes."
+    from frechet_merge.merging.recipes import run_recipe
+    from frechet_merge.merging.several import foresee
 
-    found = foresee(steps, output, run)
-    if as_json:
-        data = {"recipes": [one.as_data() for one in found]}
-        return print(json.dumps(data, ensure_ascii=False))
-    for line in [line for one in found for line in one.report()]:
-        say(line)
-    if together := in_all(found):
-        say(together)
+    if asked.steps:
+        return PlannedSteps(_place_told(output), foresee(asked.steps, output, run))
+    return run_recipe(asked, output, run, _planned)
 
 # %% ../../nbs/cli/commands.ipynb #765f8713
 def _pictures(data: str | None, split: str, samples: int) -> Any:
@@ -468,7 +417,7 @@ def _run_typed(typed: dict[str, Any]) -> Any:
     return Run.of(typed | {"progress": shows, "memory": memory})
 
 # %% ../../nbs/cli/commands.ipynb #4d58a298
-def _merge(typed: dict[str, Any]) -> None:
+def _merge(typed: dict[str, Any]) -> Iterator[Merging | Pushed | Planned]:
     "What `merge` was asked for, by the names of its parameters."
     from frechet_merge.merging.merge import make
     from frechet_merge.merging.recipe import Output
@@ -482,14 +431,17 @@ def _merge(typed: dict[str, Any]) -> None:
     _refuse_of_store(output, asked.report, asked.push)
     _refuse_report(output.folder, asked.report, asked.dry_run)
     run = _run_typed(typed)
-    if is_dry(asked.dry_run, asked.as_json):
+    if asked.dry_run:
         asked_to_push(asked.push, asked.public, asked.yes, asked.dry_run)
-        return _print_preview(recipe, output, run, asked.geometry, asked.as_json)
+        yield _planned(recipe, output, run, asked.geometry)
+        return
     target = asked_to_push(asked.push, asked.public, asked.yes, names=asked.models)
     merged = make(recipe, output, run, asked.geometry)
     _warn_of_few(asked.models, alone=asked.bake is None and asked.base is None)
-    _print_merged(merged, len(asked.models), start, asked.report)
+    seconds, page = since(start), _page_of(merged, asked.report)
+    yield Merging.of(merged, asked.models, seconds, page)
     push_(target, output.folder)
+    yield Pushed(target and target.repo)
 
 # %% ../../nbs/cli/commands.ipynb #a9152c4c
 @app.command("merge")
@@ -530,14 +482,13 @@ def merge_command(
     part: Part = None,
     join: Join = False,
     dry_run: DryRun = False,
-    as_json: PlanAsJson = False,
     push: Push = None,
     public: Public = False,
     yes: Yes = False,
     quiet: Quiet = False,
-):
+) -> Iterator[Merging | Pushed | Planned]:
     "Merge MODELS into the folder OUT."
-    _merge(dict(locals()))
+    yield from _merge(dict(locals()))
 
 # %% ../../nbs/cli/commands.ipynb #b5d0f1c6
 def _one_of(place: str | None, out: str | None) -> str | None:
@@ -587,16 +538,14 @@ def run_command(
     part: Part = None,
     join: Join = False,
     dry_run: DryRun = False,
-    as_json: PlanAsJson = False,
     push: Push = None,
     public: Public = False,
     yes: Yes = False,
     quiet: Quiet = False,
-):
+) -> Iterator[Merging | Pushed | Planned | PlannedSteps]:
     "Run RECIPE: ours, one of mergekit, or what a merge wrote, which is made again."
     typed = dict(locals())
     from dataclasses import replace
-    from functools import partial
     from frechet_merge.merging.recipes import read_recipe, run_recipe
 
     start, out = time.time(), _one_of(place, out)
@@ -611,18 +560,19 @@ def run_command(
     _refuse_of_store(output, report, push)
     _refuse_of_several(asked.steps, push)
     _refuse_report(output.folder, report, dry_run)
-    if is_dry(dry_run, as_json):
+    if dry_run:
         asked_to_push(push, public, yes, dry_run)
-        if asked.steps:
-            return _print_foreseen(asked.steps, output, run, as_json)
-        return run_recipe(asked, output, run, partial(_print_preview, as_json=as_json))
+        yield _planned_of(asked, output, run)
+        return
     if output.is_in_memory:
         raise ValueError(f"{recipe} names no output: give a folder, -o OUT.")
     target = asked_to_push(push, public, yes, names=asked.recipe.models)
     merged = run_recipe(asked, output, run)
-    _print_beside(asked.steps, output.folder, report)
-    _print_merged(merged, len(asked.recipe.models), start, report)
+    seconds, page = since(start), _page_of(merged, report)
+    beside = _beside(asked.steps, output.folder, report)
+    yield Merging.of(merged, asked.recipe.models, seconds, page, beside)
     push_(target, output.folder)
+    yield Pushed(target and target.repo)
 
 # %% ../../nbs/cli/commands.ipynb #4e9a01c2
 MergedBefore = Annotated[
@@ -643,12 +593,13 @@ SeenBefore = Annotated[
     epilog="For example: frechet-merge inspect A B --base X --json > seen.json, and then "
     "frechet-merge report OUT --seen seen.json",
 )
-def report_command(out: MergedBefore, seen: SeenBefore = None):
+def report_command(out: MergedBefore, seen: SeenBefore = None) -> Iterator[Reporting]:
     """Write OUT/report.html: one page, without a network, of what OUT was merged from, what needs a
     look, and what came of every block."""
     from frechet_merge.diagnostics.report import read_seen, write_report
 
-    say(write_report(out, read_seen(seen)))
+    start = time.time()
+    yield Reporting(write_report(out, read_seen(seen)), since(start))
 
 # %% ../../nbs/cli/commands.ipynb #aa1g0002
 @app.command("align")
@@ -690,9 +641,10 @@ def align_command(
     tokenizer: Tokenizer = None,
     dtype: WrittenType = None,
     allow_pickle: Pickle = False,
-):
+) -> Iterator[Aligned]:
     "Write MODELS in one gauge, each in a folder below OUT."
-    from frechet_merge.merging.align import align
+    from frechet_merge.files.open import load
+    from frechet_merge.merging.align import align, folders_of
     from frechet_merge.merging.alignment import Alignment
 
     start = time.time()
@@ -700,11 +652,10 @@ def align_command(
     sizes = max_samples, batch_size, max_length
     how = Alignment(data, residual, split, text, *sizes, tokenizer, restarts)
     seen, found = align(models, out, base, None, ws, dtype, allow_pickle, how)
-    first, last = found.variances[0], found.variances[-1]
-    say(
-        f"{out}: {len(seen)} models in one gauge, {len(found.gauges[0])} groups, variance "
-        f"{first:.4g} → {last:.4g}, {time.time() - start:.1f} s"
-    )
+    outputs = [place_of(out)/name for name in folders_of(seen)]
+    written = Written.of(out, [*map(load, outputs)], time.time() - start)
+    groups = len(found.gauges[0])
+    yield Aligned(written, models, outputs, groups, found.variances, found.rests)
 
 # %% ../../nbs/cli/commands.ipynb #0058635f
 @app.command("convert")
@@ -730,19 +681,13 @@ def convert_command(
     ] = None,
     dtype: WrittenType = None,
     allow_pickle: Pickle = False,
-):
+) -> Iterator[Converted]:
     "Write ADAPTER in another dialect."
-    from frechet_merge.files.open import load
     from frechet_merge.merging.convert import convert
 
     start = time.time()
-    convert(adapter, to, out, rank, dtype, allow_pickle)
-    written = load(out).lazy
-    n = sum(x.numel for x in written.values())
-    say(
-        f"{out}: {adapter} in the spelling of {to}, {len(written)} tensors, {_count(n)} "
-        f"parameters, {time.time() - start:.1f} s"
-    )
+    made = convert(adapter, to, out, rank, dtype, allow_pickle)
+    yield Converted(Written.of(out, [made.tensors], time.time() - start), [adapter], to)
 
 # %% ../../nbs/cli/commands.ipynb #46cf985b
 app.command("experts")(experts_command)
@@ -786,7 +731,6 @@ def _ran(models: list[str], base: str | None, how: tuple, fed: dict, pickles: bo
     return collapse_of(models, texts, geometries or ["euclidean"], base, layers, pickles)
 
 # %% ../../nbs/cli/commands.ipynb #036a6e24
-AsJson = Annotated[bool, typer.Option("--json", help="Everything, as JSON.")]
 TopRows = Annotated[int, typer.Option(help="Rows to show: the tensors that differ most.")]
 HeadersOnly = Annotated[
     bool, typer.Option("--headers", help="Names, shapes and dtypes only; read no tensor.")
@@ -814,43 +758,27 @@ Plot = Annotated[
     ),
 ]
 
-# %% ../../nbs/cli/commands.ipynb #77438d49
-def _show(found: Any, ran: Any, as_json: bool, top: int) -> None:
-    "What was found in models, and what was seen when they were run, as JSON or as tables."
-    from dataclasses import asdict
-    from rich.console import Console
-    from rich.text import Text
-
-    if as_json:
-        said = {"gain": found.gain, "verdict": found.verdict, "mergeable": found.mergeable}
-        if ran is not None:
-            said["collapse"] = ran.rows
-        say(json.dumps(asdict(found) | said))
-        return
-    # lines as they are, for grep
-    for x in chain(found.report(top), ran.report() if ran is not None else ()):
-        Console().print(x, soft_wrap=isinstance(x, Text))
-
 # %% ../../nbs/cli/commands.ipynb #5afed001
-def _saved(figure: Any, path: Path) -> None:
-    "Save a picture, whole or not at all; `MergeError` if the disk takes none."
+def _saved(figure: Any, path: Path) -> Path:
+    "Save a picture, whole or not at all: its place; `MergeError` if the disk takes none."
     from frechet_merge.files.output import disk_errors, staged_file
 
     # what matplotlib would call it
     path = path if path.suffix else path.with_name(f"{path.name}.png")
     with disk_errors(path), staged_file(path) as part:
         figure.savefig(part, dpi=150, bbox_inches="tight")
+    return path
 
 # %% ../../nbs/cli/commands.ipynb #fb4f6824
-def _draw(found: Any, ran: Any, path: Path) -> None:
+def _drawn(found: Any, ran: Any, path: Path) -> Path | None:  # None: there is nothing to draw
     "What merges keep by layer, if models were run; otherwise what metrics would change."
     from frechet_merge.diagnostics.collapse import plot_collapse
     from frechet_merge.diagnostics.inspection import plot_eta
 
     if ran is None and not found.eta:
-        return
+        return None
     ax = plot_eta(found) if ran is None else plot_collapse(ran)
-    _saved(ax.figure, path)
+    return _saved(ax.figure, path)
 
 # %% ../../nbs/cli/commands.ipynb #463340cc
 def _announce(models: Sequence[str], base: str | None, allow_pickle: bool) -> None:
@@ -871,7 +799,6 @@ def _announce(models: Sequence[str], base: str | None, allow_pickle: bool) -> No
 def inspect_command(
     models: Models,
     base: Base = None,
-    as_json: AsJson = False,
     top: TopRows = 12,
     headers: HeadersOnly = False,
     metrics: MetricsAsked = None,
@@ -890,7 +817,7 @@ def inspect_command(
     tokenizer: Tokenizer = None,
     any_base: AnyBase = False,
     allow_pickle: Pickle = False,
-):
+) -> Iterator[Inspected | Ran | Drawn]:
     """Compare MODELS tensor by tensor; with --data, run them and see what merges keep. Exit code 1
     if they cannot be merged as they are."""
     from frechet_merge.diagnostics.inspection import inspect
@@ -899,7 +826,7 @@ def inspect_command(
         raise ValueError("--plot draws what metrics would change: give --metrics, or --data.")
     if data is None and (geometry or layers):
         raise ValueError("--geometry and --layers are of what is run: give --data.")
-    plot = picture_path(plot)
+    start, plot = time.time(), picture_path(plot)
     if not headers:
         _announce(models, base, allow_pickle)
     found = inspect(
@@ -913,6 +840,7 @@ def inspect_command(
         damping,
         any_base,
     )
+    yield Inspected(found, top)
     ran = None
     if data is not None and not found.mergeable:
         warn("no model was run: these cannot be merged as they are")
@@ -920,26 +848,11 @@ def inspect_command(
         fed = dict(data=data, split=split, text=text, pair=pair, max_samples=max_samples)
         fed |= dict(batch_size=batch_size, max_length=max_length, tokenizer=tokenizer)
         ran = _ran(models, base, (geometry, layers), fed, allow_pickle)
-    _show(found, ran, as_json, top)
-    if plot:
-        _draw(found, ran, plot)
+    yield Ran(None if ran is None else ran.rows)
+    drawn = None if plot is None else _drawn(found, ran, plot)
+    yield Drawn(drawn, since(start))
     if not found.mergeable:
         raise typer.Exit(1)
-
-# %% ../../nbs/cli/commands.ipynb #54b2ce98
-def _error_of(about: dict) -> str:
-    "What is known of the error of statistics."
-    from statistics import median
-
-    error = {n: e for n, e in about["error"].items() if e is not None}
-    if not error:
-        return "Its error is unknown, from one sample."
-    worst = max(error, key=lambda n: error[n])
-    return (
-        f"Relative standard error: {100 * median(error.values()):.1f} % in the median "
-        f"layer, {100 * error[worst]:.1f} % in the worst ({worst}). Half of it takes "
-        f"{4 * about['samples']:,} samples."
-    )
 
 # %% ../../nbs/cli/commands.ipynb #ddb91a6e
 RunModel = Annotated[
@@ -1021,8 +934,9 @@ def curvature_command(
     resume: Resume = False,
     allow_pickle: Pickle = False,
     quiet: Quiet = False,
-):
+) -> Iterator[Collected]:
     "Collect what DATA says about the weights of MODEL, for `merge --metrics`."
+    from frechet_merge.files.open import load
     from frechet_merge.huggingface.models import collect
     from frechet_merge.merging.recipe import as_dtype
 
@@ -1052,13 +966,9 @@ def curvature_command(
         allow_pickle=allow_pickle,
         progress=not quiet and sys.stderr.isatty(),
     ).about
-    drawn = f", {about['estimator']}" if about["estimator"] else ""
-    say(
-        f"{out}: {about['form']}{drawn}, "
-        f"{about['samples']:,} samples, {about['tokens']:,} tokens, "
-        f"{time.time() - start:.1f} s, {place_of(out).stat().st_size / 1e6:,.1f} MB"
-    )
-    say(_error_of(about))
+    written = Written.of(out, [load(out)], time.time() - start)
+    facts = (about[k] for k in ("form", "estimator", "samples", "tokens", "error", "skipped"))
+    yield Collected(written, [model], *facts)
 
 # %% ../../nbs/cli/commands.ipynb #eb3c1f91
 @app.command("basis")
@@ -1082,37 +992,15 @@ def basis_command(
     ] = None,
     allow_pickle: Pickle = False,
     quiet: Quiet = False,
-):
+) -> Iterator[Based]:
     "Write the labeled basis of MODELS, for `curvature --form projected`."
+    from frechet_merge.files.open import load
     from frechet_merge.matching.bases import write_bases
 
-    start, found = (
-        time.time(),
-        write_bases(models, base, out, k, only, allow_pickle, not quiet and sys.stderr.isatty()),
-    )
-    say(
-        f"{out}: {len(found) // 3} matrices, at most "
-        f"{max(x.shape[-1] for x in found.values())} directions each, "
-        f"{time.time() - start:.1f} s, {place_of(out).stat().st_size / 1e6:,.1f} MB"
-    )
-
-# %% ../../nbs/cli/commands.ipynb #be2a217c
-def _print_table(found: Any, models: Sequence[str]):
-    "What was tried, as a table: a row for each setting, a column for each model."
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
-        "geometry",
-        "scale",
-        *(Path(m.rpartition("+")[2]).name for m in models),
-        "mean",
-        title="How far outputs moved: 0 the model's own, 1 the base's",
-    )
-    for s in found.settings:
-        distances = (f"{d:.3f}" for d in s.distances)
-        table.add_row(s.name, f"{s.scale:g}", *distances, f"{s.distance:.4f}")
-    Console(markup=False).print(table)
+    start, shows = time.time(), not quiet and sys.stderr.isatty()
+    found = write_bases(models, base, out, k, only, allow_pickle, shows)
+    written = Written.of(out, [load(out)], time.time() - start)
+    yield Based(written, models, len(found) // 3, max(x.shape[-1] for x in found.values()))
 
 # %% ../../nbs/cli/commands.ipynb #77b41d8b
 TrainedFrom = Annotated[
@@ -1186,7 +1074,7 @@ def tune_command(
     any_base: AnyBase = False,
     allow_pickle: Pickle = False,
     quiet: Quiet = False,
-):
+) -> Iterator[Tuned]:
     "Choose anchor or scale of a merge of MODELS by how far outputs move, without labels."
     from frechet_merge.tuning.tune import tune
 
@@ -1216,12 +1104,9 @@ def tune_command(
         allow_pickle=allow_pickle,
         say=lambda s: None if quiet else say(s, err=True),
     )
-    _print_table(found, models)
-    scale = f" --scale {found.best.scale:g}" if found.best.scale != 1 else ""
-    written = f" → {out}" if found.merged else ""
-    say(
-        f"The nearest: --geometry {found.best.name}{scale}{written} ({time.time() - start:.0f} s)"
-    )
+    merged, seconds = found.merged, time.time() - start
+    written = Written.of(merged and out, [merged.tensors] if merged else [], seconds)
+    yield Tuned(written, models, [s.as_data() for s in found.settings])
     if out and not found.merged:
         raise typer.Exit(1)
 
@@ -1256,7 +1141,6 @@ def suggest_command(
     metrics: KnownMetrics = None,
     data: KnownData = None,
     out: RecipeToWrite = None,
-    as_json: AsJson = False,
     heads: Heads = None,
     max_samples: SamplesOfEach = 64,
     batch_size: BatchSize = 8,
@@ -1270,11 +1154,12 @@ def suggest_command(
     any_base: AnyBase = False,
     allow_pickle: Pickle = False,
     quiet: Quiet = False,
-):
+) -> Iterator[Suggested]:
     "Name the merge of MODELS that diagnostics argue for. Exit code 1 if there is none."
     from frechet_merge.files.output import free
     from frechet_merge.tuning.suggest import suggest
 
+    start = time.time()
     if out is not None:
         out = free(out, folder=False)
     asking = dict(heads=names(heads, "--heads"), max_samples=max_samples, batch_size=batch_size)
@@ -1292,7 +1177,7 @@ def suggest_command(
         seed=seed,
         **asking,
     )
-    say(json.dumps(found.as_data()) if as_json else found.told())
+    yield Suggested(found, None if found.recipe is None else out, since(start))
     if found.recipe is None:
         raise typer.Exit(1)
     if out is not None:
@@ -1347,17 +1232,12 @@ Exclude = Annotated[
     ),
 ]
 
-# %% ../../nbs/cli/commands.ipynb #7b4a135c
-def _print_kept(found: Any, start: float):
-    "What an adapter keeps, in a line, and its worst layer."
-    ranks = sorted(k.rank for k in found.kept.values())
-    worst = max(found.kept, key=lambda n: found.kept[n].error)
-    spread = f"rank {ranks[0]}" if ranks[0] == ranks[-1] else f"ranks {ranks[0]} to {ranks[-1]}"
-    say(
-        f"{found.out}: {len(ranks)} layers, {spread}, {100*found.energy:.2f} % of the squared "
-        f"change kept, {time.time() - start:.1f} s\n"
-        f"The worst layer is {worst}: {100*found.kept[worst].error:.1f} % of its change is lost."
-    )
+# %% ../../nbs/cli/commands.ipynb #93309c21
+def _cut(model: str, found: Any, start: float) -> Cut:
+    "What an adapter keeps."
+    kept = {layer: asdict(k) for layer, k in found.kept.items()}
+    written = Written.of(found.out, [found.tensors], time.time() - start)
+    return Cut(written, [model], found.energy, kept, found.whole, found.left)
 
 # %% ../../nbs/cli/commands.ipynb #936d43a0
 @app.command("extract")
@@ -1380,7 +1260,7 @@ def extract_command(
     device: ChunkDevice = None,
     allow_pickle: Pickle = False,
     quiet: Quiet = False,
-):
+) -> Iterator[Cut]:
     "Write what MODEL changed in its base as a PEFT adapter of low rank."
     from frechet_merge.adapters.extract import extract
     from frechet_merge.merging.recipe import as_dtype
@@ -1401,7 +1281,7 @@ def extract_command(
         allow_pickle=allow_pickle,
         progress=not quiet and sys.stderr.isatty(),
     )
-    _print_kept(found, start)
+    yield _cut(model, found, start)
 
 # %% ../../nbs/cli/commands.ipynb #c44d59bf
 @app.command("resize")
@@ -1414,7 +1294,7 @@ def resize_command(
     energy: Energy = None,
     dtype: WrittenType = None,
     allow_pickle: Pickle = False,
-):
+) -> Iterator[Cut]:
     "Write ADAPTER with updates of a lower rank, the best ones there are."
     from frechet_merge.adapters.extract import resize
     from frechet_merge.merging.recipe import as_dtype
@@ -1422,7 +1302,7 @@ def resize_command(
     start = time.time()
     kind = as_dtype(dtype)
     found = resize(adapter, rank, energy, out, dtype=kind, allow_pickle=allow_pickle)
-    _print_kept(found, start)
+    yield _cut(adapter, found, start)
 
 # %% ../../nbs/cli/commands.ipynb #3ffd9fc3
 @app.command("demo")
@@ -1433,35 +1313,17 @@ def demo_command(
     texts: Annotated[
         int, typer.Option(help="Test texts of each task: fewer are faster.", min=1, max=200)
     ] = 100,
-):
+) -> Iterator[Compared | Pictured]:
     """Merge five packaged real experts offline, in several ways; print accuracies and save a
     picture."""
-    from rich.console import Console
-    from rich.table import Table
     from frechet_merge.cli.demo import demo, picture
 
     out = picture_path(out) or out
     start, results = time.time(), demo(lambda s: say(s, err=True), texts)
-    names = list(next(iter(results.values())))
-    t = Table("accuracy", *names, "average", title="Five tasks, one model")
-    for who, acc in results.items():
-        t.add_row(who, *(f"{acc[n]:.3f}" for n in names), f"{sum(acc.values()) / len(acc):.3f}")
-    Console().print(t)
     average = {k: sum(v.values())/len(v) for k, v in results.items()}
     best = max((k for k in average if k not in ("base", "experts")), key=lambda k: average[k])
-    if average[best] > average["base"]:
-        say(
-            f"The best merge, {best}, is {100 * (average[best] - average['base']):.1f} "
-            f"points above the base and {100 * (average['experts'] - average[best]):.1f} "
-            "below five separate experts."
-        )
-    else:
-        say(
-            f"No merge beats the base on average: the best, {best}, is "
-            f"{100 * (average['base'] - average[best]):.1f} points below it."
-        )
-    _saved(picture(results).figure, out)
-    say(f"Picture: {out} ({time.time() - start:.0f} s in all)")
+    yield Compared(results, average, best)
+    yield Pictured(_saved(picture(results).figure, out), since(start))
 
 # %% ../../nbs/cli/commands.ipynb #5afed002
 def _open_standard_streams() -> None:

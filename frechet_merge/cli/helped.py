@@ -16,6 +16,8 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from .outcomes import with_json
+
 # %% ../../nbs/cli/helped.ipynb #55faec80
 # heading → options under it, by the names of their parameters; others come last, as Options
 GROUPS = {
@@ -73,6 +75,8 @@ frechet-merge merge math code -o merged
 frechet-merge merge math code --base base --sum 0.7,0.4 -o merged
 # along the sphere, and only the plan of it
 frechet-merge merge math code --geometry sphere --dry-run -o merged
+# what came of it as JSON, for a program
+frechet-merge merge math code -o merged --json
 # adapters, as one adapter of rank 4
 frechet-merge merge math-lora code-lora --geometry lora:rank=4 -o merged-lora
 """,
@@ -237,8 +241,14 @@ class App(typer.Typer):
         super().__init__(**{"cls": Commands, **how})
 
     def command(self, name: str | None = None, **how: Any) -> Callable[[Any], Any]:
-        "As `Typer.command`."
-        return super().command(name, **{"cls": Helped, **how})
+        "As `Typer.command`, of a function that yields outcomes; it gets `--json`."
+        register = super().command(name, **{"cls": Helped, **how})
+
+        def added(do: Callable[..., Any]) -> Callable[..., Any]:
+            register(with_json(do))
+            return do
+
+        return added
 
 # %% ../../nbs/cli/helped.ipynb #8eff1789
 # option of mergekit → what to do here

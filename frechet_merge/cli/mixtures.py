@@ -9,6 +9,7 @@ __all__ = ['OutFolder', 'Keep', 'PerToken', 'By', 'OfExperts', 'Fed', 'Samples',
 # %% ../../nbs/cli/mixtures.ipynb #7babd92d
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -16,7 +17,8 @@ import typer
 
 from .options import BatchSize, MaxLength, Models, PairColumn, Pickle, Quiet, Split
 from .options import TextColumn, Tokenizer, size
-from ..messages import MergeError, say
+from .outcomes import Merging
+from ..messages import MergeError
 
 # %% ../../nbs/cli/mixtures.ipynb #108b69dc
 OutFolder = Annotated[
@@ -93,7 +95,7 @@ def experts_command(
     shard_size: Annotated[str, typer.Option(help="Largest file to write.")] = "5GB",
     allow_pickle: Pickle = False,
     quiet: Quiet = False,
-):
+) -> Iterator[Merging]:
     "Merge the experts of each layer of MODEL into fewer."
     from frechet_merge.huggingface.routing import TextFeed
     from frechet_merge.merging.fewer import fewer_experts
@@ -114,12 +116,7 @@ def experts_command(
         allow_pickle=allow_pickle,
         progress=not quiet and sys.stderr.isatty(),
     )
-    made = found.record.made if found.record is not None and found.record.made else {}
-    n = sum(x.numel for x in found.tensors.lazy.values())
-    say(
-        f"{out}: {keep} of {made['experts']} experts in {len(made['layers'])} layers, "
-        f"{made['per_token']} for each token, {n:,} parameters, {time.time() - start:.1f} s"
-    )
+    yield Merging.of(found, [model], time.time() - start)
 
 # %% ../../nbs/cli/mixtures.ipynb #a7ab72ae
 def lines_of(path: Path) -> list[str]:
@@ -181,7 +178,7 @@ def mixture_command(
     shard_size: Annotated[str, typer.Option(help="Largest file to write.")] = "5GB",
     allow_pickle: Pickle = False,
     quiet: Quiet = False,
-):
+) -> Iterator[Merging]:
     "Make one mixture of dense MODELS, whose MLPs become its experts."
     from frechet_merge.merging.upcycled import mixture
 
@@ -201,9 +198,4 @@ def mixture_command(
         allow_pickle=allow_pickle,
         progress=not quiet and sys.stderr.isatty(),
     )
-    made = found.record.made if found.record is not None and found.record.made else {}
-    n = sum(x.numel for x in found.tensors.lazy.values())
-    say(
-        f"{out}: a {made['type']} of {made['experts']} experts, {per_token} for each token, "
-        f"{n:,} parameters, {time.time() - start:.1f} s"
-    )
+    yield Merging.of(found, models, time.time() - start)

@@ -10,7 +10,7 @@ __all__ = ['SHOWN', 'LINES', 'WORTH', 'differences', 'norms', 'cosines', 'models
 # %% ../../nbs/diagnostics/inspection.ipynb #d3c2b22f
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -196,8 +196,8 @@ class Inspection(JupyterMixin):
     and notebooks show it, as its `report`."""
 
     sources: list[str]  # the models, the reference first
-    parameters: list[int]  # of each
-    dtypes: list[list[str]]  # of each, sorted
+    parameters: list[int]  # how many numbers each has
+    dtypes: list[list[str]]  # those of each, sorted
     # tensor → models that do not have it
     missing: dict[str, list[str]] = field(default_factory=dict)
     # tensor → its shape in each model, where they differ
@@ -257,6 +257,11 @@ class Inspection(JupyterMixin):
         in_names = self.missing or self.shapes or self.adapters
         in_numbers = self.nonfinite or self.unequal
         return not (in_names or in_numbers or self.refused or self.refusals)
+
+    def as_data(self) -> dict[str, Any]:
+        "As plain data, for JSON."
+        said = {"gain": self.gain, "verdict": self.verdict, "mergeable": self.mergeable}
+        return asdict(self) | said
 
     def report(
         self,

@@ -127,14 +127,15 @@ def _numbers(plan: Plan, name: str) -> str:
 class Preview:
     "What a merge would do."
 
-    recipe: dict[str, Any]  # as `Recipe.as_data`
+    recipe: dict[str, Any]  # as `frechet_merge.json` has it
     lines: list[Line]  # what becomes of which tensors
-    read: int  # bytes, at most
-    written: int  # bytes of tensors
-    memory: int  # bytes, about, beside the program itself
+    bytes_read: int  # of models and base, at most
+    bytes_written: int  # of tensors, as they are stored
+    bytes_in_memory: int  # about, beside the program itself
     parts: dict[str, list[Line]] = field(default_factory=dict)  # of other parts of the folder
     warnings: list[str] = field(default_factory=list)  # what was said on the way
-    seconds: float | None = None  # about; None: not known, or not asked for
+    # that it took, or would take, about; None: not known
+    seconds: float | None = None
     measured: float = 0.0  # of all numbers, the share that the time was measured on
 
     def as_data(self) -> dict[str, Any]:
@@ -145,9 +146,9 @@ class Preview:
         "In short."
         groups: dict[str, Sequence[Line]] = {"": self.lines, **self.parts}
         rows = [_row(line, part) for part, lines in groups.items() for line in lines]
-        total = f"{in_bytes(self.read)} read at most, {in_bytes(self.written)} written"
+        total = f"{in_bytes(self.bytes_read)} read at most, {in_bytes(self.bytes_written)} written"
         time = told_time(Estimate(self.seconds, self.measured))
-        memory = f"about {in_bytes(self.memory)} of memory"
+        memory = f"about {in_bytes(self.bytes_in_memory)} of memory"
         return [*rows, f"{total}, {memory}; {time}. Nothing was written."]
 
 # %% ../../nbs/merging/preview.ipynb #71404452
@@ -182,7 +183,7 @@ def put_hollow(
         raise NotYet("an adapter is put on a model, and what that makes is known when it is made")
     if any(Path(path).suffix in PICKLES for path in parts):
         raise NotYet("a part of it is a pickle, which is not planned")
-    groups = {"": (opened, in_dtype(plan, opened, output)), **parts}
+    groups = {"": (opened, plan), **parts}
     for path, (of, one) in groups.items():
         (folder/path).mkdir(parents=True, exist_ok=True)
         dress_of(of, output).put(folder/path, one, () if path else parts)
@@ -218,8 +219,10 @@ def preview(
         opened, output = _opened_for(recipe, output)
         plan = plan_root(opened, output.dtype, run.device, name)
         parts = parts_for(opened, output, run)
+        # what is put on a model is not what is written
+        coded = plan if opened.onto is not None else in_dtype(plan, opened, output)
         if stand_in is not None:
-            put_hollow(stand_in, opened, output, plan, parts)
+            put_hollow(stand_in, opened, output, coded, parts)
     every = [plan, *(p for _, p in parts.values())]
     far = any(are_remote(files_of(c)) for c in opened.every)
     jobs = [job for p in every for job in within(p.jobs, run, far)]
@@ -229,7 +232,7 @@ def preview(
     # a model that an adapter is put on is no part of the plan
     if timed and opened.onto is None and not far:
         found = estimate(every, output, run)
-    read, size = sum(map(bytes_read, jobs)), sum(p.nbytes for p in every)
+    read, size = sum(map(bytes_read, jobs)), sum(p.nbytes for p in (coded, *every[1:]))
     if opened.onto is not None:
         read, size = read + _onto(opened, None), _onto(opened, output.dtype)
     return Preview(

@@ -493,11 +493,8 @@ def in_all(found: Sequence[Foreseen]) -> str:
     if len(plans) < len(found):
         return ""
     kept = plans if found[-1].name else plans[-1:]
-    read, written, stays = (
-        in_bytes(sum(n)) for n in (
-            (p.read for p in plans), (p.written for p in plans), (p.written for p in kept)
-        )
-    )
+    read = in_bytes(sum(p.bytes_read for p in plans))
+    written, stays = (in_bytes(sum(p.bytes_written for p in of)) for of in (plans, kept))
     return (
         f"{len(found)} merges: {read} read at most, {written} written, of which {stays} "
         f"{'stays' if found[-1].name == '' else 'stay'}."

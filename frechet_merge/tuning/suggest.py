@@ -258,10 +258,11 @@ class Reason:
 class Suggestion:
     "A recipe and its reasons; or why there is none."
 
-    facts: dict[str, Any]  # of `facts_of`
+    facts: dict[str, Any]  # what is known of the models, as `facts_of` has it
     reasons: list[Reason] = field(default_factory=list)  # one for each decision
     recipe: dict[str, Any] | None = None  # as a recipe file has it; None: there is no suggestion
-    tuned: Tuned | None = None  # what was tried on examples
+    # what was tried on examples, the best first; None: there are none
+    tuned: Tuned | None = None
 
     @property
     def abstains(self) -> str:
@@ -297,7 +298,9 @@ class Suggestion:
     def as_data(self) -> dict[str, Any]:
         "As plain data, for JSON."
         reasons = [asdict(r) for r in self.reasons]
-        return dict(recipe=self.recipe, abstains=self.abstains, reasons=reasons, facts=self.facts)
+        said = dict(recipe=self.recipe, abstains=self.abstains, reasons=reasons, facts=self.facts)
+        tuned = self.tuned and [setting.as_data() for setting in self.tuned.settings]
+        return said | {"tuned": tuned}
 
 # %% ../../nbs/tuning/suggest.ipynb #66c26b0b
 def _lines(reason: Reason) -> list[str]:

@@ -152,6 +152,12 @@ class Setting:
     distance: float  # their weighted mean
     name = property(lambda self: spelled(self.geometry))  # the geometry, as one types it
 
+    def as_data(self) -> dict[str, Any]:
+        "As plain data, for JSON."
+        tried = [{"at": at, "distance": d} for at, d in self.tried.items()]
+        said = {"geometry": self.name, "scale": self.scale, "distance": self.distance}
+        return said | {"distances": self.distances, "tried": tried}
+
 # %% ../../nbs/tuning/tune.ipynb #587de025
 @dataclass(frozen=True)
 class Tuned:
