@@ -228,3 +228,82 @@ def test_a_token_for_xet_that_is_refused(tmp_path, hub, two):
 def test_what_a_hub_says_is_one_line_without_control_characters():
     assert why_of(ValueError("one\ntwo \x1b[31mred")) == "ValueError: two \\x1b[31mred"
     assert json.dumps(why_of(OSError())) == '"OSError"'
+
+
+FIRST = "name: first\nmodels: [{model: org/a, weight: 0.3}, {model: org/b, weight: 0.7}]\n"
+LAST = "models: [first, {model: org/c, revision: v1}]\nbase: org/b\nweights: [1, 3]\n"
+
+
+def of_several(tmp_path, hub, *texts):
+    "A file of recipes, of models on the hub."
+    for i, name in enumerate(("org/a", "org/b")):
+        hub.put(name, model(tmp_path, i))
+    hub.put("org/c", model(tmp_path, 2), "v1")
+    hub.put("org/c", model(tmp_path, 7))
+    path = tmp_path/"r.yaml"
+    path.write_text("---\n".join(texts))
+    return path
+
+
+def hf(*words, env, cwd=None):
+    path = str(Path(sys.executable).with_name("hf"))
+    subprocess.run([path, *map(str, words)], env=env, check=True, cwd=cwd, capture_output=True)
+
+
+def test_several_recipes_are_pushed_with_all_that_makes_them_again(tmp_path, hub):
+    path = of_several(tmp_path, hub, FIRST, LAST)
+    env = hub.env(tmp_path/"home", TOKEN)
+    words = ["run", path, "-o", "OUT", "-q", "--push", "merged", "--yes"]
+    code, out, err = cli(*words, cwd=tmp_path, env=env)
+    assert code == 0 and "made again" not in out, err
+    files, commits = pushed(hub, "me/merged")
+    assert files == files_in(tmp_path/"OUT") and commits == 1
+    assert {"recipes.yml", "README.md", "frechet_merge.json"} <= files.keys()
+    assert b"frechet-merge run recipes.yml -o OUT" in files["README.md"]
+    said = files["recipes.yml"].decode()
+    commits = [hub.repos[f"org/{x}"].at(r)[0] for x, r in (("a", "main"), ("b", "main"), ("c", "v1"))]
+    assert all(f"org/{x}@{sha}" in said for x, sha in zip("abc", commits)) and "revision" not in said
+
+    # the branches go on, and somebody else makes it again
+    for i, name in enumerate(("org/a", "org/b")):
+        hub.put(name, model(tmp_path, 10 + i))
+    hub.put("org/c", model(tmp_path, 12), "v1")
+    other = hub.env(tmp_path/"other", TOKEN)
+    hf("download", "me/merged", "--local-dir", tmp_path/"there", env=other)
+    for i, (words, cwd) in enumerate([(["there"], tmp_path), (["recipes.yml"], tmp_path/"there")]):
+        code, _, err = cli("run", *words, "-o", tmp_path/f"again{i}", "-q", cwd=cwd, env=other)
+        assert code == 0, err
+        assert (tmp_path/f"again{i}"/WEIGHTS).read_bytes() == files[WEIGHTS]
+
+
+def test_a_push_of_several_models_says_what_pushes_them(tmp_path, hub):
+    path = of_several(tmp_path, hub, FIRST, "name: last\n" + LAST)
+    env = hub.env(tmp_path/"home", TOKEN)
+    words = ["run", path, "-o", "OUT", "-q"]
+    code, _, err = cli(*words, "--push", "merged", "--yes", cwd=tmp_path, env=env)
+    assert code == 2 and not (tmp_path/"OUT").exists() and "me/merged" not in hub.repos
+    assert "leave out the name of the last recipe" in err and "hf upload" in err, err
+
+    # each by itself, as it says
+    assert cli(*words, cwd=tmp_path, env=env)[0] == 0
+    for name in ("first", "last"):
+        hf("upload", f"me/{name}", f"OUT/{name}", "--private", env=env, cwd=tmp_path)
+        assert pushed(hub, f"me/{name}") == (files_in(tmp_path/"OUT"/name), 1)
+        assert hub.repos[f"me/{name}"].private
+
+    # the last alone, as it says
+    path.write_text("---\n".join([FIRST, LAST]))
+    words[3] = "ONE"
+    assert cli(*words, "--push", "merged", "--yes", cwd=tmp_path, env=env)[0] == 0
+    files, _ = pushed(hub, "me/merged")
+    assert files[WEIGHTS] == (tmp_path/"OUT"/"last"/WEIGHTS).read_bytes()
+    assert files["recipes.yml"] == (tmp_path/"ONE"/"recipes.yml").read_bytes()
+
+
+def test_what_is_not_pushed_and_is_needed_is_said(tmp_path, hub, two):
+    (tmp_path/"chat.jinja").write_text("{{ messages }}")
+    recipe = "models: [of0, of1]\nbase: of0\nchat_template: chat.jinja\n"
+    (tmp_path/"r.yaml").write_text("name: first\nmodels: [of0, of1]\n---\n" + recipe)
+    words = ["run", "r.yaml", "-o", "OUT", "-q", "--push", "merged", "--yes"]
+    code, out, err = cli(*words, cwd=tmp_path, env=hub.env(tmp_path/"home", TOKEN))
+    assert code == 0 and "which were not pushed: of0, of1, chat.jinja" in out, err

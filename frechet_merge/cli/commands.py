@@ -34,7 +34,7 @@ from .mixtures import experts_command, mixture_command
 from .options import Absent, AnyBase, Base, BatchSize, MaxLength, Metrics, Models
 from .options import PairColumn, Pickle, Quiet, Split, TextColumn, Tokenizer
 from .options import Weights
-from .pushing import Public, Push, Yes, asked_to_push, push as push_
+from .pushing import Public, Push, Yes, asked_to_push, paths_in, push as push_
 from .options import by_pattern, names, numbers, pair_of, picture_path, size
 
 # %% ../../nbs/cli/commands.ipynb #01e69ee9
@@ -358,13 +358,20 @@ def _refuse_of_part(part: str | None, reported: bool, push: str | None) -> None:
             "--report and --push are of a whole merge: give them with --join, and not with --part."
         )
 
+# %% ../../nbs/cli/commands.ipynb #3d45a84a
+def _said_by(asked: Any) -> list[Any]:
+    "The recipes of a file, as plain data."
+    named = [{"name": step.name} | step.page.data for step in asked.steps]
+    return named or [asked.recipe.as_data() if asked.page is None else asked.page.data]
+
 # %% ../../nbs/cli/commands.ipynb #2768e3dc
 def _refuse_of_several(steps: Sequence[Any], push: str | None) -> None:
     "`ValueError` if several models are kept, and would be pushed as one."
     if push is not None and steps and steps[-1].name:
         raise ValueError(
             f"--push is of one model, and this file keeps {len(steps)}: leave out the name of the "
-            "last recipe, and its result alone is kept and pushed."
+            "last recipe, and its result alone is kept and pushed, with all recipes beside it. Or "
+            "run it without --push, and push each: hf upload OWNER/NAME OUT/NAME --private"
         )
 
 # %% ../../nbs/cli/commands.ipynb #b8fa7600
@@ -485,7 +492,7 @@ def _merge(typed: dict[str, Any]) -> None:
     if is_dry(asked.dry_run, asked.as_json):
         asked_to_push(asked.push, asked.public, asked.yes, asked.dry_run)
         return _print_preview(recipe, output, run, asked.geometry, asked.as_json)
-    target = asked_to_push(asked.push, asked.public, asked.yes, names=asked.models)
+    target = asked_to_push(asked.push, asked.public, asked.yes, names=paths_in([recipe.as_data()]))
     merged = make(recipe, output, run, asked.geometry)
     _warn_of_few(asked.models, alone=asked.bake is None and asked.base is None)
     _print_merged(merged, len(asked.models), start, asked.report)
@@ -618,7 +625,7 @@ def run_command(
         return run_recipe(asked, output, run, partial(_print_preview, as_json=as_json))
     if output.is_in_memory:
         raise ValueError(f"{recipe} names no output: give a folder, -o OUT.")
-    target = asked_to_push(push, public, yes, names=asked.recipe.models)
+    target = asked_to_push(push, public, yes, names=paths_in(_said_by(asked)))
     merged = run_recipe(asked, output, run)
     _print_beside(asked.steps, output.folder, report)
     _print_merged(merged, len(asked.recipe.models), start, report)
