@@ -45,6 +45,11 @@ def pushed(hub, repo):
     return files, len(hub.repos[repo].commits) - 1
 
 
+def hf(*words, env, cwd=None):
+    path = str(Path(sys.executable).with_name("hf"))
+    subprocess.run([path, *map(str, words)], env=env, check=True, cwd=cwd, capture_output=True)
+
+
 def check_named(hub, out):
     "The last commit names large files by the hashes and lengths of those that were merged."
     large = {name: held for name, held in files_in(out).items() if name.endswith(".safetensors")}
@@ -135,8 +140,7 @@ def test_a_push_that_fails_is_made_again_as_it_says(tmp_path, hub, two, hasty, f
     again = shlex.split(err.strip().splitlines()[-1].partition(": ")[2])
     assert again[:3] == ["hf", "upload", "me/merged"]
     hub.faults = {}
-    hf = str(Path(sys.executable).with_name("hf"))
-    subprocess.run([hf, *again[1:]], env=hub.env(here/"home", TOKEN), check=True, cwd="/")
+    hf(*again[1:], env=hub.env(here/"home", TOKEN), cwd="/")
     assert pushed(hub, "me/merged") == (merged, 1) and files_in(here/"OUT") == merged
     assert hub.repos["me/merged"].private
     check_named(hub, here/"OUT")
@@ -146,9 +150,7 @@ def test_what_arrived_is_not_sent_twice(tmp_path, hub, two, hasty):
     hub.faults = {"/commit/": [QUOTA]}
     assert pushes(hub, tmp_path, "--push", "merged", "--yes", **hasty)[0] == 1
     sent = [path for how, path in hub.asked if how == "PUT"]
-    words = ["upload", "me/merged", tmp_path/"OUT"]
-    hf = Path(sys.executable).with_name("hf")
-    subprocess.run([hf, *words], env=hub.env(tmp_path/"home", TOKEN), check=True)
+    hf("upload", "me/merged", tmp_path/"OUT", env=hub.env(tmp_path/"home", TOKEN))
     assert [path for how, path in hub.asked if how == "PUT"] == sent
     assert pushed(hub, "me/merged") == (files_in(tmp_path/"OUT"), 1)
 
@@ -162,8 +164,7 @@ def test_what_a_gitignore_there_leaves_out_is_said(tmp_path, hub, two):
     hub.ignored = ()
     hub.put("me/merged", {})
     again = shlex.split(err.strip().splitlines()[-1].partition(": ")[2])
-    hf = str(Path(sys.executable).with_name("hf"))
-    subprocess.run([hf, *again[1:]], env=hub.env(tmp_path/"home", TOKEN), check=True)
+    hf(*again[1:], env=hub.env(tmp_path/"home", TOKEN))
     assert pushed(hub, "me/merged")[0] == files_in(tmp_path/"OUT")
 
 
@@ -218,9 +219,7 @@ def test_a_token_for_xet_that_is_refused(tmp_path, hub, two):
     assert pushed(hub, "me/merged") == ({}, 0)
     again = shlex.split(err.strip().splitlines()[-1].partition(": ")[2])
     hub.faults = {}
-    hf = str(Path(sys.executable).with_name("hf"))
-    env = hub.env(tmp_path/"home", TOKEN, **how)
-    subprocess.run([hf, *again[1:]], env=env, check=True)
+    hf(*again[1:], env=hub.env(tmp_path/"home", TOKEN, **how))
     assert pushed(hub, "me/merged")[0].keys() == files_in(tmp_path/"OUT").keys()
     check_named(hub, tmp_path/"OUT")
 
@@ -245,11 +244,6 @@ def of_several(tmp_path, hub, *texts):
     return path
 
 
-def hf(*words, env, cwd=None):
-    path = str(Path(sys.executable).with_name("hf"))
-    subprocess.run([path, *map(str, words)], env=env, check=True, cwd=cwd, capture_output=True)
-
-
 def test_several_recipes_are_pushed_with_all_that_makes_them_again(tmp_path, hub):
     path = of_several(tmp_path, hub, FIRST, LAST)
     env = hub.env(tmp_path/"home", TOKEN)
@@ -261,8 +255,9 @@ def test_several_recipes_are_pushed_with_all_that_makes_them_again(tmp_path, hub
     assert {"recipes.yml", "README.md", "frechet_merge.json"} <= files.keys()
     assert b"frechet-merge run recipes.yml -o OUT" in files["README.md"]
     said = files["recipes.yml"].decode()
-    commits = [hub.repos[f"org/{x}"].at(r)[0] for x, r in (("a", "main"), ("b", "main"), ("c", "v1"))]
-    assert all(f"org/{x}@{sha}" in said for x, sha in zip("abc", commits)) and "revision" not in said
+    for x, branch in (("a", "main"), ("b", "main"), ("c", "v1")):
+        assert f"org/{x}@{hub.repos[f'org/{x}'].at(branch)[0]}" in said
+    assert "revision" not in said
 
     # the branches go on, and somebody else makes it again
     for i, name in enumerate(("org/a", "org/b")):

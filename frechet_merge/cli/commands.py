@@ -555,9 +555,10 @@ def _one_of(place: str | None, out: str | None) -> str | None:
 
 # %% ../../nbs/cli/commands.ipynb #cf575ff3
 RecipeFile = Annotated[
-    Path,
+    str,
     typer.Argument(
-        help="A recipe (YAML), ours or mergekit's, a model card, or a folder that a merge wrote.",
+        help="A recipe (YAML), ours or mergekit's, a model card, a folder that a merge wrote, or "
+        "a hub id of a model that says how it was merged.",
         show_default=False,
     ),
 ]
@@ -588,6 +589,7 @@ def run_command(
     shard_size: Annotated[
         Optional[str], typer.Option(help="Largest file to write.", show_default="the recipe's")
     ] = None,
+    allow_pickle: Pickle = False,
     full_hash: FullHash = False,
     report: Reported = False,
     resume: ResumeMerge = False,
@@ -607,7 +609,7 @@ def run_command(
     from frechet_merge.merging.recipes import read_recipe, run_recipe
 
     start, out = time.time(), _one_of(place, out)
-    asked = read_recipe(recipe)
+    asked = read_recipe(recipe, allow_pickle, is_placed=out is not None)
     output = replace(asked.output, full_hash=full_hash)
     if shard_size is not None:
         output = replace(output, shard_size=size(shard_size))

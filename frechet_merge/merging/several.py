@@ -32,7 +32,7 @@ from .journal import key_of, stamps
 from .lines import Page
 from .merge import Merged, files_of
 from .recipe import Output, Recipe, Run
-from .recipes import Asked, asked_by, run_recipe, text
+from .recipes import Asked, asked_by, run_recipe, text, with_pickles
 from .preview import Preview, in_bytes, preview
 from .record import NAME, Record
 from .said import id_of_cache
@@ -84,6 +84,7 @@ class Step:
     reads: tuple[str, ...] = ()  # names of other steps
     seen: tuple[Any, ...] = ()  # what tells the models that it reads from others of their names
     commits: Mapping[str, str] = field(default_factory=dict)  # ids of the hub → with commits
+    allow_pickle: bool = False  # whoever runs it says so
 
     def at(self, names: Mapping[str, str]) -> Page:
         "What it says, when the steps that it reads have these names."
@@ -93,6 +94,10 @@ class Step:
     def pinned(self) -> Any:
         "What it says, with the commits that models of the hub have now."
         return moved(_in_one(self.page.data, self.commits), self.commits)
+
+    def asked(self, page: Page) -> Asked:
+        "What it asks for, as a page says it with names of its own for the steps that it reads."
+        return with_pickles(asked_by(page), self.allow_pickle)
 
     def told(self, e: MergeError) -> MergeError:
         "An error on the way, which says which recipe it is about."
@@ -204,8 +209,8 @@ def _named_in(
 def _look_ahead(steps: Sequence[Step]) -> Iterator[Step]:  # with what was seen
     "`MergeError` for a recipe that cannot be read, or a model that is not there."
     for step in steps:
-        for field in {"output", "shard_size"} & step.page.data.keys():
-            step.page.refuse((field,), "is of the whole file: give it on the command line.")
+        for key in {"output", "shard_size"} & step.page.data.keys():
+            step.page.refuse((key,), "is of the whole file: give it on the command line.")
         if not step.reads:
             asked_by(step.page)
     made = {step.name: "" for step in steps if step.name}
@@ -213,7 +218,7 @@ def _look_ahead(steps: Sequence[Step]) -> Iterator[Step]:  # with what was seen
     found = look_up([name for every in names.values() for name in every])
     with only_headers():
         for step in steps:
-            pickles = bool(step.page.data.get("allow_pickle"))
+            pickles = step.allow_pickle or bool(step.page.data.get("allow_pickle"))
             seen = [_tells(n, load(n, pickles), found) for n in dict.fromkeys(names[step.name])]
             commits = {name: there.exact for name, there in found.items()}
             yield replace(step, seen=(*seen, *_files_beside(step)), commits=commits)
@@ -241,9 +246,13 @@ def _files_beside(step: Step) -> Iterator[tuple[Any, ...]]:
             yield name, there.st_size, there.st_mtime_ns
 
 # %% ../../nbs/merging/several.ipynb #bece3a55
-def several_asked(pages: Sequence[Page]) -> Asked:
+def several_asked(
+    pages: Sequence[Page],
+    allow_pickle: bool = False,  # also where a recipe does not say it
+) -> Asked:
     "What a file of several recipes asks for; `MergeError`."
-    steps = tuple(_look_ahead(steps_of(pages)))
+    own = [replace(step, allow_pickle=allow_pickle) for step in steps_of(pages)]
+    steps = tuple(_look_ahead(own))
     # what is a base only is not merged
     merged = ("model", "models", "source_model")
     names = dict.fromkeys(n for step in steps for n in models_in(step.page.data, merged))
@@ -352,7 +361,7 @@ class Several:
             return found
         _clear(to, self.names[step.name])
         try:
-            asked = asked_by(step.at(self.names))
+            asked = step.asked(step.at(self.names))
             how = replace(
                 asked.output,
                 shard_size=self.output.shard_size,
@@ -469,7 +478,7 @@ def _foresee(
         return preview(recipe, how, run, timed=not step.reads, stand_in=stand_in)
 
     try:
-        asked = asked_by(step.page)
+        asked = step.asked(step.page)
         if asked.mixture is not None:
             return Foreseen(step.name, step.reads, None, "it is a mixture, and no merge")
         how = replace(asked.output, shard_size=output.shard_size, full_hash=output.full_hash)
