@@ -121,20 +121,24 @@ FAULTS = {
 }
 
 
+def without_retries(err):
+    "The lines of an error, but what the hub's library says before it asks again."
+    return [x for x in err.splitlines() if "Retrying" not in x and "thrown" not in x]
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_push_that_fails_is_made_again_as_it_says(tmp_path, hub, two, hasty, fault):
     step, answers, says = FAULTS[fault]
     hub.piece, hub.faults = 700, {step: answers}
-    (tmp_path/"with space").mkdir()
     here = tmp_path/"with space"
-    [folder.rename(here/folder.name) for folder in two]
+    here.mkdir()
+    for folder in two:
+        folder.rename(here/folder.name)
     code, out, err = pushes(hub, here, "--push", "merged", "--yes", **hasty)
     assert code == 1 and says in err and "is merged and whole" in err, err
-    said = [line for line in err.splitlines() if "Retrying" not in line and "thrown" not in line]
-    assert len(said) <= 3 and "Traceback" not in err, err
+    assert len(without_retries(err)) <= 3 and "Traceback" not in err, err
     merged = files_in(here/"OUT")
-    if "me/merged" in hub.repos:
-        assert pushed(hub, "me/merged") == ({}, 0)
+    assert "me/merged" not in hub.repos or pushed(hub, "me/merged") == ({}, 0)
 
     # as it says
     again = shlex.split(err.strip().splitlines()[-1].partition(": ")[2])

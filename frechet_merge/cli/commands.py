@@ -553,6 +553,18 @@ def _one_of(place: str | None, out: str | None) -> str | None:
         raise ValueError(f"where is it written, to {place} or to {out}? Give one of them.")
     return out if place is None else place
 
+# %% ../../nbs/cli/commands.ipynb #1f9e476c
+def _read(typed: dict[str, Any], out: str | None) -> tuple[Any, Any]:
+    "What a recipe asks for, and where and how it is written."
+    from dataclasses import replace
+    from frechet_merge.merging.recipes import read_recipe
+
+    asked = read_recipe(typed["recipe"], typed["allow_pickle"], is_placed=out is not None)
+    output = replace(asked.output, full_hash=typed["full_hash"])
+    if typed["shard_size"] is not None:
+        output = replace(output, shard_size=size(typed["shard_size"]))
+    return asked, output if out is None else output.into(out)
+
 # %% ../../nbs/cli/commands.ipynb #cf575ff3
 RecipeFile = Annotated[
     str,
@@ -604,17 +616,11 @@ def run_command(
 ):
     "Run RECIPE: ours, one of mergekit, or what a merge wrote, which is made again."
     typed = dict(locals())
-    from dataclasses import replace
     from functools import partial
-    from frechet_merge.merging.recipes import read_recipe, run_recipe
+    from frechet_merge.merging.recipes import run_recipe
 
-    start, out = time.time(), _one_of(place, out)
-    asked = read_recipe(recipe, allow_pickle, is_placed=out is not None)
-    output = replace(asked.output, full_hash=full_hash)
-    if shard_size is not None:
-        output = replace(output, shard_size=size(shard_size))
-    if out is not None:
-        output = output.into(out)
+    start = time.time()
+    asked, output = _read(typed, _one_of(place, out))
     run = _run_typed(typed)
     _refuse_of_part(part, report, push)
     _refuse_of_store(output, report, push)

@@ -57,7 +57,7 @@ def file_in(folder: Path) -> Path | None:
 class Place:
     "Where a recipe lies, and whose it is."
 
-    file: Path
+    file: Path  # here, or in the hub's cache
     called: str  # what messages call it
     stranger: str = ""  # from where it came, if a stranger wrote it
     copy: str = ""  # what makes it one of one's own
