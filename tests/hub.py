@@ -10,7 +10,9 @@ from collections import Counter
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socket import SHUT_RDWR
 from threading import Event, Thread
+from time import time
 from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "hf_of_a_test"
@@ -27,10 +29,28 @@ def files_in(folder):
     return {f.relative_to(folder).as_posix(): f.read_bytes() for f in every}
 
 
+def is_large(file):
+    "Whether the bytes of a file lie in a store beside the commits, as .gitattributes says there."
+    return file.endswith((".safetensors", ".bin", ".pt"))
+
+
+def sha256(held):
+    return hashlib.sha256(held).hexdigest()
+
+
+def oid_of(file, held):
+    "By what the hub knows the bytes of a file."
+    if is_large(file):
+        return sha256(held)
+    return hashlib.sha1(b"blob %d\0" % len(held) + held).hexdigest()
+
+
 def row(file, held):
     "What the hub lists of a file."
-    oid = hashlib.sha1(held).hexdigest()
-    return {"type": "file", "path": file, "size": len(held), "oid": oid}
+    said = {"type": "file", "path": file, "size": len(held), "oid": hashlib.sha1(held).hexdigest()}
+    if is_large(file):
+        said["lfs"] = {"oid": sha256(held), "size": len(held), "pointerSize": 130}
+    return said
 
 
 class Repo:
@@ -59,6 +79,14 @@ class Hub:
         self.sent = Counter()
         self.role, self.address = "write", ""
         self.is_silent, self.is_full, self.ended = False, False, Event()
+        # large files by sha256, pieces of such, and how long a piece is; None: they go in one
+        self.store, self.pieces, self.piece = {}, {}, None
+        # where large files go by Xet: the store of its library; None: it is not for this hub
+        self.xet = None
+        # file → its large entry, of the last commit; names that a .gitignore has there
+        self.named, self.ignored = {}, ()
+        # a step of an upload → answers in the place of its own: (status, body), or "close"
+        self.faults = {}
 
     def put(self, name, files, branch="main", **how):
         "Files, or those of a folder, in a repository."
@@ -102,7 +130,14 @@ class Answers(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def body(self):
-        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        found = b""
+        while n := int(self.rfile.readline(), 16):
+            found += self.rfile.read(n)
+            self.rfile.readline()
+        self.rfile.readline()
+        return found
 
     def is_known(self):
         return self.headers.get("Authorization") == f"Bearer {TOKEN}"
@@ -121,12 +156,30 @@ class Answers(BaseHTTPRequestHandler):
         if self.hub.is_silent:
             self.close_connection = True
             return self.hub.ended.wait()
+        if (fault := self.fault(path)) is not None:
+            return self.fail(fault)
         for pattern, do in ROUTES:
             if m := re.fullmatch(pattern, path):
                 return do(self, *m.groups())
         return self.reply(404)
 
-    do_GET = do_HEAD = do_POST = answer
+    do_GET = do_HEAD = do_POST = do_PUT = answer
+
+    def fault(self, path):
+        "What is answered in the place of a step of an upload; None: what it should be."
+        for step, answers in self.hub.faults.items():
+            if answers and step in f"{self.command} {path}":
+                return answers.pop(0)
+        return None
+
+    def fail(self, fault):
+        if fault == "close":
+            # in the middle of a file
+            self.rfile.read(min(100, int(self.headers.get("Content-Length") or 0)))
+            self.close_connection = True
+            return self.connection.shutdown(SHUT_RDWR)
+        self.body()
+        return self.reply(*fault)
 
     def info(self, name, revision=None):
         if (repo := self.repo(name)) is None:
@@ -201,9 +254,63 @@ class Answers(BaseHTTPRequestHandler):
         return self.reply(200, {"errors": [], "warnings": []})
 
     def preupload(self, name, revision):
-        files = json.loads(self.body())["files"]
-        said = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]
+        asked = json.loads(self.body())["files"]
+        there = self.hub.repos[name].at(revision)[1]
+        said = []
+        for file in (f["path"] for f in asked):
+            mode = "lfs" if is_large(file) else "regular"
+            one = {"path": file, "uploadMode": mode, "shouldIgnore": file in self.hub.ignored}
+            said.append(one | ({"oid": oid_of(file, there[file])} if file in there else {}))
         return self.reply(200, {"files": said})
+
+    def batch(self, name):
+        "Where large files are sent to, but those that are in the store."
+        asked = json.loads(self.body())
+        assert asked["operation"] == "upload" and asked["hash_algo"] == "sha256"
+        said = [x if x["oid"] in self.hub.store else self.sent_to(**x) for x in asked["objects"]]
+        return self.reply(200, {"transfer": "basic", "objects": said})
+
+    def sent_to(self, oid, size):
+        place, n = f"{self.hub.address}/store/{oid}", self.hub.piece
+        upload = {"href": place}
+        if n is not None and size > n:
+            parts = {f"{i + 1:05}": f"{place}/{i + 1}" for i in range(-(-size//n))}
+            upload = {"href": f"{place}/whole", "header": {"chunk_size": str(n), **parts}}
+        verify = {"href": f"{self.hub.address}/store/verify"}
+        return {"oid": oid, "size": size, "actions": {"upload": upload, "verify": verify}}
+
+    def xet_token(self, name, revision):
+        "Where large files go by Xet, for an hour."
+        said = {"casUrl": self.hub.xet, "accessToken": "of a test", "exp": int(time()) + 3600}
+        return self.reply(200, said)
+
+    def take(self, oid, piece=None):
+        "A large file, or a piece of one."
+        held = self.body()
+        if piece is not None:
+            self.hub.pieces[oid, int(piece)] = held
+            return self.reply(200, b"", ETag=f'"{hashlib.md5(held).hexdigest()}"')
+        if sha256(held) != oid:
+            return self.reply(400, {"error": "other bytes than were announced"})
+        self.hub.store[oid] = held
+        return self.reply(200, b"")
+
+    def whole(self, oid):
+        "A large file of pieces, each as its tag says it."
+        held = []
+        for part in json.loads(self.body())["parts"]:
+            held.append(self.hub.pieces.pop((oid, part["partNumber"])))
+            assert part["etag"] == f'"{hashlib.md5(held[-1]).hexdigest()}"'
+        held = b"".join(held)
+        if sha256(held) != oid:
+            return self.reply(400, {"error": "other bytes than were announced"})
+        self.hub.store[oid] = held
+        return self.reply(200, {})
+
+    def verify(self):
+        asked = json.loads(self.body())
+        is_there = len(self.hub.store.get(asked["oid"], b"")) == asked["size"]
+        return self.reply(200 if is_there else 404, {})
 
     def commit(self, name, revision):
         if self.hub.is_full:
@@ -211,10 +318,20 @@ class Answers(BaseHTTPRequestHandler):
             return self.reply(403, {"error": "storage quota exceeded"})
         lines = [json.loads(x) for x in self.body().splitlines() if x.strip()]
         repo = self.hub.repos[name]
-        files = dict(repo.at(revision)[1])
+        files, named = dict(repo.at(revision)[1]), {}
         for line in lines:
+            said = line["value"]
             if line["key"] == "file":
-                files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                assert not is_large(said["path"])
+                files[said["path"]] = base64.b64decode(said["content"])
+            if line["key"] == "lfsFile":
+                named[said["path"]] = said
+                if self.hub.xet is not None:
+                    self.hub.store.setdefault(said["oid"], b"by Xet")
+                if said["oid"] not in self.hub.store:
+                    return self.reply(400, {"error": "your push was rejected: a file is missing"})
+                files[said["path"]] = self.hub.store[said["oid"]]
+        self.hub.named = named
         sha = repo.put(files, revision)
         url = f"{self.hub.address}/{name}/commit/{sha}"
         return self.reply(200, {"commitUrl": url, "commitOid": sha, "success": True})
@@ -235,6 +352,11 @@ ROUTES = [
     (rf"/api/models/{NAME}/auth-check", Answers.may_read),
     (rf"/api/models/{NAME}/preupload/(.+)", Answers.preupload),
     (rf"/api/models/{NAME}/commit/(.+)", Answers.commit),
+    (rf"/{NAME}\.git/info/lfs/objects/batch", Answers.batch),
+    (rf"/api/models/{NAME}/xet-write-token/(.+)", Answers.xet_token),
+    (r"/store/verify", Answers.verify),
+    (r"/store/(\w+)/whole", Answers.whole),
+    (r"/store/(\w+)(?:/(\d+))?", Answers.take),
     (rf"/api/models/{NAME}/paths-info/(.+)", Answers.paths),
     (rf"/api/models/{NAME}/tree/([^/]+).*", Answers.tree),
     (rf"/api/models/{NAME}/revision/(.+)", Answers.info),

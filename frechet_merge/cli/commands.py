@@ -35,7 +35,7 @@ from .options import Weights
 from .outcomes import Aligned, Based, Collected, Compared, Converted, Cut
 from .outcomes import Drawn, Inspected, Merging, Pictured, Planned, PlannedSteps
 from .outcomes import Pushed, Ran, Reporting, Suggested, Tuned, Written, since
-from .pushing import Public, Push, Yes, asked_to_push, push as push_
+from .pushing import Public, Push, Yes, asked_to_push, paths_in, push as push_
 from .options import by_pattern, names, numbers, pair_of, picture_path, size
 
 # %% ../../nbs/cli/commands.ipynb #01e69ee9
@@ -322,13 +322,20 @@ def _refuse_of_part(part: str | None, reported: bool, push: str | None) -> None:
             "--report and --push are of a whole merge: give them with --join, and not with --part."
         )
 
+# %% ../../nbs/cli/commands.ipynb #3d45a84a
+def _said_by(asked: Any) -> list[Any]:
+    "The recipes of a file, as plain data."
+    named = [{"name": step.name} | step.page.data for step in asked.steps]
+    return named or [asked.recipe.as_data() if asked.page is None else asked.page.data]
+
 # %% ../../nbs/cli/commands.ipynb #2768e3dc
 def _refuse_of_several(steps: Sequence[Any], push: str | None) -> None:
     "`ValueError` if several models are kept, and would be pushed as one."
     if push is not None and steps and steps[-1].name:
         raise ValueError(
             f"--push is of one model, and this file keeps {len(steps)}: leave out the name of the "
-            "last recipe, and its result alone is kept and pushed."
+            "last recipe, and its result alone is kept and pushed, with all recipes beside it. Or "
+            "run it without --push, and push each: hf upload OWNER/NAME OUT/NAME --private"
         )
 
 # %% ../../nbs/cli/commands.ipynb #b8fa7600
@@ -435,7 +442,7 @@ def _merge(typed: dict[str, Any]) -> Iterator[Merging | Pushed | Planned]:
         asked_to_push(asked.push, asked.public, asked.yes, asked.dry_run)
         yield _planned(recipe, output, run, asked.geometry)
         return
-    target = asked_to_push(asked.push, asked.public, asked.yes, names=asked.models)
+    target = asked_to_push(asked.push, asked.public, asked.yes, names=paths_in([recipe.as_data()]))
     merged = make(recipe, output, run, asked.geometry)
     _warn_of_few(asked.models, alone=asked.bake is None and asked.base is None)
     seconds, page = since(start), _page_of(merged, asked.report)
@@ -497,11 +504,24 @@ def _one_of(place: str | None, out: str | None) -> str | None:
         raise ValueError(f"where is it written, to {place} or to {out}? Give one of them.")
     return out if place is None else place
 
+# %% ../../nbs/cli/commands.ipynb #1f9e476c
+def _read(typed: dict[str, Any], out: str | None) -> tuple[Any, Any]:
+    "What a recipe asks for, and where and how it is written."
+    from dataclasses import replace
+    from frechet_merge.merging.recipes import read_recipe
+
+    asked = read_recipe(typed["recipe"], typed["allow_pickle"], is_placed=out is not None)
+    output = replace(asked.output, full_hash=typed["full_hash"])
+    if typed["shard_size"] is not None:
+        output = replace(output, shard_size=size(typed["shard_size"]))
+    return asked, output if out is None else output.into(out)
+
 # %% ../../nbs/cli/commands.ipynb #cf575ff3
 RecipeFile = Annotated[
-    Path,
+    str,
     typer.Argument(
-        help="A recipe (YAML), ours or mergekit's, a model card, or a folder that a merge wrote.",
+        help="A recipe (YAML), ours or mergekit's, a model card, a folder that a merge wrote, or "
+        "a hub id of a model that says how it was merged.",
         show_default=False,
     ),
 ]
@@ -532,6 +552,7 @@ def run_command(
     shard_size: Annotated[
         Optional[str], typer.Option(help="Largest file to write.", show_default="the recipe's")
     ] = None,
+    allow_pickle: Pickle = False,
     full_hash: FullHash = False,
     report: Reported = False,
     resume: ResumeMerge = False,
@@ -545,16 +566,10 @@ def run_command(
 ) -> Iterator[Merging | Pushed | Planned | PlannedSteps]:
     "Run RECIPE: ours, one of mergekit, or what a merge wrote, which is made again."
     typed = dict(locals())
-    from dataclasses import replace
-    from frechet_merge.merging.recipes import read_recipe, run_recipe
+    from frechet_merge.merging.recipes import run_recipe
 
-    start, out = time.time(), _one_of(place, out)
-    asked = read_recipe(recipe)
-    output = replace(asked.output, full_hash=full_hash)
-    if shard_size is not None:
-        output = replace(output, shard_size=size(shard_size))
-    if out is not None:
-        output = output.into(out)
+    start = time.time()
+    asked, output = _read(typed, _one_of(place, out))
     run = _run_typed(typed)
     _refuse_of_part(part, report, push)
     _refuse_of_store(output, report, push)
@@ -566,7 +581,7 @@ def run_command(
         return
     if output.is_in_memory:
         raise ValueError(f"{recipe} names no output: give a folder, -o OUT.")
-    target = asked_to_push(push, public, yes, names=asked.recipe.models)
+    target = asked_to_push(push, public, yes, names=paths_in(_said_by(asked)))
     merged = run_recipe(asked, output, run)
     seconds, page = since(start), _page_of(merged, report)
     beside = _beside(asked.steps, output.folder, report)

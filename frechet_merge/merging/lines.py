@@ -226,7 +226,10 @@ def recipe_in(
     return found[0]
 
 # %% ../../nbs/merging/lines.ipynb #27cbbb54
-def read_file(path: Path) -> list[Page]:  # one a recipe
+def read_file(
+    path: Path,
+    called: str = "",  # what messages call it; empty: by its path
+) -> list[Page]:  # one a recipe
     "What a file says, and where; `MergeError` if it is missing, or no YAML."
     try:
         text = read_bytes(path).decode("utf-8-sig")
@@ -234,4 +237,5 @@ def read_file(path: Path) -> list[Page]:  # one a recipe
         raise MergeError(f"{path}: cannot be read ({e.strerror}).\nName a recipe.") from e
     except UnicodeDecodeError as e:
         raise MergeError(f"{path}: is no text, and so no recipe.") from e
-    return read_pages(recipe_in(text, str(path)), str(path))
+    source = called or str(path)
+    return read_pages(recipe_in(text, source), source)
