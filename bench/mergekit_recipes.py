@@ -6,7 +6,8 @@ PYTHON is the interpreter of an environment with mergekit. Models are random Lla
 in float32. Methods that draw random numbers are compared in the mean and the number of entries kept
 over a few seeds. Recipes of modules are for random Gemmas that see, in the layout of the hub;
 adapters are PEFT's, of several kinds. A file of several recipes is run by mergekit-multi. Recipes
-of tokens are for Llamas with tokenizers of their own, and rows are compared by token. Chat
+of tokens, and of differences where some models lack rows of the others, are for Llamas with
+tokenizers of their own, and rows are compared by token. Chat
 templates render random conversations.
 Writes bench/results/mergekit_recipes.json.
 """
@@ -97,6 +98,43 @@ OF_BASE = """modules:
 base_model: $gbase
 parameters: {density: 0.6}
 """
+# layers of modules that are stacked anew
+TOWER = """modules:
+  text_decoder:
+    slices:
+      - sources: [{model: $ga, layer_range: [0, 3]}]
+      - sources: [{model: $gb, layer_range: [1, 4]}]
+  vision_tower: {models: [{model: $ga}]}
+  multi_modal_projector: {models: [{model: $gb}]}
+"""
+TOWERS = """modules:
+  text_decoder:
+    slices:
+      - sources:
+          - {model: $ga, layer_range: [0, 3], parameters: {weight: 0.3}}
+          - {model: $gb, layer_range: [1, 4], parameters: {weight: [0.7, 0.1]}}
+      - sources: [{model: $gb, layer_range: [1, 4]}, {model: $gbase, layer_range: [0, 3]}]
+  vision_tower:
+    slices:
+      - sources: [{model: $ga, layer_range: [0, 2]}]
+      - sources: [{model: $gb, layer_range: [1, 3]}]
+  multi_modal_projector: {models: [{model: $gb}, {model: $ga, parameters: {weight: 3}}]}
+parameters: {weight: 1}
+"""
+TOWERS_OF_BASE = """modules:
+  text_decoder:
+    slices:
+      - sources:
+          - {model: $gbase, layer_range: [0, 3]}
+          - {model: $gb, layer_range: [0, 3], parameters: {weight: 0.7}}
+          - {model: $ga, layer_range: [0, 3], parameters: {weight: 0.4}}
+      - sources:
+          - {model: $gbase, layer_range: [1, 4]}
+          - {model: $gb, layer_range: [1, 4], parameters: {weight: 0.7}}
+  vision_tower: {models: [{model: $gbase}, {model: $ga, parameters: {weight: 0.5}}]}
+  multi_modal_projector: {models: [{model: $gbase}, {model: $ga, parameters: {weight: 0.2}}]}
+base_model: $gbase
+"""
 ADAPTED = """models:
   - {model: $base+$plain, parameters: {weight: 0.6, density: 0.5}}
   - {model: $base+$scaled, parameters: {weight: 0.4, density: 0.7}}
@@ -162,6 +200,33 @@ TOKENS = {
     "tokens of zeros": {"<x>": "{source: {kind: zero}}", "<new>": "{source: {kind: zero}}"},
     "tokens of zeros, forced": {"<x>": "{source: {kind: zero}, force: true}"},
 }
+LACKING = """models:
+  - {model: $ta, parameters: {weight: 0.7, density: 0.5}}
+  - {model: $tb, parameters: {weight: 0.4, density: 0.6}}
+  - {model: $tc, parameters: {weight: -0.3, density: 0.4}}
+base_model: $tbase
+"""
+# differences over vocabularies that differ: title → recipe, and whose tokens the result has
+OF_TWO = LACKING.replace("  - {model: $tc, parameters: {weight: -0.3, density: 0.4}}\n", "")
+PLUS = LACKING.replace("-0.3", "0.3")
+LACKED = {
+    "task_arithmetic, tokens that some lack": (LACKING, "union"),
+    "task_arithmetic, tokens of the base": (LACKING, "base"),
+    "task_arithmetic, tokens of a model": (LACKING, "$tc"),
+    "ties, tokens that some lack": (PLUS, "union"),
+    "breadcrumbs, tokens that some lack": (LACKING, "union"),
+    "breadcrumbs_ties, tokens that some lack": (PLUS, "$tc"),
+    "model_stock, tokens that some lack": (LACKING, "union"),
+    "ram, tokens that some lack": (LACKING + "parameters: {epsilon: 0.02}\n", "union"),
+    "sce, tokens that some lack": (OF_TWO + "parameters: {select_topk: 0.3}\n", "union"),
+    "nuslerp, tokens that some lack": (OF_TWO, "union"),
+    "nearswap, tokens that some lack": (
+        "models: [{model: $tbase}, {model: $tb}]\nbase_model: $tbase\nparameters: {t: 0.01}\n",
+        "union",
+    ),
+}
+# of models with tokenizers, what each adds to the words
+SPEAKERS = {"ta": ["<x>"], "tb": ["<y>", "<z>"], "tc": ["<o>", "<x>"], "tbase": ["<o>"]}
 CHATS = 200  # random conversations that each template renders
 # by mergekit-multi
 FILES = {"several recipes": SEVERAL, "several recipes, slices of one with an adapter": STACKED}
@@ -221,6 +286,9 @@ RECIPES = {
     "passthrough, slices of adapters": IN_SLICES,
     "passthrough, a slice turned down": DOWN,
     "passthrough, slices": STACK,
+    "passthrough, modules stacked anew": TOWER,
+    "linear, modules stacked anew": TOWERS,
+    "task_arithmetic, modules stacked anew": TOWERS_OF_BASE,
     "passthrough, scaled": TURNED,
     "dare_linear": THREE,
     "dare_ties": THREE,
@@ -418,21 +486,27 @@ def row_error(x, y):
 
 
 def of_tokens(python, folder):
-    "The rows of recipes that give rows to tokens, by both."
+    "The rows of recipes that give rows to tokens, or fill them in, by both."
     from frechet_merge.merging.recipes import read_recipe, run_recipe
 
-    for i, (name, added) in enumerate({"ta": ["<x>"], "tb": ["<y>", "<z>"]}.items()):
+    for i, (name, added) in enumerate(SPEAKERS.items()):
         speaking(folder/name, i, added)
+    texts = {
+        title: SPEAKING + "".join(f"    {t}: {how}\n" for t, how in tokens.items())
+        for title, tokens in TOKENS.items()
+    }
+    for title, (text, source) in LACKED.items():
+        method = title.partition(",")[0]
+        texts[title] = f"{text}merge_method: {method}\ntokenizer_source: {source}\ndtype: float32\n"
     work = []
-    for title, tokens in TOKENS.items():
-        text = SPEAKING + "".join(f"    {t}: {how}\n" for t, how in tokens.items())
-        for name in ("ta", "tb"):
+    for title, text in texts.items():
+        for name in sorted(SPEAKERS, key=len, reverse=True):
             text = text.replace(f"${name}", str(folder/name))
         file = folder/f"{title}.yml"
         file.write_text(text)
         work.append((str(file), str(folder/f"{title}-theirs"), 0, True))
     subprocess.run([python, "-c", THEIRS], input=json.dumps(work), text=True, check=True)
-    for (file, out, *_), title in zip(work, TOKENS):
+    for (file, out, *_), title in zip(work, texts):
         asked = read_recipe(Path(file))
         run_recipe(asked, asked.output.into(folder/f"{title}-ours"))
         worst, name = row_error(by_token(folder/f"{title}-ours"), by_token(Path(out)))

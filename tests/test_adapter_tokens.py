@@ -258,3 +258,89 @@ class TestSingleRows:
         full.resize_token_embeddings(32)
         full.save_pretrained(tmp_path/"larger")
         merge([f"{tmp_path/'larger'}+{a}"])
+
+
+class TestRowsByHand:
+    "`tokens` for adapters: rows that they saved, or those of their base."
+
+    @pytest.fixture
+    def three(self, tmp_path):
+        base = speaker(tmp_path/"base", 0, WORDS)
+        two = [adapter(tmp_path/"ab"[i], base, i, [t]) for i, t in enumerate(("<x>", "<y>"))]
+        return base, *two
+
+    def rows(self, out, name, base=None):
+        "Rows of a folder by token, as PEFT has them on the base, or of a full model."
+        vocabulary = AutoTokenizer.from_pretrained(out).get_vocab()
+        m = AutoModelForCausalLM.from_pretrained(out) if base is None else in_peft(base, out)
+        state = m.state_dict() if base is None else m.merge_and_unload().state_dict()
+        return {token: state[name][i] for token, i in vocabulary.items()}
+
+    @pytest.mark.parametrize("baked", [False, True])
+    def test_rows_that_were_saved(self, three, tmp_path, baked):
+        "Of another adapter, by force, of another token, and of zeros."
+        base, a, b = three
+        given = {
+            "<x>": {"model": str(b), "token": "w3"},
+            "w5": {"model": str(b), "force": True},
+            "<new>": {"model": str(a), "token": "<x>"},
+            "<none>": {},
+        }
+        how = {"bake": base} if baked else {}
+        merge([a, b], weights=[1, 3], tokenizer="union", tokens=given, out=tmp_path/"o", **how)
+        for name in (E, H):
+            x, y = (self.rows(f, name, base) for f in (a, b))
+            m = self.rows(tmp_path/"o", name, None if baked else base)
+            torch.testing.assert_close(m["<x>"], (x["<x>"] + 3*y["w3"])/4)
+            torch.testing.assert_close(m["w5"], y["w5"])
+            torch.testing.assert_close(m["<new>"], x["<x>"])
+            torch.testing.assert_close(m["<none>"], torch.zeros_like(m["<none>"]))
+            torch.testing.assert_close(m["<y>"], y["<y>"])
+            torch.testing.assert_close(m["w7"], (x["w7"] + 3*y["w7"])/4)
+
+    def test_the_remedy_where_none_were_saved(self, three, tmp_path):
+        "On their base, whose rows may be given by its name, too."
+        base = three[0]
+        two = [adapter(tmp_path/"cd"[i], base, i, [], saved=()) for i in range(2)]
+        given = {"<new>": {"model": "base", "token": "w3"}, "<zero>": {}}
+        with pytest.raises(ValueError, match="tokens= are for models.*BASE\\+ADAPTER"):
+            merge(two, tokens=given)
+        names = [f"{base}+{f}" for f in two]
+        merge(names, base=base, tokens=given, out=tmp_path/"o")
+        for name in (E, H):
+            x, m = self.rows(base, name), self.rows(tmp_path/"o", name)
+            torch.testing.assert_close(m["<new>"], x["w3"])
+            torch.testing.assert_close(m["<zero>"], torch.zeros_like(m["<zero>"]))
+            torch.testing.assert_close(m["w7"], x["w7"])
+
+    def test_a_row_of_the_base_of_adapters_alone(self, three):
+        base, a, b = three
+        given = {"<x>": {"model": "base", "token": "w3"}}
+        with pytest.raises(MergeError, match="to be of 'base', which is none of"):
+            merge([a, b], tokenizer="union", tokens=given)
+        names = [f"{base}+{f}" for f in (a, b)]
+        found = merge(names, base=base, tokenizer="union", tokens=given).tensors
+        assert len(found[E]) == 33
+
+    def test_a_recipe_of_mergekit(self, three, tmp_path):
+        "`model+lora` in the models, and as the source of a token."
+        base, a, b = three
+        text = f"""models:
+  - {{model: {base}+{a}, parameters: {{weight: 1}}}}
+  - {{model: {base}+{b}, parameters: {{weight: 3}}}}
+merge_method: linear
+tokenizer:
+  source: union
+  tokens:
+    <y>: {{source: {base}+{b}}}
+    <x>: {{source: {{kind: model_token, model: {base}+{b}, token: w3}}}}
+dtype: float32
+"""
+        (tmp_path/"r.yml").write_text(text)
+        code, _, err = cli("run", "r.yml", "-o", "o", cwd=tmp_path)
+        assert code == 0, err
+        for name in (E, H):
+            x, y = (self.rows(f, name, base) for f in (a, b))
+            m = self.rows(tmp_path/"o", name)
+            torch.testing.assert_close(m["<x>"], (x["<x>"] + 3*y["w3"])/4)
+            torch.testing.assert_close(m["<y>"], y["<y>"])

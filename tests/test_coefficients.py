@@ -389,7 +389,7 @@ class TestCommandLine:
         assert code == 1 and "nearest name" in err and not (here/"o").exists()
 
 
-def test_a_row_that_only_some_models_have_is_in_no_sum(tmp_path):
+def test_a_row_of_one_model_is_its_own_in_a_sum(tmp_path):
     pytest.importorskip("transformers")
     from tokenizers import Tokenizer, models
 
@@ -402,14 +402,12 @@ def test_a_row_that_only_some_models_have_is_in_no_sum(tmp_path):
         Tokenizer(models.WordLevel(words, unk_token="w0")).save(str(folder/"tokenizer.json"))
         folders.append(folder)
     base, *pair = folders
-    with pytest.raises(MergeError, match="lacks rows of tokens.*\n.*--weights, --scale"):
-        merge(pair, base=base, sum=[0.7, 0.4], tokenizer="union")
-    found = merge(pair, base=base, scale=1.1, weights=[0.7, 0.4], tokenizer="union").tensors
-    assert found["model.embed_tokens.weight"].shape == (6, 3)
-    given = {"w5": {"model": str(pair[1])}}
-    found = merge(pair, base=base, sum=[0.7, 0.4], tokenizer="union", tokens=given).tensors
     row = load_file(pair[1]/"model.safetensors")["model.embed_tokens.weight"][5]
-    assert torch.allclose(found["model.embed_tokens.weight"][5], row)
+    numbers = {"sum": [0.7, 0.4]}, {"scale": 1.1, "weights": [0.7, 0.4]}
+    for how in (*numbers, {**numbers[0], "tokens": {"w5": {"model": str(pair[1])}}}):
+        found = merge(pair, base=base, tokenizer="union", **how).tensors
+        assert found["model.embed_tokens.weight"].shape == (6, 3)
+        assert torch.allclose(found["model.embed_tokens.weight"][5], row)
 
 
 def test_a_sphere_without_base_takes_no_model_away(three):

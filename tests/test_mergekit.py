@@ -337,7 +337,6 @@ parameters: {weight: 1, lambda: 0.5, normalize: %s}
     [
         ("  multi_modal_projector:\n    models: [{model: $b}]\n", "", "nothing of multi_modal_p"),
         ("multi_modal_projector:", "projector:", "Did you mean 'multi_modal_projector'"),
-        ("[1, 2]}, {model: $a, layer_range: [1, 2]}", "[1, 3]}", "all 2 layers"),
         ("linear", "karcher", "karcher has no weights"),
         ("layers, value: 3", "lm_head, value: 3", "where it stands"),
     ],
@@ -347,6 +346,146 @@ def test_modules_that_are_not_those_of_the_models(tmp_path, towers, what, instea
     code, _, err = cli("run", written(tmp_path, filled(text, towers)), "-o", tmp_path/"o")
     assert code == 1 and said in err and "recipe.yml, line" in err, err
     assert len(err.splitlines()) <= 3 and not (tmp_path/"o").exists()
+
+
+# layers of two parts stacked anew: three of text, of two inputs each, and two that see
+ANEW = """
+modules:
+  text_decoder:
+    slices:
+      - sources:
+          - {model: $base, layer_range: [0, 2]}
+          - {model: $a, layer_range: [0, 2], parameters: {weight: [0.2, 0.4]}}
+      - sources:
+          - {model: $base, layer_range: [1, 2]}
+          - {model: $b, layer_range: [1, 2], parameters: {weight: 0.5}}
+  vision_tower:
+    slices:
+      - sources: [{model: $base, layer_range: [1, 2]}, {model: $b, layer_range: [1, 2]}]
+      - sources: [{model: $base, layer_range: [0, 1]}, {model: $a, layer_range: [0, 1]}]
+    parameters: {weight: 0.3}
+  multi_modal_projector:
+    models: [{model: $base}, {model: $b, parameters: {weight: 0.7}}]
+base_model: $base
+merge_method: task_arithmetic
+"""
+
+
+TEXT, SEES = "language_model.model.layers", "vision_tower.encoder.layers"
+EMBEDDING, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
+PATCH, BETWEEN = "vision_tower.patch_embed.weight", "multi_modal_projector.linear_1.weight"
+# name in the result → whose difference, how much of it, and the name there
+OF_ANEW = {
+    f"{TEXT}.0.mlp.weight": ("a", 0.2, f"{TEXT}.0.mlp.weight"),
+    f"{TEXT}.1.mlp.weight": ("a", 0.4, f"{TEXT}.1.mlp.weight"),
+    f"{TEXT}.2.mlp.weight": ("b", 0.5, f"{TEXT}.1.mlp.weight"),
+    f"{SEES}.0.mlp.weight": ("b", 0.3, f"{SEES}.1.mlp.weight"),
+    f"{SEES}.1.mlp.weight": ("a", 0.3, f"{SEES}.0.mlp.weight"),
+    EMBEDDING: ("a", 0.2, EMBEDDING),
+    HEAD: ("b", 0.5, HEAD),
+    PATCH: ("b", 0.3, PATCH),
+    BETWEEN: ("b", 0.7, BETWEEN),
+}
+
+
+def test_layers_of_a_module_are_stacked_anew(tmp_path, towers):
+    "Each part by itself, with its count in its section of the config."
+    config = {"text_config": {"num_hidden_layers": 2, "layer_types": ["x", "y"]}}
+    config = {"model_type": "toy", "vision_config": {"depth": 2}, **config}
+    for folder in towers.values():
+        (folder/"config.json").write_text(json.dumps(config))
+    path = written(tmp_path, filled(ANEW, towers))
+    code, _, err = cli("run", path, "-o", tmp_path/"o")
+    assert code == 0, err
+    out, z = load(tmp_path/"o"), load(towers["base"])
+    assert {*out} == {*OF_ANEW}
+    for name, (model, share, there) in OF_ANEW.items():
+        c = load(towers[model])
+        torch.testing.assert_close(out[name], z[there] + share*(c[there] - z[there]), msg=name)
+    said = json.loads((tmp_path/"o"/"config.json").read_text())
+    assert said["text_config"] == {"num_hidden_layers": 3, "layer_types": ["x", "y", "y"]}
+    assert said["vision_config"] == {"depth": 2}
+    code, _, err = cli("run", tmp_path/"o"/"frechet_merge.json", "-o", tmp_path/"again")
+    assert code == 0, err
+    assert digest(tmp_path/"o") == digest(tmp_path/"again")
+
+
+def test_the_only_module_of_a_model_may_be_a_stack(tmp_path):
+    "`default` is the model itself: the same as slices without modules."
+    names = [f"model.layers.{i}.mlp.weight" for i in range(3)]
+    config = {"model_type": "toy", "num_hidden_layers": 3}
+    g = torch.Generator().manual_seed(0)
+    for name in "ab":
+        save(tmp_path/name, {n: torch.randn(2, 2, generator=g) for n in names}, config)
+    slices = "slices: [{sources: [{model: a, layer_range: [0, 2]}]}, "
+    slices += "{sources: [{model: b, layer_range: [0, 3]}]}]"
+    found = []
+    for i, text in enumerate((slices, f"modules: {{default: {{{slices}}}}}")):
+        (tmp_path/f"{i}.yml").write_text(f"merge_method: passthrough\n{text}\n")
+        code, _, err = cli("run", f"{i}.yml", "-o", f"o{i}", cwd=tmp_path)
+        assert code == 0, err
+        found.append(dict(load(tmp_path/f"o{i}")))
+        assert json.loads((tmp_path/f"o{i}"/"config.json").read_text())["num_hidden_layers"] == 5
+    assert len(found[0]) == 5 and found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][k], found[1][k]) for k in found[0])
+
+
+WRONG_STACKS = {
+    "layers that are not there": ("[1, 2]}, {model: $b, lay", "[1, 3]}, {model: $b, lay", "length"),
+    "of both": ("layer_range: [1, 2]", "layer_range: [2, 3]", "has layers vision_tower.encoder"),
+    "a slice without the base": ("{model: $base, layer_range: [0, 1]}, ", "", "must have the base"),
+    "a part that is not named": (
+        "  multi_modal_projector:\n    models: [{model: $base}, {model: $b, parameters: "
+        "{weight: 0.7}}]\n",
+        "",
+        "nothing of multi_modal_p",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", WRONG_STACKS)
+def test_a_stack_of_a_module_that_cannot_be(tmp_path, towers, what):
+    old, new, said = WRONG_STACKS[what]
+    text = ANEW
+    if what == "of both":
+        start = text.index("vision_tower")
+        text = text[:start] + text[start:].replace(old, new)
+    else:
+        assert old in text
+        text = text.replace(old, new)
+    code, _, err = cli("run", written(tmp_path, filled(text, towers)), "-o", tmp_path/"o")
+    assert code == 1 and said in err, err
+    assert len(err.splitlines()) <= 3 and not (tmp_path/"o").exists()
+
+
+def test_parts_of_a_stack_by_name(towers):
+    "As the recipe above writes them: every part is named, once, and is there."
+    a = towers["a"]
+    text = f"{a}[text_decoder=0:2]|{a}[text_decoder=1:2]"
+    sees, between = f"{a}[vision_tower=:]", f"{a}[multi_modal_projector=:]"
+    with pytest.raises(MergeError, match="says nothing of multi_modal_projector") as e:
+        load(f"{text}|{sees}")
+    named = str(e.value).split("Name it, too: ")[1].rstrip(".")
+    assert named == between
+    found, whole = load(f"{text}|{sees}|{named}"), load(a)
+    lead = "language_model.model.layers."
+    assert {*found} == {*whole, f"{lead}2.mlp.weight"}
+    assert torch.equal(found[f"{lead}2.mlp.weight"], whole[f"{lead}1.mlp.weight"])
+    with pytest.raises(MergeError, match="has no part 'audio'; it has multi_modal_projector, "):
+        load(f"{text}|{sees}|{between}|{a}[audio=:]")
+    with pytest.raises(MergeError, match="all of this part, and no other piece"):
+        load(f"{text}|{sees}|{sees}|{between}")
+    with pytest.raises(MergeError, match="no layers that are numbered"):
+        load(f"{text}|{sees}|{a}[multi_modal_projector=0:1]")
+
+
+def test_layers_that_no_section_of_a_config_counts(tmp_path):
+    "An encoder and its decoder are counted side by side, in words of each architecture."
+    names = [f"{part}.layers.{i}.mlp.weight" for part in ("encoder", "decoder") for i in range(2)]
+    a = save(tmp_path/"a", {n: torch.ones(2, 2) for n in names}, {"is_encoder_decoder": True})
+    with pytest.raises(MergeError, match="its config has no section for encoder"):
+        load(f"{a}[encoder=0:1]|{a}[encoder=0:2]|{a}[decoder=:]")
+    assert {*load(f"{a}[encoder=:]|{a}[decoder=:]")} == {*names}
 
 
 def test_a_filter_in_the_wrong_module(tmp_path, towers):
@@ -445,12 +584,6 @@ REFUSED = [
         "modules: {default: {models: [{model: a}], merge_method: ties}}\nmerge_method: linear",
         "line 1",
         "the same for all modules",
-    ),
-    (
-        "modules: {default: {slices: [{sources: [{model: a, layer_range: [1, 2]}]}]}}\n"
-        "merge_method: passthrough",
-        "line 1",
-        "must begin at layer 0",
     ),
     (
         "slices:\n- sources: [{model: a, layer_range: [0, 2]}, {model: b, layer_range: [0, 2]}]\n"

@@ -354,11 +354,6 @@ def test_a_default_that_is_said_changes_nothing(tmp_path, method):
 
 # fields and options of its documentation that are answered by name, and what is said
 ANSWERED = {
-    "slices of modules": (
-        "modules: {default: {slices: [{sources: [{model: a, layer_range: [1, 2]}]}]}}\n"
-        "merge_method: passthrough",
-        "stacked anew here",
-    ),
     "a source of a token with no model": (
         "models: [{model: a, parameters: {weight: 1}}]\nmerge_method: linear\n"
         "tokenizer: {tokens: {x: {force: true}}}",

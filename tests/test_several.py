@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import cli, save
+from hub import TOKEN, files_in, running
 from test_card import adapter
 from test_dialects import flux_file
 from test_mergekit import filled, folders
@@ -21,9 +22,10 @@ from frechet_merge import MergeError, load, merge
 from frechet_merge.geometries.directions import Slerp
 from frechet_merge.merging.block import MeanOf
 from frechet_merge.merging.lines import read_page, read_pages
-from frechet_merge.merging.recipe import Run
+from frechet_merge.merging.recipe import Output, Run
 from frechet_merge.merging.recipes import read_recipe, run_recipe
 from frechet_merge.merging.record import Record
+from frechet_merge.merging.shares import Share
 from frechet_merge.merging.several import moved, steps_of
 
 __all__ = ["folders"]
@@ -247,6 +249,45 @@ def test_several_models_are_not_pushed_as_one(tmp_path, folders):
     path = several(tmp_path, folders, FIRST, "name: third\n" + LAST, SECOND)
     code, _, err = cli("run", path, tmp_path/"out", "--push", "me/x", "--yes", cwd=tmp_path)
     assert code == 2 and "keeps 3" in err and not (tmp_path/"out").exists()
+
+
+def test_the_last_one_is_pushed_if_it_has_no_name(tmp_path, folders):
+    "The remedy of the refusal above."
+    path = several(tmp_path, folders, FIRST, LAST, SECOND)
+    with running() as hub:
+        words = "run", path, tmp_path/"out", "--push", "me/x", "--yes"
+        code, _, err = cli(*words, cwd=tmp_path, env=hub.env(tmp_path/"home", TOKEN))
+        assert code == 0, err
+        files = hub.repos["me/x"].at("main")[1]
+    files.pop(".gitattributes")
+    assert files == files_in(tmp_path/"out") and "recipes.yml" in files
+    assert not any("first" in name for name in files)
+
+
+def test_the_one_that_is_divided_is_a_file_of_its_own(tmp_path, folders):
+    "The remedy: the others read it by its folder, and all is as in one run."
+    whole = several(tmp_path, folders, FIRST, SECOND, LAST)
+    code, _, err = cli("run", whole, "whole", "--part", "1/2", cwd=tmp_path)
+    assert code == 2 and "as a file of its own" in err, err
+    with pytest.raises(ValueError, match="name that the others have for it"):
+        run_recipe(read_recipe(whole), Output(tmp_path/"x"), Run(part=Share(1, 2)))
+    assert cli("run", whole, "whole", cwd=tmp_path)[0] == 0
+    (tmp_path/"one.yml").write_text(filled(FIRST, folders))
+    (tmp_path/"rest.yml").write_text(filled(f"{SECOND}---\n{LAST}", folders))
+    words = "run", "one.yml", "-o", "first", "--shard-size", "200"
+    for how in (["--part", "1/2"], ["--part", "2/2"], ["--join"]):
+        code, _, err = cli(*words, *how, cwd=tmp_path)
+        assert code == 0, err
+    code, _, err = cli("run", "rest.yml", "-o", "rest", cwd=tmp_path)
+    assert code == 0, err
+    one, two = (load(tmp_path/n) for n in ("whole", "rest"))
+    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+    # the last of them is divided as well as the first
+    (tmp_path/"last.yml").write_text(filled(LAST.replace("second", "$c"), folders))
+    words = "run", "last.yml", "-o", "last", "--shard-size", "200"
+    for how in (["--part", "2/2"], ["--part", "1/2"], ["--join"]):
+        code, _, err = cli(*words, *how, cwd=tmp_path)
+        assert code == 0, err
 
 
 class TestDryRun:

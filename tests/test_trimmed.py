@@ -176,3 +176,43 @@ def test_a_base_is_asked_for(tmp_path):
     assert code == 2 and "--base" in err
     args = "merge", a, b, "-o", tmp_path/"o", "--geometry", "ties:density=0.3", "--base", a
     assert cli(*args)[0] == 0
+
+
+@pytest.mark.parametrize("select", [0.01, 0.3, 0.9])
+def test_sce_selects_among_the_entries_that_vary(four, select):
+    "Training often leaves most entries as they are: a share of those would be none."
+    base, models = four
+    g = torch.Generator().manual_seed(0)
+    still = {k: torch.rand(v.shape, generator=g) < 0.6 for k, v in base.items()}
+    models = [{k: torch.where(still[k], base[k], v) for k, v in m.items()} for m in models]
+    found = merge(models, f"sce:select={select}", base).tensors[NAME].double()
+    X = torch.stack([m[NAME] - base[NAME] for m in models]).double()
+    variance = X.var(0, unbiased=False)
+    count = max(int(select*int((~still[NAME]).sum())), 1)
+    kept = variance >= variance.flatten().sort(descending=True).values[count - 1]
+    X = X*kept
+    shares = (X**2).flatten(1).mean(1)
+    agree = (X.sign() == X.sum(0).sign()) & (X != 0)
+    ws = shares[:, None, None]*agree
+    want = base[NAME].double() + torch.where(kept, (ws*X).sum(0)/ws.sum(0), 0)
+    torch.testing.assert_close(found, want, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "text, argument",
+    [
+        ("slerp:axis=7", "axis"),
+        ("slerp:straight=0.9,axis=7", "axis"),
+        ("slerp:axes=-1", "axis"),
+        ("stock:axis=up", "axis"),
+        ("ties:density=3", "density"),
+        ("dare:density=0.5,seed=x", "seed"),
+        ("breadcrumbs:density=0.5,gamma=2", "gamma"),
+        ("sce:select=0", "select"),
+        ("ties:nothing=1", "density"),
+    ],
+)
+def test_the_hint_names_the_argument_that_is_wrong(text, argument):
+    name = text.partition(":")[0]
+    with pytest.raises(ValueError, match=f"write {name}:{argument}=…"):
+        geometry_named(text)

@@ -7,11 +7,12 @@ __all__ = ['WHOLE', 'rows_saved', 'adapters_lined_up']
 
 # %% ../../nbs/adapters/tokens.ipynb #c89a7468
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from .peft import unnamed
 from ..files.checkpoint import Checkpoint
 from ..files.tensors import LazyTensor
+from ..matching.given import Given
 from ..matching.rows import is_of_tokens, lined_up
 from ..matching.vocabulary import vocabulary
 
@@ -53,6 +54,7 @@ def adapters_lined_up(
     weights: Sequence[float],  # of each
     choice: str | None,  # whose vocabulary, as for `lined_up`
     multiple: int | None = None,  # of which the number of rows is to be one
+    tokens: Mapping[str, Given] | None = None,  # rows by hand
 ) -> tuple[list[Checkpoint], Checkpoint | None]:
     """Every adapter in the rows of one, and whose they are; None: nothing had to be matched.
     `MergeError` as for full models, `ValueError` for a choice that adapters do not have."""
@@ -62,13 +64,13 @@ def adapters_lined_up(
     whole = [c.view(lazy={n: c.lazy[c.tied.get(n, n)] for n in c}, tied={}) for c in models]
     alone = [unnamed(c) for c in whole]
     rows = _as_models(alone)
-    is_chosen = choice is not None or multiple is not None
+    is_chosen = choice is not None or multiple is not None or bool(tokens)
     if is_chosen and not rows:
         raise ValueError(
-            "tokenizer= and pad_to_multiple_of= are for models with rows of tokens, and one of "
-            "these adapters saved none: name adapters as BASE+ADAPTER."
+            "tokenizer=, pad_to_multiple_of= and tokens= are for models with rows of tokens, and "
+            "one of these adapters saved none: name adapters as BASE+ADAPTER."
         )
     if not rows or not is_chosen and any(vocabulary(c) is None for c in models):
         return [*models], None
-    seen, tokens = lined_up(rows, names, weights, choice, multiple)
-    return [c.view(lazy={**c.lazy, **s.lazy}) for c, s in zip(alone, seen)], tokens
+    seen, target = lined_up(rows, names, weights, choice, multiple, tokens)
+    return [c.view(lazy={**c.lazy, **s.lazy}) for c, s in zip(alone, seen)], target

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..algebra.gram import SPANNED, combine, combine_along, coordinates, gram
 from ..algebra.gram import grams_along, refuse_axis
 from ..algebra.lengths import length
-from .geometry import Chart, Geometry, Needs
+from .geometry import Chart, Geometry, along
 from .span import Span
 from .sphere import CUT
 from ..metrics.units import as_numbers
@@ -95,7 +95,7 @@ class Slerp(Geometry):
     @property
     def needs(self):
         "A vector at a time takes whole tensors."
-        return Needs() if self.axis is None else Needs(entries=True, held=(2, 16))
+        return along(self.axis)
 
     def chart(self, thetas, Gs=None):
         "Shares, and unit vectors in the span; back, coefficients on the models."

@@ -7,6 +7,7 @@ __all__ = ['ELSEWHERE', 'geometries', 'geometry_named', 'spelled', 'as_data', 'f
 
 # %% ../../nbs/geometries/registry.ipynb #e6da62ea
 import ast
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import fields
@@ -70,12 +71,23 @@ def _value(text: str) -> Any:
         return text
 
 # %% ../../nbs/geometries/registry.ipynb #2e3eac1b
-def _usage(name: str, takes: Mapping[str, Parameter]) -> str:
-    "Which arguments a geometry takes, and how they are typed."
+def _usage(
+    name: str,
+    takes: Mapping[str, Parameter],
+    argument: str | None,  # that is to be written otherwise; None: any
+) -> str:
+    "Which arguments a geometry takes, and how one is typed."
     if not takes:
         return f"{name} takes nothing"
     bare = [k if p.default is p.empty else f"{k}={p.default}" for k, p in takes.items()]
-    return f"{name} takes {', '.join(bare)}; write {name}:{next(iter(takes))}=…"
+    return f"{name} takes {', '.join(bare)}; write {name}:{argument or next(iter(takes))}=…"
+
+# %% ../../nbs/geometries/registry.ipynb #7a4473be
+def _blamed(said: str, given: Mapping[str, Any]) -> str | None:
+    "The argument that an error speaks of, or the only one there is; None: nobody knows."
+    named = [k for k in given if re.search(rf"\b{re.escape(k)}\b", said)]
+    found = named or [*given]
+    return found[0] if len(found) == 1 else None
 
 # %% ../../nbs/geometries/registry.ipynb #1fff0dc9
 def geometry_named(
@@ -93,18 +105,20 @@ def geometry_named(
         raise _unknown(name, known)
     make = known[name].load()
     takes = signature(make).parameters
-    usage = _usage(name, takes)
     takes_all = any(p.kind == p.VAR_KEYWORD for p in takes.values())
     given = {}
     for arg in (a for a in args.split(",") if a):
         key, is_given, value = (x.strip() for x in arg.partition("="))
         if not is_given or not (key in takes or takes_all):
-            raise ValueError(f"{text!r}: {name} has no {key!r}.\n{usage}.")
+            near = next(iter(get_close_matches(key, takes, 1)), None)
+            raise ValueError(f"{text!r}: {name} has no {key!r}.\n{_usage(name, takes, near)}.")
         given[key] = _value(value)
     try:
         return make(**given)
     except (TypeError, ValueError) as e:
-        raise ValueError(f"{text!r}: {str(e).splitlines()[0].rstrip('.')}.\n{usage}.") from e
+        said = str(e).splitlines()[0].rstrip(".")
+        right = _usage(name, takes, _blamed(said, given))
+        raise ValueError(f"{text!r}: {said}.\n{right}.") from e
 
 # %% ../../nbs/geometries/registry.ipynb #3e272f9e
 def _field(g: Geometry, name: str) -> Any:

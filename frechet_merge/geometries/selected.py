@@ -16,7 +16,7 @@ from ..algebra.gram import combine, combine_along, gram, grams_along
 from ..algebra.gram import refuse_axis
 from ..algebra.order import Cut, cuts
 from ..files.stack import Stack
-from .geometry import Chart, Geometry, Needs
+from .geometry import Chart, Geometry, Needs, along
 from .trimmed import elected, kept_of, per_model
 from ..metrics.units import as_numbers
 from ..spaces.space import Point
@@ -36,9 +36,7 @@ class ModelStock(Geometry):
     @property
     def needs(self):
         "A vector at a time takes whole tensors."
-        if self.axis is None:
-            return Needs(base=True)
-        return Needs(base=True, entries=True, held=(2, 16))
+        return along(self.axis, base=True)
 
     # twice the same model agrees with itself; a point is shortened on its way back
     waives = (4, 6)
@@ -111,8 +109,9 @@ def _varying(
 class SCE(Geometry):
     "Where models vary most, by how much they changed, as far as they agree (Wan et al. 2024)."
 
-    select: float = 1.0  # share of the positions to keep, those of the largest variance
-    needs = Needs(base=True, weighs=True, entries=True, looks=4, held=(4, 8))
+    # share of the positions to keep, those of the largest variance; where nobody differs is none
+    select: float = 1.0
+    needs = Needs(base=True, weighs=True, entries=True, votes=True, looks=5, held=(4, 8))
     waives = (3, 4, 6, 9)
 
     def __post_init__(self):
@@ -147,7 +146,8 @@ class SCE(Geometry):
         def variances() -> Iterator[tuple[int, Tensor]]:
             return ((i, _variance([*stack.rows(i, j)])[None]) for i, j in stack.spans())
 
-        some, _ = kept_of(stack.numel, self.select)
+        varied = sum(int(x.count_nonzero()) for _, x in variances())
+        some, _ = kept_of(varied, self.select)
         return cuts(variances, stack.numel, stack.computes, [(0, some)])[0]
 
 # %% ../../nbs/geometries/selected.ipynb #b28fce69

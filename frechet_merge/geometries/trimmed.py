@@ -147,6 +147,7 @@ class Trimmed(Geometry):
             base=True,
             weighs=True,
             entries=True,
+            votes=self.elect,
             looks=max(looks, 1),
             rows=self.rule == "rank",
             held=(4, 8),

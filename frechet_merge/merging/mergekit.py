@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'ELSEWHERE', 'FIELDS', 'STRAIGHT', 'TRIMS', 'DEFAULTS', 'READERS', 'is_of_mergekit', 'Piece', 'Input',
-           'parameter', 'is_of_one', 'named_models', 'Source', 'sources_of', 'pieces_over', 'Stretch', 'of_modules',
-           'inputs_of', 'Task', 'commonest_template', 'task_of', 'translated']
+           'parameter', 'is_of_one', 'named_models', 'Source', 'sources_of', 'pieces_over', 'in_rows', 'Stretch',
+           'of_modules', 'inputs_of', 'Task', 'commonest_template', 'task_of', 'translated']
 
 # %% ../../nbs/merging/mergekit.ipynb #c802c8a5
 from collections.abc import Callable, Mapping, Sequence
@@ -252,33 +252,60 @@ def pieces_over(columns: Sequence[Sequence[Source]], **part: Any) -> tuple[Piece
     return tuple(Piece(layers=(a, b), **part) for a, b in zip(ends, ends[1:]))
 
 # %% ../../nbs/merging/mergekit.ipynb #cc94b2d3
+def in_rows(
+    page: Page,
+    columns: Mapping[Key, Sequence[Source]],  # where each slice stands, and what it is of
+    base: Any,
+) -> list[Input]:
+    "What slices have in each place, as stacks of layers; `MergeError` if some have no base."
+    rows = {key: sorted(column, key=lambda x: x.model != base) for key, column in columns.items()}
+    first = next(iter(rows.values()))
+    for key, column in rows.items():
+        if (column[0].model == base) != (first[0].model == base):
+            page.refuse(key, "must have the base_model if the first slice has it.")
+    found = []
+    for row in zip_longest(*rows.values()):
+        # a place that a slice leaves open has a model of it, which does not count there
+        full = [x or column[-1] for x, column in zip(row, rows.values())]
+        stack = "|".join(str(x.slice) for x in full)
+        places = tuple(None if x is None else x.places for x in row)
+        found.append(Input(stack, places, full[0].model == base))
+    return found
+
+# %% ../../nbs/merging/mergekit.ipynb #5ea876a3
 def _of_slices(page: Page, base: Any) -> tuple[list[Input], tuple[Piece, ...]]:
     "What slices have in each place, as stacks of layers."
-    slices = _slices_at(page, ("slices",))
-    columns = [sorted(sources, key=lambda x: x.model != base) for sources in slices]
-    for i, column in enumerate(columns):
-        if (column[0].model == base) != (columns[0][0].model == base):
-            page.refuse(("slices", i), "must have the base_model if the first slice has it.")
-    found = []
-    for row in zip_longest(*columns):
-        # a place that a slice leaves open has a model of it, which does not count there
-        full = [x or column[-1] for x, column in zip(row, columns)]
-        stack = "|".join(str(x.slice) for x in full)
-        places = tuple(None if x is None else (*x.places, ("parameters",)) for x in row)
-        found.append(Input(stack, places, full[0].model == base))
-    return found, (Piece(),) if len(columns) == 1 else pieces_over(columns)
+    columns = {
+        ("slices", i): [replace(x, places=(*x.places, ("parameters",))) for x in sources]
+        for i, sources in enumerate(_slices_at(page, ("slices",)))
+    }
+    found = in_rows(page, columns, base)
+    return found, (Piece(),) if len(columns) == 1 else pieces_over([*columns.values()])
 
 # %% ../../nbs/merging/mergekit.ipynb #c0ae9cd3
 @dataclass(frozen=True)
 class Stretch:
     "What merges some layers of a module, or all of it."
 
-    places: Mapping[str, tuple[Key, ...]]  # model → those of its parameters
-    layers: tuple[int, int] | None = None  # None: all of it
+    key: Key  # where it stands
+    sources: Sequence[Source]  # what is merged there
+    layers: tuple[int, int] | None = None  # of the result; None: all of the module
+
+    @property
+    def places(self) -> dict[str, tuple[Key, ...]]:
+        "By model, those of its parameters."
+        return {x.model: x.places for x in self.sources}
+
+    @property
+    def is_moved(self) -> bool:
+        "Whether its layers are others than those of a source."
+        return self.layers is not None and any(
+            (x.slice.start, x.slice.stop) != self.layers for x in self.sources
+        )
 
 # %% ../../nbs/merging/mergekit.ipynb #790a77f4
 def _stretches(page: Page, key: Key) -> list[Stretch]:
-    "What one module is made of; `MergeError` if its layers are stacked anew."
+    "What one module is made of."
     if not isinstance(page.at(key), Mapping):
         page.refuse(key, "must be a recipe: {models: …} or {slices: …}.")
     hint = "It is the same for all modules, and stands beside them."
@@ -286,17 +313,16 @@ def _stretches(page: Page, key: Key) -> list[Stretch]:
     if ("models" in page.at(key)) == ("slices" in page.at(key)):
         page.refuse(key, "has either models or slices.")
     last = ((*key, "parameters"), ("parameters",))
+    part = None if key[-1] == "default" else str(key[-1])
     if "models" in page.at(key):
         named = named_models(page, (*key, "models"))
-        return [Stretch({name: ((*at, "parameters"), *last) for at, name in named})]
+        every = [Source(Slice(x, part=part), ((*at, "parameters"), *last)) for at, x in named]
+        return [Stretch(key, every)]
     stop, found = 0, []
     for i, sources in enumerate(_slices_at(page, (*key, "slices"))):
-        if any(x.slice.start != stop for x in sources):
-            why = f"must begin at layer {stop}: the layers of modules are not stacked anew here."
-            page.refuse((*key, "slices", i), why)
-        start, stop = stop, sources[0].slice.stop
-        places = {x.model: (*x.places, *last) for x in sources}
-        found.append(Stretch(places, (start, stop)))
+        start, stop = stop, stop + sources[0].slice.stop - sources[0].slice.start
+        every = [Source(replace(x.slice, part=part), (*x.places, *last)) for x in sources]
+        found.append(Stretch((*key, "slices", i), every, (start, stop)))
     return found
 
 # %% ../../nbs/merging/mergekit.ipynb #4b795680
@@ -304,26 +330,27 @@ def _leads_of(
     page: Page,
     model: str,  # one that has these modules
     found: Mapping[str, Sequence[Stretch]],
-) -> dict[str, tuple[str, ...]]:
-    "What stands in front of the tensors of each module; `MergeError` for modules that it lacks."
+) -> tuple[dict[str, tuple[str, ...]], bool]:
+    """What stands in front of the tensors of each module, and whether layers are stacked anew;
+    `MergeError` for modules that it lacks."""
     from frechet_merge.files.open import load
     from frechet_merge.matching.towers import modules_of
 
     if [*found] == ["default"]:
-        return {"default": ()}
+        return {"default": ()}, found["default"][0].layers is not None
     c = load(model)
     leads = modules_of(c)
     page.known(("modules",), leads)
     if missing := leads.keys() - found.keys():
         why = f"say nothing of {min(missing)}, which {model} has: give it, too."
         page.refuse(("modules",), why)
+    is_stack = False
     for name, stretches in found.items():
         layers = [layer_of(n) for n in c if n.startswith(leads[name])]
         last, stop = max((x[1] for x in layers if x), default=0), stretches[-1].layers
-        if stop is not None and stop[1] != last + 1:
-            why = f"must go through all {last + 1} layers of {model}."
-            page.refuse(("modules", name, "slices"), why)
-    return leads
+        is_short = stop is not None and stop[1] != last + 1
+        is_stack |= is_short or any(x.is_moved for x in stretches)
+    return leads, is_stack
 
 # %% ../../nbs/merging/mergekit.ipynb #0146b6e1
 def of_modules(page: Page, base: Any) -> tuple[list[Input], tuple[Piece, ...]]:
@@ -334,8 +361,10 @@ def of_modules(page: Page, base: Any) -> tuple[list[Input], tuple[Piece, ...]]:
     found = {name: _stretches(page, ("modules", name)) for name in given}
     every = [x for stretches in found.values() for x in stretches]
     models = dict.fromkeys(name for x in every for name in x.places)
-    leads = _leads_of(page, next(iter(models)), found)
+    leads, is_stack = _leads_of(page, next(iter(models)), found)
     pieces = [Piece(x.layers, leads[name]) for name, xs in found.items() for x in xs]
+    if is_stack:
+        return in_rows(page, {x.key: x.sources for x in every}, base), tuple(pieces)
     inputs = [Input(m, tuple(x.places.get(m) for x in every), m == base) for m in models]
     return inputs, tuple(pieces)
 

@@ -27,7 +27,7 @@ from ..geometries.lora import LoRA
 from ..geometries.geometry import Euclidean, Geometry, check_needs
 from ..matching.function import refuse_other_meanings, unlike
 from ..matching.labels import in_one_order
-from ..matching.rows import Rows, lined_up
+from ..matching.rows import lined_up
 from ..matching.towers import in_one_layout
 from ..matching.views import without
 from .block import Copy, How, Job, MeanOf, is_statistic
@@ -41,7 +41,7 @@ from .recipe import Recipe
 from .run import Plan
 from .spelled import OF_ONE_RANK, in_names_of_peft, respelled
 from .update import UpdateOf
-from ..messages import MergeError, warn
+from ..messages import warn
 from ..matching.statistics import Coupled, statistics
 from ..files.tensors import LazyTensor, MemoryTensor, as_device
 from ..adapters.updates import BATCH, Update, align_updates, batches, bias_key
@@ -114,8 +114,6 @@ def _in_one_vocabulary(opened: Opened) -> Opened:
     recipe, base = opened.recipe, opened.base
     if opened.are_folders:
         return opened
-    if opened.are_adapters and recipe.tokens:
-        raise ValueError("tokens gives rows to full models: name each adapter as BASE+ADAPTER.")
     if opened.are_adapters:
         models, tokens = adapters_lined_up(
             opened.models,
@@ -123,11 +121,16 @@ def _in_one_vocabulary(opened: Opened) -> Opened:
             _shares(recipe),
             recipe.tokenizer,
             recipe.pad_to_multiple_of,
+            recipe.tokens,
         )
         return replace(opened, models=models, tokens=tokens)
     if recipe.tokenizer == "base" and base is None:
         raise ValueError("tokenizer = 'base' is the tokenizer of a base: give base= (--base) too.")
     bases = [] if base is None else [base]
+    # a mean over coordinates can leave out a model that lacks a row; what adds up differences, or
+    # turns them, has a zero there: the base's row stays
+    needs = recipe.geometry.needs
+    is_mean = recipe.sum is None and needs.pieces and not needs.base
     seen, tokens = lined_up(
         opened.every,
         [*(["base"] if bases else []), *map(str, recipe.models)],
@@ -135,11 +138,11 @@ def _in_one_vocabulary(opened: Opened) -> Opened:
         recipe.tokenizer,
         recipe.pad_to_multiple_of,
         recipe.tokens,
+        base_first=bool(bases) and not is_mean,
+        even=bool(bases) and needs.votes,
     )
-    models = seen[len(bases) :]
-    if recipe.sum is not None:
-        _refuse_rows_without_difference(models)
-    return replace(opened, models=models, base=seen[0] if bases else None, tokens=tokens)
+    first = seen[0] if bases else None
+    return replace(opened, models=seen[len(bases) :], base=first, tokens=tokens)
 
 # %% ../../nbs/merging/plan.ipynb #a91c0e13
 def _shares(recipe: Recipe) -> Sequence[float]:
@@ -158,19 +161,6 @@ def _labelled_alike(opened: Opened) -> Opened:
     seen = in_one_order(opened.every, opened.models)
     n = len(opened.every) - len(opened.models)
     return replace(opened, models=seen[n:], base=seen[0] if n else None)
-
-# %% ../../nbs/merging/plan.ipynb #5b8f88d5
-def _refuse_rows_without_difference(models: Sequence[Checkpoint]) -> None:
-    "`MergeError` for a sum of models that lack rows: nobody says what they would add there."
-    for c in models:
-        for name, x in c.lazy.items():
-            if isinstance(x, Rows) and x.lacks_some:
-                raise MergeError(
-                    f"{c.source}: {name!r} lacks rows of tokens that others have, and in a sum "
-                    "(sum=, --sum) it is not known what it adds there.\n"
-                    "Use weights and a scale (--weights, --scale): such a row is then the mean of "
-                    "those that have it. Or say whose row it is (tokens= or tokens: in a recipe)."
-                )
 
 # %% ../../nbs/merging/plan.ipynb #b1b6a75b
 def check_recipe(opened: Opened, name: str | None = None) -> None:

@@ -265,8 +265,9 @@ def _refuse(steps: Sequence[Step], output: Output, run: Run) -> None:
     many = f"this file has {len(steps)} merges"
     if run.join or run.part is not None:
         raise ValueError(
-            f"--part and --join divide one merge, and {many}: save the one that is to be divided "
-            "as a file of its own."
+            f"--part and --join divide one merge, and {many}.\n"
+            "Save the one that is to be divided as a file of its own, and run that with -o and the "
+            "name that the others have for it: run from beside it, they read it there."
         )
     if output.folder is None:
         raise ValueError(f"{many}: name a folder here for the last of them, -o OUT.")
