@@ -11,7 +11,9 @@ peft = pytest.importorskip("peft")
 
 from test_layouts import EXPERTS, SEEING, TEXT, made, moe_config  # noqa: E402
 
-from frechet_merge import load, merge  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+from frechet_merge import MergeError, load, merge  # noqa: E402
 from frechet_merge.adapters.baking import bake  # noqa: E402
 
 VIT = dict(
@@ -92,3 +94,39 @@ def test_what_no_update_reaches_is_the_bases_own(tmp_path):
     for name, x in full.lazy.items():
         reached = "down_proj" in name or "q_proj" in name
         assert (x is base.lazy[name]) != reached, name
+
+
+@pytest.mark.parametrize("spelled", ["mlp.gate", "block_sparse_moe.gate"])
+@pytest.mark.parametrize("is_known", [True, False], ids=["with its config", "without"])
+def test_a_router_that_was_saved_whole(tmp_path, spelled, is_known):
+    "It replaces the base's router, whose file has another name for it, or is refused by name."
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=32, num_key_value_heads=1, num_local_experts=4,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config).eval()
+    model.save_pretrained(tmp_path/"base")
+    lora = peft.LoraConfig(target_modules=["q_proj"], r=2, modules_to_save=["gate"])
+    adapted = peft.get_peft_model(model, lora)
+    with torch.no_grad():
+        for p in adapted.parameters():
+            if p.requires_grad:
+                p.add_(0.5*torch.randn_like(p))
+    adapted.save_pretrained(tmp_path/"a")
+    file = tmp_path/"a"/"adapter_model.safetensors"
+    held = {n.replace("mlp.gate", spelled): x for n, x in load_file(file).items()}
+    save_file(held, file, {"format": "pt"})
+    if not is_known:
+        (tmp_path/"base"/"config.json").unlink()
+    if not is_known and spelled == "mlp.gate":
+        with pytest.raises(MergeError, match="saved 'model.layers.0.mlp.gate.weight' whole, which"):
+            load(f"{tmp_path/'base'}+{tmp_path/'a'}")
+        return
+    merge([f"{tmp_path/'base'}+{tmp_path/'a'}"], out=tmp_path/"out")
+    assert {*load(tmp_path/"out")} == {*load(tmp_path/"base")}
+    if is_known:
+        found = transformers.MixtralForCausalLM.from_pretrained(tmp_path/"out").eval()
+        words = torch.arange(8)[None]
+        with torch.no_grad():
+            torch.testing.assert_close(found(words).logits, adapted(words).logits)

@@ -38,7 +38,7 @@ from ..matching.blocks import Block, align, get
 from ..matching.layouts import skeleton
 from ..matching.statistics import parts_for
 from ..matching.views import alike, head_of, without
-from ..messages import MergeError, warn
+from ..messages import MergeError, pass_on, warn
 from ..metrics.units import clipped
 
 # %% ../../nbs/adapters/extract.ipynb #df96d83a
@@ -83,7 +83,8 @@ def _hollow(c: Checkpoint) -> Any:
         with torch.device("meta"):
             return getattr(diffusers, config["_class_name"]).from_config(config)
     # whatever a library says about a config that it does not know
-    except Exception:
+    except Exception as e:
+        pass_on(e)
         return None
 
 # %% ../../nbs/adapters/extract.ipynb #36732126

@@ -22,7 +22,7 @@ from torch import Tensor
 from .originals import original_of, originals, rows_of
 from .peft import Layer
 from ..files.tensors import LazyTensor
-from ..messages import MergeError
+from ..messages import MergeError, pass_on
 
 # %% ../../nbs/adapters/pipelines.ipynb #cee7da33
 ROWS = 1 << 32  # more than a matrix has
@@ -185,7 +185,8 @@ def places_loaded(
         try:
             found = _read_off(_loaded(name, tensors), asked)
         # whatever a loader says of names that are not its own
-        except Exception:
+        except Exception as e:
+            pass_on(e)
             continue
         is_all = {p.module for p in found.values()} == {one.module for one in asked}
         if is_all and (name != "StableDiffusionXL" or all(map(OF_A_UNET.match, found))):

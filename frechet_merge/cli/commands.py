@@ -6,7 +6,7 @@
 __all__ = ['app', 'RecipeFile', 'RunPlace', 'RunFolder', 'MergedBefore', 'SeenBefore', 'KnownMetrics', 'KnownData',
            'RecipeToWrite', 'UsageError', 'ENDING', 'merge_command', 'run_command', 'report_command', 'align_command',
            'convert_command', 'inspect_command', 'curvature_command', 'basis_command', 'tune_command',
-           'suggest_command', 'extract_command', 'resize_command', 'demo_command', 'main']
+           'suggest_command', 'extract_command', 'resize_command', 'demo_command', 'Leaving', 'main']
 
 # %% ../../nbs/cli/commands.ipynb #fbd8897e
 import errno
@@ -26,7 +26,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from ..files.places import place_of
-from ..messages import MergeError, Misfit, named, redacted, say, warn
+from ..messages import MergeError, Misfit, machine_error, named, redacted, say, warn
 from .helped import ERASED, App, geometry_names, instead_of, one_of
 from .mixtures import experts_command, mixture_command
 from .options import Absent, AnyBase, Base, BatchSize, MaxLength, Metrics, Models
@@ -1352,6 +1352,35 @@ def _open_standard_streams() -> None:
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w" if number else "r"))
 
+# %% ../../nbs/cli/commands.ipynb #88345b0d
+class Leaving(io.FileIO):
+    "A stream whose reader may go; what is written after that goes nowhere."
+
+    def write(self, data: Any) -> Any:
+        "As of any file."
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            return super().write(data)
+
+
+# %% ../../nbs/cli/commands.ipynb #9fce507e
+def _speaking(stream: Any) -> Any:
+    "A standard stream that takes every name, and whose reader may go."
+    # in the place of the process's own, something may stand that is none
+    if stream not in (sys.__stdout__, sys.__stderr__) or not isinstance(stream, io.TextIOWrapper):
+        return stream
+    stream.flush()
+    raw = Leaving(stream.fileno(), "wb", closefd=False)
+    # a name may have what the encoding of a terminal has not
+    how: dict[str, Any] = dict(encoding=stream.encoding, errors="backslashreplace")
+    how["line_buffering"] = stream.line_buffering
+    return io.TextIOWrapper(io.BufferedWriter(raw), **how)
+
+
 # %% ../../nbs/cli/commands.ipynb #ffe50ba8
 def _is_shut() -> bool:
     "Whether standard output takes nothing any more: what it refused waits in its buffer."
@@ -1373,15 +1402,22 @@ def _of_a_disk(e: OSError) -> str:
     if not where and _is_shut():
         where = "standard output"
         remedy = "Free some space, or print to another place; what was written whole is there."
-    from tempfile import gettempdir
-
-    return f"error: {where or f'a file here or in {gettempdir()}'}: {e.strerror}.\n{remedy}"
+    if not where:
+        where = f"a file here or in {os.environ.get('TMPDIR', '/tmp')}"
+    return f"error: {where}: {e.strerror}.\n{remedy}"
 
 # %% ../../nbs/cli/commands.ipynb #5afed003
 def _unforeseen(e: Exception) -> str:
     "What is said of an error that has no message of ours."
-    if isinstance(e, OSError) and e.strerror:
-        return _of_a_disk(e)
+    found = machine_error(e)
+    if isinstance(found, MemoryError):
+        return (
+            f"error: there is not enough memory ({str(found) or 'Python found none'}).\n"
+            "Take less at once (--batch-size, --memory), or close other programs."
+        )
+    said = found or e
+    if isinstance(said, OSError) and said.strerror:
+        return _of_a_disk(said)
     first = "\n".join(str(e).splitlines()[:1])
     return (
         f"error: {type(e).__name__}: {first}\n"
@@ -1395,9 +1431,6 @@ def _flushed() -> int:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        # a closed pipe wants no more
-        except BrokenPipeError:
-            pass
         except OSError as e:
             code = 1
             if stream is sys.stdout:
@@ -1454,10 +1487,7 @@ def main():
     if debug:
         sys.argv.remove("--debug")
     _open_standard_streams()
-    for stream in (sys.stdout, sys.stderr):
-        # a name may have what the encoding of a terminal has not
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    sys.stdout, sys.stderr = _speaking(sys.stdout), _speaking(sys.stderr)
     for number in ENDING:
         # what nohup, or a shell for what it runs behind, has ignored stays so
         if signal.getsignal(number) != signal.SIG_IGN:

@@ -11,7 +11,6 @@ import gzip
 import hashlib
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +24,8 @@ import frechet_merge
 from ..adapters.baking import bake
 from ..files.checkpoint import Checkpoint
 from ..files.open import load
-from ..messages import MergeError
+from ..files.output import temporary
+from ..messages import MergeError, pass_on
 from ..geometries.baselines import KnOTS, TSVM
 from ..geometries.fisher import pullback
 from ..geometries.lora import LoRA
@@ -58,6 +58,7 @@ def _base_files() -> Path:
     try:
         return Path(snapshot_download(BASE_ID, revision=REVISION))
     except Exception as e:
+        pass_on(e)
         raise MergeError(
             f"{BASE_ID}: not installed, and the hub did not give it ({type(e).__name__}).\n"
             "Install it: pip install 'frechet_merge[demo]'."
@@ -166,10 +167,10 @@ def merge_by_outputs(
     experts = [f"{base}+{DATA/n}" for n in names]
     heads = [f"{DATA}/heads.safetensors:{n}" for n in names]
     # texts are cut at the length that all are judged at, and what no adapter touches has no metric
-    with tempfile.TemporaryDirectory() as tmp, warnings.catch_warnings():
+    with temporary() as tmp, warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* are cut there|no metric for")
-        data = _unlabelled(Path(tmp))
-        stats = [Path(tmp)/f"{n}.safetensors" for n in names]
+        data = _unlabelled(tmp)
+        stats = [tmp/f"{n}.safetensors" for n in names]
         how: dict[str, Any] = dict(max_length=TOKENS, batch_size=16)
         for n, expert, head, texts, file in zip(names, experts, heads, data, stats):
             say(f"curvature of {n} …")
@@ -219,13 +220,13 @@ def demo(
         merged = transformers.AutoModel.from_pretrained(out).eval()
         return accuracy(merged, tokenizer, None, texts)
 
-    with tempfile.TemporaryDirectory() as tmp:
+    with temporary() as tmp:
         for k, (how, args) in enumerate(merges(len(names)).items()):
             say(f"merge: {how} …")
-            merge(adapters if "bake" in args else experts, out=Path(tmp)/str(k), **args)
-            found[how] = judged(Path(tmp)/str(k))
-        merge_by_outputs(Path(tmp)/"by outputs", say)
-        found[BY_OUTPUTS] = judged(Path(tmp)/"by outputs")
+            merge(adapters if "bake" in args else experts, out=tmp/str(k), **args)
+            found[how] = judged(tmp/str(k))
+        merge_by_outputs(tmp/"by outputs", say)
+        found[BY_OUTPUTS] = judged(tmp/"by outputs")
     if texts > HELD_BACK:
         say(
             f"{BY_OUTPUTS}: it has read some of the texts beyond the first {HELD_BACK} of each "

@@ -32,7 +32,7 @@ from ..files.places import place_of
 from ..files.shards import open_file, read_header, reading, save_tensors
 from .routed import ByExpert, piece_names, pieces_of
 from .uses import Watch
-from ..messages import MergeError, warn
+from ..messages import MergeError, pass_on, warn
 
 Batch = Any  # a mapping, as tokenizers make them; (inputs, labels, …); or inputs. Samples first
 # parameter (m, n) → U (m, p), V (n, p): the matrices u_i v_iᵀ
@@ -225,7 +225,8 @@ def _state_in(path: Path, device: Any) -> dict:
     except MergeError:
         raise
     # torch says in many ways that a pickle is none
-    except Exception:
+    except Exception as e:
+        pass_on(e)
         found = None
     if not isinstance(found, dict) or found.keys() != STATE:
         raise MergeError(

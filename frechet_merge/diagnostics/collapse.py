@@ -6,10 +6,8 @@
 __all__ = ['ratios', 'Collapse', 'collapse', 'Texts', 'collapse_of', 'plot_collapse']
 
 # %% ../../nbs/diagnostics/collapse.ipynb #52560975
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.jupyter import JupyterMixin
@@ -19,6 +17,7 @@ from torch import nn
 
 from ..curvature.activations import Spread, activations
 from ..files.hub import look_up
+from ..files.output import temporary
 from .segment import new_axes
 from ..geometries.geometry import Geometry
 from ..geometries.registry import spelled
@@ -194,9 +193,9 @@ def collapse_of(
             "Name models of one architecture."
         )
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary() as folder:
         for i, geometry in enumerate(geometries):
-            out = Path(folder)/str(i)
+            out = folder/str(i)
             merge(models, geometry, base, out=out, allow_pickle=allow_pickle)
             name = geometry if isinstance(geometry, str) else spelled(geometry)
             rows += ratios(_seen(out, texts, layers, allow_pickle), of_models, name)

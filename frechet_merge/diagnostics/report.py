@@ -32,7 +32,7 @@ from ..merging.coefficients import told
 from ..merging.each import geometry_of_each
 from ..merging.preview import NUMBERS
 from ..merging.record import NAME, Record
-from ..messages import MergeError
+from ..messages import MergeError, pass_on
 from ..spaces.mean import Mean
 
 # %% ../../nbs/diagnostics/report.ipynb #cb5be6a5
@@ -140,7 +140,8 @@ def shapes_of(folder: Path) -> dict[str, list[int]]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return _shapes(load(folder))
-    except (MergeError, ValueError, OSError):
+    except (MergeError, ValueError, OSError) as e:
+        pass_on(e)
         return {}
 
 # %% ../../nbs/diagnostics/report.ipynb #e5ad2c26

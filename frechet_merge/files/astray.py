@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .folders import TARS, components, is_named, weights_in
 from .formats import weight_files
-from ..messages import MergeError
+from ..messages import MergeError, pass_on
 
 # %% ../../nbs/files/astray.ipynb #7d13425c
 # how names end → whose format it is, and how to come to safetensors
@@ -70,7 +70,8 @@ def _can_be_opened(folder: Path) -> bool:
         has_weights = any(weight_files(folder, kind)[0] for kind in ("safetensors", "bin"))
         parts = [folder/path for path in components(folder)]
         return has_weights or any(_can_be_opened(part) for part in parts)
-    except (MergeError, OSError):
+    except (MergeError, OSError) as e:
+        pass_on(e)
         return False
 
 # %% ../../nbs/files/astray.ipynb #a157fc77

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'SHAPES', 'HEAD', 'TEXT', 'EMBEDDING', 'FACTOR', 'json_in', 'read_json', 'Checkpoint',
-           'refuse_changed_beside', 'vocabulary_size', 'token_rows', 'ties', 'tied_names', 'from_state_dict']
+           'refuse_changed_beside', 'vocabulary_size', 'token_rows', 'ties', 'tied_names', 'of_tensors',
+           'from_state_dict', 'storage_of']
 
 # %% ../../nbs/files/checkpoint.ipynb #75cbb2ac
 import json
@@ -114,7 +115,7 @@ class Checkpoint(Mapping[str, Tensor]):
     lacks: frozenset[str] = frozenset()
     # what its config.json does not know: an adapter on it brought tokens
     says: dict[str, Any] = field(default_factory=dict)
-    # the configs and tokens beside it, as they were when it was opened
+    # its files, and the configs and tokens beside it, as they were when it was opened
     beside: dict[Path, Stamp] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -159,14 +160,14 @@ class Checkpoint(Mapping[str, Tensor]):
         )
 
 # %% ../../nbs/files/checkpoint.ipynb #e97c671b
-def refuse_changed_beside(c: Checkpoint) -> None:
-    "`MergeError` if a config or tokens beside a checkpoint are not those that it was opened with."
-    for file, stamp in c.beside.items():
-        with reading(file):
-            now = os.stat(file)
-        refuse_another(file, stamp, now, "the model was opened")
-    for part in c.parts.values():
-        refuse_changed_beside(part)
+def refuse_changed_beside(*every: Checkpoint) -> None:
+    "`MergeError` if weights, config or tokens are not those that checkpoints were opened with."
+    for c in every:
+        for file, stamp in c.beside.items():
+            with reading(file):
+                now = os.stat(file)
+            refuse_another(file, stamp, now, "the model was opened")
+        refuse_changed_beside(*c.parts.values())
 
 # %% ../../nbs/files/checkpoint.ipynb #1a827798
 # output layers, which may be tied to the embedding
@@ -261,6 +262,25 @@ def tied_names(
             kept.append(name)
     return tied
 
+# %% ../../nbs/files/checkpoint.ipynb #2a1d9c85
+def of_tensors(
+    # name → what two names of the same numbers have in common, and the numbers
+    found: Mapping[str, tuple[Any, LazyTensor]],
+    source: str,  # what messages call it
+) -> Checkpoint:
+    "A checkpoint of tensors without a folder; names of the same numbers are tied."
+    lazy, tied, first = {}, {}, {}
+    for name, (key, x) in found.items():
+        if x.numel and key in first:
+            tied[name] = first[key]
+        else:
+            first[key] = name
+            lazy[name] = x
+    # the config of such an adapter is not known
+    adapter = {} if any(FACTOR.search(n) for n in lazy) else None
+    return Checkpoint(lazy, source, tied=tied, adapter=adapter)
+
+
 # %% ../../nbs/files/checkpoint.ipynb #d0b452cc
 FACTOR = re.compile(r"[.]lora_(embedding_)?[AB]([.]|$)")  # a factor, as PEFT calls it
 
@@ -271,24 +291,17 @@ def from_state_dict(
 ) -> Checkpoint:
     """A checkpoint over tensors in memory; names of one storage are tied; `ValueError` if not
     tensors."""
-    lazy, tied, seen = {}, {}, {}
+    found: dict[str, tuple[Any, LazyTensor]] = {}
     for name, x in tensors.items():
         if not isinstance(name, str) or not isinstance(x, Tensor):
             odd = f"is a {type(x).__name__}, not a tensor"
             if not isinstance(name, str):
                 odd = f"names a tensor, and is a {type(name).__name__}, not a text"
             raise ValueError(f"{source}: {name!r} {odd}.\nPass `model.state_dict()`.")
-        key = _storage(x) if x.numel() else name
-        if key in seen:
-            tied[name] = seen[key]
-        else:
-            seen[key] = name
-            lazy[name] = MemoryTensor(x)
-    # the config of an adapter in memory is not known
-    adapter = {} if any(FACTOR.search(n) for n in lazy) else None
-    return Checkpoint(lazy, source, tied=tied, adapter=adapter)
+        found[name] = (storage_of(x), MemoryTensor(x))
+    return of_tensors(found, source)
 
 # %% ../../nbs/files/checkpoint.ipynb #26b54def
-def _storage(x: Tensor) -> Any:
+def storage_of(x: Tensor) -> Any:
     "What two views of the same numbers have in common."
     return x.untyped_storage().data_ptr(), x.storage_offset(), x.shape, x.stride(), x.dtype

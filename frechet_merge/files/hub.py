@@ -26,7 +26,7 @@ from .folders import TRAINING, TRAINING_FOLDERS, components, is_named
 from .folders import pipeline_parts
 from .formats import weight_files
 from .ranges import is_address, local, path_of
-from ..messages import MergeError, Notes, named, warn
+from ..messages import MergeError, Notes, named, pass_on, warn
 
 # %% ../../nbs/files/hub.ipynb #f7ed5795
 def id_of(
@@ -225,6 +225,7 @@ def _found(name: str) -> Found:
         # a name may take long to look up, too
         info = in_time(lambda: _asked(repo, revision), 2*patience())
     except Exception as e:
+        pass_on(e)
         found = None if isinstance(e, final) else _of_cache(name, "the hub cannot be reached")
         if found is None:
             raise refusal(name, e) from None
@@ -479,6 +480,7 @@ def download(
     except MergeError:
         raise
     except Exception as e:
+        pass_on(e)
         raise refusal(name, e) from None
 
 # %% ../../nbs/files/hub.ipynb #5802643d
@@ -506,6 +508,7 @@ def beside(
     try:
         return _fetched(found, small_files(found.files))
     except Exception as e:
+        pass_on(e)
         raise refusal(name, e) from None
 
 # %% ../../nbs/files/hub.ipynb #fe9fceb7

@@ -159,10 +159,10 @@ def _open(path: Path, allow_pickle: bool, source: str) -> Checkpoint:
         return _of_parts(parts, path, source)
     files, promised = _files_of(path, allow_pickle)
     config = files[0].parent/"config.json"
-    beside = _beside(files[0].parent)
+    # what is no file is refused by whoever opens it
+    stamps = {f: Stamp.of(os.stat(f)) for f in files if os.path.isfile(f)}
+    beside = _beside(files[0].parent) | stamps
     if is_pickle(files[0]):
-        # mapped into memory, where nobody sees them change
-        beside |= {f: Stamp.of(os.stat(f)) for f in files if f.is_file()}
         c = _open_pickles(files, promised, source)
     else:
         c = _open_files(files, promised, source, read_json(config) if config.exists() else {})

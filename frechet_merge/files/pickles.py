@@ -8,17 +8,20 @@ __all__ = ['SAFE', 'BARE', 'PICKLES', 'BEGINNINGS', 'WRAPS', 'AVERAGES', 'begins
 # %% ../../nbs/files/pickles.ipynb #5e2fc93a
 import os
 import pickle
+import struct
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import ZIP_STORED, ZipFile
 
 import torch
 from torch import Tensor
 
-from .checkpoint import Checkpoint, from_state_dict
-from .shards import open_file
-from ..messages import MergeError, warn
+from .checkpoint import Checkpoint, of_tensors, storage_of
+from .shards import Entry, Stamp, open_file, reading
+from .tensors import Files, FileTensor, LazyTensor, MemoryTensor
+from ..messages import MergeError, pass_on, warn
 
 # %% ../../nbs/files/pickles.ipynb #0a60cf1c
 SAFE = (2, 10)  # the first version of torch that keeps its promise about pickles
@@ -46,7 +49,7 @@ def begins_as(file: Path) -> str | None:
     # whoever opens it says so
     except OSError:
         return None
-    if head[8:10] == b'{"':
+    if head[8:].lstrip(b" \t\r\n").startswith(b"{") and head[7:8] == b"\0":
         return "safetensors"
     # archives of other programs are zips, too
     is_zip = head.startswith(b"PK\3\4") and b"/data.pkl" in head
@@ -115,18 +118,61 @@ class NothingNamed(OrderedDict):
         return OrderedDict()
 
 # %% ../../nbs/files/pickles.ipynb #001eb466
-def _without_objects(file: Path, names: list[str], filled: set[str]) -> Any:
+def _without_objects(file: Path, names: list[str], filled: set[str], where: str) -> Any:
     "What a zip of torch holds, with `NothingNamed` for what is filled, `Nothing` for the rest."
     kinds = {n: NothingNamed if n in filled else type(n, (Nothing,), {}) for n in names}
     try:
         with torch.serialization.safe_globals([(kind, n) for n, kind in kinds.items()]):
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(file, map_location=where, weights_only=True)
     except pickle.UnpicklingError as e:
         # which of them it tried to fill is in the message, as its class is called there
         more = {n for n in names if f"{__name__}.{n}'" in str(e)} - filled
         if not more:
             raise
-    return _without_objects(file, names, filled | more)
+    return _without_objects(file, names, filled | more, where)
+
+# %% ../../nbs/files/pickles.ipynb #a40841e8
+def _offset(x: Tensor) -> int | None:
+    "Where the storage of a tensor of the meta device lies in its file; None: nobody said."
+    return getattr(x.untyped_storage(), "_checkpoint_offset", None)
+
+
+# %% ../../nbs/files/pickles.ipynb #6ad8b1a6
+def _records(file: Path) -> dict[int, int]:
+    "First byte → bytes, of what lies in a zip as it is; empty if its numbers are turned around."
+    found = {}
+    with reading(file), open(open_file(file), "rb") as f, ZipFile(f) as archive:
+        for record in archive.infolist():
+            # torch asks for it in letters of any case, and would end with the meta device
+            is_order = record.filename.lower().endswith("/byteorder")
+            if is_order and archive.read(record) != b"little":
+                return {}
+            if record.compress_type == ZIP_STORED:
+                f.seek(record.header_offset + 26)
+                name, extra = struct.unpack("<HH", f.read(4))
+                found[record.header_offset + 30 + name + extra] = record.file_size
+    return found
+
+
+# %% ../../nbs/files/pickles.ipynb #ca09624d
+def _tensors_in(held: Any) -> Iterator[Tensor]:
+    "All tensors in dicts and lists."
+    if isinstance(held, Tensor):
+        yield held
+    elif isinstance(held, (Mapping, list, tuple)):
+        for one in held.values() if isinstance(held, Mapping) else held:
+            yield from _tensors_in(one)
+
+# %% ../../nbs/files/pickles.ipynb #16442a8b
+def _lie_in(records: Mapping[int, int], held: Any) -> bool:
+    "Whether the tensors of what was loaded are the records of its file that torch says."
+    for x in _tensors_in(held):
+        if x.layout != torch.strided or not x.numel() or _offset(x) is None:
+            continue
+        if records.get(_offset(x) or 0) != x.untyped_storage().nbytes():
+            return False
+    return True
+
 
 # %% ../../nbs/files/pickles.ipynb #10abbf7b
 def _objects(file: Path) -> list[str]:
@@ -138,7 +184,15 @@ def _held(file: Path) -> Any:
     "What a pickle holds, without what is no plain data; an exception of torch's own otherwise."
     if _kind_of(file) == "legacy":
         return torch.load(file, map_location="cpu", weights_only=True)
-    return _without_objects(file, _objects(file), set())
+    names, records = _objects(file), _records(file)
+    try:
+        found = _without_objects(file, names, set(), "meta") if records else None
+    # quantised tensors and others have no meta device
+    except NotImplementedError:
+        found = None
+    if found is None or not _lie_in(records, found):
+        found = _without_objects(file, names, set(), "cpu")
+    return found
 
 # %% ../../nbs/files/pickles.ipynb #9147d1af
 # what training loops call the state dict in a checkpoint
@@ -212,9 +266,11 @@ def _odd(x: Tensor) -> str:
     "What a tensor is whose numbers cannot be read as they lie; empty for a plain one."
     if x.is_quantized:
         return "quantised"
-    if x.is_meta:
-        return "on the meta device"
-    return "" if x.layout == torch.strided else str(x.layout).removeprefix("torch.")
+    if x.layout != torch.strided:
+        return str(x.layout).removeprefix("torch.")
+    if x.is_conj() or x.is_neg():
+        return "the conjugate of what is stored"
+    return "on the meta device" if x.is_meta and _offset(x) is None else ""
 
 # %% ../../nbs/files/pickles.ipynb #00d91b5f
 def _as_tensors(held: Mapping[Any, Any], name: Any) -> str:
@@ -267,6 +323,8 @@ def _plain(held: Any, file: Path) -> Mapping[str, Tensor]:
             "Save a dict of names and tensors, such as model.state_dict()."
         )
     for name, x in held.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{name!r} is no name of a tensor")
         if not isinstance(x, Tensor):
             raise MergeError(_no_tensor(held, name, file))
         if kind := _odd(x):
@@ -294,19 +352,46 @@ def _unreadable(file: Path, why: Exception) -> MergeError:
         "Save it as safetensors with the library that made it."
     )
 
+# %% ../../nbs/files/pickles.ipynb #e28453fe
+def _place(x: Tensor, file: Path) -> Any:
+    "What two names of the same numbers of a pickle have in common."
+    if not x.is_meta:
+        return storage_of(x)
+    return file, _offset(x), x.storage_offset(), x.shape, x.stride(), x.dtype
+
+
+# %% ../../nbs/files/pickles.ipynb #109e6488
+def _promised(x: Tensor, file: Path, stamp: Stamp, fds: Files) -> LazyTensor:
+    "A tensor of a pickle, read when it is asked for, if its numbers follow one another."
+    if not x.is_meta:
+        return MemoryTensor(x)
+    if not x.numel():
+        return MemoryTensor(torch.empty(x.shape, dtype=x.dtype))
+    at = (_offset(x) or 0) + int(x.storage_offset())*x.itemsize
+    if x.is_contiguous():
+        return FileTensor(Entry(str(file), at, tuple(x.shape), x.dtype, stamp), fds)
+    # rows that stand elsewhere than their order says
+    span = 1 + sum((n - 1)*step for n, step in zip(x.shape, x.stride()))
+    held = FileTensor(Entry(str(file), at, (span,), x.dtype, stamp), fds).read()
+    return MemoryTensor(held.as_strided(x.shape, x.stride()))
+
+
 # %% ../../nbs/files/pickles.ipynb #6fa894f6
 def _open_pickles(files: list[Path], promised: set, source: str) -> Checkpoint:
-    c, tensors = from_state_dict({}, source), {}
+    found, fds = {}, Files()
     _refuse_old_torch(files)
     for f in files:
         try:
             os.close(open_file(f))
-            tensors |= _plain(_held(f), f)
-            c = from_state_dict(tensors, source)
+            stamp = Stamp.of(os.stat(f))
+            for n, x in _plain(_held(f), f).items():
+                found[n] = (_place(x, f), _promised(x, f, stamp, fds))
         except MergeError:
             raise
         except Exception as e:
+            pass_on(e)
             raise _unreadable(f, e) from e
+    c = of_tensors(found, source)
     if missing := promised - set(c):
         raise MergeError(
             f"{source}: the index promises tensor {min(missing)!r} ({len(missing)} in "

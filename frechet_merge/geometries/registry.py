@@ -18,7 +18,7 @@ from importlib.metadata import EntryPoint, entry_points
 from inspect import Parameter, signature
 from typing import Any
 
-from ..messages import MergeError
+from ..messages import MergeError, pass_on
 from .geometry import Geometry
 
 # %% ../../nbs/geometries/registry.ipynb #cfb55f77
@@ -149,7 +149,8 @@ def spelled(g: Geometry) -> str:  # as `geometry_named` reads it; its repr if it
         try:
             found.append(_spelled_as(name, entry, g))
         # geometries of other packages may be of any kind
-        except Exception:
+        except Exception as e:
+            pass_on(e)
             continue
     return min((text for text in found if text), key=len, default=repr(g))
 

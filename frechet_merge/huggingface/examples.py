@@ -23,15 +23,16 @@ from functools import partial
 from importlib import import_module
 from itertools import chain
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..files.output import temporary
 from ..files.places import is_here, place_of
+from ..files.shards import Stamp, refuse_another
 from ..messages import MergeError
-from ..messages import warn
+from ..messages import pass_on, warn
 
 # %% ../../nbs/huggingface/examples.ipynb #c27ba4fb
 @dataclass(frozen=True)
@@ -332,8 +333,8 @@ def _of_datasets(data: str | os.PathLike, split: str) -> Iterator[Table]:
     here = is_here(data)
     reads = f"{data}" if here else f"{data}, which is not a file or folder here"
     datasets = need("datasets", reads)
-    with quiet(datasets), TemporaryDirectory() as cache:
-        found = _load(datasets, data, split, cache)
+    with quiet(datasets), temporary() as cache:
+        found = _load(datasets, data, split, str(cache))
 
         def take(rows, columns):
             return found.select(rows).select_columns(list(columns)).to_list()
@@ -368,7 +369,10 @@ def table(
     `MergeError` if there are none."""
     try:
         if _python_reads(data, split):
+            # which reads it twice
+            was = Stamp.of(os.stat(place_of(data)))
             yield _of_file(data, split)
+            refuse_another(place_of(data), was, os.stat(place_of(data)), "it was opened")
         else:
             with _of_datasets(data, split) as found:
                 yield found
@@ -384,6 +388,7 @@ def table(
             "Check the path or the id, and the network or HF_HUB_OFFLINE.",
         ) from None
     except Exception as e:
+        pass_on(e)
         said = str(e.__cause__ or e).splitlines() or [type(e).__name__]
         raise _error(
             data,

@@ -10,7 +10,6 @@ __all__ = ['Name', 'KINDS', 'NO_CODE', 'Opened', 'kind_of', 'read_head', 'embedd
 # %% ../../nbs/huggingface/models.ipynb #b1f3a435
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,23 +25,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapters.baking import bake, classes
-from ..files.checkpoint import Checkpoint, read_json
+from ..files.checkpoint import Checkpoint, read_json, refuse_changed_beside
 from ..files.decoded import Decoded
 from ..files.hub import beside
 from ..files.open import load, parts_of
 from ..files.places import is_here
 from ..files.ranges import kept, path_of
 from ..messages import MergeError
-from ..files.shards import open_file, read_header, refuse_another
-from ..files.tensors import FileTensor, as_device
+from ..files.shards import open_file, read_header
+from ..files.tensors import as_device
 from ..curvature.collecting import Statistics, checked, curvature
 from ..curvature.estimators import cross_entropy
 from .examples import batches, examples, need, quiet
-from ..files.output import free, is_full
+from ..files.output import free, temporary
+from ..files.pickles import is_pickle
 from ..matching.layouts import layout
 from ..matching.quantised import without_codes
 from ..matching.statistics import PARTS
-from ..messages import warn
+from ..messages import pass_on, warn
 
 # %% ../../nbs/huggingface/models.ipynb #7f756f0a
 Name = str | os.PathLike  # a file, a folder or a hub id
@@ -250,6 +250,7 @@ def open_tokenizer(
     try:
         tok = import_module("transformers").AutoTokenizer.from_pretrained(folder, **NO_CODE)
     except Exception as e:
+        pass_on(e)
         raise MergeError(
             f"{folder}: its tokenizer cannot be opened ({str(e).splitlines()[0][:200]}).\n"
             "Copy its files there again, or name a folder that has one (--tokenizer)."
@@ -324,7 +325,10 @@ def _put(module: nn.Module, names: dict[str, str], baked: Checkpoint, base: Chec
 
 # %% ../../nbs/huggingface/models.ipynb #2023bb61
 def _is_read_here(base: Checkpoint, c: Checkpoint) -> bool:
-    "Whether a base, or c, the adapters on it, is not what transformers would read."
+    "Whether a base, or c, the adapters on it, is not what transformers would read, or a pickle."
+    # which it would map into memory, where nobody may cut it
+    if any(is_pickle(f) for f in base.files):
+        return True
     is_coded = any(isinstance(x, Decoded) for x in base.lazy.values())
     changed = (n for n, x in base.lazy.items() if c.lazy.get(n) is not x)
     return is_coded or any(".experts." in n for n in changed)
@@ -387,33 +391,22 @@ def room_for_tokens(
 # %% ../../nbs/huggingface/models.ipynb #a1ba0d3e
 @contextmanager
 def _alone(c: Checkpoint) -> Iterator[str]:  # a folder, as long as it is needed
-    "Config and weights of a checkpoint in a folder of their own, by the names of transformers."
-    is_safe = c.files[0].suffix == ".safetensors"
-    name = "model.safetensors" if is_safe else "pytorch_model.bin"
+    "Config and safetensors of a checkpoint in a folder of their own, by the names of transformers."
     # where it may name a file of weights
     config = {k: v for k, v in c.config.items() if k != "transformers_weights"}
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder)/"config.json").write_text(json.dumps(config))
-        if len(c.files) == 1:
-            os.symlink(kept(c.files[0]).resolve(), Path(folder)/name)
-        else:
-            for f in c.files:
-                os.symlink(kept(f).resolve(), Path(folder)/f.name)
-            index = {"metadata": {}, "weight_map": _weight_map(c.files)}
-            (Path(folder)/f"{name}.index.json").write_text(json.dumps(index))
-        yield folder
-    # transformers has read them by now
-    for x in c.lazy.values():
-        if isinstance(x, FileTensor):
-            refuse_another(x.entry.path, x.entry.stamp, os.stat(x.entry.path))
-
-# %% ../../nbs/huggingface/models.ipynb #2cff5b4f
-def _weight_map(files: Sequence[Path]) -> dict[str, str]:
-    "Tensor → the name of the file that has it, as an index says it."
-    if files[0].suffix == ".safetensors":
-        return {name: f.name for f in files for name in read_header(f)[0]}
-    (index,) = files[0].parent.glob("*.bin.index.json")
-    return read_json(index)["weight_map"]
+    n = len(c.files)
+    names = [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
+    if n == 1:
+        names = ["model.safetensors"]
+    with temporary() as home:
+        (home/"config.json").write_text(json.dumps(config))
+        for f, name in zip(c.files, names):
+            os.symlink(kept(f).resolve(), home/name)
+        if n > 1:
+            of = {key: name for f, name in zip(c.files, names) for key in read_header(f)[0]}
+            index = json.dumps({"metadata": {}, "weight_map": of})
+            (home/"model.safetensors.index.json").write_text(index)
+        yield str(home)
 
 # %% ../../nbs/huggingface/models.ipynb #80c72be1
 def open_model(
@@ -444,8 +437,7 @@ def open_model(
         except MergeError:
             raise
         except Exception as e:
-            if is_full(e):
-                raise
+            pass_on(e)
             raise _no(
                 model,
                 f"transformers cannot open it ({str(e).splitlines()[0][:200]})",
@@ -463,6 +455,8 @@ def open_model(
         _put(m, names, c, base)
         folders = [tokenizer] if tokenizer else [base.folder, *(a.folder for a in adapters)]
         tok = open_tokenizer(folders, m.get_input_embeddings().num_embeddings, model)
+    # libraries have read all of it by now
+    refuse_changed_beside(base, *adapters)
     m.config.pad_token_id, m.config.use_cache = tok.pad_token_id, False
     tok.model_max_length = min(tok.model_max_length, room_for_tokens(m) or tok.model_max_length)
     outputs = _outputs(kind, head, m, base, model)

@@ -24,7 +24,7 @@ from ..files.places import place_of
 from ..files.shards import Entry, read_header
 from .examples import need, quiet, table
 from .models import NO_CODE
-from ..messages import MergeError
+from ..messages import MergeError, pass_on
 
 # %% ../../nbs/huggingface/pictures.ipynb #6e609d9a
 # endings of files that are pictures
@@ -99,6 +99,7 @@ def opened(picture: Path | bytes, mode: str) -> Any:  # a `PIL.Image`; mode: "RG
         file = io.BytesIO(picture) if isinstance(picture, bytes) else picture
         return Image.open(file).convert(mode)
     except Exception as e:
+        pass_on(e)
         name = "a picture" if isinstance(picture, bytes) else picture
         raise MergeError(
             f"{name}: cannot be opened as a picture ({str(e)[:100]}).\n"
@@ -135,6 +136,7 @@ def _open(folder: Path, cls: Any, source: str) -> Any:
                 folder, dtype=torch.float32, output_loading_info=True, **NO_CODE
             )
         except Exception as e:
+            pass_on(e)
             raise MergeError(
                 f"{source}: transformers cannot open what was merged ({str(e)[:200]}).\n"
                 "Merge without --calibrate, and look at what it lacks."
@@ -154,6 +156,7 @@ def _processor(folder: Path, source: str) -> Any:
         try:
             return transformers.AutoImageProcessor.from_pretrained(folder, **NO_CODE)
         except Exception as e:
+            pass_on(e)
             raise MergeError(
                 f"{source}: nothing says how pictures are prepared for it "
                 f"({str(e).splitlines()[0][:100]}).\n"

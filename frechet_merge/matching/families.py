@@ -8,7 +8,6 @@ __all__ = ['GATED', 'PLAIN', 'ACTIVATION', 'ALTERNATING', 'HEADS', 'SPLIT', 'NOR
 
 # %% ../../nbs/matching/families.ipynb #c787ed20
 import re
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -20,11 +19,12 @@ from torch import Tensor
 
 from ..files.checkpoint import Checkpoint, from_state_dict
 from ..files.open import load
+from ..files.output import temporary
 from .groups import Group, Member, Part, gauged, off_by
 from .groups import elements
 from .hollow import hollow
 from .layouts import seen_by_module
-from ..messages import MergeError, warn
+from ..messages import MergeError, pass_on, warn
 
 # %% ../../nbs/matching/families.ipynb #80e139e5
 @dataclass(frozen=True)
@@ -452,7 +452,8 @@ class Trial:
             trial = cls(module, c, _inputs(module))
             trial.before = trial.run(c)
         # whatever a library raises for what it cannot make, or cannot read
-        except Exception:
+        except Exception as e:
+            pass_on(e)
             return None
         return trial
 
@@ -514,8 +515,8 @@ NOTHING = 1e-5
 
 def tried(groups: Sequence[Group], config: Mapping[str, Any]) -> list[Group]:
     "The groups that leave the function of a small model as it is; a warning names the others."
-    with tempfile.TemporaryDirectory() as folder:
-        trial = Trial.of(config, Path(folder))
+    with temporary() as folder:
+        trial = Trial.of(config, folder)
         if trial is None:
             raise MergeError(
                 f"the symmetries of a {config.get('model_type') or 'model without a config'} "

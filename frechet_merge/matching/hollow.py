@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from ..messages import pass_on
+
 # %% ../../nbs/matching/hollow.ipynb #7a87f296
 LAYERS = 1000  # a config that asks for more is not built
 
@@ -68,7 +70,8 @@ def _made(text: str, named: bool) -> Any:
                 return cls._from_config(cls.config_class.from_dict(config))
             return transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**config))
     # whatever a library raises for a config that it does not understand
-    except Exception:
+    except Exception as e:
+        pass_on(e)
         return None
 
 # %% ../../nbs/matching/hollow.ipynb #a6a40eb2

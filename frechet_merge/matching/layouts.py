@@ -21,6 +21,7 @@ from ..files.checkpoint import Checkpoint
 from ..files.tensors import LazyTensor
 from .hollow import _in_silence, _is_modest, hollow
 from .promises import Joined, Part, Range, Worked
+from ..messages import pass_on
 
 # %% ../../nbs/matching/layouts.ipynb #c72200c0
 def skeleton(c: Checkpoint) -> Any:
@@ -273,7 +274,8 @@ def _of_diffusers(text: str) -> Any:
         with _in_silence(), torch.device("meta"):
             return cls.from_config(config)
     # whatever a library raises for a config that it does not understand
-    except Exception:
+    except Exception as e:
+        pass_on(e)
         return None
 
 # %% ../../nbs/matching/layouts.ipynb #827c05fa

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .hollow import _in_silence, _is_modest
+from ..messages import pass_on
 
 # %% ../../nbs/matching/settings.ipynb #d5e12d4c
 # settings that a trained model computes the same with, or that are compared elsewhere
@@ -79,7 +80,8 @@ def _by_transformers(config: Mapping[str, Any]) -> dict[str, Any] | None:
             made = json.loads(cls.from_dict(json.loads(json.dumps(config))).to_json_string(False))
             known = json.loads(cls().to_json_string(False))
     # whatever a class says of a config that it does not understand
-    except Exception:
+    except Exception as e:
+        pass_on(e)
         return None
     return _of_known(made, known)
 
@@ -106,7 +108,8 @@ def _by_diffusers(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
         cls = getattr(diffusers, config["_class_name"])
         known = inspect.signature(cls.__init__).parameters.values()
-    except Exception:
+    except Exception as e:
+        pass_on(e)
         return None
     defaults = {p.name: p.default for p in known if p.default is not p.empty}
     return {**defaults, **{k: x for k, x in config.items() if k[0] != "_"}}

@@ -83,7 +83,9 @@ def stacked(
     files = tuple(dict.fromkeys(f for c, _ in parts for f in c.files))
     name = "|".join(str(piece) for _, piece in parts)
     says = {**first.says, **_said(parts, count)}
-    return first.view(lazy=lazy, tied=tied, source=name, files=files, says=says)
+    beside = {f: stamp for c, _ in parts for f, stamp in c.beside.items()}
+    whole = first.view(lazy=lazy, tied=tied, source=name, files=files, says=says)
+    return whole.view(beside=beside)
 
 # %% ../../nbs/matching/slices.ipynb #a92a28eb
 def _around(c: Checkpoint) -> dict[str, Any]:

@@ -7,15 +7,14 @@ __all__ = ['Axes', 'STREAM', 'axes_of', 'stream_of', 'groups_with_stream']
 
 # %% ../../nbs/matching/stream.ipynb #83af1473
 import re
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..files.checkpoint import Checkpoint
+from ..files.output import temporary
 from .families import NOTHING, Trial, derived, groups_of, hidden_size
 from .groups import Group, Member, Part, gauged, off_by, random_element
 from ..messages import MergeError
@@ -123,8 +122,8 @@ def stream_of(c: Checkpoint) -> Group:
     width = hidden_size(c.config)
     if not width:
         raise _refused(c.source, "its config names no width that all of it shares")
-    with tempfile.TemporaryDirectory() as folder:
-        trial = Trial.of(c.config, Path(folder))
+    with temporary() as folder:
+        trial = Trial.of(c.config, folder)
         if trial is None:
             raise _refused(c.source, "transformers cannot make a small model to try it on")
         axes = axes_of(trial.c, width)

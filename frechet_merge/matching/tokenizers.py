@@ -14,6 +14,7 @@ from typing import Any
 
 from ..files.checkpoint import read_json
 from ..files.shards import read_bytes
+from ..messages import pass_on
 
 # %% ../../nbs/matching/tokenizers.ipynb #c16a28e6
 def _json(file: Path) -> dict[str, Any]:
@@ -181,6 +182,7 @@ def asked(
         return tokenizer.get_vocab()
     # a tokenizer may be damaged in any way, or need a library that is not there
     except Exception as e:
+        pass_on(e)
         raise ValueError(f"transformers does not open it: {needs(folder) or e}") from e
     finally:
         logging.set_verbosity(before)
@@ -275,7 +277,8 @@ def held_by(
     try:
         more = (tuple(sorted(added(folder).items())), frozenset(special(folder)))
     # they are damaged, which is said where they are read
-    except (ValueError, OSError, TypeError, AttributeError):
+    except (ValueError, OSError, TypeError, AttributeError) as e:
+        pass_on(e)
         names = ("added_tokens.json", "tokenizer_config.json")
         more = tuple(read_bytes(folder/n) for n in names if (folder/n).is_file())
     return *(read_bytes(f) if f.is_file() else b"" for f in files), more

@@ -21,7 +21,7 @@ from ..files.places import is_of
 from .joined import TRIED, joined, kind_of, new_pieces, split_otherwise
 from .tokenizers import SENTENCEPIECE, needs
 from .vocabulary import is_reserved
-from ..messages import MergeError, warn
+from ..messages import MergeError, pass_on, warn
 
 # %% ../../nbs/matching/union.ipynb #55c1fbf7
 def with_rows(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
@@ -79,6 +79,7 @@ def _opened(c: Checkpoint) -> Any:
         )
     # a tokenizer may be damaged in any way
     except Exception as e:
+        pass_on(e)
         why = (needs(home) if home is not None else "") or _first_line(e)
         raise MergeError(f"{c.source}: its tokenizer cannot be opened ({why}).") from e
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..files.checkpoint import Checkpoint
 from .tokenizers import FILES, held_by, read_tokens
-from ..messages import MergeError, warn
+from ..messages import MergeError, pass_on, warn
 
 # %% ../../nbs/matching/vocabulary.ipynb #623a08cc
 def _numbered(found: Mapping[Any, Any]) -> dict[str, int]:
@@ -32,7 +32,8 @@ def vocabulary(c: Checkpoint) -> dict[str, int] | None:
             found = read_tokens(home)
             if found is not None:
                 return _numbered(found)
-        except (OSError, TypeError, LookupError, AttributeError, ValueError):
+        except (OSError, TypeError, LookupError, AttributeError, ValueError) as e:
+            pass_on(e)
             return None
     return None
 
@@ -44,6 +45,7 @@ def why_unread(c: Checkpoint) -> str:
             if (found := read_tokens(home)) is not None and _numbered(found) is not None:
                 return ""
         except (OSError, TypeError, LookupError, AttributeError, ValueError) as e:
+            pass_on(e)
             return (str(e).splitlines() or [type(e).__name__])[0][:200]
     return ""
 

@@ -32,7 +32,7 @@ import torch
 from ..files.shards import Entry, ShardWriter
 from .block import Job, Write
 from .journal import Entered, extend, Journal, Range
-from ..messages import MergeError, Notes, warn
+from ..messages import MergeError, Notes, pass_on, warn
 from ..spaces.mean import Mean
 
 # %% ../../nbs/merging/executors.ipynb #0c8fed03
@@ -210,6 +210,7 @@ def packed(task: Task, dumps: Callable = pickle.dumps) -> bytes:
         return dumps(task, pickle.HIGHEST_PROTOCOL)
     # each class has errors of its own
     except Exception as e:
+        pass_on(e)
         raise ValueError(
             f"{task.job.name}: cannot be sent to another process ({e}).\n"
             "Use executor='threads'."
@@ -399,6 +400,7 @@ def started(ray: Any) -> None:
     # it raises the plainest of exceptions
     except Exception as e:
         ray.shutdown()
+        pass_on(e)
         where = os.environ.get("RAY_ADDRESS", "this machine")
         why = str(e).strip().splitlines()[0][:200]
         raise MergeError(

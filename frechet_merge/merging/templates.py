@@ -19,7 +19,7 @@ from ..files.checkpoint import Checkpoint, read_json
 from ..files.places import is_of
 from ..files.shards import read_bytes
 from ..matching.tokenizers import read_tokens
-from ..messages import MergeError, warn
+from ..messages import MergeError, pass_on, warn
 from ..files.folders import TOKENIZER, first_with
 
 # %% ../../nbs/merging/templates.ipynb #3c973aa0
@@ -164,7 +164,8 @@ def _say_unknown_tokens(out: Path, chosen: Chosen) -> None:
     try:
         known: Any = read_tokens(out)
     # it is said elsewhere that it cannot be read
-    except (OSError, TypeError, LookupError, AttributeError, ValueError):
+    except (OSError, TypeError, LookupError, AttributeError, ValueError) as e:
+        pass_on(e)
         known = None
     marks = dict.fromkeys(MARKS.findall(chosen.by_name["default"]))
     lacking = [t for t in marks if known is not None and t not in known]

@@ -7,7 +7,6 @@ __all__ = ['SKETCH', 'BOUNDS', 'CLOSE', 'ON_ITS_TOKENS', 'OutputDistance', 'near
 
 # %% ../../nbs/tuning/tune.ipynb #bf52dc0c
 import math
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,7 +35,7 @@ from ..geometries.registry import geometry_named, spelled
 from ..merging.merge import Merged, make
 from ..merging.plan import open_recipe, plan_recipe
 from ..merging.recipe import Output, Recipe, Run, as_dtype
-from ..files.output import free, hidden
+from ..files.output import free, hidden, temporary
 from ..matching.statistics import facts
 from ..messages import warn
 
@@ -237,12 +236,9 @@ class _Asked:
 @contextmanager
 def _between(out) -> Iterator[str]:
     "A folder beside `out` for merges that are only looked at; those of runs that were killed go."
-    if out is None:
-        with tempfile.TemporaryDirectory() as folder:
-            yield folder
-    else:
-        with hidden(Path(out).absolute(), alone=False) as folder:
-            yield str(folder)
+    place = temporary() if out is None else hidden(Path(out).absolute(), alone=False)
+    with place as folder:
+        yield str(folder)
 
 # %% ../../nbs/tuning/tune.ipynb #43d8180a
 # what to do about models of other vocabularies: outputs can be compared on the same tokens only
@@ -295,7 +291,7 @@ class _Merging:
 
     def recipe(self, g: Geometry, scale: float = 1.0) -> Recipe:
         "What one of them is."
-        base = None if self.are_adapters else self.base
+        base = None if self.are_adapters else self.origin
         return Recipe(self.loaded, g, base, self.ws, scale, self.metrics, **self.more)
 
     def make(self, g: Geometry, scale: float, out: Path, dtype) -> Merged:
