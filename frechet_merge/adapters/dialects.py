@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['REFUSED', 'ON_ITS_BASE', 'STAYS_APART', 'OF_INPUTS', 'UPDATES', 'DIALECTS', 'PIPELINE', 'OF_PEFT', 'METADATA',
-           'Scale', 'refusal', 'Dialect', 'spoken_in', 'dialect_of', 'alpha_beside', 'spoken', 'configs_of', 'layers']
+           'Scale', 'VECTORS', 'are_pairs', 'refusal', 'Dialect', 'spoken_in', 'dialect_of', 'alpha_beside', 'spoken',
+           'configs_of', 'layers']
 
 # %% ../../nbs/adapters/dialects.ipynb #3d369be0
 import json
@@ -27,6 +28,14 @@ from ..matching.codes import among
 from ..matching.views import renamed
 from ..messages import MergeError, warn
 
+# %% ../../nbs/adapters/dialects.ipynb #8244535e
+def are_pairs(
+    names: Collection[str],  # of all tensors of a file
+) -> bool:
+    "Whether a file is nothing but an A and a B for each module, as mlx-vlm's trainer calls them."
+    stems = [{n[:-2] for n in names if n.endswith(end)} for end in (".A", ".B")]
+    return stems[0] == stems[1] and len(names) == 2*len(stems[0]) > 0
+
 # %% ../../nbs/adapters/dialects.ipynb #78cc7102
 # what names contain → what it is
 REFUSED = {
@@ -36,6 +45,8 @@ REFUSED = {
     r"[._]glora_|[.][ab][12][.]weight$": "a GLoRA of LyCORIS",
     r"[.](hra_u|bone_block|fourierft_spectrum|c3a_kernel|vblora_logits_)": "an adapter of PEFT",
     r"[.](q_layer|p_layer)[.]weight$|[.]lambda_layer$": "a T-LoRA of LyCORIS",
+    r"^\w+:\d+:(up|down)$": "a LoRA that numbers its layers",
+    r"[.]adapter(_layer[.]\w+)?[.]linear_(in|out)[.]": "a LoRA of NeMo or Megatron",
     r"^prompt_embeddings$": "a soft prompt",
 }
 # what can be done with an adapter that is no update
@@ -65,7 +76,12 @@ def refusal(
         if kind in OF_INPUTS:
             return f"has peft_type = {kind!r}, which does not touch the weights.\n{STAYS_APART}"
         return f"has peft_type = {kind!r}, whose updates are read by PEFT alone.\n{ON_ITS_BASE}"
+    if (whole := (config or {}).get("fine_tune_type")) == "full":
+        return f"has fine_tune_type = {whole!r}: it is layers, saved whole.\n{ON_ITS_BASE}"
     names = [*names]
+    if are_pairs(names):
+        what = f"pairs of factors A and B ({names[0]!r})"
+        return f"is {what}, whose updates are read by its library alone.\n{ON_ITS_BASE}"
     suspects = among(REFUSED, names)
     for name in names if suspects else ():
         for part in suspects:
@@ -106,9 +122,11 @@ PIPELINE = re.compile(
     r"(?:base_model[.]model[.])?(?:unet|prior|text_encoder(?:_[23])?|text_encoders"
     r"|(?:model[.])?diffusion_model|double_blocks|single_blocks|joint_blocks"
     r"|(?:single_)?transformer_blocks|down_blocks|mid_block|up_blocks"
-    r"|blocks[.]\d+[.](?:self_attn|cross_attn|ffn)"
+    r"|blocks[.]\d+[.](?:self_attn|cross_attn|ffn)|transformer[.](?:double|single|joint)_blocks"
     r"|transformer(?:_2)?[.].*(?:transformer_blocks|[.]to_[qkv]|[.]to_out|ff[.]net|embedder"
     r"|norm_out|proj_out|proj_in|proj_mlp|add_[qkv]_proj|norm\d?[.]linear))\b.*"
+    # attention of diffusers, anywhere but behind PEFT's own part
+    r"|(?!base_model[.]).*[.](?:to_[qkv]|to_out[.]0)"
 )
 # endings that PEFT, too, gives to tensors of an adapter
 OF_PEFT = re.compile(r"[.](lora_[ABE]([.]weight)?|lora_B[.]bias|hada_\w+|lokr_\w+)")
@@ -123,7 +141,7 @@ def spoken_in(
     if FACTOR.search(key) and split(key) is None:
         return "peft"
     module, end = split(key) or ("", "")
-    if end in ("", ".alpha", ".diff", ".diff_b"):
+    if end in ("", ".alpha", ".diff", ".diff_b", ".diff_m"):
         return None
     if end.startswith((".lora_a", ".lora_b")):
         return "torchtune" if end.endswith(".weight") else "mlx"
@@ -280,6 +298,30 @@ def _say_which_lack_alpha(c: Checkpoint, found: dict[str, dict[str, str]]) -> No
             "diffusers would give them the alpha of the others."
         )
 
+# %% ../../nbs/adapters/dialects.ipynb #214ed620
+VECTORS = {"diff", "diff_b", "diff_m"}  # what a module of vectors has
+
+
+def _refuse_vectors(c: Checkpoint, found: dict[str, dict[str, str]]) -> None:
+    "`MergeError` for differences of vectors alone, as of norms, with patterns for all of them."
+    odd = []
+    for keys in found.values():
+        whole = keys.get("diff")
+        is_matrix = whole is not None and len(c.lazy[whole].shape) > 1
+        if {*keys} <= VECTORS and not is_matrix:
+            odd += keys.values()
+    if not odd:
+        return
+    numbered = (re.sub(r"(?<=[._])\d+(?=[._])", "*", name) for name in odd)
+    patterns = [*dict.fromkeys(numbered if odd[1:] else odd)]
+    typed = " ".join(f"--drop '{pattern}'" for pattern in patterns)
+    as_python = patterns if patterns[1:] else patterns[0]
+    raise MergeError(
+        f"{c.source}: has differences of whole vectors ({odd[0]!r}), as of norms and biases, "
+        "which are no updates of matrices, and are not merged here.\n"
+        f"Leave them out (drop={as_python!r}, {typed})."
+    )
+
 # %% ../../nbs/adapters/dialects.ipynb #6417b90c
 def layers(
     c: Checkpoint,  # an adapter in any dialect
@@ -300,6 +342,7 @@ def layers(
     if dialect in ("mlx", "torchtune"):
         scale = _scale_of_config(c)
     found = table(c)
+    _refuse_vectors(c, found)
     _say_which_lack_alpha(c, found)
     return {m: layer_of(c, m, keys, scale) for m, keys in found.items()}, {}
 

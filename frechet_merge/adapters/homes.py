@@ -10,9 +10,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 
-from .common import by_flat, flat_parts
+from .common import FLAT, by_flat, flat_parts, is_dotted
+from .originals import ORIGINALS
 from .peft import Layer
-from .pipelines import IN_PIPELINE, Asked, in_full, named_by_diffusers, places
+from .pipelines import IN_PIPELINE, Asked, in_full, of_original
+from .pipelines import named_by_diffusers, places
 from ..files.checkpoint import Checkpoint
 from ..files.tensors import LazyTensor
 from ..messages import MergeError
@@ -127,12 +129,13 @@ def _asked_of_diffusers(
 ) -> dict[str, Layer]:
     "Layers under diffusers' names; of two readings the one that a pipeline knows."
     found: dict[str, Layer] = {}
-    for ends in ENDS if layers else ():
+    # as they are, too: X-Labs' names are known by their own endings
+    for ends in (*ENDS, ()) if layers else ():
         rekeyed = {
             module: replace(layer, name=module, keys=tuple(module + end for end in ends))
             for module, layer in layers.items()
         }
-        asked = named_by_diffusers(rekeyed)
+        asked = named_by_diffusers(rekeyed if ends else layers)
         if asked.keys() <= known.keys() and asked:
             return asked
         found = found or asked
@@ -149,7 +152,9 @@ def _home_of(
         return in_full(module)
     parts, rest = flat_parts(module)
     dotted = [flat[part, rest] for part in parts if (part, rest) in flat]
-    ends = [name for name in known if name.partition(".")[2] == module]
+    # of a file nobody has said which part it is
+    bare = re.sub(r"^(unet|transformer)[.]", "", module)
+    ends = [name for name in known if name.partition(".")[2] == bare]
     return next(iter([*dotted, *(ends if len(ends) == 1 else [])]), None)
 
 # %% ../../nbs/adapters/homes.ipynb #00414a2f
@@ -168,22 +173,58 @@ def _nowhere(base: Checkpoint, adapter: Checkpoint, module: str) -> MergeError:
         f"{adapter.source}: adapts {module!r}, which is not in {base.source}.\n{remedy}"
     )
 
+# %% ../../nbs/adapters/homes.ipynb #e032b8d2
+def _flat_stems(base: Checkpoint) -> dict[str, str]:
+    "Flat names of a file's modules → what their tensors begin with; without those of two."
+    found: dict[str, list[str]] = {}
+    for name in base:
+        stem, is_weight, _ = name.rpartition(".weight")
+        if is_weight:
+            found.setdefault(LEAD.sub("", stem).replace(".", "_"), []).append(stem)
+    return {flat: stems[0] for flat, stems in found.items() if len(stems) == 1}
+
+# %% ../../nbs/adapters/homes.ipynb #36f3f287
+def _all_named(layers: Mapping[str, Layer]) -> dict[str, Layer]:
+    "Layers under diffusers' names; empty if it has no name for one of them."
+    dotted = {in_full(n): x for n, x in layers.items() if is_dotted(x)}
+    left = {n: x for n, x in layers.items() if not is_dotted(x)}
+    named = named_by_diffusers(left) if left else {}
+    # a layer may be several there, of which the input factors are one
+    found = {id(x.A) for x in named.values()}
+    return {**dotted, **named} if all(id(x.A) in found for x in left.values()) else {}
+
+# %% ../../nbs/adapters/homes.ipynb #759669e1
+def _has(base: Checkpoint, module: str, layer: Layer) -> bool:
+    "Whether a base has a module with as many outputs as a layer."
+    x = base.lazy.get(f"{module}.weight")
+    return x is not None and x.shape[:1] == layer.shape[:1]
+
+# %% ../../nbs/adapters/homes.ipynb #68ffa15b
+def _in_file_of_original(base: Checkpoint, layers: Mapping[str, Layer]) -> dict[str, Layer]:
+    "Layers in the modules of the original model that a file has; empty if it has not all."
+    names, stems = _all_named(layers), _flat_stems(base)
+    for model in ORIGINALS if names else ():
+        made = of_original(names, model) or {}
+        homes = {stems.get(n.removeprefix("lora_unet_"), ""): x for n, x in made.items()}
+        if homes and len(homes) == len(made) and all(_has(base, *home) for home in homes.items()):
+            return {home: replace(x, name=home) for home, x in homes.items()}
+    return {}
+
 # %% ../../nbs/adapters/homes.ipynb #816a451c
 def _in_any_model(base: Checkpoint, found: dict[str, Layer]) -> dict[str, Layer]:
-    "Layers that LyCORIS named flat, under the names of a model that is no pipeline."
-    lead = "lycoris_"
-    if not any(name.startswith(lead) for name in found):
+    "Layers with flat names, or diffusers', under the names of a model that is no pipeline."
+    odd = {n: x for n, x in found.items() if n.startswith((*FLAT,)) or is_dotted(x)}
+    if not odd:
         return found
-    stems = [name.removesuffix(".weight") for name in base if name.endswith(".weight")]
-    flat: dict[str, list[str]] = {}
-    for stem in stems:
-        flat.setdefault(lead + stem.replace(".", "_"), []).append(stem)
-    homes = {}
-    for name, layer in found.items():
-        meant = flat.get(name, [])
-        home = meant[0] if len(meant) == 1 else name
-        homes[home] = replace(layer, name=home)
-    return homes
+    flat, homes = _flat_stems(base), {n: x for n, x in found.items() if n not in odd}
+    left = {}
+    for name, layer in odd.items():
+        home = flat.get(flat_parts(name)[1])
+        if home is None:
+            left[name] = layer
+        else:
+            homes[home] = replace(layer, name=home)
+    return {**homes, **(_in_file_of_original(base, left) or left)}
 
 
 # %% ../../nbs/adapters/homes.ipynb #b3aeccdd
@@ -207,6 +248,10 @@ def at_home(
         else:
             homes[home] = layer
     asked = _asked_of_diffusers(left, known)
+    in_file = {} if asked.keys() <= known.keys() and asked else _in_file_of_original(base, left)
+    if in_file:
+        own = {known[name]: replace(x, name=known[name]) for name, x in homes.items()}
+        return {**own, **in_file}
     if left and not asked:
         raise _nowhere(base, adapter, next(iter(left)))
     # factors are the same objects under all names

@@ -236,7 +236,8 @@ T5 = {
 # what names begin with → the text encoder, and its layers
 ENCODERS = {
     "lora_te1_": ("text_encoder", CLIP),
-    "lora_te2_": ("text_encoder_2", CLIP),
+    # kohya's trainer calls the T5 of Flux the third, OneTrainer the second
+    "lora_te2_": ("text_encoder_2", CLIP | T5),
     "lora_te3_": ("text_encoder_3", T5),
     "lora_te_": ("text_encoder", CLIP),
     "text_encoders.clip_l.transformer.": ("text_encoder", CLIP),
@@ -244,7 +245,9 @@ ENCODERS = {
     "text_encoders.t5xxl.transformer.": ("text_encoder_3", T5),
 }
 # of the transformer itself
-LEAD = re.compile(r"lora_unet_|lora_transformer_|(model[.])?diffusion_model[.]|transformer[.]")
+LEAD = re.compile(
+    r"lora_unet_|lora_transformer_|lycoris_|(model[.])?diffusion_model[.]|transformer[.]"
+)
 
 # %% ../../nbs/adapters/originals.ipynb #622097df
 @lru_cache(None)

@@ -113,9 +113,12 @@ class Names:
 # %% ../../nbs/adapters/writing.ipynb #c2d5443d
 def _is_kept(layer: Layer, dialect: str) -> bool:
     "Whether a layer was read in this dialect."
-    if dialect == "peft":
-        return layer.keys[0].startswith("base_model.model.")
-    return spoken_in(layer.keys[0], False) == dialect
+    is_of_peft = layer.keys[0].startswith("base_model.model.")
+    if dialect == "peft" or is_of_peft:
+        return is_of_peft and dialect == "peft"
+    # a file of diffusers may have modules by whose names alone it would not be known
+    others = ("peft",) if dialect == "diffusers" else ()
+    return spoken_in(layer.keys[0], False) in (dialect, *others)
 
 # %% ../../nbs/adapters/writing.ipynb #befe01d7
 def _own(layer: Layer, dialect: str, alphas: Collection[str]) -> Names:

@@ -7,7 +7,7 @@ __all__ = ['parts_of', 'load']
 
 # %% ../../nbs/files/open.ipynb #fc169c36
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -180,6 +180,7 @@ def load(
     source: str | os.PathLike | Mapping[str, Tensor],
     allow_pickle: bool = False,  # accept .bin files (plain tensors only)
     name: str = "state dict",  # what messages call a mapping
+    drop: Sequence[str] = (),  # patterns of what adapters leave out before they are put on a base
 ) -> Checkpoint:  # names → tensors, read on look-up; `adapter` is the PEFT config if it is one
     """Open a checkpoint without reading its tensors; `MergeError` if it is missing, damaged or not
     one, `ValueError` for another type."""
@@ -204,7 +205,7 @@ def load(
         if pieces := slices_of(named):
             return load_slices(pieces, allow_pickle)
     if len(parts := parts_of(named)) > 1:
-        return _on_its_base(parts, allow_pickle)
+        return _on_its_base(parts, allow_pickle, drop)
     if is_address(named):
         return _in_store(named, allow_pickle)
     return _open(download(named, allow_pickle), allow_pickle, named)
@@ -227,11 +228,12 @@ def _in_store(address: str, allow_pickle: bool) -> Checkpoint:
         raise meant(address, here, e) from None
 
 # %% ../../nbs/files/open.ipynb #49e8efbf
-def _on_its_base(parts: list[str], allow_pickle: bool) -> Checkpoint:
+def _on_its_base(parts: list[str], allow_pickle: bool, drop: Sequence[str] = ()) -> Checkpoint:
     "BASE+ADAPTER, and further adapters."
     from frechet_merge.adapters.baking import bake
+    from frechet_merge.matching.views import without
 
     base, *adapters = (load(p, allow_pickle) for p in parts)
     for adapter in adapters:
-        base = bake(base, adapter)
+        base = bake(base, without(adapter, [*drop]) if drop else adapter)
     return base

@@ -7,7 +7,8 @@ __all__ = ['SAFE', 'Opened', 'open_recipe', 'check_recipe', 'as_written', 'stem_
            'check_fit', 'plan_recipe']
 
 # %% ../../nbs/merging/plan.ipynb #89ad6d33
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +21,7 @@ from ..matching.blocks import Block, align
 from ..files.checkpoint import Checkpoint
 from ..files.formats import SHARD, STEMS, spec_of
 from ..files.hub import agreed, bring, look_up
-from ..files.open import load
+from ..files.open import load, parts_of
 from ..files.ranges import is_file
 from ..files.whole import reader_of_one_file
 from ..geometries.lora import LoRA
@@ -82,7 +83,7 @@ def open_recipe(recipe: Recipe) -> Opened:
     models = []
     with agreed(found):
         for i, model in enumerate(recipe.models):
-            models.append(load(model, pickles, f"models[{i}]"))
+            models.append(load(model, pickles, f"models[{i}]", recipe.drop or ()))
         base = None if recipe.base is None else load(recipe.base, pickles, "base")
         onto = None if recipe.bake is None else load(recipe.bake, pickles, "bake")
         bring(recipe.metrics, pickles)
@@ -97,12 +98,26 @@ def open_recipe(recipe: Recipe) -> Opened:
     opened = _labelled_alike(_in_one_vocabulary(opened))
     return replace(opened, recipe=recipe.exact(found)) if found else opened
 
+# %% ../../nbs/merging/plan.ipynb #28c0d353
+def _reaches(pattern: str, models: Iterable[Checkpoint]) -> bool:
+    "Whether a pattern leaves something out of a model."
+    return any(len(without(c, [pattern])) < len(c) for c in models)
+
+# %% ../../nbs/merging/plan.ipynb #c67307b2
+def _put_on_a_base(recipe: Recipe) -> Iterator[Checkpoint]:
+    "The adapters that a recipe names on their bases, opened again."
+    for model in recipe.models:
+        named = str(model) if isinstance(model, (str, os.PathLike)) else ""
+        for adapter in [] if os.path.exists(named) else parts_of(named)[1:]:
+            yield load(adapter, recipe.allow_pickle)
+
 # %% ../../nbs/merging/plan.ipynb #ace289df
 def _dropped(opened: Opened, stored: Sequence[Checkpoint]) -> Opened:
     "Without what the recipe leaves out; `ValueError` for a pattern that leaves out nothing."
-    patterns = opened.recipe.drop
+    patterns, recipe = opened.recipe.drop, opened.recipe
     for pattern in patterns:
-        if all(len(without(c, [pattern])) == len(c) for c in (*stored, *opened.every)):
+        is_of_model = _reaches(pattern, (*stored, *opened.every))
+        if not is_of_model and not _reaches(pattern, _put_on_a_base(recipe)):
             raise ValueError(f"drop = {pattern!r}: no model has a tensor of this name.")
     models = [without(c, patterns) for c in opened.models]
     base = None if opened.base is None else without(opened.base, patterns)
