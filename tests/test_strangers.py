@@ -187,17 +187,17 @@ def test_a_hub_that_never_answers(tmp_path, hub):
     assert code == 1 and "the hub did not give it" in err and time.time() - start < 20, err
 
 
-def test_a_folder_here_wins_and_that_is_said(tmp_path, hub):
+def test_a_folder_here_wins(tmp_path, hub):
     laid(hub, {"README.md": card(OURS)})
     (tmp_path/"org"/"m").mkdir(parents=True)
     (tmp_path/"org"/"m"/"README.md").write_text(card(OURS.replace("0.3", "0.9")))
     code, _, err, here = ran(hub, tmp_path, "org/m")
-    assert code == 0 and "org/m: the folder here is read" in err and "hf://org/m" in err, err
+    assert code == 0, err
     assert not of_repo(hub, "org/m")
     code, _, err, there = ran(hub, tmp_path, "hf://org/m")
-    assert code == 0 and there != here and "folder here" not in err, err
+    assert code == 0 and there != here, err
     code, _, err, also = ran(hub, tmp_path, "./org/m")
-    assert code == 0 and also == here and "folder here" not in err, err
+    assert code == 0 and also == here, err
 
 
 def test_a_file_that_is_missing_is_no_id(tmp_path, hub):

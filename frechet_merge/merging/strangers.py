@@ -16,7 +16,7 @@ from ..files.hub import some_files
 from ..files.places import place_of
 from .lines import Page
 from .record import NAME
-from ..messages import MergeError, named, warn
+from ..messages import MergeError, named
 
 # %% ../../nbs/merging/strangers.ipynb #2e5a5d99
 OF_FILES = (".yml", ".yaml", ".json", ".md", ".markdown", ".txt")  # how files of recipes end
@@ -31,10 +31,8 @@ def id_in(
     if name.startswith("hf://"):
         return name.removeprefix("hf://").strip("/")
     is_id = re.fullmatch(r"[^/~.][^/]*/[^/]+", name) and not name.lower().endswith(OF_FILES)
-    there = place_of(name)
-    if is_id and os.path.isdir(there):
-        warn(f"{named(name)}: the folder here is read; a model of the hub would be hf://{name}")
-    return name if is_id and not os.path.lexists(there) else None
+    # what is here wins, as everywhere
+    return name if is_id and not os.path.lexists(place_of(name)) else None
 
 # %% ../../nbs/merging/strangers.ipynb #6100c309
 CARD = "README.md"
