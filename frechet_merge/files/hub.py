@@ -526,4 +526,5 @@ def some_files(
     try:
         return _fetched(found, [f for f in wanted if f in found.files] or [NOTHING])
     except Exception as e:
+        pass_on(e)
         raise refusal(name, e) from None
