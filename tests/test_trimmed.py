@@ -137,7 +137,7 @@ def test_no_tensor_is_held_whole(name, monkeypatch):
     needs = geometry_named(name).needs
     base, *models = ({"w": torch.randn(530, 1000)} for _ in range(4))
     monkeypatch.setattr(Stack, "__getitem__", whole)
-    merge(models, name, base if needs.base else None, memory=30 << 20, executor="serial")
+    merge(models, name, base if needs.base else None, memory=40 << 20, executor="serial")
 
 
 def test_ties_of_a_tensor_of_several_chunks():

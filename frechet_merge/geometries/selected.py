@@ -111,7 +111,7 @@ class SCE(Geometry):
 
     # share of the positions to keep, those of the largest variance; where nobody differs is none
     select: float = 1.0
-    needs = Needs(base=True, weighs=True, entries=True, votes=True, looks=5, held=(4, 8))
+    needs = Needs(base=True, weighs=True, entries=True, votes=True, looks=5, held=(6, 12))
     waives = (3, 4, 6, 9)
 
     def __post_init__(self):
@@ -196,7 +196,7 @@ class Outliers(Geometry):
     "The first model, but for entries in which others stand out from it (Arcee Fusion)."
 
     fence: float = 1.5  # how many interquartile ranges above the median an entry stands out
-    needs = Needs(entries=True, looks=2, rows=True, held=(4, 12))
+    needs = Needs(entries=True, looks=2, rows=True, held=(6, 12))
     # the first model is the one that others are compared with; a point is masked
     waives = (2, 6)
 
@@ -248,7 +248,7 @@ class RAM(Geometry):
     least: float = 1e-5  # how far an entry is moved that was changed, in units of the weights
     gain: float = 0.0  # how much larger what one model changed alone becomes; RAM+: 0.1
     most: float = 0.2  # at most this ratio of what is shared to what is unique makes it larger
-    needs = Needs(base=True, weighs=True, entries=True, looks=1, held=(4, 8))
+    needs = Needs(base=True, weighs=True, entries=True, looks=1, held=(6, 12))
     # a model that is listed twice changed nothing alone
     waives = (3, 4, 6, 9)
 

@@ -150,7 +150,7 @@ class Trimmed(Geometry):
             votes=self.elect,
             looks=max(looks, 1),
             rows=self.rule == "rank",
-            held=(4, 8),
+            held=(6, 12),
         )
 
     @property
