@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from frechet_merge import merge
 from frechet_merge.files.tensors import FileTensor
 from frechet_merge.geometries.lora import LoRA
+from frechet_merge.merging.preview import preview
 from frechet_merge.merging.recipe import Recipe
 from frechet_merge.merging.record import Record
 from frechet_merge.spaces.mean import frechet_mean
@@ -172,3 +173,11 @@ def test_files_are_read_twice_however_many_rounds_it_takes(tmp_path, monkeypatch
     merge(paths, loss="median", out=tmp_path/"o")
     assert Record.read(tmp_path/"o").counted["rounds"] > 2
     assert sum(read) == 2*5*(12*8 + 12)
+    planned = preview(Recipe.of({"models": paths, "loss": "median"}), timed=True)
+    assert planned.bytes_read == 4*sum(read) and planned.seconds is None and not planned.warnings
+
+
+def test_a_plan_says_what_it_does_not_count(tmp_path):
+    models = [adapter(tmp_path/f"a{i}", i, 1.0) for i in range(3)]
+    (note,) = preview(Recipe.of({"models": models, "loss": "median"})).warnings
+    assert "rounds of the loss" in note

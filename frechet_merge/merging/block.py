@@ -12,6 +12,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -74,10 +75,11 @@ def merge_block(
 
     whole = metrics is not None and g.needs.whole
     if g.needs.pieces and not whole and not isinstance(metrics, Coupled):
-        return _merge_pieces(g, stack, ws, done, metrics)
+        each = _weighed(g, None, ws)[1]
+        return _merge_ranges(stack, partial(_piece, g, metrics, ws), each, done)
     Gs, ws = _weighed(g, list(metrics) if metrics else None, ws)
     if g.needs.looks:
-        return _merge_ranges(g, stack, Gs, ws, done)
+        return _merge_ranges(stack, g.ranges(stack, Gs), ws, done, g.needs.rows)
 
     # a convolution, whose metric is of a matrix
     is_flat = isinstance(metrics, Coupled) and len(stack.shape) > 2
@@ -90,29 +92,27 @@ def merge_block(
     return mean
 
 # %% ../../nbs/merging/block.ipynb #e719caf5
-def _merge_pieces(
-    g: Geometry, stack: Stack, ws: list[float], done: Callable, metrics: Stack | None
-) -> Mean:
-    "A mean for each chunk, in one pass."
-    means = []
-    for i, j in stack.spans():
-        X = stack.rows(i, j)
-        Gs, each = _weighed(g, None if metrics is None else list(metrics.rows(i, j)), ws)
-        x, mean = _mean_of(g.chart(list(X), Gs), each)
-        # no path to some model: is it a NaN?
-        if mean.lost:
-            stack.check(X, i)
-        done(i, j, x)
-        means.append(mean)
-    return together(means)
+def _piece(
+    g: Geometry, metrics: Stack | None, ws: list[float], start: int, X: list[Tensor]
+) -> Chart:
+    "A range, charted as if there were nothing else."
+    Gs = None if metrics is None else list(metrics.rows(start, start + len(X[0])))
+    return g.chart(X, _weighed(g, Gs, ws)[0])
 
 # %% ../../nbs/merging/block.ipynb #864e3626
-def _merge_ranges(g: Geometry, stack: Stack, Gs: Any, ws: list[float], done: Callable) -> Mean:
-    "A mean for each chunk, after a look at all of them."
-    charted, means = g.ranges(stack, Gs), []
-    for i, j in stack.spans(g.needs.rows):
+def _merge_ranges(
+    stack: Stack,
+    charted: Callable[[int, list[Tensor]], Chart],  # of where a range begins, and T of it
+    ws: list[float],
+    done: Callable,
+    rows: bool = False,  # ranges are whole rows
+) -> Mean:
+    "A mean for each range."
+    means = []
+    for i, j in stack.spans(rows):
         X = stack.rows(i, j)
         x, mean = _mean_of(charted(i, list(X)), ws)
+        # no path to some model: is it a NaN?
         if mean.lost:
             stack.check(X, i)
         done(i, j, x)

@@ -28,6 +28,7 @@ from ..files.uploads import refuse_taken
 from .merge import dress_of, files_of, in_dtype, is_one_file, parts_for
 from .plan import Opened, open_recipe
 from .parts import plan_root
+from .robust import is_spanned
 from .recipe import Output, Recipe, Run, typed_dtype
 from .run import Plan
 from .update import UpdateOf
@@ -202,6 +203,25 @@ def _opened_for(recipe: Recipe, output: Output) -> tuple[Opened, Output]:
         free(output.folder, folder=not is_one_file(opened, output))
     return opened, output
 
+# %% ../../nbs/merging/preview.ipynb #9df3a751
+def _read_in_all(opened: Opened, jobs: Sequence[Job]) -> tuple[int, list[str]]:
+    "Bytes that a merge reads at most, and what is to be said of what is not counted."
+    read, inner = sum(map(bytes_read, jobs)), [*map(inner_job, jobs)]
+    if opened.onto is not None:
+        read += _onto(opened, None)
+    if opened.recipe.loss is None:
+        return read, []
+    # how far each model is
+    read += sum(map(bytes_kept, inner))
+    if all(is_spanned(job) for job in inner if job.who):
+        return read, []
+    return read, ["rounds of the loss read the models again, as often as it takes"]
+
+# %% ../../nbs/merging/preview.ipynb #4b91785c
+def _is_all(opened: Opened) -> bool:
+    "Whether a plan is all that a merge does: no rounds of a loss, and no model to be put on."
+    return opened.onto is None and opened.recipe.loss is None
+
 # %% ../../nbs/merging/preview.ipynb #91bdf0c6
 def preview(
     recipe: Recipe,
@@ -228,13 +248,12 @@ def preview(
     jobs = [job for p in every for job in within(p.jobs, run, far)]
     held = sorted(map(bytes_held, jobs), reverse=True)
     threads = 1 if run.executor == "serial" else cores()
-    planned, found = perf_counter() - start, Estimate()
-    # a model that an adapter is put on is no part of the plan
-    if timed and opened.onto is None and not far:
-        found = estimate(every, output, run)
-    read, size = sum(map(bytes_read, jobs)), sum(p.nbytes for p in (coded, *every[1:]))
+    planned = perf_counter() - start
+    found = estimate(every, output, run) if timed and not far and _is_all(opened) else Estimate()
+    read, notes = _read_in_all(opened, jobs)
+    size = sum(p.nbytes for p in (coded, *every[1:]))
     if opened.onto is not None:
-        read, size = read + _onto(opened, None), _onto(opened, output.dtype)
+        size = _onto(opened, output.dtype)
     return Preview(
         opened.recipe.as_data(),
         lines_of(plan),
@@ -242,7 +261,7 @@ def preview(
         size,
         sum(held[:threads]),
         {path: lines_of(p) for path, (_, p) in parts.items()},
-        [*said],
+        [*said, *notes],
         None if found.seconds is None else planned + found.seconds,
         found.share,
     )
