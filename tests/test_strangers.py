@@ -72,7 +72,7 @@ def laid(hub, files, name="org/m", branch="main"):
 
 
 @pytest.mark.parametrize(
-    "name, file", zip(("org/m", "org/m@main", "hf://org/m@main"), LAID, strict=True)
+    "name, file", [*zip(("org/m", "org/m@main", "hf://org/m@main"), LAID, strict=True)]
 )
 def test_a_recipe_is_run_by_the_id_of_its_model(tmp_path, hub, name, file):
     laid(hub, LAID[file])
