@@ -254,7 +254,8 @@ class TestDeterminism:
     def digests(self, models, tmp_path, geometry, monkeypatch, **more):
         found = []
         for size in (64, 1000, 1 << 18):
-            monkeypatch.setattr(Stack, "spans", lambda self, rows=False, n=size: spans(self.numel, n))
+            ranges = lambda self, rows=False, n=size: spans(self.numel, n)
+            monkeypatch.setattr(Stack, "spans", ranges)
             made = merge(models, geometry, executor="serial", **more)
             found.append(dict(made.tensors))
         return found

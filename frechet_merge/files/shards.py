@@ -18,7 +18,7 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
@@ -184,7 +184,7 @@ def refuse_another(
 ):
     "`MergeError` if a file is not any more what it was."
     now = Stamp.of(found)
-    if stamp is None or stamp in (now, replace(now, device=None)):
+    if stamp is None or stamp == now or stamp == replace(now, device=None):
         return
     is_cut = now.inode == stamp.inode and now.size < stamp.size
     how = "was cut short" if is_cut else "was replaced or written to"
@@ -510,6 +510,16 @@ def save_tensors(
             f.write(_bytes(x))
 
 
+def _begin_to_store(fd: int, start: int, count: int):
+    """Have the system begin to store what was just written: else nothing goes to the disk before
+    the end, where all of it is waited for."""
+    # Linux stores what it is told that nobody needs; what is not stored yet stays in memory
+    if hasattr(os, "posix_fadvise"):
+        # a hint: who cannot take it stores later
+        with suppress(OSError):
+            os.posix_fadvise(fd, start, count, os.POSIX_FADV_DONTNEED)
+
+
 class ShardWriter:
     """Safetensors shards whose every byte has its place before the first tensor is known.
 
@@ -590,9 +600,11 @@ class ShardWriter:
         self.ledger.enter(name, start, values.numel())
         e = self.entries[name]
         data, at = _bytes(values.to("cpu", e.dtype)), e.offset + start*e.dtype.itemsize
+        fd, begin = self.fds[e.path], at
         while data:
-            done = os.pwrite(self.fds[e.path], data, at)
+            done = os.pwrite(fd, data, at)
             data, at = data[done:], at + done
+        _begin_to_store(fd, begin, at - begin)
 
     def flush(self, names: set[str]) -> None:
         "Have the files of some tensors on the disk."
