@@ -27,6 +27,7 @@ from ..matching.layouts import seen_by_module
 from ..matching.rows import is_of_tokens
 from ..matching.ties import is_of_t5, known_of
 from ..matching.union import with_rows
+from ..matching.views import PEFT_LEAD
 from ..messages import MergeError
 from ..files.tensors import LazyTensor, MemoryTensor
 
@@ -156,7 +157,7 @@ BLOCK = re.compile(r"(.*?[.]\d+[.])")  # what names of tensors in one block begi
 
 def _name_of(key: str) -> str:
     "What the base calls a tensor that PEFT saved whole."
-    return key.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    return key.removeprefix(PEFT_LEAD).replace(".base_layer.", ".")
 
 
 # %% ../../nbs/adapters/baking.ipynb #b797f8a9
@@ -397,7 +398,7 @@ def _elsewhere(
 # %% ../../nbs/adapters/baking.ipynb #8556f4c3
 def _touched(found: dict[str, Layer], rest: dict) -> set[str]:
     "Names of tensors that an adapter changes."
-    whole = {key.removeprefix("base_model.model.") for key in rest if ".base_layer." not in key}
+    whole = {key.removeprefix(PEFT_LEAD) for key in rest if ".base_layer." not in key}
     return whole | {f"{layer.name}.weight" for layer in found.values()}
 
 # %% ../../nbs/adapters/baking.ipynb #142be09e

@@ -37,7 +37,7 @@ from ..files.stack import Stack
 from ..matching.blocks import Block, align, get
 from ..matching.layouts import skeleton
 from ..matching.statistics import parts_for
-from ..matching.views import alike, head_of, without
+from ..matching.views import PEFT_LEAD, alike, head_of, without
 from ..messages import MergeError, pass_on, warn
 from ..metrics.units import clipped
 
@@ -387,7 +387,7 @@ def factor_tensors(
     if place.kind == "conv":
         A = A.reshape(len(A), *kernel)
         B = B.reshape(*B.shape, *[1]*(len(kernel) - 1))
-    stem = f"base_model.model.{place.module}"
+    stem = f"{PEFT_LEAD}{place.module}"
     return {
         f"{stem}.lora_A.weight": A.to(dtype).contiguous().cpu(),
         f"{stem}.lora_B.weight": B.to(dtype).contiguous().cpu(),
@@ -480,7 +480,7 @@ def _save_whole(work: _Work, blocks: Sequence[Block]) -> list[str]:
             continue
         # a head that is tied to the embedding is a module of its own to PEFT
         for module, role in [(place.module, place.role), *((m, r) for m, r, _ in place.twins)]:
-            work.tensors[f"base_model.model.{module}.{role}"] = b.lazy[0].tensor().clone()
+            work.tensors[f"{PEFT_LEAD}{module}.{role}"] = b.lazy[0].tensor().clone()
             modules.add(module)
         work.left.pop(b.name, None)
     return sorted(modules)

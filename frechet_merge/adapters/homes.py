@@ -17,6 +17,7 @@ from .pipelines import IN_PIPELINE, Asked, in_full, of_original
 from .pipelines import named_by_diffusers, places
 from ..files.checkpoint import Checkpoint
 from ..files.tensors import LazyTensor
+from ..matching.views import PEFT_LEAD
 from ..messages import MergeError
 
 # %% ../../nbs/adapters/homes.ipynb #3b68d918
@@ -241,7 +242,7 @@ def at_home(
     flat, homes, left = by_flat(known), {}, {}
     for key, layer in found.items():
         # as a merged adapter has it
-        module = key.removeprefix("base_model.model.")
+        module = key.removeprefix(PEFT_LEAD)
         home = _home_of(module, known, flat)
         if home is None:
             left[module] = layer

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..algebra.factors import Factors
 from ..files.checkpoint import Checkpoint
-from ..matching.views import renamed, without
+from ..matching.views import PEFT_LEAD, renamed, without
 from ..messages import MergeError
 from .patterns import is_meant, matches
 from ..files.tensors import LazyTensor
@@ -140,7 +140,7 @@ def _refusal(c: Checkpoint, why: str, remedy: str = "") -> MergeError:
 # %% ../../nbs/adapters/peft.ipynb #5ec74817
 def _remedy(c: Checkpoint, key: str) -> str:
     "What can be done with an adapter that a key of its config makes something else."
-    if key in ON_A_BASE and any(n.startswith("base_model.model.") for n in c.lazy):
+    if key in ON_A_BASE and any(n.startswith(PEFT_LEAD) for n in c.lazy):
         return ON_ITS_BASE
     what = "Only LoRA updates ΔW = s·B·A have a mean here."
     if key in NEVER_WHOLE:
@@ -323,7 +323,7 @@ def _parameters(c: Checkpoint, factors: dict[str, dict[str, str]]) -> dict[str, 
     "Stems of keys that are of parameters → the parameter's name; `MergeError` if nobody can tell."
     stems: dict[str, list[str]] = {}
     for stem, keys in factors.items():
-        module = stem.removeprefix("base_model.model.")
+        module = stem.removeprefix(PEFT_LEAD)
         while module.endswith(".base_layer"):
             module = module.removesuffix(".base_layer")
         if _targets(c, module) and {"A", "B"} <= keys.keys():
@@ -407,7 +407,7 @@ def layers(
     parameters = _parameters(c, factors)
     found = {}
     for stem, keys in factors.items():
-        name = parameters.get(stem) or stem.removeprefix("base_model.model.")
+        name = parameters.get(stem) or stem.removeprefix(PEFT_LEAD)
         name = name.removesuffix(".base_layer")
         found[name] = _layer(c, name, keys, stem in parameters)
     if not found:

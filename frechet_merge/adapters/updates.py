@@ -23,7 +23,7 @@ from .dialects import layers
 from .lycoris import Made
 from .peft import Layer
 from ..matching.blocks import Block, align
-from ..matching.views import head_of, in_front
+from ..matching.views import PEFT_LEAD, head_of, in_front
 from ..matching.vocabulary import refuse_other_tokens
 from ..files.checkpoint import HEAD, Checkpoint
 from ..files.tensors import LazyTensor
@@ -98,8 +98,8 @@ def _under(said: Said, to: Callable[[str], str]) -> Said:
 
     def key(old: str, name: str) -> str:
         # a key has no name of a parameter
-        module = name if f"base_model.model.{name}" in old else name.rpartition(".")[0]
-        return old.replace(f"base_model.model.{module}", f"base_model.model.{to(module)}", 1)
+        module = name if f"{PEFT_LEAD}{name}" in old else name.rpartition(".")[0]
+        return old.replace(f"{PEFT_LEAD}{module}", f"{PEFT_LEAD}{to(module)}", 1)
 
     updates, whole = said
     return {
@@ -263,7 +263,7 @@ def _refuse_unsaved(c: Checkpoint, other: Checkpoint):
     lacks = sorted(set(other) - set(c))
     if not lacks:
         return
-    out = head_of(lacks[0]) or lacks[0].removeprefix("base_model.model.")
+    out = head_of(lacks[0]) or lacks[0].removeprefix(PEFT_LEAD)
     raise MergeError(
         f"{c.source}: did not save {lacks[0]!r} beside its updates, and {other.source} "
         f"did.\nLeave it out (drop={out!r}, --drop), or let those that have it decide, "
