@@ -9,7 +9,7 @@ __all__ = ['QKV', 'ADDED', 'FLUX', 'HUNYUAN', 'SD3', 'WAN', 'REFINED', 'SAME', '
 
 # %% ../../nbs/adapters/originals.ipynb #6db68bdd
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
 # %% ../../nbs/adapters/originals.ipynb #274273ff
@@ -341,22 +341,34 @@ def _of_model(model: str, module: str, rows: int, inputs: int) -> dict[str, Rows
 Sized = tuple[str, int, int]  # module of a file, its outputs and its inputs
 
 
+def _in_model(model: str, modules: Sequence[Sized]) -> dict[str, tuple[str, Rows]] | None:
+    "As `originals`, if they are of this model; None: it has no place for one of them."
+    found: dict[str, tuple[str, Rows]] = {}
+    for module, outputs, inputs in modules:
+        places = _of_model(model, module, outputs, inputs)
+        if not places:
+            return None
+        found |= {name: (module, rows) for name, rows in places.items()}
+    return found
+
+# %% ../../nbs/adapters/originals.ipynb #791f8002
+def _are_one(answers: Iterable[dict]) -> bool:
+    "Whether all say the same, in any order."
+    return len({str(sorted(answer.items())) for answer in answers}) == 1
+
+# %% ../../nbs/adapters/originals.ipynb #ba7202e4
 def originals(
     modules: Iterable[Sized],  # of one file
 ) -> dict[str, tuple[str, Rows]]:  # diffusers' name → module and its rows; empty: nobody knows
     "What diffusers calls the layers of an original model."
     asked = [*modules]
-    answers: dict[str, dict] = {}
-    for model in ORIGINALS:
-        each = [(x, _of_model(model, *x)) for x in asked]
-        if all(found for _, found in each):
-            answers[model] = {n: (x[0], r) for x, found in each for n, r in found.items()}
-    if len({str(sorted(x.items())) for x in answers.values()}) > 1:
-        sizes = {n for _, *both in asked for n in both}
-        answers = {m: x for m, x in answers.items() if sizes & {*WIDTHS.get(m, ())}}
-    if len({str(sorted(x.items())) for x in answers.values()}) != 1:
-        return {}
-    return next(iter(answers.values()))
+    found = {model: _in_model(model, asked) for model in ORIGINALS}
+    answers = {model: answer for model, answer in found.items() if answer is not None}
+    if answers and not _are_one(answers.values()):
+        # widths tell models apart whose layers are called alike
+        sizes = {n for _, outputs, inputs in asked for n in (outputs, inputs)}
+        answers = {m: answer for m, answer in answers.items() if sizes & {*WIDTHS.get(m, ())}}
+    return next(iter(answers.values())) if _are_one(answers.values()) else {}
 
 # %% ../../nbs/adapters/originals.ipynb #86191a85
 @lru_cache(None)
