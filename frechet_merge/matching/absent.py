@@ -314,7 +314,10 @@ def refuse_lost_output(
     found: Sequence[tuple[Checkpoint, LazyTensor | None]],  # models and what they have
 ) -> None:
     "`MergeError` for an output layer that a model may tie to its embedding and does not store."
-    has = [(c, x) for c, x in found if x is not None]
-    for c, x in found:
-        if has and x is None and is_output(name, has[0][1], c):
-            raise missing(name, has[0][1], c, has[0][0])
+    there = [(c, x) for c, x in found if x is not None]
+    if not there:
+        return
+    has, x = there[0]
+    for lacks, own in found:
+        if own is None and is_output(name, x, lacks):
+            raise missing(name, x, lacks, has)
