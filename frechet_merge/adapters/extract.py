@@ -44,11 +44,11 @@ from ..metrics.units import clipped
 
 # %% ../../nbs/adapters/extract.ipynb #716ba1ab
 class Twin(NamedTuple):
-    "Where the model has the same numbers once more, as a tied head; as of `Place`."
+    "Where the model has a tensor once more, as a tied head."
 
-    module: str
-    role: str
-    kind: str
+    module: str  # as of `Place`
+    role: str  # its name in that module
+    kind: str  # what PEFT takes that module for
 
 # %% ../../nbs/adapters/extract.ipynb #df96d83a
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Place:
     # "linear", "conv1d" (stored as (inputs, outputs)), "conv", "embedding", "other"; "none": the
     # model has no such tensor, since it is fused with others on loading
     kind: str
-    twins: tuple[Twin, ...] = ()
+    twins: tuple[Twin, ...] = ()  # further names of the same numbers
 
 
 ADAPTED = ("linear", "conv1d", "conv")  # kinds whose weight has a low-rank update in PEFT
@@ -378,11 +378,11 @@ def _change(block: Block, sources: tuple[str, str], device: Any) -> Tensor:
 def _length(block: Block, sources: tuple[str, str], device: Any) -> float:
     "‖Δ‖ of one tensor, a chunk at a time."
     stack = Stack([block.lazy[0]], block.base, device, block.name, sources)
-
-    def square(i: int, j: int) -> float:
-        return float(stack.check(stack.rows(i, j), i).double().square().sum())
-
-    return sum(square(i, j) for i, j in stack.spans())**0.5
+    squares = []
+    for i, j in stack.spans():
+        rows = stack.check(stack.rows(i, j), i)
+        squares.append(float(rows.double().square().sum()))
+    return sum(squares)**0.5
 
 # %% ../../nbs/adapters/extract.ipynb #76fa3076
 def factor_tensors(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['QKV', 'ADDED', 'FLUX', 'HUNYUAN', 'SD3', 'WAN', 'REFINED', 'SAME', 'Z_IMAGE', 'LUMINA2', 'INSIDE', 'OUTSIDE', 'OWN',
-           'WITH_DOTS', 'ORIGINALS', 'WIDTHS', 'RATIOS', 'CLIP', 'T5', 'ENCODERS', 'LEAD', 'Rows', 'Sized', 'cuts',
-           'originals', 'original_of', 'rows_of']
+           'WITH_DOTS', 'ORIGINALS', 'WIDTHS', 'RATIOS', 'CLIP', 'T5', 'ENCODERS', 'LEAD', 'Rows', 'Sized',
+           'rows_of_each', 'originals', 'original_of', 'rows_of']
 
 # %% ../../nbs/adapters/originals.ipynb #6db68bdd
 import re
@@ -270,7 +270,7 @@ def _numbered(template: str, numbers: Iterable[str]) -> str:
     return re.sub("#", lambda _: next(left), template)
 
 # %% ../../nbs/adapters/originals.ipynb #2c9b2dea
-def cuts(count: int, rows: int, inputs: int) -> list[int]:  # of names that share rows
+def rows_of_each(count: int, rows: int, inputs: int) -> list[int]:  # of names that share rows
     "How many rows each of them has; none if that is no number."
     if count == 1:
         return [rows]
@@ -288,7 +288,7 @@ def _cut(targets: Iterable[str], rows: int, inputs: int, swapped: bool) -> dict[
     if swapped and rows == 2*inputs:
         return {names[0]: (*range(inputs, rows), *range(inputs))}
     start, found = 0, {}
-    for name, n in zip(names, cuts(len(names), rows, inputs)):
+    for name, n in zip(names, rows_of_each(len(names), rows, inputs)):
         found[name] = tuple(range(start, start + n))
         start += n
     return found

@@ -99,7 +99,8 @@ def _check_flat(found: Mapping[str, str]) -> None:
 
 # %% ../../nbs/adapters/writing.ipynb #734974dc
 def _flat_asked(stem: str) -> Asked:
-    return Asked(stem, (f"{stem}.lora_down.weight", f"{stem}.lora_up.weight"), 1, (1,), True)
+    keys = (f"{stem}.lora_down.weight", f"{stem}.lora_up.weight")
+    return Asked(stem, keys, rows=1, inputs=(1,), alpha=True)
 
 # %% ../../nbs/adapters/writing.ipynb #7b33b4c7
 @dataclass(frozen=True)
