@@ -315,7 +315,7 @@ def _put(onto: _Onto, layer: Layer) -> None:
 
 # %% ../../nbs/adapters/baking.ipynb #50347691
 def _wide(x: LazyTensor) -> torch.dtype:
-    "What a tensor is computed in, with an update; numbers of one byte have no sums."
+    "In what a tensor and its update are added: never in numbers of one byte."
     return torch.promote_types(torch.float32, x.dtype) if x.dtype.itemsize > 1 else torch.float32
 
 # %% ../../nbs/adapters/baking.ipynb #e0e0ac01

@@ -83,7 +83,7 @@ def order_of(
 ) -> Order:
     "In which order layers with a matrix are run, and which feed a BatchNorm."
     layers, found, handles = dict(module.named_modules()), Order([], set()), []
-    # id of an output → the layer that made it, and itself: nothing else gets its place in memory
+    # id of an output → the layer that made it, and itself, which is held: ids are not used again
     made: dict[int, tuple[str, Any]] = {}
 
     def made_by(name: str) -> Callable:

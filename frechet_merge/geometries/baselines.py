@@ -73,7 +73,7 @@ class KnOTS(Geometry):
         Gs = as_numbers(Gs, len(thetas))
         (U, p), (V, q) = joint_basis(thetas), joint_basis([t.mT for t in thetas])
         X = [U.mT @ t.double() @ V for t in thetas]
-        # of the entries that the bases leave
+        # of the entries of a core
         kept = (self.density*(p*q).double()).long().clamp(min=1)
         masks = ties_masks(X, kept, Gs)
         # in place: of full models these are large

@@ -231,7 +231,7 @@ class Trimmed(Geometry):
     def _voted(self, X: Sequence[Tensor], Gs: Sequence[float]) -> Chart:
         "What is kept of each, with where it has a say as its metric."
         masks = elected(X, Gs) if self.elect else [x.clone().ne_(0) for x in X]
-        # over all, and not over those who have a say, zeros count as much as what is kept
+        # in a mean over all models, zeros count as much as what is kept
         metrics = [G*M for G, M in zip(Gs, masks)] if self.mean else Gs
         points = [Point(x*M, metric) for x, M, metric in zip(X, masks, metrics)]
         return Chart(points, lambda m: m)

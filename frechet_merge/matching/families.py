@@ -171,7 +171,7 @@ def _plain(names: Names, into: str, out: str, relu: bool) -> Group | None:
     first, second = names.weight(into), names.weight(out)
     if first is None or second is None:
         return None
-    # on which of the units are, in the first matrix; in the second it is the other
+    # the axis of the first matrix that counts units; of the second it is the other one
     axis = 1 if _transposed(names, first, second) else 0
     size = names.shape(first)[axis]
     if len(names.shape(first)) != 2 or names.shape(second)[1 - axis] != size:
@@ -488,7 +488,7 @@ def _less(g: Group) -> Iterator[Group]:
     "A group as it is, and with less freedom: as many ways for all groups of a pattern."
     yield g
     if any(p.width > 1 for p in g.parts):
-        # without bases of its first part, as of queries and keys
+        # the first part, of queries and keys, without bases
         first, *others = g.parts
         in_places = replace(g, parts=(_own_basis(first), *others))
         yield in_places
@@ -512,7 +512,7 @@ def without_sharers(g: Group) -> Group:
 
 # %% ../../nbs/matching/families.ipynb #45d93031
 def _own_basis(p: Part) -> Part:
-    "A part whose units only change places, if they have bases."
+    "A part without bases: its units only change places."
     if p.width == 1:
         return p
     return Part("still", tuple(replace(m, copies=m.copies*p.width) for m in p.members))

@@ -518,7 +518,7 @@ def as_the_first(gauges: Sequence[Gauge]) -> list[dict[str, Element]]:
     "The same, after what undoes that of the first."
     undo = {name: e.back() for name, e in gauges[0].items()}
     found = [{name: undo[name].after(e) for name, e in gauge.items()} for gauge in gauges[1:]]
-    # by words and not by rounding, it changes nothing in the first
+    # in the first nothing changes, not even by rounding
     still = {}
     for name, e in undo.items():
         still[name] = Element(torch.arange(len(e.source)), (None,)*len(e.Ms))
