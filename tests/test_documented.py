@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import frechet_merge
+from frechet_merge.cli.outcomes import Means, Spread
 
 PACKAGE = Path(frechet_merge.__file__).parent
 FILES = sorted(
@@ -63,7 +64,8 @@ class Undocumented:
         for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
             if not isinstance(target, ast.Name) or target.id.startswith("_"):
                 continue
-            if not self.said(node) and not inherits(owner, target.id):
+            is_said = self.said(node) or inherits(owner, target.id) or marked(owner, target.id)
+            if not is_said:
                 yield f"{prefix}.{target.id}: no comment"
 
     def of_class(self, node, prefix, owner):
@@ -88,6 +90,12 @@ class Undocumented:
             if a is None or a.arg in ("self", "cls") or a.annotation or self.said(a):
                 continue
             yield f"{name}({a.arg}): no annotation and no comment"
+
+
+def marked(owner, name) -> bool:
+    "Does the type of a field say what it is, or that its own keys stand in its place?"
+    marks = getattr(getattr(owner, "__annotations__", {}).get(name), "__metadata__", ())
+    return any(isinstance(mark, (Means, Spread)) for mark in marks)
 
 
 def inherits(owner, name) -> bool:

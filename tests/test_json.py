@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 from frechet_merge.cli.commands import app
 from frechet_merge.cli.helped import App
-from frechet_merge.cli.outcomes import Merging, Outcome, document, keys_of, kinds_of
+from frechet_merge.cli.outcomes import Merging, Outcome, document, keys_of, kinds_of, meaning_of
 from inspect import unwrap
 
 COMMANDS = get_command(app).commands
@@ -117,7 +117,8 @@ class TestAllCommands:
         for kinds in KINDS.values():
             for kind in kinds:
                 for key, owner in keys_of(kind).items():
-                    what = docments(owner).get(key) or getattr(owner, key).__doc__
+                    at_field = meaning_of(owner, key) or docments(owner).get(key)
+                    what = at_field or getattr(owner, key).__doc__
                     said.setdefault(key, {})[what] = owner
         several = {key for key, texts in said.items() if len(texts) > 1}
         # that of a suggestion is a file for `run`

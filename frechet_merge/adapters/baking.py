@@ -20,6 +20,7 @@ from .dora import Rescaled, lengths_in, with_lengths, without_lengths
 from .homes import at_home
 from .peft import Layer
 from .single import Replaced, Single, is_single, without_single
+from ..algebra.factors import Factors
 from ..files.checkpoint import EMBEDDING, HEAD, Checkpoint, ties
 from ..files.checkpoint import token_rows, vocabulary_size
 from ..matching.codes import quantised
@@ -27,6 +28,7 @@ from ..matching.layouts import seen_by_module
 from ..matching.rows import is_of_tokens
 from ..matching.ties import is_of_t5, known_of
 from ..matching.union import with_rows
+from ..matching.views import PEFT_LEAD
 from ..messages import MergeError
 from ..files.tensors import LazyTensor, MemoryTensor
 
@@ -56,8 +58,9 @@ class BakedTensor(LazyTensor):
         "Elements of B·A of one expert."
         B, A = (x if x.dim() == 2 else x[expert] for x in (self.B, self.A))
         n = A.shape[1]
-        top = start//n
-        return (B[top : -(-stop//n)] @ A).reshape(-1)[start - top*n : stop - top*n]
+        # the rows that hold them
+        first, end = start//n, -(-stop//n)
+        return (B[first:end] @ A).reshape(-1)[start - first*n : stop - first*n]
 
 # %% ../../nbs/adapters/baking.ipynb #b0b0ab05
 def made_of(x: LazyTensor) -> Iterator[LazyTensor]:
@@ -156,7 +159,7 @@ BLOCK = re.compile(r"(.*?[.]\d+[.])")  # what names of tensors in one block begi
 
 def _name_of(key: str) -> str:
     "What the base calls a tensor that PEFT saved whole."
-    return key.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    return key.removeprefix(PEFT_LEAD).replace(".base_layer.", ".")
 
 
 # %% ../../nbs/adapters/baking.ipynb #b797f8a9
@@ -268,6 +271,23 @@ def _place(onto: _Onto, layer: Layer) -> str:
     return name
 
 # %% ../../nbs/adapters/baking.ipynb #b08ca84b
+def _baked(x: LazyTensor, f: Factors, is_transposed: bool) -> BakedTensor:
+    "A promise of x and an update, of which x is stored as the update is, or transposed."
+    B, A = (f.A.mT, f.B.mT) if is_transposed else (f.B, f.A)
+    wide = _wide(x)
+    return BakedTensor(x, B.to(wide).contiguous(), A.to(wide).contiguous())
+
+# %% ../../nbs/adapters/baking.ipynb #c5e3fd86
+def _fits(x: LazyTensor, layer: Layer, is_transposed: bool) -> bool:
+    "Whether a tensor is the weight that a layer updates, by its shape and its dtype."
+    outputs, inputs = layer.shape
+    as_stored = (inputs, outputs) if is_transposed else (outputs, *layer.A.shape[1:])
+    # LoHa and LoKr may have a kernel flattened
+    flat = (x.shape[0], math.prod(x.shape[1:]))
+    has_shape = x.shape == as_stored or (len(x.shape) > 2 and flat == as_stored)
+    return has_shape and x.dtype.is_floating_point
+
+# %% ../../nbs/adapters/baking.ipynb #4ebd7cc2
 def _put(onto: _Onto, layer: Layer) -> None:
     "A promise of W + s·B·A in the place of W, and its bias; `MergeError` if they do not fit."
     if layer.experts > 1:
@@ -276,26 +296,27 @@ def _put(onto: _Onto, layer: Layer) -> None:
     name = _place(onto, layer)
     x, f = onto.lazy[name], layer.factors()
     is_embedding = layer.keys[0].endswith("lora_embedding_A")
-    transposed = is_embedding or _transposed(layer, x, onto.base.config)
-    B, A = (f.A.mT, f.B.mT) if transposed else (f.B, f.A)
-    as_stored = (B.shape[0], A.shape[1]) if transposed else (layer.shape[0], *layer.A.shape[1:])
-    # LoHa and LoKr may have a kernel flattened
-    flat = (x.shape[0], math.prod(x.shape[1:]))
-    fits = x.shape == as_stored or (len(x.shape) > 2 and flat == as_stored)
-    if not fits or not x.dtype.is_floating_point:
+    is_transposed = is_embedding or _transposed(layer, x, onto.base.config)
+    if not _fits(x, layer, is_transposed):
         raise onto.refusal(
             f"does not fit {name!r} of shape {list(x.shape)}, {x.dtype}: its update is "
             f"{list(f.shape)}"
         )
-    wide = torch.promote_types(torch.float32, x.dtype) if x.dtype.itemsize > 1 else torch.float32
-    onto.lazy[name] = BakedTensor(x, B.to(wide).contiguous(), A.to(wide).contiguous())
+    onto.lazy[name] = _baked(x, f, is_transposed)
     if layer.magnitude is not None:
         lengths = layer.magnitude.tensor().flatten()
-        if len(lengths) != x.shape[int(transposed != layer.of_inputs)]:
+        # inputs are columns, unless the weight is stored the other way
+        of_columns = is_transposed != layer.of_inputs
+        if len(lengths) != x.shape[1 if of_columns else 0]:
             raise onto.refusal(f"has {len(lengths)} magnitudes for {name!r}")
-        onto.lazy[name] = Rescaled(onto.lazy[name], lengths, transposed != layer.of_inputs)
+        onto.lazy[name] = Rescaled(onto.lazy[name], lengths, of_columns)
     if layer.bias is not None:
-        _put_bias(onto, layer, wide)
+        _put_bias(onto, layer, _wide(x))
+
+# %% ../../nbs/adapters/baking.ipynb #50347691
+def _wide(x: LazyTensor) -> torch.dtype:
+    "In what a tensor and its update are added: never in numbers of one byte."
+    return torch.promote_types(torch.float32, x.dtype) if x.dtype.itemsize > 1 else torch.float32
 
 # %% ../../nbs/adapters/baking.ipynb #e0e0ac01
 def _experts_transposed(onto: _Onto, layer: Layer, shape: tuple[int, ...]) -> bool:
@@ -331,10 +352,7 @@ def _put_experts(onto: _Onto, layer: Layer) -> None:
     if name is None:
         raise onto.refusal(f"adapts {layer.name!r}, which the base does not have")
     x, f = onto.lazy[name], layer.factors()
-    transposed = _experts_transposed(onto, layer, tuple(x.shape))
-    B, A = (f.A.mT, f.B.mT) if transposed else (f.B, f.A)
-    wide = torch.promote_types(torch.float32, x.dtype) if x.dtype.itemsize > 1 else torch.float32
-    onto.lazy[name] = BakedTensor(x, B.to(wide).contiguous(), A.to(wide).contiguous())
+    onto.lazy[name] = _baked(x, f, _experts_transposed(onto, layer, tuple(x.shape)))
 
 # %% ../../nbs/adapters/baking.ipynb #c4e5008c
 def _put_bias(onto: _Onto, layer: Layer, wide: torch.dtype) -> None:
@@ -383,21 +401,24 @@ def _elsewhere(
     seen = seen_by_module(base)
     if seen is None:
         return None
-    module, back = seen
-    there = replace(onto, base=module, lazy=dict(module.lazy))
-    still, new = _lacking(there, found, rest)
+    module, as_in_file = seen
+    inside = replace(onto, base=module, lazy=dict(module.lazy))
+    layers_left, whole_left = _lacking(inside, found, rest)
     # a head that the base never had is in neither
-    if still or not layers | whole - new:
+    is_helped = layers | (whole - whole_left)
+    if layers_left or not is_helped:
         return None
-    lazy = back(module.view(lazy=_all_put(there, found, rest))).lazy
-    changed = {id(x) for n, x in there.lazy.items() if x is not module.lazy.get(n)}
+    baked = _all_put(inside, found, rest)
+    lazy = as_in_file(module.view(lazy=baked)).lazy
+    # what no update reaches stays as it is in the file
+    changed = {id(x) for n, x in baked.items() if x is not module.lazy.get(n)}
     reached = {n for n, x in lazy.items() if any(id(y) in changed for y in made_of(x))}
     return {n: x if n in reached else base.lazy.get(n, x) for n, x in lazy.items()}
 
 # %% ../../nbs/adapters/baking.ipynb #8556f4c3
 def _touched(found: dict[str, Layer], rest: dict) -> set[str]:
     "Names of tensors that an adapter changes."
-    whole = {key.removeprefix("base_model.model.") for key in rest if ".base_layer." not in key}
+    whole = {key.removeprefix(PEFT_LEAD) for key in rest if ".base_layer." not in key}
     return whole | {f"{layer.name}.weight" for layer in found.values()}
 
 # %% ../../nbs/adapters/baking.ipynb #142be09e

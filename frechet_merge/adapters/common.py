@@ -168,13 +168,13 @@ def _two_names(read: Sequence[Said], homes: Sequence[Mapping[str, Layer]]) -> bo
 
 # %% ../../nbs/adapters/common.ipynb #878f4233
 def _as_the_first(
-    read: Sequence[Said], homes: Sequence[dict[str, Layer]], wanted: bool
-) -> list[dict[str, Layer]]:
-    "All under the names of the first file, if they can be; else under diffusers'."
-    first = read[0][0]
-    others = [in_places(home, first) for home in homes[1:]] if wanted else [None]
+    read: Sequence[Said], homes: Sequence[dict[str, Layer]]
+) -> list[dict[str, Layer]] | None:
+    "All under the names of the first file; None: they have no place there."
+    first, _ = read[0]
+    others = [in_places(home, first) for home in homes[1:]]
     if any(x is None for x in others):
-        return [*homes]
+        return None
     return [first, *(x for x in others if x is not None)]
 
 # %% ../../nbs/adapters/common.ipynb #b4f55e15
@@ -189,12 +189,17 @@ def _with(read: Sequence[Said], updates: Sequence[dict[str, Layer]]) -> list[Sai
 
 # %% ../../nbs/adapters/common.ipynb #c8c0e44c
 def _placed(
-    read: Sequence[Said], homes: Sequence[dict[str, Layer]], wanted: bool, dialect: str
+    read: Sequence[Said],
+    homes: Sequence[dict[str, Layer]],  # the same layers under diffusers' names
+    dialect: str,  # that is written
+    *,
+    is_kept: bool,  # under the names of the first file, if they can be
 ) -> list[Said]:
     "All under the names of the first file, of kohya's trainer, or of diffusers."
-    found = _as_the_first(read, homes, wanted)
-    is_new = all(ours is home for ours, home in zip(found, homes))
-    return _with(read, _in_originals(homes) if is_new and dialect == "kohya" else found)
+    found = _as_the_first(read, homes) if is_kept else None
+    if found is None:
+        found = _in_originals(homes) if dialect == "kohya" else homes
+    return _with(read, found)
 
 # %% ../../nbs/adapters/common.ipynb #191b1edc
 def _twin(module: str, others: Iterable[str]) -> str | None:
@@ -273,7 +278,7 @@ def by_dots(
 
 # %% ../../nbs/adapters/common.ipynb #cc4eac8d
 def _in_two_dialects(
-    models: Sequence[Checkpoint], read: Sequence[Said], is_kept: bool, dialect: str
+    models: Sequence[Checkpoint], read: Sequence[Said], dialect: str, *, is_kept: bool
 ) -> list[Said]:
     "All under diffusers' names of modules, or under the first's if `is_kept` and they can be."
     known = _known(models, read)
@@ -285,7 +290,7 @@ def _in_two_dialects(
         if alike is None:
             raise
         return alike
-    return _placed(read, homes, is_kept, dialect)
+    return _placed(read, homes, dialect, is_kept=is_kept)
 
 # %% ../../nbs/adapters/common.ipynb #d0040785
 def in_one_language(
@@ -295,7 +300,7 @@ def in_one_language(
 ) -> list[Said]:
     "Adapters under names that mean the same in all; `MergeError` names what has none."
     spoken = [speech_of(c) for c in models]
-    wanted = {*spoken, *([] if to is None else [to])}
+    wanted = {*spoken} if to is None else {*spoken, to}
     if wanted <= {*OF_LANGUAGE_MODELS}:
         if len(wanted) > 1:
             _refuse_embeddings(models, read)
@@ -306,11 +311,12 @@ def in_one_language(
     if len(wanted) > 1 or is_other:
         _refuse_strangers(models, wanted)
         is_kept = to in (None, spoken[0]) and not is_other
-        return _in_two_dialects(models, read, is_kept, to or spoken[0])
-    if wanted <= {*OF_PIPELINES} and len({frozenset(updates) for updates, _ in read}) > 1:
+        return _in_two_dialects(models, read, to or spoken[0], is_kept=is_kept)
+    adapt_others = len({frozenset(updates) for updates, _ in read}) > 1
+    if wanted <= {*OF_PIPELINES} and adapt_others:
         homes = _homes(models, read)
         if homes is not None and _two_names(read, homes):
-            return _placed(read, homes, True, spoken[0])
+            return _placed(read, homes, spoken[0], is_kept=True)
     return [*read]
 
 # %% ../../nbs/adapters/common.ipynb #4c585a29

@@ -25,7 +25,7 @@ from .spelling import split, table
 from ..files.checkpoint import FACTOR, Checkpoint
 from ..files.tensors import LazyTensor
 from ..matching.codes import among
-from ..matching.views import renamed
+from ..matching.views import PEFT_LEAD, renamed
 from ..messages import MergeError, warn
 
 # %% ../../nbs/adapters/dialects.ipynb #8244535e
@@ -183,9 +183,8 @@ def alpha_beside(names: Collection[str]) -> str | None:
 # %% ../../nbs/adapters/dialects.ipynb #09a89682
 def _as_peft_writes(c: Checkpoint) -> Checkpoint:
     "An adapter beside a config of PEFT with its part in front of names: it reads none without."
-    lead = "base_model.model."
-    is_bare = "peft_type" in (c.adapter or {}) and not any(n.startswith(lead) for n in c)
-    return renamed(c, lambda n: lead + n) if is_bare else c
+    is_bare = "peft_type" in (c.adapter or {}) and not any(n.startswith(PEFT_LEAD) for n in c)
+    return renamed(c, lambda n: PEFT_LEAD + n) if is_bare else c
 
 
 # %% ../../nbs/adapters/dialects.ipynb #ef6308dd
@@ -362,20 +361,20 @@ def _other_updates(
     parts = c.view(lazy={n: x for n, x in c.lazy.items() if n not in {*rest, *empty}})
 
     def scale(module: str, rank: int) -> float:
-        _, alpha = _rank_and_alpha(c, module.removeprefix("base_model.model."))
+        _, alpha = _rank_and_alpha(c, module.removeprefix(PEFT_LEAD))
         if kind == "ADALORA":
             # PEFT divides by the rank before it was cut
             before = config.get("init_r") or rank
             return (alpha if alpha > 0 else rank)/(before + 1e-5)
-        r, _ = _rank_and_alpha(c, module.removeprefix("base_model.model."))
+        r, _ = _rank_and_alpha(c, module.removeprefix(PEFT_LEAD))
         return alpha/r
 
     found = {m: layer_of(parts, m, keys, scale) for m, keys in table(parts).items()}
-    return {m.removeprefix("base_model.model."): _as_lora(x) for m, x in found.items()}, rest
+    return {m.removeprefix(PEFT_LEAD): _as_lora(x) for m, x in found.items()}, rest
 
 # %% ../../nbs/adapters/dialects.ipynb #69073070
 def _as_lora(layer: Layer) -> Layer:
     "A layer with the names that PEFT gives a LoRA's factors."
-    name = layer.name.removeprefix("base_model.model.")
-    stem = f"base_model.model.{name}"
+    name = layer.name.removeprefix(PEFT_LEAD)
+    stem = f"{PEFT_LEAD}{name}"
     return replace(layer, name=name, keys=(f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"))

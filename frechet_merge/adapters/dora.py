@@ -16,6 +16,7 @@ from torch import Tensor
 from .peft import Layer
 from ..files.checkpoint import Checkpoint
 from ..files.tensors import LazyTensor
+from ..matching.views import PEFT_LEAD
 from ..messages import MergeError
 
 # %% ../../nbs/adapters/dora.ipynb #4912003b
@@ -77,7 +78,7 @@ def with_lengths(
     """Layers with their lengths, which mean something on their base only; `MergeError` if they do
     not fit."""
     given = {
-        module.removeprefix("base_model.model."): c.lazy[name]
+        module.removeprefix(PEFT_LEAD): c.lazy[name]
         for module, name in lengths_in(c.lazy).items()
     }
     # in a file of PEFT all layers have them

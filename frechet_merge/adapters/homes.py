@@ -7,7 +7,7 @@ __all__ = ['CLASSES', 'LEAD', 'BARE', 'ENCODERS', 'ENDS', 'IN_BLOCKS', 'part_of_
 
 # %% ../../nbs/adapters/homes.ipynb #5476108e
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from .common import FLAT, by_flat, flat_parts, is_dotted
@@ -17,6 +17,7 @@ from .pipelines import IN_PIPELINE, Asked, in_full, of_original
 from .pipelines import named_by_diffusers, places
 from ..files.checkpoint import Checkpoint
 from ..files.tensors import LazyTensor
+from ..matching.views import PEFT_LEAD
 from ..messages import MergeError
 
 # %% ../../nbs/adapters/homes.ipynb #3b68d918
@@ -124,22 +125,28 @@ def modules_of(
     return {name: stem for name, stem in found.items() if re.match(IN_PIPELINE, name)}
 
 # %% ../../nbs/adapters/homes.ipynb #d6f39e58
+def _ending(layers: Mapping[str, Layer], ends: Sequence[str]) -> dict[str, Layer]:
+    "Layers as if their factors were stored under names with these endings."
+    found = {}
+    for module, layer in layers.items():
+        found[module] = replace(layer, name=module, keys=tuple(module + end for end in ends))
+    return found
+
+# %% ../../nbs/adapters/homes.ipynb #132e18d2
 def _asked_of_diffusers(
     layers: Mapping[str, Layer], known: Mapping[str, str]
 ) -> dict[str, Layer]:
-    "Layers under diffusers' names; of two readings the one that a pipeline knows."
-    found: dict[str, Layer] = {}
+    "Layers under diffusers' names; of several readings the one that a pipeline knows."
+    if not layers:
+        return {}
+    first: dict[str, Layer] = {}
     # as they are, too: X-Labs' names are known by their own endings
-    for ends in (*ENDS, ()) if layers else ():
-        rekeyed = {
-            module: replace(layer, name=module, keys=tuple(module + end for end in ends))
-            for module, layer in layers.items()
-        }
-        asked = named_by_diffusers(rekeyed if ends else layers)
-        if asked.keys() <= known.keys() and asked:
+    for reading in (*(_ending(layers, ends) for ends in ENDS), layers):
+        asked = named_by_diffusers(reading)
+        if asked and asked.keys() <= known.keys():
             return asked
-        found = found or asked
-    return found
+        first = first or asked
+    return first
 
 # %% ../../nbs/adapters/homes.ipynb #2816f397
 def _home_of(
@@ -160,15 +167,16 @@ def _home_of(
 # %% ../../nbs/adapters/homes.ipynb #00414a2f
 def _nowhere(base: Checkpoint, adapter: Checkpoint, module: str) -> MergeError:
     "What is said of a layer that a pipeline does not have."
-    flat = re.match(r"lora_te\d?_", module)
-    dotted = re.match(IN_PIPELINE, module)
-    lead = flat or dotted
-    whole = "folder of the whole pipeline"
-    if not base.parts and part_of_folder(base) is None:
-        whole += " (from_single_file(…).save_pretrained(…) of diffusers)"
-    remedy = f"leave it out (drop={(lead[0] if lead else module) + '*'!r}, --drop)."
-    more = "" if base.parts else f"Name the {whole}, or "
-    remedy = more + (remedy if more else remedy[0].upper() + remedy[1:])
+    lead = re.match(r"lora_te\d?_", module) or re.match(IN_PIPELINE, module)
+    pattern = (lead[0] if lead else module) + "*"
+    remedy = f"leave it out (drop={pattern!r}, --drop)."
+    if base.parts:
+        remedy = remedy[0].upper() + remedy[1:]
+    else:
+        whole = "folder of the whole pipeline"
+        if part_of_folder(base) is None:
+            whole += " (from_single_file(…).save_pretrained(…) of diffusers)"
+        remedy = f"Name the {whole}, or {remedy}"
     return MergeError(
         f"{adapter.source}: adapts {module!r}, which is not in {base.source}.\n{remedy}"
     )
@@ -191,7 +199,8 @@ def _all_named(layers: Mapping[str, Layer]) -> dict[str, Layer]:
     named = named_by_diffusers(left) if left else {}
     # a layer may be several there, of which the input factors are one
     found = {id(x.A) for x in named.values()}
-    return {**dotted, **named} if all(id(x.A) in found for x in left.values()) else {}
+    has_all = all(id(x.A) in found for x in left.values())
+    return {**dotted, **named} if has_all else {}
 
 # %% ../../nbs/adapters/homes.ipynb #759669e1
 def _has(base: Checkpoint, module: str, layer: Layer) -> bool:
@@ -202,12 +211,15 @@ def _has(base: Checkpoint, module: str, layer: Layer) -> bool:
 # %% ../../nbs/adapters/homes.ipynb #68ffa15b
 def _in_file_of_original(base: Checkpoint, layers: Mapping[str, Layer]) -> dict[str, Layer]:
     "Layers in the modules of the original model that a file has; empty if it has not all."
-    names, stems = _all_named(layers), _flat_stems(base)
-    for model in ORIGINALS if names else ():
-        made = of_original(names, model) or {}
+    named, stems = _all_named(layers), _flat_stems(base)
+    if not named:
+        return {}
+    for model in ORIGINALS:
+        made = of_original(named, model) or {}
         homes = {stems.get(n.removeprefix("lora_unet_"), ""): x for n, x in made.items()}
-        if homes and len(homes) == len(made) and all(_has(base, *home) for home in homes.items()):
-            return {home: replace(x, name=home) for home, x in homes.items()}
+        has_all = len(homes) == len(made) and all(_has(base, m, x) for m, x in homes.items())
+        if homes and has_all:
+            return {module: replace(x, name=module) for module, x in homes.items()}
     return {}
 
 # %% ../../nbs/adapters/homes.ipynb #816a451c
@@ -241,14 +253,15 @@ def at_home(
     flat, homes, left = by_flat(known), {}, {}
     for key, layer in found.items():
         # as a merged adapter has it
-        module = key.removeprefix("base_model.model.")
+        module = key.removeprefix(PEFT_LEAD)
         home = _home_of(module, known, flat)
         if home is None:
             left[module] = layer
         else:
             homes[home] = layer
     asked = _asked_of_diffusers(left, known)
-    in_file = {} if asked.keys() <= known.keys() and asked else _in_file_of_original(base, left)
+    is_known = bool(asked) and asked.keys() <= known.keys()
+    in_file = {} if is_known else _in_file_of_original(base, left)
     if in_file:
         own = {known[name]: replace(x, name=known[name]) for name, x in homes.items()}
         return {**own, **in_file}

@@ -103,13 +103,21 @@ def _kron(x: Tensor, y: Tensor) -> Tensor:
     return blocks.reshape(x.shape[0]*y.shape[0], x.shape[1]*y.shape[1])
 
 # %% ../../nbs/adapters/lycoris.ipynb #1b12dc36
-def _kron_up(w1, w1_a, w1_b, w2, w2_a, w2_b, t2) -> Tensor:
-    return _kron(_pair(w1, w1_a, w1_b)[0], _pair(w2, w2_a, w2_b, t2)[0])
+def _two_pairs(w1, w1_a, w1_b, w2, w2_a, w2_b, t2) -> tuple[tuple[Tensor, Tensor], ...]:
+    "Both halves of a Kronecker product, each as a pair."
+    return _pair(w1, w1_a, w1_b), _pair(w2, w2_a, w2_b, t2)
+
+# %% ../../nbs/adapters/lycoris.ipynb #9b42c9b0
+def _kron_up(*stored: Tensor | None) -> Tensor:
+    (B1, _), (B2, _) = _two_pairs(*stored)
+    return _kron(B1, B2)
 
 # %% ../../nbs/adapters/lycoris.ipynb #887a4732
-def _kron_down(w1, w1_a, w1_b, w2, w2_a, w2_b, t2) -> Tensor:
-    A1, A2 = _pair(w1, w1_a, w1_b)[1], _pair(w2, w2_a, w2_b, t2)[1]
-    return _kron(A1, A2.flatten(1)).unflatten(1, (A1.shape[1]*A2.shape[1], *A2.shape[2:]))
+def _kron_down(*stored: Tensor | None) -> Tensor:
+    (_, A1), (_, A2) = _two_pairs(*stored)
+    inputs, *kernel = A2.shape[1:]
+    # only the second may have a kernel
+    return _kron(A1, A2.flatten(1)).unflatten(1, (A1.shape[1]*inputs, *kernel))
 
 # %% ../../nbs/adapters/lycoris.ipynb #3159bca6
 def lokr(

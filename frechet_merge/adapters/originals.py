@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['QKV', 'ADDED', 'FLUX', 'HUNYUAN', 'SD3', 'WAN', 'REFINED', 'SAME', 'Z_IMAGE', 'LUMINA2', 'INSIDE', 'OUTSIDE', 'OWN',
-           'WITH_DOTS', 'ORIGINALS', 'WIDTHS', 'RATIOS', 'CLIP', 'T5', 'ENCODERS', 'LEAD', 'Rows', 'Sized', 'cuts',
-           'originals', 'original_of', 'rows_of']
+           'WITH_DOTS', 'ORIGINALS', 'WIDTHS', 'RATIOS', 'CLIP', 'T5', 'ENCODERS', 'LEAD', 'Rows', 'Sized',
+           'rows_of_each', 'originals', 'original_of', 'rows_of']
 
 # %% ../../nbs/adapters/originals.ipynb #6db68bdd
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
 # %% ../../nbs/adapters/originals.ipynb #274273ff
@@ -270,7 +270,7 @@ def _numbered(template: str, numbers: Iterable[str]) -> str:
     return re.sub("#", lambda _: next(left), template)
 
 # %% ../../nbs/adapters/originals.ipynb #2c9b2dea
-def cuts(count: int, rows: int, inputs: int) -> list[int]:  # of names that share rows
+def rows_of_each(count: int, rows: int, inputs: int) -> list[int]:  # of names that share rows
     "How many rows each of them has; none if that is no number."
     if count == 1:
         return [rows]
@@ -288,7 +288,7 @@ def _cut(targets: Iterable[str], rows: int, inputs: int, swapped: bool) -> dict[
     if swapped and rows == 2*inputs:
         return {names[0]: (*range(inputs, rows), *range(inputs))}
     start, found = 0, {}
-    for name, n in zip(names, cuts(len(names), rows, inputs)):
+    for name, n in zip(names, rows_of_each(len(names), rows, inputs)):
         found[name] = tuple(range(start, start + n))
         start += n
     return found
@@ -341,22 +341,34 @@ def _of_model(model: str, module: str, rows: int, inputs: int) -> dict[str, Rows
 Sized = tuple[str, int, int]  # module of a file, its outputs and its inputs
 
 
+def _in_model(model: str, modules: Sequence[Sized]) -> dict[str, tuple[str, Rows]] | None:
+    "As `originals`, if they are of this model; None: it has no place for one of them."
+    found: dict[str, tuple[str, Rows]] = {}
+    for module, outputs, inputs in modules:
+        places = _of_model(model, module, outputs, inputs)
+        if not places:
+            return None
+        found |= {name: (module, rows) for name, rows in places.items()}
+    return found
+
+# %% ../../nbs/adapters/originals.ipynb #791f8002
+def _are_one(answers: Iterable[dict]) -> bool:
+    "Whether all say the same, in any order."
+    return len({str(sorted(answer.items())) for answer in answers}) == 1
+
+# %% ../../nbs/adapters/originals.ipynb #ba7202e4
 def originals(
     modules: Iterable[Sized],  # of one file
 ) -> dict[str, tuple[str, Rows]]:  # diffusers' name → module and its rows; empty: nobody knows
     "What diffusers calls the layers of an original model."
     asked = [*modules]
-    answers: dict[str, dict] = {}
-    for model in ORIGINALS:
-        each = [(x, _of_model(model, *x)) for x in asked]
-        if all(found for _, found in each):
-            answers[model] = {n: (x[0], r) for x, found in each for n, r in found.items()}
-    if len({str(sorted(x.items())) for x in answers.values()}) > 1:
-        sizes = {n for _, *both in asked for n in both}
-        answers = {m: x for m, x in answers.items() if sizes & {*WIDTHS.get(m, ())}}
-    if len({str(sorted(x.items())) for x in answers.values()}) != 1:
-        return {}
-    return next(iter(answers.values()))
+    found = {model: _in_model(model, asked) for model in ORIGINALS}
+    answers = {model: answer for model, answer in found.items() if answer is not None}
+    if answers and not _are_one(answers.values()):
+        # widths tell models apart whose layers are called alike
+        sizes = {n for _, outputs, inputs in asked for n in (outputs, inputs)}
+        answers = {m: answer for m, answer in answers.items() if sizes & {*WIDTHS.get(m, ())}}
+    return next(iter(answers.values())) if _are_one(answers.values()) else {}
 
 # %% ../../nbs/adapters/originals.ipynb #86191a85
 @lru_cache(None)

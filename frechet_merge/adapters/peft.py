@@ -9,16 +9,17 @@ __all__ = ['REFUSED', 'KNOWN', 'NEVER_WHOLE', 'CHANGE_THE_BASE', 'ON_A_BASE', 'O
 # %% ../../nbs/adapters/peft.ipynb #7c54f153
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..algebra.factors import Factors
 from ..files.checkpoint import Checkpoint
-from ..matching.views import renamed, without
+from ..matching.views import PEFT_LEAD, renamed, without
 from ..messages import MergeError
 from .patterns import is_meant, matches
 from ..files.tensors import LazyTensor
@@ -140,7 +141,7 @@ def _refusal(c: Checkpoint, why: str, remedy: str = "") -> MergeError:
 # %% ../../nbs/adapters/peft.ipynb #5ec74817
 def _remedy(c: Checkpoint, key: str) -> str:
     "What can be done with an adapter that a key of its config makes something else."
-    if key in ON_A_BASE and any(n.startswith("base_model.model.") for n in c.lazy):
+    if key in ON_A_BASE and any(n.startswith(PEFT_LEAD) for n in c.lazy):
         return ON_ITS_BASE
     what = "Only LoRA updates ΔW = s·B·A have a mean here."
     if key in NEVER_WHOLE:
@@ -298,39 +299,52 @@ def _targets(c: Checkpoint, module: str) -> list[str]:
     return sorted(by_home or [p for home, _, p in targets if not home])
 
 # %% ../../nbs/adapters/peft.ipynb #e0e0aa02
-def _sizes(c: Checkpoint, keys: dict[str, str]) -> tuple[int, int, int]:
-    "Rows of A, inputs and outputs of a pair of factors."
+class _Size(NamedTuple):
+    "Of a pair of factors; zeros for one that is of no matrix."
+
+    rows: int  # of A
+    inputs: int
+    outputs: int
+
+# %% ../../nbs/adapters/peft.ipynb #00a400a8
+def _size_of(c: Checkpoint, keys: dict[str, str]) -> _Size:
     A, B = c.lazy[keys["A"]], c.lazy[keys["B"]]
     if len(A.shape) != 2 or len(B.shape) != 2:
-        return 0, 0, 0
-    return A.shape[0], A.shape[1], B.shape[0]
+        return _Size(0, 0, 0)
+    return _Size(A.shape[0], A.shape[1], B.shape[0])
 
 # %% ../../nbs/adapters/peft.ipynb #e0e0aa03
-def _fits(c: Checkpoint, module: str, sizes: list[tuple], names: tuple[str, ...]) -> bool:
-    "Whether parameters of these names have updates of these sizes (rows of A, inputs, outputs)."
+def _fits(
+    c: Checkpoint,
+    module: str,
+    sizes: Sequence[_Size],
+    names: Sequence[str],  # of as many parameters of the module
+) -> bool:
+    "Whether parameters of these names have updates of these sizes."
+    size_of = dict(zip(names, sizes))
     experts = set()
-    for (rows, _, _), name in zip(sizes, names):
+    for name, size in zip(names, sizes):
         r, _ = _rank_and_alpha(c, f"{module}.{name}")
-        experts.add(rows/r)
-    inputs = {name: n for (_, n, _), name in zip(sizes, names)}
-    outputs = {name: m for (_, _, m), name in zip(sizes, names)}
+        experts.add(size.rows/r)
+    if len(experts) != 1 or experts.pop() % 1 != 0:
+        return False
+    up, down = size_of.get("gate_up_proj"), size_of.get("down_proj")
     # what goes in and comes out of a pair
-    up, down = inputs.get("gate_up_proj"), outputs.get("down_proj")
-    return len(experts) == 1 and experts.pop() % 1 == 0 and (None in (up, down) or up == down)
+    return up is None or down is None or up.inputs == down.outputs
 
 # %% ../../nbs/adapters/peft.ipynb #e0e0aa04
 def _parameters(c: Checkpoint, factors: dict[str, dict[str, str]]) -> dict[str, str]:
     "Stems of keys that are of parameters → the parameter's name; `MergeError` if nobody can tell."
     stems: dict[str, list[str]] = {}
     for stem, keys in factors.items():
-        module = stem.removeprefix("base_model.model.")
+        module = stem.removeprefix(PEFT_LEAD)
         while module.endswith(".base_layer"):
             module = module.removesuffix(".base_layer")
         if _targets(c, module) and {"A", "B"} <= keys.keys():
             stems.setdefault(module, []).append(stem)
     found = {}
     for module, of_one in stems.items():
-        sizes = [_sizes(c, factors[stem]) for stem in of_one]
+        sizes = [_size_of(c, factors[stem]) for stem in of_one]
         ways = permutations(_targets(c, module), len(of_one))
         fitting = [names for names in ways if _fits(c, module, sizes, names)]
         if len(fitting) > 1 or (not fitting and len(of_one) > 1):
@@ -407,7 +421,7 @@ def layers(
     parameters = _parameters(c, factors)
     found = {}
     for stem, keys in factors.items():
-        name = parameters.get(stem) or stem.removeprefix("base_model.model.")
+        name = parameters.get(stem) or stem.removeprefix(PEFT_LEAD)
         name = name.removesuffix(".base_layer")
         found[name] = _layer(c, name, keys, stem in parameters)
     if not found:

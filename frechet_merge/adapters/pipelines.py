@@ -92,27 +92,34 @@ def _flat(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 # %% ../../nbs/adapters/pipelines.ipynb #69ee296d
+def _text_in_peft(text: dict[str, Tensor]) -> dict[str, Tensor]:
+    "Tensors of text encoders under the names of PEFT."
+    from diffusers.utils import state_dict_utils as names
+
+    kinds = names.StateDictType
+    # of which the library would know the old ones only by to_out
+    is_old = any(re.search(r"to_[qkv]_lora", k) for k in text)
+    text = names.convert_state_dict_to_diffusers(text, kinds.DIFFUSERS_OLD if is_old else None)
+    return names.convert_state_dict_to_peft(text, kinds.DIFFUSERS if is_old else None)
+
+# %% ../../nbs/adapters/pipelines.ipynb #cd0b2c97
 def _loaded(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     "What a loader of diffusers makes of tensors, under the names of PEFT."
     from diffusers import loaders
-    from diffusers.utils import state_dict_utils as names
+    from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 
     loader = getattr(loaders, f"{name}LoraLoaderMixin")
     tensors = _flat(tensors) if name == "Flux" else tensors
     more = {"unet_config": UNET} if name.startswith("StableDiffusion") else {}
     found = loader.lora_state_dict(dict(tensors), **more)
+    # some give the alphas of the network, too
     found = found[0] if isinstance(found, tuple) else found
     text = {k: x for k, x in found.items() if k.startswith("text_encoder")}
     other = {k: x for k, x in found.items() if k not in text}
     if any("lora_A" not in k for k in other):
-        other = names.convert_unet_state_dict_to_peft(other)
+        other = convert_unet_state_dict_to_peft(other)
     if any("lora_A" not in k for k in text):
-        # of which the library would know the old ones only by to_out
-        old = any(re.search(r"to_[qkv]_lora", k) for k in text)
-        kind = names.StateDictType.DIFFUSERS_OLD if old else None
-        text = names.convert_state_dict_to_diffusers(text, kind)
-        kind = names.StateDictType.DIFFUSERS if old else None
-        text = names.convert_state_dict_to_peft(text, kind)
+        text = _text_in_peft(text)
     return {**other, **text}
 
 # %% ../../nbs/adapters/pipelines.ipynb #10303496

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..files.checkpoint import HEAD, Checkpoint, ties
 from ..files.tensors import LazyTensor
+from ..matching.views import PEFT_LEAD
 from ..messages import MergeError
 
 # %% ../../nbs/adapters/single.ipynb #fac4e124
@@ -89,7 +90,7 @@ def without_single(
     found = []
     rest = dict(c.lazy)
     for name in [n for n in c.lazy if DELTA.search(n)]:
-        module = DELTA.sub("", name).removeprefix("base_model.model.")
+        module = DELTA.sub("", name).removeprefix(PEFT_LEAD)
         single = Single(module, numbers_for(c, module), rest.pop(name))
         if single.rows.shape[:1] != (len(single.at),) or len(single.rows.shape) != 2:
             raise MergeError(

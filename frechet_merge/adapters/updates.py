@@ -23,7 +23,7 @@ from .dialects import layers
 from .lycoris import Made
 from .peft import Layer
 from ..matching.blocks import Block, align
-from ..matching.views import head_of, in_front
+from ..matching.views import PEFT_LEAD, head_of, in_front
 from ..matching.vocabulary import refuse_other_tokens
 from ..files.checkpoint import HEAD, Checkpoint
 from ..files.tensors import LazyTensor
@@ -96,16 +96,17 @@ def _say_other_models(models: Sequence[Checkpoint]) -> None:
 def _under(said: Said, to: Callable[[str], str]) -> Said:
     "What an adapter says, under other names of its modules."
 
-    def key(old: str, name: str) -> str:
+    def rekeyed(key: str, name: str) -> str:
         # a key has no name of a parameter
-        module = name if f"base_model.model.{name}" in old else name.rpartition(".")[0]
-        return old.replace(f"base_model.model.{module}", f"base_model.model.{to(module)}", 1)
+        module = name if f"{PEFT_LEAD}{name}" in key else name.rpartition(".")[0]
+        return key.replace(f"{PEFT_LEAD}{module}", f"{PEFT_LEAD}{to(module)}", 1)
 
     updates, whole = said
-    return {
-        to(n): replace(x, name=to(n), keys=tuple(key(k, n) for k in x.keys))
-        for n, x in updates.items()
-    }, whole
+    moved = {}
+    for name, layer in updates.items():
+        keys = tuple(rekeyed(key, name) for key in layer.keys)
+        moved[to(name)] = replace(layer, name=to(name), keys=keys)
+    return moved, whole
 
 # %% ../../nbs/adapters/updates.ipynb #92a9f6c9
 def _named_alike(read: list[Said]) -> list[Said]:
@@ -141,11 +142,14 @@ def _after_renaming(read: Sequence[Said]) -> list[Said]:
     (ours, whole), *others = read
     result = [(ours, whole)]
     for said in others:
+        theirs, _ = said
         to = {}
-        for name, layer in said[0].items():
-            twins = [] if name in ours else [n for n in _other_names(name) if n in ours]
-            is_one = len(twins) == 1 and twins[0] not in said[0]
-            if is_one and ours[twins[0]].shape == layer.shape:
+        for name, layer in theirs.items():
+            if name in ours:
+                continue
+            twins = [n for n in _other_names(name) if n in ours]
+            is_plain = len(twins) == 1 and twins[0] not in theirs
+            if is_plain and ours[twins[0]].shape == layer.shape:
                 to[name] = twins[0]
         result.append(_under(said, lambda n, to=to: to.get(n, n)) if to else said)
     return result
@@ -177,21 +181,28 @@ def _refuse_a_renaming(models: Sequence[Checkpoint], read: Sequence[Said]) -> No
 OF_TEXT = re.compile(r"lora_te\d?_|text_encoder|text_model")
 
 
+def _are_apart(each: Sequence[Sequence[str]]) -> bool:
+    "Whether no layer is in two of them."
+    names = [name for names in each for name in names]
+    return len({*names}) == len(names)
+
+# %% ../../nbs/adapters/updates.ipynb #33b28776
 def _warn_apart(read: Sequence[Said]) -> None:
     "Say so if no layer, or none of a denoiser, is adapted twice."
-    rest = [[n for n in updates if not OF_TEXT.match(n)] for updates, _ in read]
-    often = Counter(n for updates, _ in read for n in updates)
-    apart = Counter(n for names in rest for n in names)
-    if read[1:] and max(often.values()) == 1:
+    adapted = [[*updates] for updates, _ in read]
+    in_denoiser = [[n for n in names if not OF_TEXT.match(n)] for names in adapted]
+    in_denoiser = [names for names in in_denoiser if names]
+    if len(adapted) > 1 and _are_apart(adapted):
         warn(
             "no layer is adapted by more than one of these adapters: nothing is averaged with "
             "anything. Are they of one model, and are its layers called alike in all?",
         )
-    elif len(several := [*filter(None, rest)]) > 1 and max(apart.values()) == 1:
+    elif len(in_denoiser) > 1 and _are_apart(in_denoiser):
+        one, other = in_denoiser[0][0], in_denoiser[1][0]
         warn(
             "no layer of the denoiser is adapted by more than one of these adapters, as "
-            f"{several[0][0]!r} and {several[1][0]!r}: only text encoders are averaged. Are its "
-            "layers called alike in all?",
+            f"{one!r} and {other!r}: only text encoders are averaged. Are its layers called "
+            "alike in all?",
         )
 
 # %% ../../nbs/adapters/updates.ipynb #a81c0e14
@@ -263,7 +274,7 @@ def _refuse_unsaved(c: Checkpoint, other: Checkpoint):
     lacks = sorted(set(other) - set(c))
     if not lacks:
         return
-    out = head_of(lacks[0]) or lacks[0].removeprefix("base_model.model.")
+    out = head_of(lacks[0]) or lacks[0].removeprefix(PEFT_LEAD)
     raise MergeError(
         f"{c.source}: did not save {lacks[0]!r} beside its updates, and {other.source} "
         f"did.\nLeave it out (drop={out!r}, --drop), or let those that have it decide, "
@@ -287,21 +298,23 @@ def _whole(
     models: Sequence[Checkpoint], read: Sequence[Said], absent: str | None, by_token: bool
 ) -> list[Block]:
     "Blocks of what was saved whole; `MergeError` names what one adapter saved and another did not."
-    every = [rest for _, rest in read]
+    every = [whole for _, whole in read]
     names = set().union(*every)
     in_all = names.intersection(*every)
     kept = {k for k in names if k in in_all or not is_copy(k)}
     saved = [
-        c.view(lazy={k: x for k, x in rest.items() if k in kept}, tied={}, adapter=None)
-        for c, rest in zip(models, every)
+        c.view(lazy={k: x for k, x in whole.items() if k in kept}, tied={}, adapter=None)
+        for c, whole in zip(models, every)
     ]
-    pairs = permutations(saved, 2) if absent != "renormalise" else ()
-    for c, d in pairs:
-        _refuse_unsaved(c, d)
+    may_lack = absent == "renormalise"
+    if not may_lack:
+        for c, d in permutations(saved, 2):
+            _refuse_unsaved(c, d)
     if not by_token and any(map(_is_of_tokens, names)):
         refuse_other_tokens(list(models))
     bare = [Checkpoint(c.lazy, c.source) for c in saved]
-    return align(bare, absent="renormalise" if absent == "renormalise" else None)[0]
+    blocks, _ = align(bare, absent="renormalise" if may_lack else None)
+    return blocks
 
 # %% ../../nbs/adapters/updates.ipynb #a7823420
 def align_updates(
@@ -368,8 +381,13 @@ def factor_shapes(
     k: int,  # the rank that is written
 ) -> dict[str, tuple]:
     "Names and shapes of the two factors of rank k, as PEFT lays them out."
-    A, B, k = u.first.A.shape, u.first.B.shape, k*u.first.experts
-    return {u.first.keys[0]: (k, *A[1:]), u.first.keys[1]: (B[0], k, *B[2:])}
+    layer = u.first
+    # the ranks of all experts stand behind each other
+    rank = k*layer.experts
+    _, *inputs = layer.A.shape
+    outputs, _, *kernel = layer.B.shape
+    key_A, key_B = layer.keys[0], layer.keys[1]
+    return {key_A: (rank, *inputs), key_B: (outputs, rank, *kernel)}
 
 # %% ../../nbs/adapters/updates.ipynb #487679fe
 def bias_key(u: Update) -> str | None:
@@ -419,8 +437,10 @@ def _common(configs: Sequence[dict], key: str, default: Any = None) -> Any:
 # %% ../../nbs/adapters/updates.ipynb #ee2eeb8d
 def _saved(models: Sequence[Checkpoint]) -> tuple[bool, list[str]]:
     "Whether adapters name modules that were saved whole, and which of them are there."
-    named = {m for c in models for m in (c.adapter or {}).get("modules_to_save") or []}
-    return bool(named), sorted(m for m in named if any(f".{m}." in k for c in models for k in c))
+    configs = [c.adapter or {} for c in models]
+    named = {module for config in configs for module in config.get("modules_to_save") or []}
+    keys = [key for c in models for key in c]
+    return bool(named), [m for m in sorted(named) if any(f".{m}." in key for key in keys)]
 
 # %% ../../nbs/adapters/updates.ipynb #e2988c89
 def _usual(ranks: dict[str, int]) -> int:

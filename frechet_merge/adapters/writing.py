@@ -19,6 +19,7 @@ from .kohya import NOT_KEPT, header
 from .peft import Layer
 from .pipelines import IN_PIPELINE, Asked, places_loaded
 from ..files.checkpoint import Checkpoint
+from ..matching.views import PEFT_LEAD
 from ..messages import MergeError
 
 # %% ../../nbs/adapters/writing.ipynb #ec484925
@@ -76,7 +77,7 @@ def stems(
             f"of {dialect} one is of a single model of transformers.\n"
             "Write another dialect (--to diffusers)."
         )
-    lead = "base_model.model." if dialect == "peft" else ""
+    lead = PEFT_LEAD if dialect == "peft" else ""
     return {name: lead + rest for name, rest in bare.items()}
 
 # %% ../../nbs/adapters/writing.ipynb #dfce739a
@@ -98,7 +99,8 @@ def _check_flat(found: Mapping[str, str]) -> None:
 
 # %% ../../nbs/adapters/writing.ipynb #734974dc
 def _flat_asked(stem: str) -> Asked:
-    return Asked(stem, (f"{stem}.lora_down.weight", f"{stem}.lora_up.weight"), 1, (1,), True)
+    keys = (f"{stem}.lora_down.weight", f"{stem}.lora_up.weight")
+    return Asked(stem, keys, rows=1, inputs=(1,), alpha=True)
 
 # %% ../../nbs/adapters/writing.ipynb #7b33b4c7
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ class Names:
 # %% ../../nbs/adapters/writing.ipynb #c2d5443d
 def _is_kept(layer: Layer, dialect: str) -> bool:
     "Whether a layer was read in this dialect."
-    is_of_peft = layer.keys[0].startswith("base_model.model.")
+    is_of_peft = layer.keys[0].startswith(PEFT_LEAD)
     if dialect == "peft" or is_of_peft:
         return is_of_peft and dialect == "peft"
     # a file of diffusers may have modules by whose names alone it would not be known

@@ -173,10 +173,16 @@ def _largest(K: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
     "Those by LAPACK; None if it did not find them."
     n = len(K)
     lam, Z = K.new_empty(n), K.new_empty(k, n)
-    support, whole = torch.empty(2, 10*n, dtype=torch.int32)
-    work = K.new_empty(70*n)
-    left = ["V", "I", "U", n, K.clone(), n, 0.0, 0.0, n - k + 1, n, 0.0]
-    right = [0, lam, Z, n, support, work, len(work), whole, len(whole), 0]
-    ints = call("syevr", K.dtype, *left, *right)
-    found, failed = ints[4], ints[-1]
-    return (lam[:k].flip(0), Z.flip(0).mT) if found == k and not failed else None
+    support, integers = torch.empty(2, 10*n, dtype=torch.int32)
+    reals = K.new_empty(70*n)
+    # vectors, by number, of the upper triangle of rows, which is the lower one of columns
+    matrix = ["V", "I", "U", n, K.clone(), n]
+    # no bounds; the numbers of the first and the last; as exact as can be
+    wanted = [0.0, 0.0, n - k + 1, n, 0.0]
+    results = [0, lam, Z, n, support]
+    room = [reals, len(reals), integers, len(integers), 0]
+    _, _, _, _, found, *_, failed = call("syevr", K.dtype, *matrix, *wanted, *results, *room)
+    if found != k or failed:
+        return None
+    # descending
+    return lam[:k].flip(0), Z.flip(0).mT

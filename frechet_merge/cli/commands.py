@@ -664,8 +664,17 @@ def align_command(
 
     start = time.time()
     ws = numbers(weights, "weights")
-    sizes = max_samples, batch_size, max_length
-    how = Alignment(data, residual, split, text, *sizes, tokenizer, restarts)
+    how = Alignment(
+        data=data,
+        residual=residual,
+        split=split,
+        text=text,
+        max_samples=max_samples,
+        batch_size=batch_size,
+        max_length=max_length,
+        tokenizer=tokenizer,
+        restarts=restarts,
+    )
     seen, found = align(models, out, base, None, ws, dtype, allow_pickle, how)
     outputs = [place_of(out)/name for name in folders_of(seen)]
     written = Written.of(out, [*map(load, outputs)], time.time() - start)
@@ -1012,10 +1021,13 @@ def basis_command(
     from frechet_merge.files.open import load
     from frechet_merge.matching.bases import write_bases
 
-    start, shows = time.time(), not quiet and sys.stderr.isatty()
+    start = time.time()
+    shows = not quiet and sys.stderr.isatty()
     found = write_bases(models, base, out, k, only, allow_pickle, shows)
     written = Written.of(out, [load(out)], time.time() - start)
-    yield Based(written, models, len(found) // 3, max(x.shape[-1] for x in found.values()))
+    # of each matrix U, V and sigma
+    matrices = len(found)//3
+    yield Based(written, models, matrices, max(x.shape[-1] for x in found.values()))
 
 # %% ../../nbs/cli/commands.ipynb #77b41d8b
 TrainedFrom = Annotated[
@@ -1334,9 +1346,11 @@ def demo_command(
     from frechet_merge.cli.demo import demo, picture
 
     out = picture_path(out) or out
-    start, results = time.time(), demo(lambda s: say(s, err=True), texts)
-    average = {k: sum(v.values())/len(v) for k, v in results.items()}
-    best = max((k for k in average if k not in ("base", "experts")), key=lambda k: average[k])
+    start = time.time()
+    results = demo(lambda s: say(s, err=True), texts)
+    average = {who: sum(found.values())/len(found) for who, found in results.items()}
+    merges = [who for who in results if who not in ("base", "experts")]
+    best = max(merges, key=lambda who: average[who])
     yield Compared(results, average, best)
     yield Pictured(_saved(picture(results).figure, out), since(start))
 
@@ -1510,5 +1524,5 @@ def main():
         code = _refused(e)
     flushed = _flushed()
     code = code or flushed
-    # everything is on disk; unloading torch takes longer than a small merge
-    os._exit(code if isinstance(code, int) else 0 if code is None else 1)
+    # everything is on disk; unloading torch takes longer than a small merge. A text is an error
+    os._exit(code if isinstance(code, int) else 1)

@@ -45,11 +45,15 @@ def paths_in(
     "What recipes name that is on this machine: models, statistics, tokenizers, templates, data."
     from frechet_merge.merging.several import CHOICES, MODELS, PIECES, models_in
 
-    names = [x for said in recipes for x in models_in(said, (*MODELS, *CHOICES, "metrics", "data"))]
-    pieces = [name if is_here(name) else PIECES.findall(name) for name in names]
-    flat = [x for piece in pieces for x in ([piece] if isinstance(piece, str) else piece)]
+    keys = (*MODELS, *CHOICES, "metrics", "data")
+    paths: list[str] = []
+    for said in recipes:
+        for name in models_in(said, keys):
+            # a name may be of several, as BASE+ADAPTER
+            paths += [name] if is_here(name) else PIECES.findall(name)
+    # what another of them makes
     made = {said.get("name") for said in recipes}
-    return [x for x in dict.fromkeys(flat) if x not in made and is_here(x)]
+    return [path for path in dict.fromkeys(paths) if path not in made and is_here(path)]
 
 # %% ../../nbs/cli/pushing.ipynb #f13c15ef
 @dataclass(frozen=True)

@@ -180,21 +180,23 @@ def choose(
 def fit_basis(basis: Basis, choice: Choice) -> Basis:
     """The basis under the names, and in the dtype and on the device, of the parameters;
     `ValueError` if its shapes are not theirs."""
-    first = {m: n for n, every in choice.names.items() for m in every}
+    first_name = {name: first for first, every in choice.names.items() for name in every}
     fitted = {}
     for name, (U, V) in basis.items():
-        w = choice.parameters.get(first.get(name, ""))
+        first = first_name.get(name, "")
+        w = choice.parameters.get(first)
         if w is None:
             continue
-        shape = (w.shape[0], w.numel()//w.shape[0]) if w.dim() > 1 else tuple(w.shape)
-        if (len(U), len(V)) != shape or U.shape[1:] != V.shape[1:] or U.dim() != 2:
+        is_matrix = w.dim() > 1 and (len(U), len(V)) == (w.shape[0], w.numel()//w.shape[0])
+        are_pairs = U.dim() == 2 and U.shape[1:] == V.shape[1:]
+        if not (is_matrix and are_pairs):
             raise ValueError(
                 f"the basis of {name} has shapes {list(U.shape)} and {list(V.shape)}, and its "
                 f"tensor is {list(w.shape)}.\n"
                 "Pass U (rows, p) and V (columns, p) of the tensor as it is stored."
             )
         dtype = torch.promote_types(w.dtype, torch.float32)
-        fitted[first[name]] = U.to(w.device, dtype), V.to(w.device, dtype)
+        fitted[first] = U.to(w.device, dtype), V.to(w.device, dtype)
     return fitted
 
 # %% ../../nbs/curvature/collecting.ipynb #f8706a25
@@ -523,19 +525,25 @@ def known_about(
 ) -> dict:  # what JSON can hold
     "The facts that statistics carry with them."
     question, state = done.question, done.state
-    fused = [(n, choice.parameters[n]) for n in choice.fused if n in choice.parameters]
-    pieces = {m: piece_names(m, p, choice.fused[n]) for n, p in fused for m in choice.names[n]}
-    return {
+    pieces = {}
+    for first, matrices in choice.fused.items():
+        if first in choice.parameters:
+            for name in choice.names[first]:
+                pieces[name] = piece_names(name, choice.parameters[first], matrices)
+    skipped = {}
+    for first, why in choice.skipped.items():
+        skipped |= dict.fromkeys(choice.names[first], why)
+    about = {
         "form": form,
         "estimator": question.estimator,
         "samples": state.samples,
         "tokens": state.tokens,
         "seed": question.seed,
         "error": error,
-        "skipped": {m: why for n, why in choice.skipped.items() for m in choice.names[n]},
+        "skipped": skipped,
         "diagonal": sorted(done.sink.diagonal),
-        **({"experts": pieces} if pieces else {}),
     }
+    return about | {"experts": pieces} if pieces else about
 
 # %% ../../nbs/curvature/collecting.ipynb #2f967234
 def curvature(

@@ -82,27 +82,29 @@ def order_of(
     forward: Callable | None = None,  # as for `activations`
 ) -> Order:
     "In which order layers with a matrix are run, and which feed a BatchNorm."
-    layers, found, made, handles = dict(module.named_modules()), Order([], set()), {}, []
+    layers, found, handles = dict(module.named_modules()), Order([], set()), []
+    # id of an output → the layer that made it, and itself, which is held: ids are not used again
+    made: dict[int, tuple[str, Any]] = {}
 
     def made_by(name: str) -> Callable:
         def hook(layer, args, given):
             if name not in found.layers:
                 found.layers.append(name)
-            x = output_of(given)
-            # held, so that no other tensor gets its place in memory
-            made[id(x)] = (name, x)
+            out = output_of(given)
+            made[id(out)] = name, out
 
         return hook
 
-    def normed(layer, args):
+    def given_to_norm(layer, args):
         if args and id(args[0]) in made and layer.running_mean is not None:
-            found.normed.add(made[id(args[0])][0])
+            name, _ = made[id(args[0])]
+            found.normed.add(name)
 
     for name in weighted(module):
         handles.append(layers[name].register_forward_hook(made_by(name)))
     for layer in layers.values():
         if isinstance(layer, _NormBase):
-            handles.append(layer.register_forward_pre_hook(normed))
+            handles.append(layer.register_forward_pre_hook(given_to_norm))
     device = next((p.device for p in module.parameters()), None)
     try:
         with evaluating(module):
@@ -174,8 +176,11 @@ def _ratios(
     targets: Mapping[str, tuple[Tensor, Tensor]],
 ) -> dict[str, float]:
     "The variance of each layer, relative to what it should be; 1 where that is nothing."
-    wanted = {n: float(deviation.square().sum()) for n, (_, deviation) in targets.items()}
-    return {n: seen[n].total/w if w else 1.0 for n, w in wanted.items()}
+    found = {}
+    for name, (_, deviation) in targets.items():
+        wanted = float(deviation.square().sum())
+        found[name] = seen[name].total/wanted if wanted else 1.0
+    return found
 
 # %% ../../nbs/curvature/repair.ipynb #07a36e34
 def _spreads(sources: Sequence[Any], names: list[str], batches: list, forward, mask) -> list[dict]:
@@ -233,16 +238,18 @@ def _repaired(module, models, fed, ws, layers, forward, mask) -> Repaired:
     sources = _spreads(models, names, fed, forward, mask)
     targets = {n: target([s[n] for s in sources], ws) for n in names}
 
-    def look(which):
+    def seen(which: Sequence[str]) -> Mapping[str, Spread]:
         return activations(module, fed, which, forward, mask, ranks=False) if which else {}
 
-    given, dead = _ratios(look(names), targets), {}
+    before, dead = _ratios(seen(names), targets), {}
     for n in names:
         # behind layers that are repaired already
-        dead[n] = stretch(known[n], look([n])[n], *targets[n])
+        mean, deviation = targets[n]
+        unmoved = stretch(known[n], seen([n])[n], mean, deviation)
+        if unmoved:
+            dead[n] = unmoved
     if norms and names:
         recalibrate(module, fed, forward)
-    after = _ratios(look(names), targets)
-    dead = {n: k for n, k in dead.items() if k}
+    after = _ratios(seen(names), targets)
     unshifted = [n for n in names if known[n].bias is None]  # type: ignore
-    return Repaired(names, given, after, dead, unshifted, norms)
+    return Repaired(names, before, after, dead, unshifted, norms)

@@ -351,13 +351,13 @@ def one_by_one(layer: nn.Module) -> Iterator[None]:
 # %% ../../nbs/curvature/routed.ipynb #834c27dc
 def called(watch: Any, layer: nn.Module, name: str, forward: Callable, *args, **kwargs) -> Any:
     "The call of a layer of experts, looked at."
-    own = [(n, p) for n, p in watch.chosen.items() if any(p is q for q in layer.parameters(False))]
-    unheard = watch.backward and not torch.is_grad_enabled()
+    held = {id(p) for p in layer.parameters(recurse=False)}
+    own = {id(p): (n, p) for n, p in watch.chosen.items() if id(p) in held}
     x = args[0] if args else next(iter(kwargs.values()), None)
-    if not watch.on or not own or unheard or not isinstance(x, Tensor):
+    is_heard = torch.is_grad_enabled() or not watch.backward
+    if not (watch.on and own and is_heard and isinstance(x, Tensor)):
         return forward(*args, **kwargs)
-    live = {id(p): (n, p) for n, p in own}
-    with one_by_one(layer), Tracing(watch, name, live, x):
+    with one_by_one(layer), Tracing(watch, name, own, x):
         return forward(*args, **kwargs)
 
 # %% ../../nbs/curvature/routed.ipynb #8a617ac6

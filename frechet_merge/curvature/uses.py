@@ -209,11 +209,16 @@ def is_made_of(
 ) -> bool:
     "Do the uses of a parameter add up to its gradient, as far as rounding can tell?"
     dtype = torch.promote_types(torch.float32, g.dtype)
-    eps = max(torch.finfo(t.dtype).eps for t in (g, *(u.delta() for _, u in uses)))
     ours = reduce(torch.add, (u.gradient(role, dtype, 0, 1)[0] for role, u in uses))
+    eps, sizes = torch.finfo(g.dtype).eps, []
+    for _, u in uses:
+        back = u.delta()
+        eps = max(eps, torch.finfo(back.dtype).eps)
+        sizes.append(float(back.norm())*(1 + float(u.x.float().norm())))
     # all that is left of a gradient that vanishes
-    rounding = 10*eps*sum(float(u.delta().norm())*(1 + float(u.x.float().norm())) for _, u in uses)
-    return not (ours - g).norm() > eps**0.5*(ours.norm() + g.norm()) + rounding
+    rounding = 10*eps*sum(sizes)
+    is_far = (ours - g).norm() > eps**0.5*(ours.norm() + g.norm()) + rounding
+    return not is_far
 
 # %% ../../nbs/curvature/uses.ipynb #081b82c7
 # numbers in the gradients of a rehearsal at a time

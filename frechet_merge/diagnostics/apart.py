@@ -225,6 +225,11 @@ def _refuse_adapters(every: Sequence[Checkpoint]) -> None:
                 "Name it on its base, as BASE+ADAPTER."
             )
 
+# %% ../../nbs/diagnostics/apart.ipynb #cfa86042
+def _overlap(P: Tensor, Q: Tensor) -> float:  # of two orthonormal bases (m, k); 1: of one subspace
+    "The mean squared cosine between two subspaces."
+    return float((P.T @ Q).square().sum())/P.shape[1]
+
 # %% ../../nbs/diagnostics/apart.ipynb #79b6be18
 def subspaces(
     models: Sequence[Model],  # full models with their base, or adapters
@@ -237,16 +242,15 @@ def subspaces(
     every = [load(m, allow_pickle) for m in models]
     rows = []
     for name, updates in _updates(every, None if base is None else load(base, allow_pickle)):
-        triples = [_directions(x, k) for x in updates]
-        least = min(U.shape[1] for U, _ in triples)
+        Us, Vs = zip(*(_directions(x, k) for x in updates))
+        least = min(U.shape[1] for U in Us)
         if not least:
             continue
-        shape = [len(triples[0][0]), len(triples[0][1])]
-        row = {"name": name, "shape": shape, "k": least}
-        for side, label in enumerate(("left", "right")):
-            Q = [t[side][:, :least] for t in triples]
-            row[label] = [[float((p.T @ q).square().sum())/least for q in Q] for p in Q]
-            row[f"{label} by chance"] = least/shape[side]
+        row = {"name": name, "shape": [len(Us[0]), len(Vs[0])], "k": least}
+        for label, bases in (("left", Us), ("right", Vs)):
+            Qs = [Q[:, :least] for Q in bases]
+            row[label] = [[_overlap(P, Q) for Q in Qs] for P in Qs]
+            row[f"{label} by chance"] = least/len(Qs[0])
         rows.append(row)
     return rows
 
@@ -280,6 +284,17 @@ def _directions(x: Tensor | Factors, k: int) -> tuple[Tensor, Tensor]:
     k = min(k, int((S > ZERO*S[0]).sum())) if S[0] > 0 else 0
     return U[:, :k], V[:, :k]
 
+# %% ../../nbs/diagnostics/apart.ipynb #4e6fd24b
+def _values_with_mean(updates: Sequence[Any]) -> list[Tensor]:  # T + 1
+    "Singular values of updates of one matrix, tensors or factors, and of their mean."
+    T = len(updates)
+    if isinstance(updates[0], Factors):
+        fs = [f.double() for f in updates]
+        mean = Factors(torch.cat([f.B/T for f in fs], 1), torch.cat([f.A for f in fs], 0))
+        return [svd(f)[1] for f in (*fs, mean)]
+    dense = [x.double() for x in updates]
+    return [torch.linalg.svdvals(x) for x in (*dense, torch.stack(dense).mean(0))]
+
 # %% ../../nbs/diagnostics/apart.ipynb #e61ac8f7
 def spectra(
     models: Sequence[Model],  # as for `subspaces`
@@ -292,19 +307,10 @@ def spectra(
     names = []
     for found, updates in _updates(every, None if base is None else load(base, allow_pickle)):
         names.append(found)
-        if found != name:
-            continue
-        T = len(updates)
-        if isinstance(updates[0], Factors):
-            fs = [f.double() for f in updates]
-            mean = Factors(torch.cat([f.B/T for f in fs], 1), torch.cat([f.A for f in fs], 0))
-            values = [svd(f)[1] for f in (*fs, mean)]
-        else:
-            dense = [x.double() for x in updates]
-            mean = torch.stack(dense).mean(0)
-            values = [torch.linalg.svdvals(x) for x in (*dense, mean)]
-        labels = [f"{i} {c.source}" for i, c in enumerate(every)]
-        return {n: s.tolist() for n, s in zip([*labels, "mean"], values)}
+        if found == name:
+            labels = [f"{i} {c.source}" for i, c in enumerate(every)]
+            values = _values_with_mean(updates)
+            return {label: s.tolist() for label, s in zip([*labels, "mean"], values)}
     raise ValueError(
         f"no matrix is called {name!r} in all models: there are {', '.join(names[:6])}."
     )

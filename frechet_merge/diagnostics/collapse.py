@@ -208,14 +208,16 @@ def _draw_lines(rows: Sequence[dict], ax: Any, of: str) -> dict[tuple, list]:
     lines: dict[tuple, list] = {}
     for r in rows:
         lines.setdefault((r["merge"], r["T"]), []).append(r[of])
-    names = [*dict.fromkeys(m for m, _ in lines)]
+    names = [*dict.fromkeys(name for name, _ in lines)]
     Ts = sorted({T for _, T in lines})
-    for (m, T), values in lines.items():
-        shade = 1.0 if len(Ts) < 2 else 0.3 + 0.7*Ts.index(T)/(len(Ts) - 1)
-        label = m if len(Ts) < 2 else f"{m}, T = {T}"
-        x = [i for i, v in enumerate(values) if v is not None]
-        style = dict(color=f"C{names.index(m)}", alpha=shade, label=label)
-        ax.plot(x, [values[i] for i in x], "o-", ms=3, lw=1.2, **style)
+    for (name, T), values in lines.items():
+        label, shade = name, 1.0
+        if len(Ts) > 1:
+            # of more models it is darker
+            label, shade = f"{name}, T = {T}", 0.3 + 0.7*Ts.index(T)/(len(Ts) - 1)
+        known = [i for i, v in enumerate(values) if v is not None]
+        style = dict(color=f"C{names.index(name)}", alpha=shade, label=label)
+        ax.plot(known, [values[i] for i in known], "o-", ms=3, lw=1.2, **style)
     return lines
 
 # %% ../../nbs/diagnostics/collapse.ipynb #637a6dd0

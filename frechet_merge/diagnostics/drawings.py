@@ -156,14 +156,15 @@ def plane(
     width: float = 440,
 ) -> str:
     "Points with the first letters of their names."
-    xs, ys = ([p[k] for p in places] for k in (0, 1))
-    middle = [(max(v) + min(v))/2 for v in (xs, ys)]
-    span = max((max(v) - min(v))/room for v, room in ((xs, width - 190), (ys, height - 60))) or 1
+    (left, right), (low, high) = ((min(v), max(v)) for v in zip(*places))
+    # room for the names, and around the points; one scale for both
+    unit = max((right - left)/(width - 190), (high - low)/(height - 60)) or 1
     body = []
-    for (x, y), name in zip(places, names):
-        at = (width/2 - 50 + (x - middle[0])/span, height/2 - (y - middle[1])/span)
-        dot = f'cx="{at[0]:.1f}" cy="{at[1]:.1f}" r="6"'
+    for place, name in zip(places, names):
+        x = width/2 - 50 + (place[0] - (right + left)/2)/unit
+        y = height/2 - (place[1] - (high + low)/2)/unit
+        dot = f'cx="{x:.1f}" cy="{y:.1f}" r="6"'
         body.append(f'<circle {dot} class="dot"><title>{words(name)}</title></circle>')
         short = name if len(name) <= 20 else f"{name[:19]}…"
-        body.append(_text(at[0] + 10, at[1] + 4, short, "start", "name"))
+        body.append(_text(x + 10, y + 4, short, "start", "name"))
     return drawing("".join(body), height, label, width, "drawing small")

@@ -53,19 +53,22 @@ def by_layer(
     names: Sequence[str],
 ) -> list[tuple[str, list[int]]]:  # label and indices of names, at most `GROUPS`
     "Blocks of one layer together, in the order of the file and of their numbers."
-    groups: dict[tuple[str, int], list[int]] = {}
+    layers: dict[tuple[str, int], list[int]] = {}
     for i, name in enumerate(names):
-        groups.setdefault(layer_of(name), []).append(i)
-    first = {key[0]: i for i, key in reversed([*enumerate(groups)])}
-    order = sorted(groups, key=lambda key: (first[key[0]], key[1]))
-    numbered = {key[0] for key in order if key[1] >= 0}
-    labels = [_label(*key, len(numbered) > 1) for key in order]
-    step = math.ceil(len(order)/GROUPS) or 1
+        layers.setdefault(layer_of(name), []).append(i)
+    stems = {stem: None for stem, _ in layers}
+    order = {stem: i for i, stem in enumerate(stems)}
+    keys = sorted(layers, key=lambda key: (order[key[0]], key[1]))
+    are_several = len({stem for stem, number in keys if number >= 0}) > 1
+    labels = [_label(stem, number, are_several) for stem, number in keys]
+    # so many layers are shown as one
+    step = math.ceil(len(keys)/GROUPS) or 1
     found = []
-    for i in range(0, len(order), step):
-        inside = [k for key in order[i : i + step] for k in groups[key]]
-        last = labels[min(i + step, len(order)) - 1]
-        found.append((labels[i] if step == 1 else f"{labels[i]}–{last}", inside))
+    for i in range(0, len(keys), step):
+        together = keys[i : i + step]
+        first, last = labels[i], labels[i + len(together) - 1]
+        inside = [k for key in together for k in layers[key]]
+        found.append((first if step == 1 else f"{first}–{last}", inside))
     return found
 
 # %% ../../nbs/diagnostics/report.ipynb #d80723da
@@ -229,6 +232,19 @@ def _said_by(record: Record, name: str) -> str:
     return ", ".join(dict.fromkeys(said)) or "–"
 
 # %% ../../nbs/diagnostics/report.ipynb #1377a91d
+def _input(record: Record, c: Mapping[str, Any], cells: Sequence[str]) -> str:
+    "A row: what a model is called here, itself, its numbers, and what it says and was read from."
+    label, *numbers = cells
+    row = [
+        f"<th scope=row>{words(label)}</th>",
+        f"<td class=long>{breakable(c['name'])}</td>",
+        *(f"<td class=number>{number}</td>" for number in numbers),
+        f"<td class=short>{words(_said_by(record, c['name']))}</td>",
+        f"<td>{_files(c['files'])}</td>",
+    ]
+    return f"<tr>{''.join(row)}</tr>"
+
+# %% ../../nbs/diagnostics/report.ipynb #5268a5d0
 def _inputs(record: Record, blocks: Blocks) -> str:
     "A table of what was merged."
     totals, labels = blocks.summed(range(len(blocks.names))), labels_of(blocks.T)
@@ -236,23 +252,18 @@ def _inputs(record: Record, blocks: Blocks) -> str:
     numbers = weights if isinstance(weights, list) else [1.0]*blocks.T
     whole = math.fsum(totals)
     rows = []
-    words_for = {"models": "", "base": "base", "bake": "put on", "metrics": "metrics"}
-    for role, word in words_for.items():
-        for i, c in enumerate(record.inputs.get(role, [])):
-            is_model = role == "models" and i < blocks.T
-            weight = numbers[i] if is_model and isinstance(numbers[i], float) else None
-            share = f"{100*totals[i]/whole:.1f} %" if is_model and whole else "–"
-            way = math.sqrt(totals[i]) if is_model and whole else None
-            cells = [
-                f"<th scope=row>{words(labels[i] if is_model else word)}</th>",
-                f"<td class=long>{breakable(c['name'])}</td>",
-                f"<td class=number>{digits(weight)}</td>",
-                f"<td class=number>{digits(way)}</td>",
-                f"<td class=number>{share}</td>",
-                f"<td class=short>{words(_said_by(record, c['name']))}</td>",
-                f"<td>{_files(c['files'])}</td>",
-            ]
-            rows.append(f"<tr>{''.join(cells)}</tr>")
+    for i, c in enumerate(record.inputs.get("models", [])):
+        # a model without blocks of its own has no distance
+        label, weight, way, share = "", None, None, "–"
+        if i < blocks.T:
+            label = labels[i]
+            weight = numbers[i] if isinstance(numbers[i], float) else None
+        if i < blocks.T and whole:
+            way, share = math.sqrt(totals[i]), f"{100*totals[i]/whole:.1f} %"
+        rows.append(_input(record, c, [label, digits(weight), digits(way), share]))
+    for role, word in {"base": "base", "bake": "put on", "metrics": "metrics"}.items():
+        for c in record.inputs.get(role, []):
+            rows.append(_input(record, c, [word, digits(None), digits(None), "–"]))
     heads = ("", "model", "weight", "distance", "share of d²", "licence", "read")
     right = ("weight", "distance", "share of d²")
     head = "".join(f'<th scope=col{" class=number" if h in right else ""}>{h}</th>' for h in heads)

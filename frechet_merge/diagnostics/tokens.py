@@ -16,7 +16,7 @@ from rich.text import Text
 
 from ..files.checkpoint import Checkpoint, read_json, vocabulary_size
 from ..matching.joined import kind_of
-from ..matching.vocabulary import contradiction, is_reserved, moved, vocabulary
+from ..matching.vocabulary import contradiction, is_reserved, renumbered, vocabulary
 from ..files.shards import read_bytes
 from ..messages import shown
 
@@ -110,7 +110,7 @@ def _contradictions(known: Mapping[str, Mapping[str, int]]) -> list[str]:
             if same := contradiction(known[a], known[b]):
                 number, ours, theirs = same
                 found.append(f"number {number} is {ours!r} in {a} and {theirs!r} in {b}")
-            elif other := moved(known[a], known[b]):
+            elif other := renumbered(known[a], known[b]):
                 token, ours, theirs = other
                 found.append(f"{token!r} is number {ours} in {a} and {theirs} in {b}")
     return found

@@ -139,15 +139,19 @@ MANY = 128  # columns of all updates together, from which on squares are faster 
 
 def _are_many(thetas: Sequence[Factors], k: int) -> bool:
     "Whether a flat mean of updates, cut to rank k, is faster by squares: one layer, large enough."
-    R, (m, n) = sum(f.rank for f in thetas), thetas[0].shape
+    R = sum(f.rank for f in thetas)
     is_one_layer = thetas[0].B.shape[:-2].numel() == 1
-    return is_one_layer and R >= MANY and (k == R or R <= min(m, n))
+    is_exact = k == R or R <= min(thetas[0].shape)
+    return is_one_layer and R >= MANY and is_exact
 
 # %% ../../nbs/geometries/lora.ipynb #5a1e0c03
 def _chart_of_many(thetas: Sequence[Factors], k: int, Gs: Any, dtype: torch.dtype) -> Chart:
     "The updates of one layer as points of T coordinates; back, their combination at rank k."
-    lead = thetas[0].B.shape[:-2]
-    alone = [Factors(f.B.reshape(f.B.shape[-2:]), f.A.reshape(f.A.shape[-2:]), f.s) for f in thetas]
+    *lead, _, _ = thetas[0].B.shape
+    alone = []
+    for f in thetas:
+        B, A = (x.reshape(x.shape[-2:]) for x in (f.B, f.A))
+        alone.append(Factors(B, A, f.s))
     many = Stacked.of(alone)
     points, back = placed(many.products())
 

@@ -126,9 +126,12 @@ def assigned_within(
     s: int,  # sharers of a unit
 ) -> tuple[Tensor, Tensor]:  # (h, h, s) which of theirs comes to each place in ours; (h, h) the sum
     "For each pair of units, the order of the one's sharers that has the largest sum."
+    # (h, h, s, s): the sharers of one unit beside those of another
     blocks = C.unflatten(1, (-1, s)).unflatten(0, (-1, s)).transpose(1, 2)
-    orders = torch.stack([torch.stack([assigned(block) for block in row]) for row in blocks])
-    return orders, blocks.gather(3, orders[..., None]).sum((2, 3))
+    rows = [torch.stack([assigned(block) for block in row]) for row in blocks]
+    orders = torch.stack(rows)
+    sums = blocks.gather(3, orders[..., None]).sum((2, 3))
+    return orders, sums
 
 # %% ../../nbs/geometries/permutation.ipynb #51b0219d
 @dataclass(frozen=True)

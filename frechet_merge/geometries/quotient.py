@@ -348,7 +348,8 @@ class FixedRank(Space):
     def extent(self, m):
         "U·σ₁ for mix, U·σ₁/σ_r for inv: rounding of ΔW changes tangents by so much times eps."
         U, _, p, _ = frame(self.metric, m)
-        return U*p.amax(-1, True)*m.square().sum(-2, True).amax((-3, -1), True)
+        largest = m.square().sum(-2, keepdim=True).amax((-3, -1), keepdim=True)
+        return U*p.amax(-1, keepdim=True)*largest
 
     def log(self, m, x):
         """v (…, 2, R, r), horizontal, as long as the geodesic to x that continues the aligned

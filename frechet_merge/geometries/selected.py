@@ -228,17 +228,20 @@ class Outliers(Geometry):
 
     def _fences(self, stack: Stack, width: int) -> list[float]:
         "The score above which each model but the first stands out."
-        n = stack.numel
+        n, others = stack.numel, range(len(stack) - 1)
 
         def scores() -> Iterator[tuple[int, list[Tensor]]]:
-            return ((i, _scores([*stack.rows(i, j)], width)) for i, j in stack.spans(rows=True))
+            for i, j in stack.spans(rows=True):
+                yield i, _scores([*stack.rows(i, j)], width)
 
         # a quartile is the least of those that are as large
-        quarters = [n - (n - 1)*i//4 for i in (1, 2, 3)]
-        asked = [(t, k) for t in range(len(stack) - 1) for k in quarters]
-        found = [cut.least for cut in cuts(scores, n, stack.computes, asked)]
-        quartiles = zip(found[::3], found[1::3], found[2::3])
-        return [middle + self.fence*(high - low) for low, middle, high in quartiles]
+        counts = [n - (n - 1)*quarter//4 for quarter in (1, 2, 3)]
+        found = cuts(scores, n, stack.computes, [(t, k) for t in others for k in counts])
+        fences = []
+        for t in others:
+            low, middle, high = (cut.least for cut in found[3*t : 3*t + 3])
+            fences.append(middle + self.fence*(high - low))
+        return fences
 
 # %% ../../nbs/geometries/selected.ipynb #34225b91
 @dataclass(frozen=True)
@@ -284,13 +287,17 @@ class RAM(Geometry):
 
     def _gains(self, stack: Stack, Gs: Sequence[float]) -> list[float]:
         "By which share of itself it becomes larger, what each model changed alone."
-        changed, alone = ([0.0]*len(Gs) for _ in range(2))
+        changed, alone = [0.0]*len(Gs), [0.0]*len(Gs)
         for i, j in stack.spans():
-            for t, (M, own) in enumerate(zip(*self._changed([*stack.rows(i, j)], Gs))):
-                changed[t] += float(M.sum(dtype=torch.float64))
-                alone[t] += float(own.sum(dtype=torch.float64))
-        ratios = [(every - own)/own if own else 0.0 for every, own in zip(changed, alone)]
-        return [self.gain*min(r, self.most) for r in ratios]
+            masks, own = self._changed([*stack.rows(i, j)], Gs)
+            for t in range(len(Gs)):
+                changed[t] += float(masks[t].sum(dtype=torch.float64))
+                alone[t] += float(own[t].sum(dtype=torch.float64))
+        gains = []
+        for every, unique in zip(changed, alone):
+            shared_to_unique = (every - unique)/unique if unique else 0.0
+            gains.append(self.gain*min(shared_to_unique, self.most))
+        return gains
 
 # %% ../../nbs/geometries/selected.ipynb #20a8bfba
 @dataclass(frozen=True)

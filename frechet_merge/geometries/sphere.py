@@ -55,6 +55,11 @@ class Cylinder(Space):
         y[0] = m[0] + v[0]
         return y
 
+# %% ../../nbs/geometries/sphere.ipynb #88f13a7d
+def _divisor(x: Tensor) -> Tensor:
+    "A length as what one may divide by: 1 in the place of 0."
+    return x if x > 0 else torch.ones_like(x)
+
 # %% ../../nbs/geometries/sphere.ipynb #4dbb13c5
 @dataclass(frozen=True)
 class Sphere(Geometry):
@@ -66,17 +71,18 @@ class Sphere(Geometry):
         metrics that are not numbers."""
         Gs = as_numbers(Gs, len(thetas))
         x = [t.flatten().float() if t.dtype.itemsize < 4 else t.flatten() for t in thetas]
-        largest = torch.stack([t.abs().max() if len(t) else t.sum() for t in x]).max()
-        top = largest if largest > 0 else torch.ones_like(largest)
+        # of an empty tensor the largest entry is zero
+        top = _divisor(torch.stack([t.abs().max() if len(t) else t.sum() for t in x]).max())
         # whose squares neither vanish nor overflow
         x = [t/top for t in x]
         norms = x[0].new_tensor([length(t) for t in x])
-        unit = norms.max() if norms.max() > 0 else torch.ones_like(norms.max())
+        unit = _divisor(norms.max())
         some = x[int(norms.argmax())]/unit
         points = [_on_cylinder(t, n, unit, some, G) for t, n, G in zip(x, norms/unit, Gs)]
 
         def lift(m):
-            return (unit*m[0]*m[1:]*top).view(thetas[0].shape).to(thetas[0].dtype)
+            norm, direction = unit*m[0], m[1:]
+            return (norm*direction*top).view(thetas[0].shape).to(thetas[0].dtype)
 
         return Chart(points, lift, Cylinder())
 

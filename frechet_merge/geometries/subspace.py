@@ -177,10 +177,10 @@ def _check_basis(G: Any, b: LabeledBasis, name: str) -> None:
 def _projected_pairs(G: Kronecker, b: LabeledBasis) -> Tensor:
     "SᵀGS of a sum of products, and of a multiple of the identity."
     M = b.U.new_zeros(())
-    for w, pair in zip([*[1.0]*len(G.pairs), G.flat], [*G.pairs, (None, None)]):
+    for pair in G.pairs:
         L, R = (None if X is None else X.double() for X in pair)
-        M = M + w*projected_kronecker(L, R, b.U, b.V)
-    return M
+        M = M + projected_kronecker(L, R, b.U, b.V)
+    return M + G.flat*projected_kronecker(None, None, b.U, b.V)
 
 # %% ../../nbs/geometries/subspace.ipynb #3db5a5c5
 def _projected(G, b: LabeledBasis, name: str = "a metric"):

@@ -92,11 +92,13 @@ class BuresWasserstein(Space):
     def start(self, points, ws):
         """The balanced pair of the best matrix of rank k to the mean of ΔW: of all models alike;
         zero where changes cancel (`WRITTEN`)."""
-        pairs = [(w, p.x[..., 0, :, :], p.x[..., 1, :, :]) for p, w in zip(points, ws)]
-        mean = sum((w*u @ v.mT for w, u, v in pairs), points[0].x.new_zeros(()))
+        mean = largest = points[0].x.new_zeros(())
+        for p, w in zip(points, ws):
+            u, v = p.x[..., 0, :, :], p.x[..., 1, :, :]
+            mean = mean + w*u @ v.mT
+            # the mean of their largest singular values, beside which the sum may be rounding
+            largest = largest + w*u.square().sum(-2).amax(-1, keepdim=True)
         U, S, Vt = torch.linalg.svd(mean, full_matrices=False)
-        # the mean of their largest singular values, beside which the sum may be rounding
-        largest = sum(w*u.square().sum(-2).amax(-1, True) for w, u, _ in pairs)
         S = S*(S[..., :1] > WRITTEN*largest)
         R, k = points[0].x.shape[-2:]
         return halves(balanced(U[..., :k], S[..., :k], Vt.mT[..., :k]), R, k)

@@ -175,8 +175,9 @@ READERS = {
 
 def _endings(path: Path) -> tuple[str, str]:
     "What a file's name says of what it is, and of how it is packed."
-    *rest, last = ["", "", *(s[1:].lower() for s in path.suffixes)]
-    return (rest[-1], last) if last in (*PACKED, "zst", "zip") else (last, "")
+    *_, before, last = ["", "", *(s[1:].lower() for s in path.suffixes)]
+    is_packed = last in (*PACKED, "zst", "zip")
+    return (before, last) if is_packed else (last, "")
 
 # %% ../../nbs/huggingface/examples.ipynb #f183e63c
 def _rows(path: Path) -> Iterator[dict]:
@@ -209,11 +210,20 @@ def _part(split: str, size: int) -> range | None:
 def _error(data: Any, why: str, remedy: str) -> MergeError:
     return MergeError(f"{data}: {why}.\n{remedy}")
 
+# %% ../../nbs/huggingface/examples.ipynb #c734c962
+def _cast(x: Any, kind: str) -> Any:
+    "A field of CSV as a value of its column's type; what is a value already as it is."
+    if not isinstance(x, str) or kind not in _LITERALS:
+        return x
+    _, make = _LITERALS[kind]
+    return make(x)
+
 # %% ../../nbs/huggingface/examples.ipynb #f23a1ea2
 def _of_file(data: str | os.PathLike, split: str) -> Table:
     "The table of a file that Python reads."
     path = place_of(data)
-    kind_of = READERS[_endings(path)[0]][1]
+    ending, _ = _endings(path)
+    _, kind_of = READERS[ending]
     size, seen = 0, {}
     for row in _rows(path):
         size += 1
@@ -225,16 +235,11 @@ def _of_file(data: str | os.PathLike, split: str) -> Table:
         why = f"cannot be read: one file has no split {split!r}"
         raise _error(data, why, "Its only split is train (--split train), or a slice of it.")
 
-    def cast(x, kind):
-        return _LITERALS[kind][1](x) if isinstance(x, str) and kind in _LITERALS else x
-
     def take(rows, columns):
-        wanted = {part[i] for i in rows}
-        found = {
-            i: {c: cast(row.get(c), kinds[c]) for c in columns}
-            for i, row in enumerate(_rows(path))
-            if i in wanted
-        }
+        wanted, found = {part[i] for i in rows}, {}
+        for i, row in enumerate(_rows(path)):
+            if i in wanted:
+                found[i] = {c: _cast(row.get(c), kinds[c]) for c in columns}
         return [found[part[i]] for i in rows]
 
     return Table(kinds, len(part), take)

@@ -310,7 +310,9 @@ def _no(model: Name, why: str, remedy: str) -> MergeError:
 # %% ../../nbs/huggingface/models.ipynb #629d4bfe
 def _made_up(module: nn.Module, info: dict, names: dict[str, str]) -> list[str]:
     "Parameters that transformers drew, since the base has none, and no adapter brings them."
-    mismatched = [k if isinstance(k, str) else k[0] for k in info.get("mismatched_keys", ())]
+    # with their shapes, as some versions have it
+    found = info.get("mismatched_keys", ())
+    mismatched = [entry if isinstance(entry, str) else entry[0] for entry in found]
     drawn = {*info["missing_keys"], *mismatched}
     return sorted(n for n in drawn if n not in names and "pooler" not in n)
 
@@ -502,6 +504,16 @@ def _pools_first(base: Checkpoint, source: Name) -> bool:
     return how.startswith("cls")
 
 # %% ../../nbs/huggingface/models.ipynb #bb117a84
+def _new_name(old: str, names: Mapping[str, str], held: Checkpoint) -> str | None:
+    "The name of a part of statistics, as the checkpoint has it; None: it has no such tensor."
+    stem, _, part = old.rpartition(".")
+    end = f".{part}"
+    if part not in PARTS:
+        stem, end = old, ""
+    new = names.get(stem) or (stem if stem in held else None)
+    return None if new is None else new + end
+
+# %% ../../nbs/huggingface/models.ipynb #2ebf5dee
 def renamed(
     stats: Statistics,
     names: dict[str, str],
@@ -514,28 +526,23 @@ def renamed(
 
     names = _with_pieces(names, stats.about.get("experts", {}), experts or {})
 
-    def name(old):
-        "None for what the checkpoint does not have."
-        stem, _, part = old.rpartition(".")
-        stem, end = (stem, f".{part}") if part in PARTS else (old, "")
-        new = names.get(stem) or (stem if stem in held else None)
-        return None if new is None else new + end
-
-    def rename(old):
-        return {name(n): x for n, x in old.items() if name(n)}
+    def by_new_names(old: Mapping[str, Any]) -> dict[str, Any]:
+        found = {_new_name(n, names, held): x for n, x in old.items()}
+        return {n: x for n, x in found.items() if n is not None}
 
     about = dict(stats.about)
     for fact in ("error", "skipped"):
         if fact in about:
-            about[fact] = rename(about[fact])
+            about[fact] = by_new_names(about[fact])
     if "experts" in about:
         pieces = about["experts"].items()
         about["experts"] = {
             names[p]: [names[n] for n in every] for p, every in pieces if p in names
         }
     if "diagonal" in about:
-        about["diagonal"] = list(filter(None, map(name, about["diagonal"])))
-    return Statistics(rename(stats), about)
+        found = [_new_name(n, names, held) for n in about["diagonal"]]
+        about["diagonal"] = [n for n in found if n is not None]
+    return Statistics(by_new_names(stats), about)
 
 # %% ../../nbs/huggingface/models.ipynb #da95a31c
 def _with_pieces(
@@ -658,16 +665,24 @@ def _opened(
     allow_pickle: bool,
 ) -> tuple[Opened, list[dict]]:
     "The model, and its examples as batches, with labels only if they are asked for."
-    columns = asked.text, asked.pair, asked.label
-    records = examples(asked.data, asked.split, *columns, asked.max_samples, asked.seed)
+    records = examples(
+        asked.data,
+        asked.split,
+        asked.text,
+        asked.pair,
+        asked.label,
+        max_samples=asked.max_samples,
+        seed=asked.seed,
+    )
     m = open_model(asked.model, asked.head, asked.tokenizer, asked.dtype, allow_pickle)
     _check_estimator(asked, m)
     # not asked, so not refused
     if asked.estimator != "empirical":
         records = [{k: v for k, v in r.items() if k != "label"} for r in records]
     names = m.config.label2id if asked.head is None else None
-    sizes = batch_size, asked.max_length, asked.seed
-    fed = batches(m.kind, m.tokenizer, records, *sizes, names)
+    fed = batches(
+        m.kind, m.tokenizer, records, batch_size, asked.max_length, asked.seed, label2id=names
+    )
     _check_labels(asked, m, fed)
     return m, fed
 

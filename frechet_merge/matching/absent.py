@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 
 from ..files.checkpoint import HEAD, Checkpoint
 from ..messages import MergeError
-from .views import head_of
+from .views import PEFT_LEAD, head_of
 from ..files.tensors import LazyTensor
 
 # %% ../../nbs/matching/absent.ipynb #a66ab56c
@@ -64,7 +64,7 @@ def apart(c: Checkpoint, d: Checkpoint) -> Names:
 def _is_aside(name: str, x: LazyTensor) -> bool:
     "What a model may lack and be the same architecture."
     # what an adapter saved whole beside its updates is no layout
-    is_saved = name.startswith("base_model.model.")
+    is_saved = name.startswith(PEFT_LEAD)
     is_of_no_layer = not NUMBER.search(name) or head_of(name) is not None
     return is_saved or is_of_no_layer or is_constant(name, x)
 
@@ -314,7 +314,10 @@ def refuse_lost_output(
     found: Sequence[tuple[Checkpoint, LazyTensor | None]],  # models and what they have
 ) -> None:
     "`MergeError` for an output layer that a model may tie to its embedding and does not store."
-    has = [(c, x) for c, x in found if x is not None]
-    for c, x in found:
-        if has and x is None and is_output(name, has[0][1], c):
-            raise missing(name, has[0][1], c, has[0][0])
+    there = [(c, x) for c, x in found if x is not None]
+    if not there:
+        return
+    has, x = there[0]
+    for lacks, own in found:
+        if own is None and is_output(name, x, lacks):
+            raise missing(name, x, lacks, has)

@@ -140,6 +140,12 @@ def _bases(r: Reader, e: Element) -> Tensor | None:  # (count, d, d)
     return None if M is None else M.repeat_interleave(r.count//r.group.size, 0)
 
 # %% ../../nbs/matching/behaviour.ipynb #70a15a52
+def _loudness(own: Tensor) -> Tensor:  # (h,), of covariances (h, d, d)
+    "How far units move, by which they are compared: infinite for those that do not."
+    total = own.diagonal(dim1=1, dim2=2).sum(-1)
+    return torch.where(total > SILENT*total.max(), total, torch.inf).sqrt()
+
+# %% ../../nbs/matching/behaviour.ipynb #b2c66581
 def correlation(
     kept: Crossed,
     s: int,  # a model
@@ -147,20 +153,20 @@ def correlation(
     Ms: Sequence[Tensor | None],  # of each model: bases of its units, (h, d, d); None: as they are
 ) -> Tensor:  # (h, h)
     "How alike the units of two models are: 1 for what rises and falls together."
+    # (h, h, d, d): of each unit of the one with each of the other
     K = kept.cross[s, t].view(kept.h, kept.d, kept.h, kept.d).transpose(1, 2)
+    ours, theirs = kept.own[s], kept.own[t]
     M, N = Ms[s], Ms[t]
-    own = [kept.own[s], kept.own[t]]
     if M is not None and N is not None:
         M, N = M.to(K), N.to(K)
         K = M[:, None] @ K @ N.mT[None]
-        own = [B @ C @ B.mT for B, C in zip((M, N), own)]
-    long = [x.diagonal(dim1=1, dim2=2).sum(-1) for x in own]
-    long = [torch.where(x > SILENT*x.max(), x, torch.inf).sqrt() for x in long]
-    # of all pairs at once, the singular values of heads would fill the memory
-    value = K[..., 0, 0] if kept.d == 1 else torch.stack(
-        [torch.linalg.svdvals(row).sum(-1) for row in K]
-    )
-    return value/long[0][:, None]/long[1]
+        ours, theirs = M @ ours @ M.mT, N @ theirs @ N.mT
+    if kept.d == 1:
+        alike = K[..., 0, 0]
+    else:
+        # of all pairs at once, the singular values of heads would fill the memory
+        alike = torch.stack([torch.linalg.svdvals(row).sum(-1) for row in K])
+    return alike/_loudness(ours)[:, None]/_loudness(theirs)
 
 # %% ../../nbs/matching/behaviour.ipynb #8286b3b3
 def _silent(kept: Crossed) -> Tensor:  # (h,) bool

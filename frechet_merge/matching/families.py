@@ -171,14 +171,14 @@ def _plain(names: Names, into: str, out: str, relu: bool) -> Group | None:
     first, second = names.weight(into), names.weight(out)
     if first is None or second is None:
         return None
-    across = _transposed(names, first, second)
-    a, b = names.shape(first), names.shape(second)
-    size = a[1 if across else 0]
-    if len(a) != 2 or b[0 if across else 1] != size:
+    # the axis of the first matrix that counts units; of the second it is the other one
+    axis = 1 if _transposed(names, first, second) else 0
+    size = names.shape(first)[axis]
+    if len(names.shape(first)) != 2 or names.shape(second)[1 - axis] != size:
         return None
     weight, *bias = _both(names, into)
-    members = (replace(weight, axis=1 if across else 0), *bias)
-    outer = Member(names.lead + second, 0 if across else 1)
+    members = (replace(weight, axis=axis), *bias)
+    outer = Member(names.lead + second, 1 - axis)
     kind = "scaling" if relu else "still"
     return Group(names.lead.rstrip(".") + ".units", size, (Part(kind, members, (outer,)),))
 
@@ -212,7 +212,8 @@ def _turns(config: Mapping[str, Any]) -> bool:
 class Heads:
     "Where queries, keys, values and outputs are."
 
-    rows: tuple[int, int]  # of all queries, and of all values
+    queries: int  # rows of all of them
+    values: int  # rows of all of them, and of all keys
     q: tuple[Member, ...]  # a matrix, and perhaps a bias
     k: tuple[Member, ...]  # as of queries
     v: tuple[Member, ...]  # as of queries
@@ -224,31 +225,34 @@ class Heads:
 
     def query(self, size: int, d: int, turns: bool) -> Part:
         "How queries and keys may move."
-        sharers = self.rows[0]//(size*d)
+        sharers = self.queries//(size*d)
         q = tuple(replace(m, copies=sharers, shared=True) for m in self.q)
         if not self.normed and not (turns and d%2):
             return Part("rotary" if turns else "linear", q, self.k, d)
         # of no use but to change places
-        rows = [replace(m, copies=m.copies*d) for m in (*q, *self.k)]
-        norms = [replace(m, copies=n//size) for m, n in zip(self.norms, self.rows)]
-        norms = [replace(m, shared=i == 0) for i, m in enumerate(norms)]
-        return Part("still", (*rows, *norms))
+        members = [replace(m, copies=m.copies*d) for m in (*q, *self.k)]
+        if self.norms:
+            of_queries, of_keys = self.norms
+            members.append(replace(of_queries, copies=self.queries//size, shared=True))
+            members.append(replace(of_keys, copies=self.values//size))
+        return Part("still", tuple(members))
 
     def group(self, name: str, config: Mapping[str, Any]) -> Group | None:
         "Key–value heads, and the queries that share each; None if the numbers do not fit."
         heads = _heads(config, name)
-        if not heads or self.rows[0]%heads or self.rows[1]%(self.rows[0]//heads):
+        if not heads or self.queries%heads:
             return None
-        d = self.rows[0]//heads
-        size = self.rows[1]//d
-        if not size or heads%size:
+        d = self.queries//heads
+        size = self.values//d
+        if not size or self.values%d or heads%size:
             return None
-        o = replace(self.o, copies=heads//size, shared=True)
+        sharers = heads//size
+        o = replace(self.o, copies=sharers, shared=True)
         parts = [self.query(size, d, _turns(config)), Part("linear", self.v, (o,), d)]
         if self.sinks is not None:
-            sinks = replace(self.sinks, copies=heads//size, shared=True)
+            sinks = replace(self.sinks, copies=sharers, shared=True)
             parts.append(Part("still", (sinks,)))
-        return Group(name, size, tuple(parts), sharers=heads//size)
+        return Group(name, size, tuple(parts), sharers=sharers)
 
 # %% ../../nbs/matching/families.ipynb #54519c33
 def _output_of(names: Names, end: str) -> Member | None:
@@ -262,23 +266,32 @@ def _output_of(names: Names, end: str) -> Member | None:
 # %% ../../nbs/matching/families.ipynb #3b09bced
 def _split(names: Names, ends: Sequence[str]) -> Heads | None:
     "Heads whose queries, keys and values are tensors of their own."
-    found = [names.weight(n) for n in ends[:3]]
-    o = _output_of(names, ends[3])
-    if o is None or not all(len(names.shape(n)) == 2 for n in found):
+    output = _output_of(names, ends[3])
+    shapes = [names.shape(names.weight(n)) for n in ends[:3]]
+    if output is None or any(len(shape) != 2 for shape in shapes):
         return None
-    q, k, v = (names.shape(n)[0] for n in found)
-    if k != v:
+    (queries, _), (keys, _), (values, _) = shapes
+    if keys != values:
         return None
     norms = [n for n in NORMS if names.shape(f"{n}.weight")]
-    whole = [
-        Member(f"{names.lead}{n}.weight")
-        for n in norms
-        if names.shape(f"{n}.weight") == ((k if n.startswith("k") else q),)
-    ]
-    kept = tuple(whole) if len(whole) == 2 else ()
-    into = [_both(names, n) for n in ends[:3]]
-    sinks = Member(names.lead + "sinks") if names.shape("sinks") else None
-    return Heads((q, v), into[0], into[1], into[2], o, bool(norms), kept, sinks)
+    # others have a number for each row of one head
+    whole = []
+    for n in norms:
+        rows = keys if n.startswith("k") else queries
+        if names.shape(f"{n}.weight") == (rows,):
+            whole.append(Member(f"{names.lead}{n}.weight"))
+    q, k, v = (_both(names, n) for n in ends[:3])
+    return Heads(
+        queries,
+        values,
+        q,
+        k,
+        v,
+        output,
+        normed=bool(norms),
+        norms=tuple(whole) if len(whole) == 2 else (),
+        sinks=Member(names.lead + "sinks") if names.shape("sinks") else None,
+    )
 
 # %% ../../nbs/matching/families.ipynb #656cc223
 def _in_columns(names: Names) -> Heads | None:
@@ -288,7 +301,7 @@ def _in_columns(names: Names) -> Heads | None:
         return None
     n = names.shape(o)[0]
     q, k, v = (_both(names, "c_attn", 1, start=i*n) for i in range(3))
-    return Heads((n, n), q, k, v, Member(names.lead + o, 0))
+    return Heads(n, n, q, k, v, Member(names.lead + o, 0))
 
 # %% ../../nbs/matching/families.ipynb #b7866c00
 def _in_blocks(names: Names) -> Heads | None:
@@ -299,7 +312,7 @@ def _in_blocks(names: Names) -> Heads | None:
     n = names.shape(o)[1]
     m = (names.shape(w)[0] - n)//2
     q, k, v = (_both(names, "qkv_proj", start=i) for i in (0, n, n + m))
-    return Heads((n, m), q, k, v, Member(names.lead + o, 1))
+    return Heads(n, m, q, k, v, Member(names.lead + o, 1))
 
 # %% ../../nbs/matching/families.ipynb #2157dc35
 def _head_by_head(names: Names, config: Mapping[str, Any]) -> Heads | None:
@@ -311,7 +324,7 @@ def _head_by_head(names: Names, config: Mapping[str, Any]) -> Heads | None:
     n = names.shape(o)[1]
     d = n//heads
     q, k, v = (_both(names, "query_key_value", start=i*d, stride=3*d) for i in range(3))
-    return Heads((n, n), q, k, v, Member(names.lead + o, 1))
+    return Heads(n, n, q, k, v, Member(names.lead + o, 1))
 
 # %% ../../nbs/matching/families.ipynb #d093f408
 def derived(c: Checkpoint) -> list[Group]:
@@ -474,33 +487,34 @@ class Trial:
 def _less(g: Group) -> Iterator[Group]:
     "A group as it is, and with less freedom: as many ways for all groups of a pattern."
     yield g
-    parts = tuple(_own_basis(p) if i == 0 and p.width > 1 else p for i, p in enumerate(g.parts))
     if any(p.width > 1 for p in g.parts):
-        yield replace(g, parts=parts)
+        # the first part, of queries and keys, without bases
+        first, *others = g.parts
+        in_places = replace(g, parts=(_own_basis(first), *others))
+        yield in_places
         yield without_sharers(g)
-        yield without_sharers(replace(g, parts=parts))
+        yield without_sharers(in_places)
         yield replace(g, permutes=False)
-        yield replace(g, parts=parts, permutes=False)
-        yield replace(g, parts=tuple(_own_basis(p) if p.width > 1 else p for p in g.parts))
+        yield replace(in_places, permutes=False)
+        yield replace(g, parts=tuple(map(_own_basis, g.parts)))
     elif any(p.kind == "scaling" for p in g.parts):
         yield replace(g, parts=tuple(replace(p, kind="still") for p in g.parts))
 
 # %% ../../nbs/matching/families.ipynb #9fcea9ad
 def without_sharers(g: Group) -> Group:
     "A group whose sharers keep their order."
-    parts = tuple(
-        replace(
-            p,
-            into=tuple(replace(m, shared=False) for m in p.into),
-            out=tuple(replace(m, shared=False) for m in p.out),
-        )
-        for p in g.parts
-    )
+
+    def alone(members: Sequence[Member]) -> tuple[Member, ...]:
+        return tuple(replace(m, shared=False) for m in members)
+
+    parts = tuple(replace(p, into=alone(p.into), out=alone(p.out)) for p in g.parts)
     return replace(g, parts=parts, sharers=1)
 
 # %% ../../nbs/matching/families.ipynb #45d93031
 def _own_basis(p: Part) -> Part:
-    "A part whose units only change places."
+    "A part without bases: its units only change places."
+    if p.width == 1:
+        return p
     return Part("still", tuple(replace(m, copies=m.copies*p.width) for m in p.members))
 
 # %% ../../nbs/matching/families.ipynb #2e640be9
@@ -523,15 +537,23 @@ def tried(groups: Sequence[Group], config: Mapping[str, Any]) -> list[Group]:
                 "cannot be tried here: transformers cannot make a small one of it.\n"
                 "Say which axes move together (groups=), and try them yourself with check_groups."
             )
-        kept: dict[str, int | None] = {}
+        # pattern → which of `_less` is the first that changes nothing
+        level: dict[str, int | None] = {}
         for g in derived(trial.c):
-            if _pattern(g.name) not in kept:
+            pattern = _pattern(g.name)
+            if pattern not in level:
                 passed = (i for i, one in enumerate(_less(g)) if trial.change(one) <= NOTHING)
-                kept[_pattern(g.name)] = next(passed, None)
-    if left := sorted({_pattern(g.name) for g in groups if kept.get(_pattern(g.name)) is None}):
-        warn(f"no symmetry is known of {', '.join(left)}: it is left as it is")
-    level = {g.name: kept.get(_pattern(g.name)) for g in groups}
-    return [[*_less(g)][i] for g in groups if (i := level[g.name]) is not None]
+                level[pattern] = next(passed, None)
+    found, unknown = [], set()
+    for g in groups:
+        i = level.get(_pattern(g.name))
+        if i is None:
+            unknown.add(_pattern(g.name))
+        else:
+            found.append([*_less(g)][i])
+    if unknown:
+        warn(f"no symmetry is known of {', '.join(sorted(unknown))}: it is left as it is")
+    return found
 
 # %% ../../nbs/matching/families.ipynb #cd2a84a1
 def groups_of(c: Checkpoint) -> list[Group]:

@@ -11,6 +11,7 @@ __all__ = ['LARGE', 'TURNS', 'STILL', 'ROUNDS', 'SWEEPS', 'FALL', 'units', 'shar
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -56,11 +57,14 @@ def units(
     p: Part,
 ) -> tuple[Tensor, Tensor]:  # (h, d, n) and (h, d, k)
     "What leads into the units of a part, and what leads out of them: both of one dtype."
-    empty = torch.zeros(g.size, p.width, 0, dtype=torch.float64)
-    into, out = ([_of_member(c, m, g.size, p.width) for m in ms] for ms in (p.into, p.out))
+    into = [_of_member(c, m, g.size, p.width) for m in p.into]
+    out = [_of_member(c, m, g.size, p.width) for m in p.out]
     is_large = any(x.dtype == torch.float32 for x in (*into, *out))
     wide = torch.float32 if is_large else torch.float64
-    a, b = (torch.cat([x.to(wide) for x in (empty, *found)], -1) for found in (into, out))
+    # where no member is, there are no columns
+    none = torch.zeros(g.size, p.width, 0, dtype=wide)
+    a = torch.cat([none, *(x.to(wide) for x in into)], -1)
+    b = torch.cat([none, *(x.to(wide) for x in out)], -1)
     return a, b
 
 # %% ../../nbs/matching/gauges.ipynb #db77583d
@@ -293,11 +297,13 @@ def _short(sides: tuple[Tensor, Tensor], e: Element, i: int) -> Tensor:
 # %% ../../nbs/matching/gauges.ipynb #51b60a93
 def _is_long(models: Sequence[Checkpoint], g: Group) -> bool:
     "Whether all numbers of a group are more than matrices of pairs, which say as much of it."
-    if {p.kind for _, p in _counted(g)} != {"still"} or g.sharers > 1:
+    parts = [p for _, p in _counted(g)]
+    if {p.kind for p in parts} != {"still"} or g.sharers > 1:
         return False
-    c, parts = models[0], [p for _, p in _counted(g)]
-    held = [c.lazy[c.tied.get(m.tensor, m.tensor)] for p in parts for m in p.members]
-    return sum(x.numel for x in held) > len(models)*g.size**2
+    first = models[0]
+    names = [m.tensor for p in parts for m in p.members]
+    numbers = sum(first.lazy[first.tied.get(n, n)].numel for n in names)
+    return numbers > len(models)*g.size**2
 
 # %% ../../nbs/matching/gauges.ipynb #664d9552
 def paired(
@@ -309,8 +315,8 @@ def paired(
 ) -> Pairs:
     "As `Site.of`: the units of a group by how alike they are, read tensor by tensor."
     seen = [gauged(c, groups, _without(gauge, g)) for c, gauge in zip(models, gauges)]
-    T = len(models)
-    alike = {(s, t): torch.zeros(g.size, g.size) for s in range(T) for t in range(s + 1, T)}
+    pairs = combinations(range(len(models)), 2)
+    alike = {pair: torch.zeros(g.size, g.size) for pair in pairs}
     for _, p in _counted(g):
         for m in p.members:
             xs = [_of_member(c, m, g.size, p.width).flatten(1) for c in seen]
@@ -414,6 +420,17 @@ class Descent:
             if not todo:
                 break
 
+    def bring(
+        self, turned: list[dict[str, Element]], chained: Sequence[Group], floor: float
+    ) -> None:
+        "Bring the second model to the first, the third to both, …; `turned` is changed."
+        for k in range(2, len(self.models) + 1):
+            few = replace(
+                self, models=self.models[:k], ws=self.ws[:k], stretched=self.stretched[:k]
+            )
+            for _ in few.sweeps(turned[:k], [k - 1], chained, floor):
+                pass
+
     def run(
         self,
         turned: list[dict[str, Element]],  # where to begin
@@ -422,18 +439,12 @@ class Descent:
         "Sweep until nothing comes nearer."
         variances = [variance(self.models, self.groups, self.ws, self.whole(turned))]
         T, floor = len(self.models), FALL*variances[0]
-        linked, begun = neighbours(self.groups), [dict(gauge) for gauge in turned]
+        linked = neighbours(self.groups)
+        # groups that see each other
         chained = [g for g in order if linked[g.name]]
-        # groups that see each other: the second model to the first, the third to both, …
-        for k in range(2, T if chained else 0):
-            few = replace(
-                self, models=self.models[:k], ws=self.ws[:k], stretched=self.stretched[:k]
-            )
-            for _ in few.sweeps(turned[:k], [k - 1], chained, floor):
-                pass
         if T > 2 and chained:
-            for _ in self.sweeps(turned, [T - 1], chained, floor):
-                pass
+            begun = [dict(gauge) for gauge in turned]
+            self.bring(turned, chained, floor)
             found = variance(self.models, self.groups, self.ws, self.whole(turned))
             if found > variances[0]:
                 turned, found = begun, variances[0]
@@ -442,7 +453,8 @@ class Descent:
         for gained, _ in swept:
             # F is half of what all pairs gain, each of which counts twice
             variances.append(max(variances[-1] - 2*gained, 0.0))
-        return Aligned(self.whole(turned), variances, swept[-1][1])
+        _, rests = swept[-1]
+        return Aligned(self.whole(turned), variances, rests)
 
 # %% ../../nbs/matching/gauges.ipynb #b0701bbd
 def variance(
@@ -453,8 +465,9 @@ def variance(
 ) -> float:
     "Σ w d² to the mean, of all tensors that groups move and that are compared."
     seen = [gauged(c, groups, gauge) for c, gauge in zip(models, gauges)]
-    carried = {m.tensor for g in groups for p, m, _ in g.members if p.kind == "carried"}
-    names = {m.tensor for g in groups for _, m, _ in g.members} - carried
+    members = [(part, m.tensor) for g in groups for part, m, _ in g.members]
+    carried = {name for part, name in members if part.kind == "carried"}
+    names = {name for _, name in members} - carried
     total = 0.0
     for name in sorted(names):
         xs = [c[name].double() for c in seen]
@@ -503,9 +516,13 @@ def align_gauges(
 # %% ../../nbs/matching/gauges.ipynb #de482ff0
 def as_the_first(gauges: Sequence[Gauge]) -> list[dict[str, Element]]:
     "The same, after what undoes that of the first."
-    undo = {n: e.back() for n, e in gauges[0].items()}
-    first = {n: Element(torch.arange(len(e.source)), (None,)*len(e.Ms)) for n, e in undo.items()}
-    return [first, *({n: undo[n].after(e) for n, e in g.items()} for g in gauges[1:])]
+    undo = {name: e.back() for name, e in gauges[0].items()}
+    found = [{name: undo[name].after(e) for name, e in gauge.items()} for gauge in gauges[1:]]
+    # in the first nothing changes, not even by rounding
+    still = {}
+    for name, e in undo.items():
+        still[name] = Element(torch.arange(len(e.source)), (None,)*len(e.Ms))
+    return [still, *found]
 
 # %% ../../nbs/matching/gauges.ipynb #0d1697ab
 def in_one_gauge(

@@ -297,15 +297,17 @@ def gauged(
     gauge: Gauge,  # for some of the groups
 ) -> Checkpoint:
     "A view of a model in a gauge; `MergeError` for a group that it does not have."
+    # tensor → slice, or None for all of it → what happens to its rows
     moves: dict[str, dict[int | None, list[Move]]] = {}
     for g in groups:
         if g.name not in gauge:
             continue
         check_group(c, g)
-        for p, m, is_out in g.members:
-            if not (move := Move.made(g, p, m, is_out, gauge[g.name])).is_nothing:
-                moves.setdefault(c.tied.get(m.tensor, m.tensor), {})
-                moves[c.tied.get(m.tensor, m.tensor)].setdefault(m.index, []).append(move)
+        for part, m, is_out in g.members:
+            move = Move.made(g, part, m, is_out, gauge[g.name])
+            if not move.is_nothing:
+                of_tensor = moves.setdefault(c.tied.get(m.tensor, m.tensor), {})
+                of_tensor.setdefault(m.index, []).append(move)
     lazy = {n: _moved(x, moves[n]) if n in moves else x for n, x in c.lazy.items()}
     return c.view(lazy=lazy)
 
@@ -347,10 +349,10 @@ def refuse_overlaps(groups: Sequence[Group], tied: Mapping[str, str]) -> None:
             held.setdefault(key, []).append((g, m.rows(g.size, p.width).flatten()))
     for (tensor, _, axis), several in held.items():
         rows = torch.cat([rows for _, rows in several])
-        twice = rows.unique(return_counts=True)
-        if len(twice[0]) == len(rows):
+        numbers, counts = rows.unique(return_counts=True)
+        if len(numbers) == len(rows):
             continue
-        row = int(twice[0][twice[1] > 1][0])
+        row = int(numbers[counts > 1][0])
         names = [repr(g.name) for g, rows in several if row in rows]
         raise MergeError(
             f"groups {' and '.join(names)}: row {row} of {tensor!r}, axis {axis}, is moved twice.\n"

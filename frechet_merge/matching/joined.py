@@ -7,6 +7,7 @@ __all__ = ['NEVER', 'TRIED', 'kind_of', 'numbers_of', 'new_pieces', 'joined', 's
 
 # %% ../../nbs/matching/joined.ipynb #04d6dd08
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,8 +30,13 @@ def kind_of(
 def numbers_of(held: Mapping[str, Any]) -> dict[str, int]:
     "Token → number of pieces and added tokens."
     vocab = held["model"]["vocab"]
-    known = vocab if isinstance(vocab, Mapping) else {t: i for i, (t, _) in enumerate(vocab)}
-    return {**known, **{t["content"]: t["id"] for t in held.get("added_tokens") or []}}
+    if isinstance(vocab, Mapping):
+        found = dict(vocab)
+    else:
+        found = {token: i for i, (token, _) in enumerate(vocab)}
+    for t in held.get("added_tokens") or []:
+        found[t["content"]] = t["id"]
+    return found
 
 # %% ../../nbs/matching/joined.ipynb #0999cf28
 NEVER = -1e9  # the score of a piece that no text is split into
@@ -52,12 +58,15 @@ def new_pieces(
     theirs: Mapping[str, Any],  # both a tokenizer.json
 ) -> list[str]:  # in the order of their numbers
     "Pieces that ours lacks."
-    numbers = numbers_of(ours)
-    added = {t["content"] for t in theirs.get("added_tokens") or []}
     vocab = theirs["model"]["vocab"]
-    by_number = sorted(vocab, key=vocab.__getitem__) if isinstance(vocab, Mapping) else vocab
-    pieces = (t if isinstance(t, str) else t[0] for t in by_number)
-    return [t for t in pieces if not (t in numbers or t in added or is_reserved(t))]
+    if isinstance(vocab, Mapping):
+        pieces = sorted(vocab, key=vocab.__getitem__)
+    else:
+        # with their scores
+        pieces = [entry[0] for entry in vocab]
+    added = {t["content"] for t in theirs.get("added_tokens") or []}
+    known = {*numbers_of(ours), *added}
+    return [t for t in pieces if t not in known and not is_reserved(t)]
 
 # %% ../../nbs/matching/joined.ipynb #2370bf98
 def _with_pieces(
@@ -92,11 +101,12 @@ def _with_merges(held: dict[str, Any], theirs: Mapping[str, Any]) -> dict[str, A
     "The same with the merges of another, whose pieces it has."
     if "merges" not in held["model"]:
         return held
-    vocab, ours, others = held["model"]["vocab"], _merges(held), _merges(theirs)
-    usable = [m for m in others if m[0] in vocab and m[1] in vocab and "".join(m) in vocab]
-    known = set(ours)
-    follow = [*ours, *(m for m in usable if m not in known)]
-    merges = usable if _in_order(ours, usable) else follow
+    vocab, ours = held["model"]["vocab"], _merges(held)
+    usable = [m for m in _merges(theirs) if all(t in vocab for t in (m[0], m[1], "".join(m)))]
+    merges = usable
+    if not _in_order(ours, usable):
+        known = set(ours)
+        merges = [*ours, *(m for m in usable if m not in known)]
     return {**held, "model": {**held["model"], "merges": [list(m) for m in merges]}}
 
 # %% ../../nbs/matching/joined.ipynb #17b322f9
@@ -137,12 +147,14 @@ def split_otherwise(
     "How many texts of two pieces the union splits otherwise than theirs; how many were tried."
     n = len(pieces)
     ids = [theirs.token_to_id(t) for t in pieces]
-    pairs = [[ids[i], ids[(7*i + 3) % n]] for i in range(0, n, -(-n//TRIED) or 1)]
-    # half of a letter is no text
+    # each beside another that is far from it, and of all pieces at most `TRIED`
+    step = max(1, math.ceil(n/TRIED))
+    pairs = [[ids[i], ids[(7*i + 3) % n]] for i in range(0, n, step)]
     decoded = dict.fromkeys(theirs.decode(pair) for pair in pairs)
-    found = [t for t in decoded if t.strip() and "\ufffd" not in t]
-    ours, others = (_split(t, found) for t in (union, theirs))
-    return sum(a != b for a, b in zip(ours, others)), len(found)
+    # half of a letter is no text
+    texts = [t for t in decoded if t.strip() and "\ufffd" not in t]
+    both = zip(_split(union, texts), _split(theirs, texts))
+    return sum(a != b for a, b in both), len(texts)
 
 # %% ../../nbs/matching/joined.ipynb #b4fc3497
 def _split(tokenizer: Any, found: Sequence[str]) -> Iterator[list[str]]:

@@ -163,20 +163,21 @@ def _together(c: Checkpoint) -> dict[str, dict[int, dict[str, Spot]]]:
         m = TOGETHER.fullmatch(name)
         if m is None:
             continue
-        shape = tuple(x.shape)
-        side = shape[-1] if m[2] == "gate_up_proj" else shape[1] if len(shape) == 3 else None
-        if len(shape) != 3 or side != width or m[2] == "gate_up_proj" and shape[1]%2:
+        place, projection = m[1], m[2]
+        roles = ["gate", "up"] if projection == "gate_up_proj" else ["down"]
+        # what an expert reads and what it writes is of one width
+        shape, axis = tuple(x.shape), 2 if projection == "gate_up_proj" else 1
+        if len(shape) != 3 or shape[axis] != width or shape[1] % len(roles):
             raise MergeError(
                 f"{c.source}: {name!r} has shape {shape}, and experts of width {width} are stored "
                 "as (experts, rows, columns) here.\n"
                 "Open it with transformers, and save it again (save_pretrained)."
             )
-        roles = ["gate", "up"] if m[2] == "gate_up_proj" else ["down"]
         one = (shape[1]//len(roles), shape[2])
         for i in range(shape[0]):
             for j, role in enumerate(roles):
                 spot = Spot(name, (i*len(roles) + j)*math.prod(one), one)
-                found.setdefault(m[1], {}).setdefault(i, {})[role] = spot
+                found.setdefault(place, {}).setdefault(i, {})[role] = spot
     return found
 
 # %% ../../nbs/matching/mixtures.ipynb #17a090ab
@@ -195,7 +196,8 @@ def _router(c: Checkpoint, place: str, count: int) -> list[str]:
 # %% ../../nbs/matching/mixtures.ipynb #bf1ed090
 def _refuse_leftovers(c: Checkpoint, found: Mapping[str, Any]) -> None:
     "`MergeError` for a tensor among the experts that is none of their three matrices."
-    known = {s.tensor for of in found.values() for e in of.values() for s in e.values()}
+    experts = [expert for at_place in found.values() for expert in at_place.values()]
+    known = {spot.tensor for expert in experts for spot in expert.values()}
     for name in (*c.lazy, *c.tied):
         m = INSIDE.fullmatch(name)
         if m and name not in known:

@@ -72,9 +72,11 @@ class Known:
 # %% ../../nbs/matching/rows.ipynb #4189e3c7
 def _runs(at: Tensor) -> Iterator[tuple[int, int]]:
     "Ranges of rows that stand behind each other in the model, or that it lacks."
-    follows = torch.where(at[1:] < 0, at[:-1] < 0, at[1:] == at[:-1] + 1)
-    follows &= (at[1:] < 0) == (at[:-1] < 0)
-    ends = [*(1 + (~follows).nonzero().flatten()).tolist(), len(at)]
+    row, following = at[:-1], at[1:]
+    is_next = (row >= 0) & (following == row + 1)
+    goes_on = torch.where(following < 0, row < 0, is_next)
+    starts = 1 + (~goes_on).nonzero().flatten()
+    ends = [*starts.tolist(), len(at)]
     return zip([0, *ends[:-1]], ends)
 
 # %% ../../nbs/matching/rows.ipynb #f671af70
@@ -206,8 +208,13 @@ def rows_in(
     "Where a model has the rows of another vocabulary."
     token = {i: t for t, i in theirs.items()}
     used = set(ours.values())
-    padding = (-1 if i in used else i for i in range(rows))
-    found = [ours.get(token[i], -1) if i in token else j for i, j in enumerate(padding)]
+    found = []
+    for i in range(rows):
+        if i in token:
+            found.append(ours.get(token[i], -1))
+        else:
+            # padding: it is of our padding, unless we have a token there
+            found.append(-1 if i in used else i)
     at = torch.tensor(found)
     return torch.where(at < count, at, -1)
 
@@ -310,20 +317,22 @@ class Matched:
         apart = self.apart(every)
         lazy = {**self.c.lazy, **{n: self.c.lazy[self.c.tied[n]] for n in apart}}
         for name, x in lazy.items():
-            if own := self.known(name):
-                others = tuple(k for m in every if (k := m.known(name)))
-                given = self.given_in(name, every)
-                own = replace(own, at=shown)
-                lazy[name] = Rows(own, others, _with_rows(x.shape, len(self.at)), given)
-        return self.c.view(
-            lazy=lazy, tied={n: stored for n, stored in self.c.tied.items() if n not in apart}
-        )
+            own = self.known(name)
+            if own is None:
+                continue
+            others = tuple(filter(None, (m.known(name) for m in every)))
+            shape = _with_rows(x.shape, len(self.at))
+            given = self.given_in(name, every)
+            lazy[name] = Rows(replace(own, at=shown), others, shape, given)
+        tied = {n: stored for n, stored in self.c.tied.items() if n not in apart}
+        return self.c.view(lazy=lazy, tied=tied)
 
     def apart(self, every: Sequence["Matched"]) -> list[str]:
         "Names that it ties, whose rows others have apart: what it lacks is another row of each."
-        found = [n for n in self.c.tied if self.known(n) and any(n in m.c.lazy for m in every)]
-        is_whole = self.even is None and bool((self.at >= 0).all())
-        return [] if is_whole and not self.given else found
+        lacks_some = self.even is not None or bool((self.at < 0).any())
+        if not lacks_some and not self.given:
+            return []
+        return [n for n in self.c.tied if self.known(n) and any(n in m.c.lazy for m in every)]
 
     def given_in(
         self, name: str, every: Sequence["Matched"]
@@ -368,8 +377,10 @@ def on_rows_of(
     theirs = [[x for x in given if x.force or at[x.row] < 0] for at in places]
     # the model of the target is among the others, too, with its own turn
     shares = [1.0 if base_first and w is not None else w for w in weights]
-    turns = [_turn(w, base_first and i != target) for i, w in enumerate(shares)]
-    matched = [Matched(*m) for m in zip(every, counts, places, shares, turns, theirs)]
+    matched = []
+    for i, (c, weight) in enumerate(zip(every, shares)):
+        turn = _turn(weight, base_first and i != target)
+        matched.append(Matched(c, counts[i], places[i], weight, turn, theirs[i]))
     _say_what_is_lacked(matched, every[target].source, base_first)
     if even:
         matched = _evened(matched, weights)

@@ -294,6 +294,20 @@ def _check_carried(what: str, parts: set[str], carries: Collection[str]) -> None
     )
 
 # %% ../../nbs/matching/statistics.ipynb #c82c5332
+def _held_for(held: Checkpoint, name: str) -> dict[str, LazyTensor]:
+    "What statistics hold of a tensor under its own name, by part."
+    found = {}
+    for part in PARTS:
+        x = get(held, f"{name}.{part}")
+        if x is not None:
+            found[part] = x
+    sigma = get(held, f"{name}.sigma")
+    if "projected" in found and sigma is not None:
+        found["sigma"] = sigma
+    diagonal = get(held, name)
+    return {"": diagonal} if not found and diagonal is not None else found
+
+# %% ../../nbs/matching/statistics.ipynb #de663e6e
 def parts_for(
     held: Checkpoint,  # statistics of one model
     block: Block,
@@ -303,16 +317,11 @@ def parts_for(
     `MergeError` if a part does not fit."""
     version = block.lazy[at]
     shape = version.own.lazy.shape if isinstance(version, Rows) else version.shape
-    found = {p: x for p in PARTS if (x := get(held, f"{block.name}.{p}")) is not None}
-    if "projected" in found and (x := get(held, f"{block.name}.sigma")) is not None:
-        found["sigma"] = x
-    if not found and (x := get(held, block.name)) is not None:
-        found[""] = x
-    found = found or of_pieces(held, block.name, shape)
-    for part, held_for in found.items():
-        are_pieces = isinstance(held_for, tuple)
-        x = held_for[0] if are_pieces else held_for
-        tensor = piece_shape(shape, len(held_for)) if are_pieces else shape
+    found = _held_for(held, block.name) or of_pieces(held, block.name, shape)
+    for part, x in found.items():
+        tensor = shape
+        if isinstance(x, tuple):
+            x, tensor = x[0], piece_shape(shape, len(x))
         # a basis is held to the models by who makes it
         if part not in ("projected", "sigma") and not _fits(part, x.shape, tensor):
             raise MergeError(

@@ -210,8 +210,10 @@ def _has(module: str) -> bool:
 def _letters() -> dict[int, str]:
     "A letter for each byte, as byte-level tokenizers spell them."
     plain = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    odd = [b for b in range(256) if b not in plain]
-    return {**{b: chr(b) for b in plain}, **{b: chr(256 + i) for i, b in enumerate(odd)}}
+    found = {byte: chr(byte) for byte in plain}
+    # what cannot be seen has a letter behind those of all bytes
+    others = [byte for byte in range(256) if byte not in plain]
+    return found | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 # %% ../../nbs/matching/tokenizers.ipynb #69d9e6fe
 def _of_tekken(held: Mapping[str, Any]) -> dict[str, int]:

@@ -56,8 +56,12 @@ def _type_of_tower(c: Checkpoint) -> str | None:
     "The type of the model of text that c holds; None if it is no such model."
     held = c.config.get("text_config") or c.config.get("llm_config")
     sees = any("vision" in k or "audio" in k for k in c.config)
-    kind = held.get("model_type") if isinstance(held, dict) and sees else None
-    return kind if isinstance(kind, str) else (c.config.get("model_type") if kind else None)
+    if not sees or not isinstance(held, dict):
+        return None
+    kind = held.get("model_type")
+    if isinstance(kind, str):
+        return kind
+    return c.config.get("model_type") if kind else None
 
 # %% ../../nbs/matching/towers.ipynb #9cb0158a
 def is_text_of(text: Checkpoint, whole: Checkpoint) -> bool:
@@ -135,16 +139,17 @@ def in_one_layout(
     base: Checkpoint | None = None,
 ) -> tuple[list[Checkpoint], Checkpoint | None]:
     "Models and base as one of them is written; `MergeError` for a text model that does not fit."
-    every = [*models, *([] if base is None else [base])]
+    every = [*models] if base is None else [*models, base]
     if len(every) < 2 or any(c.adapter is not None for c in every):
         return [*models], base
     every = [bare(c, every) for c in every]
-    texts = {i for i, c in enumerate(every) if any(is_text_of(c, d) for d in every)}
-    like = next(c for i, c in enumerate(every) if i not in texts)
-    seen = [c if i in texts else _laid_out(c, like) for i, c in enumerate(every)]
-    for i in texts:
-        seen[i] = in_tower_of(every[i], like)
-    return seen[: len(models)], None if base is None else seen[-1]
+    are_text = [any(is_text_of(c, d) for d in every) for c in every]
+    like = next(c for c, is_text in zip(every, are_text) if not is_text)
+    seen = [c if is_text else _laid_out(c, like) for c, is_text in zip(every, are_text)]
+    seen = [in_tower_of(c, like) if is_text else c for c, is_text in zip(seen, are_text)]
+    if base is None:
+        return seen, None
+    return seen[:-1], seen[-1]
 
 # %% ../../nbs/matching/towers.ipynb #6224d45b
 def _laid_out(c: Checkpoint, like: Checkpoint) -> Checkpoint:
@@ -188,7 +193,8 @@ def modules_of(c: Checkpoint) -> dict[str, tuple[str, ...]]:
     leads = {part: {lead for n in names for lead in _leading(n)} for part, names in groups.items()}
     found = {}
     for part, names in groups.items():
-        others = set().union(*(x for other, x in leads.items() if other != part))
-        first = [next(x for x in _leading(n) if x not in others) for n in names]
-        found[part] = tuple(dict.fromkeys(first))
+        elsewhere = set().union(*(of for other, of in leads.items() if other != part))
+        # of each tensor the shortest that stands in front of no other part's
+        own = [next(x for x in _leading(n) if x not in elsewhere) for n in names]
+        found[part] = tuple(dict.fromkeys(own))
     return found

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..algebra.factors import Factors, balanced, svd
 from ..files.checkpoint import Checkpoint, from_state_dict
 from ..geometries.geometry import Geometry
+from ..matching.views import PEFT_LEAD
 from .merge import merge
 from ..messages import MergeError, warn
 from ..spaces.robust import Loss
@@ -99,9 +100,8 @@ def as_adapter(
     pairs = factors_in(state)
     if not pairs:
         raise MergeError(f"{source}: sends no lora_A and lora_B.\nSend a state of PEFT.")
-    lead = "base_model.model."
-    named = {n if n.startswith(lead) else lead + n: x.detach() for n, x in state.items()}
-    ranks = {stem.removeprefix(lead).rstrip("."): f.rank for stem, f in pairs.items()}
+    named = {PEFT_LEAD + n.removeprefix(PEFT_LEAD): x.detach() for n, x in state.items()}
+    ranks = {stem.removeprefix(PEFT_LEAD).rstrip("."): f.rank for stem, f in pairs.items()}
     top = max(ranks.values())
     odd = {name: r for name, r in ranks.items() if r != top}
     config = {
@@ -196,11 +196,10 @@ def average(
 def _with_names(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     "The tensors of a merged adapter as its clients name them, with its scaling in B."
     config = getattr(tensors, "adapter", None) or {}
-    lead = "base_model.model."
-    has_lead = any(n.startswith(lead) for n in like)
-    out = {n if has_lead else n.removeprefix(lead): tensors[n] for n in tensors}
+    has_lead = any(n.startswith(PEFT_LEAD) for n in like)
+    out = {n if has_lead else n.removeprefix(PEFT_LEAD): tensors[n] for n in tensors}
     for stem, f in factors_in(out).items():
-        name = stem.removeprefix(lead).rstrip(".")
+        name = stem.removeprefix(PEFT_LEAD).rstrip(".")
         rank = config.get("rank_pattern", {}).get(name, config.get("r", f.rank))
         alpha = config.get("alpha_pattern", {}).get(name, config.get("lora_alpha", f.rank))
         out[stem + B] = f.B*scaling(rank, alpha, bool(config.get("use_rslora")))

@@ -22,6 +22,7 @@ from ..adapters.updates import Update, bias_key, peft_config
 from ..adapters.writing import Names, header_of, names_of
 from ..files.checkpoint import Checkpoint
 from ..files.tensors import MemoryTensor
+from ..matching.views import PEFT_LEAD
 from .block import Around, Copy, Job
 from .recipe import Recipe, numbers_of
 from .run import Plan
@@ -225,7 +226,7 @@ def _written(s: Spelling) -> tuple:
 
 # %% ../../nbs/merging/spelled.ipynb #a29cbc71
 def _module(down: str) -> str:
-    return down.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+    return down.removeprefix(PEFT_LEAD).removesuffix(".lora_A.weight")
 
 # %% ../../nbs/merging/spelled.ipynb #9f31f1ed
 def _in_peft(c: Checkpoint) -> Checkpoint:
@@ -239,9 +240,9 @@ def _in_peft(c: Checkpoint) -> Checkpoint:
 # %% ../../nbs/merging/spelled.ipynb #7f0b2c71
 def in_names_of_peft(u: Update) -> Update:
     "An update under the names that PEFT would give its factors."
-    if u.first.keys[0].startswith("base_model.model.") or ".lora_embedding_" in u.first.keys[0]:
+    if u.first.keys[0].startswith(PEFT_LEAD) or ".lora_embedding_" in u.first.keys[0]:
         return u
-    stem = f"base_model.model.{u.name}"
+    stem = f"{PEFT_LEAD}{u.name}"
     first = replace(u.first, keys=(f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"))
     return replace(u, versions=[first, *u.versions[1:]])
 
