@@ -38,6 +38,7 @@ from .coefficients import say_of_statistics
 from .each import geometry_of_each, refuse_choice
 from ..curvature.routed import holds_experts
 from .experts import by_expert, fusions
+from .normed import with_lengths
 from .recipe import Recipe
 from .run import Plan
 from .spelled import OF_ONE_RANK, in_names_of_peft, respelled
@@ -383,9 +384,10 @@ def plan_models(
     given = numbers_for((b.name for b in blocks), recipe)
     if recipe.sum is not None:
         _check_sum(opened, blocks, given)
+    layout = {b.name: (b.first.shape, as_written(b.first.dtype, dtype)) for b in blocks}
     return Plan(
-        {b.name: (b.first.shape, as_written(b.first.dtype, dtype)) for b in blocks},
-        _jobs(opened, blocks, given, device),
+        layout,
+        with_lengths(_jobs(opened, blocks, given, device), blocks, layout),
         tied,
         [b.name for b in blocks],
         stem=stem_of([*opened.models, *opened.every]),
