@@ -273,6 +273,22 @@ class TestWords:
         said["checkpoint_format"] = form
         check(save(tmp_path/"a", state, said), want, tmp_path/"out")
 
+    @pytest.mark.parametrize("bits", [2, 4, 8])
+    def test_words_of_the_first_format_are_counted_up_as_a_whole(self, tmp_path, bits):
+        # as gptqmodel reads it, which transformers asks: a zero point of 0 borrows from the next
+        draw = torch.Generator().manual_seed(bits)
+        q = torch.randint(0, 2**bits, (64, 32), generator=draw)
+        zero = torch.randint(0, 2, (2, 32), generator=draw)
+        scale = torch.rand(2, 32, generator=draw).half()
+        at = torch.arange(64)//32
+        want = ((q - zero[at]).float()*scale.float()[at]).T
+        stored = pack(zero, bits).long() - sum(1 << b for b in range(0, 32, bits))
+        state = {
+            f"{W}.qweight": pack(q.T, bits).T, f"{W}.qzeros": stored.int(), f"{W}.scales": scale
+        }
+        said = {"quant_method": "gptq", "bits": bits, "group_size": 32, "sym": False}
+        check(save(tmp_path/"a", state, said), want, tmp_path/"out")
+
     @pytest.mark.parametrize("key", ["checkpoint_format", "format"])
     @pytest.mark.parametrize("form", ["gptq", "gptq_v2"])
     def test_the_format_is_called_by_either_key(self, tmp_path, form, key):
