@@ -185,6 +185,17 @@ def test_spellings_differ_in_a_module_that_transformers_does_not_know():
         torch.testing.assert_close(w, weight_of(old, "c.")*1.5)
 
 
+def test_what_is_asked_for_lengths_alone_is_told(trained, recwarn):
+    models = [trained/f"new{i}" for i in range(2)]
+    of_lengths, of_weight = f"*{NEW[0]}", f"*{NEW[1]}"
+    merge(models, weights={f"*{STEM}*": [0.2, 0.8], "*": [1, 1]})
+    assert not [w for w in recwarn if "what is asked for it is not used" in str(w.message)]
+    for of in ({"weights": {of_lengths: [1, 0], "*": [1, 1]}},
+               {"geometry": {of_weight: "sphere", "*": "euclidean"}}):
+        with pytest.warns(UserWarning, match="original0: its weight is merged as .*original1 is"):
+            merge(models, **of)
+
+
 def test_one_model_stays_as_it_is(speech, tmp_path):
     merge([speech/"new"], out=tmp_path/"out")
     found = load_file(tmp_path/"out"/"model.safetensors")

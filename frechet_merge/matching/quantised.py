@@ -426,7 +426,7 @@ def _eight(codes: Codes) -> tuple[str, Callable[[Codes], LazyTensor]] | None:
 ARITHMETIC = re.compile(
     r"(^|[.])(((input|output|activation)(_global)?_scale(_inv|_ub)?|scale_input|qscale_act"
     r"|scaled_fp8"
-    r"|(input|output)_zero_point)|([qkv]|prob)_scale|weight_(shape|g_idx|zero_point)"
+    r"|(input|output)_zero_point)|(kv|[qkv]|prob)_scale|weight_(shape|g_idx|zero_point)"
     r"|g_idx)$"
 )
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..matching.blocks import Block
 from ..matching.normed import directions_beside, is_length
-from .block import Around, Copy, Job
-from ..messages import MergeError
+from .block import Around, Copy, Job, MeanOf
+from ..messages import MergeError, warn
 
 # %% ../../nbs/merging/normed.ipynb #d9c04133
 def _places(
@@ -76,6 +76,8 @@ def with_lengths(
             continue
         for name in (block.name, v):
             _refuse_metrics(name, of[name])
+        if _asked(job) != _asked(of[v]):
+            warn(f"{block.name}: its weight is merged as {v} is; what is asked for it is not used")
         whole, dtype = layout[v]
         found.append(LengthsOf(of[v], block.name, tuple(whole), tuple(block.first.shape), dtype))
     return found
@@ -88,3 +90,10 @@ def _refuse_metrics(name: str, job: Any) -> None:
             f"tensor {name!r}: is a part of weight norm, whose weight is merged, and its metric is "
             "none of the weight.\nLeave the lengths and directions out of the metrics."
         )
+
+# %% ../../nbs/merging/normed.ipynb #982bda09
+def _asked(job: Job) -> tuple:
+    "What is asked for a tensor."
+    if not isinstance(job, MeanOf):
+        return ()
+    return job.weights, job.scale, [*job.signs], job.how.geometry
