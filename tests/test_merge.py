@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file, save_model
 
+from frechet_merge.files.checkpoint import from_state_dict
 from frechet_merge import Euclidean, LoRA, MergeError, load, merge
 from frechet_merge.matching.function import unlike
 from frechet_merge.files.tensors import FileTensor
@@ -250,6 +251,37 @@ def test_float8_and_mixed_dtypes():
     torch.testing.assert_close(
         m, (x.bfloat16().double() + y.to(torch.float8_e5m2).double() + x.double())/3
     )
+
+
+@pytest.mark.parametrize("as_base", [False, True])
+def test_float8_does_not_cut_what_others_have(as_base):
+    x, y = torch.randn(40).to(torch.float8_e4m3fn), torch.randn(40)
+    more = {"base": {"x": x}} if as_base else {}
+    models = [{"x": y}, {"x": y}] if as_base else [{"x": x}, {"x": y}]
+    want = y if as_base else (x.float() + y)/2
+    with pytest.warns(UserWarning, match="has eight bits where other models have more .x."):
+        found = merge(models, **more).tensors["x"]
+    torch.testing.assert_close(found, want.bfloat16())
+    torch.testing.assert_close(merge(models, dtype="fp32", **more).tensors["x"], want)
+    # the others' is kept as it is
+    assert merge(models[::-1], **more).tensors["x"].dtype == (
+        torch.bfloat16 if as_base else torch.float32
+    )
+
+
+def test_float8_of_adapters_does_not_cut_what_others_have():
+    def adapter(dtype):
+        stem = "base_model.model.q.lora_"
+        state = {f"{stem}A.weight": torch.randn(2, 4), f"{stem}B.weight": torch.randn(3, 2)}
+        c = from_state_dict({n: x.to(dtype) for n, x in state.items()})
+        c.adapter = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q"]}
+        return c
+
+    eight, wide = adapter(torch.float8_e4m3fn), adapter(torch.float32)
+    found = merge([eight, wide]).tensors
+    assert {found[n].dtype for n in found} == {torch.bfloat16}
+    found = merge([eight, eight]).tensors
+    assert {found[n].dtype for n in found} == {torch.float8_e4m3fn}
 
 
 def test_a_transposed_tensor_and_an_executor_that_loses_some():

@@ -11,6 +11,8 @@ from test_examples import make
 from frechet_merge import load, merge
 from frechet_merge.diagnostics.inspection import inspect
 from frechet_merge.huggingface.models import collect, open_model
+from frechet_merge.merging.preview import preview
+from frechet_merge.merging.recipe import Recipe
 from frechet_merge.messages import MergeError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -91,7 +93,7 @@ def test_other_formats_are_refused_by_name(tmp_path, method):
     folder = save(tmp_path/"a", state, {"quant_method": method})
     with pytest.raises(MergeError, match=rf"is quantised \({method}\).*not read") as e:
         merge([folder, folder])
-    assert "bfloat16" in str(e.value)
+    assert "full precision" in str(e.value)
 
 
 def scheme(kind, **of_weights):
@@ -157,6 +159,60 @@ class TestCompressedTensors:
         state, want = compressed(kind, made, tensors)
         check(save(tmp_path/"a", state, said), want, tmp_path/"out")
 
+    @pytest.mark.parametrize("wide", [32, 96])
+    def test_mxfp8(self, tmp_path, wide):
+        kind = "mxfp8-quantized"
+        how = {"strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}
+        made, said = scheme(kind, num_bits=8, type="float", **how)
+        scale = 2.0**randn(16, wide//32, seed=1).round()
+        state, want = compressed(kind, made, {"weight": randn(16, wide), "weight_scale": scale})
+        assert state[f"{W}.weight_scale"].dtype == torch.uint8
+        check(save(tmp_path/"a", state, said), want, tmp_path/"out")
+
+    @pytest.mark.parametrize("said", [None, {"quant_method": "compressed-tensors"}])
+    def test_exponents_are_not_read_without_a_config(self, tmp_path, said):
+        state = {
+            f"{W}.weight": randn(16, 32).to(torch.float8_e4m3fn),
+            f"{W}.weight_scale": torch.full((16, 1), 120, dtype=torch.uint8),
+        }
+        folder = save(tmp_path/"a", state, said)
+        with pytest.raises(MergeError, match="does not say of which blocks the scale of"):
+            merge([folder, folder])
+
+    def test_floats_of_eight_bits_in_groups(self, tmp_path):
+        kind = "float-quantized"
+        made, said = scheme(kind, num_bits=8, type="float", strategy="group", group_size=32)
+        scale = randn(16, 3, seed=1).abs()*0.1 + 0.01
+        state, want = compressed(kind, made, {"weight": randn(16, 96), "weight_scale": scale})
+        check(save(tmp_path/"a", state, said), want, tmp_path/"out")
+
+    @pytest.mark.parametrize("of", ["float", "int"])
+    def test_a_scale_that_the_config_does_not_mean_is_refused(self, tmp_path, of):
+        # one number for a row of 96, where the config says one for 32
+        _, said = scheme(f"{of}-quantized", num_bits=8, type=of, strategy="group", group_size=32)
+        dtype = torch.float8_e4m3fn if of == "float" else torch.int8
+        state = {f"{W}.weight": randn(16, 96).to(dtype), f"{W}.weight_scale": torch.ones(16, 1)}
+        folder = save(tmp_path/"a", state, said)
+        with pytest.raises(MergeError, match="the config has no block for the scale of"):
+            merge([folder, folder])
+
+    def test_each_layer_has_the_scheme_that_fits_it(self, tmp_path):
+        kinds = {"channel": {}, "group": {"group_size": 32}}
+        groups, state, wants = {}, {}, {}
+        for name, more in kinds.items():
+            how = {"num_bits": 8, "type": "float", "strategy": name, **more}
+            made, said = scheme("float-quantized", **how)
+            groups[name] = said["config_groups"]["group_0"]
+            scale = randn(16, 3 if more else 1, seed=1).abs()*0.1 + 0.01
+            stored, want = compressed(
+                "float-quantized", made, {"weight": randn(16, 96), "weight_scale": scale}
+            )
+            state |= {n.replace(W, name): x for n, x in stored.items()}
+            wants[f"{name}.weight"] = want
+        c = load(save(tmp_path/"a", state, said | {"config_groups": groups}))
+        for name, want in wants.items():
+            assert torch.equal(c[name], want)
+
     def test_nvfp4(self, tmp_path):
         kind = "nvfp4-pack-quantized"
         made, said = scheme(
@@ -217,6 +273,56 @@ class TestWords:
         said["checkpoint_format"] = form
         check(save(tmp_path/"a", state, said), want, tmp_path/"out")
 
+    @pytest.mark.parametrize("bits", [2, 4, 8])
+    def test_words_of_the_first_format_are_counted_up_as_a_whole(self, tmp_path, bits):
+        # as gptqmodel reads it, which transformers asks: a zero point of 0 borrows from the next
+        draw = torch.Generator().manual_seed(bits)
+        q = torch.randint(0, 2**bits, (64, 32), generator=draw)
+        zero = torch.randint(0, 2, (2, 32), generator=draw)
+        scale = torch.rand(2, 32, generator=draw).half()
+        at = torch.arange(64)//32
+        want = ((q - zero[at]).float()*scale.float()[at]).T
+        stored = pack(zero, bits).long() - sum(1 << b for b in range(0, 32, bits))
+        state = {
+            f"{W}.qweight": pack(q.T, bits).T, f"{W}.qzeros": stored.int(), f"{W}.scales": scale
+        }
+        said = {"quant_method": "gptq", "bits": bits, "group_size": 32, "sym": False}
+        check(save(tmp_path/"a", state, said), want, tmp_path/"out")
+
+    @pytest.mark.parametrize("key", ["checkpoint_format", "format"])
+    @pytest.mark.parametrize("form", ["gptq", "gptq_v2"])
+    def test_the_format_is_called_by_either_key(self, tmp_path, form, key):
+        # transformers reads both
+        gptq = pytest.importorskip("transformers").GPTQConfig
+        assert gptq(bits=4, **{key: form}).format == form
+        draw = torch.Generator().manual_seed(0)
+        q = torch.randint(0, 16, (64, 32), generator=draw)
+        zero = torch.randint(1, 16, (2, 32), generator=draw)
+        scale = torch.rand(2, 32, generator=draw).half()
+        at = torch.arange(64)//32
+        want = ((q - zero[at]).float()*scale.float()[at]).T
+        stored = pack(zero - 1 if form == "gptq" else zero, 4)
+        state = {f"{W}.qweight": pack(q.T, 4).T, f"{W}.qzeros": stored, f"{W}.scales": scale}
+        said = {"quant_method": "gptq", "bits": 4, "group_size": 32, key: form}
+        check(save(tmp_path/"a", state, said), want, tmp_path/"out")
+
+    @pytest.mark.parametrize("method, more", [
+        ("gptq", {"format": "gptq_p"}), ("gptq", {"checkpoint_format": "marlin"}),
+        ("gptq", {"is_marlin_format": True}), ("awq", {"format": "gemv"}),
+        ("awq", {"version": "GEMV_FAST"}), ("awq", {"checkpoint_format": "llm-awq"}),
+    ])
+    def test_other_layouts_are_refused(self, tmp_path, method, more):
+        q, zero = torch.zeros(32, 32, dtype=torch.int32), torch.zeros(1, 32, dtype=torch.int32)
+        awq = method == "awq"
+        state = {
+            f"{W}.qweight": pack(q, 4) if awq else pack(q, 4).T.contiguous(),
+            f"{W}.qzeros": pack(zero, 4), f"{W}.scales": torch.ones(1, 32),
+        }
+        said = {"quant_method": method, "bits": 4, "group_size": 32, **more}
+        folder = save(tmp_path/"a", state, said)
+        with pytest.raises(MergeError, match="4 bits in the layout '[a-z_-]+' are not read"):
+            merge([folder, folder])
+
     @pytest.mark.parametrize("group", [32, -1])
     def test_awq(self, tmp_path, group):
         draw = torch.Generator().manual_seed(0)
@@ -251,6 +357,48 @@ class TestTransformers:
         said = {"quant_method": "fp8", "weight_block_size": block}
         check(save(tmp_path/"a", state, said), want, tmp_path/"out")
 
+    @pytest.mark.parametrize("stored", [torch.uint8, torch.float8_e8m0fnu])
+    @pytest.mark.parametrize("method", ["mxfp8", "fp8"])
+    @pytest.mark.parametrize("wide", [16, 32, 96])
+    def test_mxfp8(self, tmp_path, method, wide, stored):
+        fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
+        codes = randn(16, wide).to(torch.float8_e4m3fn)
+        draw = torch.Generator().manual_seed(0)
+        scale = torch.randint(118, 132, (16, -(-wide//32)), generator=draw).to(torch.uint8)
+        scale = scale.view(stored)
+        want = fp8.Fp8Dequantize(None)._dequantize_one(codes, scale, torch.float32)
+        state = {f"{W}.weight": codes, f"{W}.weight_scale_inv": scale}
+        said = {"quant_method": method, "scale_fmt": "ue8m0"}
+        # what its format says need not stand there
+        said |= {"weight_block_size": [1, 32]} if method == "fp8" else {}
+        check(save(tmp_path/"a", state, said), want, tmp_path/"out")
+
+    @pytest.mark.parametrize("stored", [torch.float32, torch.uint8, torch.float8_e8m0fnu])
+    @pytest.mark.parametrize("name", ["scale", "weight_scale_inv", "qscale_weight"])
+    def test_scales_are_called_as_transformers_renames_them(self, tmp_path, name, stored):
+        fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
+        codes = randn(256, 384).to(torch.float8_e4m3fn)
+        if stored == torch.float32:
+            scale = randn(2, 3, seed=1).abs()
+        else:
+            scale = torch.arange(120, 126, dtype=torch.uint8).view(2, 3).view(stored)
+        want = fp8.Fp8Dequantize(None)._dequantize_one(codes, scale, torch.float32)
+        state = {f"{W}.weight": codes, f"{W}.{name}": scale, f"{W}.qscale_act": torch.ones(())}
+        said = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+        check(save(tmp_path/"a", state, said), want, tmp_path/"out")
+
+    @pytest.mark.parametrize("name", ["scale", "weight_scale_inv"])
+    def test_experts_of_four_bits_beside_layers_of_eight(self, tmp_path, name):
+        fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
+        draw = torch.Generator().manual_seed(0)
+        codes = torch.randint(-128, 128, (16, 48), generator=draw).to(torch.int8)
+        scale = torch.randint(118, 132, (16, 3), generator=draw).to(torch.uint8)
+        scale = scale.view(torch.float8_e8m0fnu)
+        want = fp8.Fp8Dequantize(None)._dequantize_one(codes, scale, torch.float32)
+        state = {f"{W}.weight": codes, f"{W}.{name}": scale}
+        said = {"quant_method": "fp8", "expert_dtype": "fp4", "weight_block_size": [128, 128]}
+        check(save(tmp_path/"a", state, said), want, tmp_path/"out")
+
     def test_mxfp4_of_gpt_oss(self, tmp_path):
         mxfp4 = pytest.importorskip("transformers.integrations.mxfp4")
         draw = torch.Generator().manual_seed(0)
@@ -261,6 +409,39 @@ class TestTransformers:
         state = {f"{name}_blocks": blocks, f"{name}_scales": scales}
         folder = save(tmp_path/"a", state, {"quant_method": "mxfp4"})
         check(folder, want, tmp_path/"out", name)
+
+
+class TestWithoutAConfig:
+    "Floats of eight bits are numbers only if no scale of any name stands beside them."
+
+    def test_mistral(self, tmp_path):
+        codes, scale = randn(16, 32).to(torch.float8_e4m3fn), torch.tensor(0.37)
+        state = {
+            f"{W}.weight": codes, f"{W}.qscale_weight": scale, f"{W}.qscale_act": torch.ones(())
+        }
+        check(save(tmp_path/"a", state), codes.float()*scale, tmp_path/"out")
+
+    @pytest.mark.parametrize("name", ["wscale", "scale", "weight_scales", "fp8_scale"])
+    def test_a_scale_of_a_name_that_is_not_known_is_refused(self, tmp_path, name):
+        state = {
+            f"{W}.weight": randn(16, 32).to(torch.float8_e4m3fn), f"{W}.{name}": torch.ones(16, 1)
+        }
+        folder = save(tmp_path/"a", state)
+        with pytest.raises(MergeError, match="8 bits with a scale beside them"):
+            merge([folder, folder])
+
+    def test_powers_of_two_are_scales(self, tmp_path):
+        state = {f"{W}.weight": randn(4, 4), "other": torch.ones(4, 4).to(torch.float8_e8m0fnu)}
+        folder = save(tmp_path/"a", state)
+        with pytest.raises(MergeError, match="'other' is in codes"):
+            merge([folder, folder])
+
+    def test_a_scale_in_another_module_changes_nothing(self, tmp_path):
+        eight = randn(16, 32).to(torch.float8_e4m3fn)
+        state = {f"{W}.weight": eight, "model.norm.scale": torch.ones(4)}
+        state["logit_scale"] = eight[0].clone()
+        folder = save(tmp_path/"a", state)
+        assert torch.equal(merge([folder, folder]).tensors[f"{W}.weight"].float(), eight.float())
 
 
 def fp8(seed):
@@ -383,6 +564,27 @@ class TestUses:
             merge([folder, folder], out=tmp_path/f"out-{dtype}")
             found = load_file(tmp_path/f"out-{dtype}"/"model.safetensors")[f"{W}.weight"]
             assert torch.equal(found, numbers.to(getattr(torch, dtype)))
+
+    @pytest.mark.parametrize("first", ["codes", "numbers"])
+    def test_eight_bits_of_the_first_are_not_what_others_are_written_in(self, tmp_path, first):
+        x, y = randn(16, 32).to(torch.float8_e4m3fn), randn(16, 32, seed=1)
+        state, said, numbers = {f"{W}.weight": x}, None, x.float()
+        if first == "codes":
+            state |= {f"{W}.weight_scale": torch.tensor(0.37)}
+            numbers, said = numbers*0.37, {"quant_method": "compressed-tensors"}
+        models = [
+            save(tmp_path/"a", state, said, "float16"), save(tmp_path/"b", {f"{W}.weight": y})
+        ]
+        with pytest.warns(UserWarning, match="eight bits .*float16|read as float16"):
+            plan = preview(Recipe.of({"models": models}))
+        written = {line.name: line.dtype for line in plan.lines}
+        assert written[f"{W}.weight".replace("0", "*")] == "float16"
+        with pytest.warns(UserWarning, match="eight bits .*float16|read as float16"):
+            merge(models, out=tmp_path/"out")
+        found = load_file(tmp_path/"out"/"model.safetensors")[f"{W}.weight"]
+        assert torch.equal(found, ((numbers + y)/2).half())
+        config = json.loads((tmp_path/"out"/"config.json").read_text())
+        assert config["torch_dtype"] == "float16"
 
     def test_are_inspected(self, tmp_path):
         models = []

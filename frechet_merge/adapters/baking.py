@@ -509,7 +509,7 @@ def bake(
         raise onto.refusal(
             f"needs numbers to be added to, and the base is quantised ({form}): {name!r} is in "
             "codes",
-            "Name the model of full precision that it was made of, or save it in bfloat16 first.",
+            "Name the model of full precision that it was made of.",
         )
     lazy = _elsewhere(onto, found, rest)
     onto = replace(onto, lazy=_all_put(onto, found, rest) if lazy is None else lazy)

@@ -264,7 +264,10 @@ class PackedColumns(Decoded):
             x = self._across(codes, i, j)
         else:
             x = unpacked(codes[:, i:j].T.contiguous(), self.bits)[:, :k].T
-        z = (self._across(zero, i, j) + self.lacks) & (2**self.bits - 1)
+        z = self._across(zero, i, j)
+        # three bits cross the ends of words, and are counted up one by one
+        if 32%self.bits:
+            z = (z + self.lacks) & (2**self.bits - 1)
         return ((x - z[at])*scale[:, i:j].float()[at]).T
 
     def _hold(self) -> tuple[Tensor, ...]:
@@ -272,7 +275,12 @@ class PackedColumns(Decoded):
         at = torch.arange(k)//self.group
         if self.groups is not None:
             at = self.groups.read().long()
-        held = (self.codes.tensor(), self.zero.tensor(), self.scale.tensor(), at)
+        zero = self.zero.tensor().long()
+        if 32%self.bits == 0:
+            # whole words are counted up, as they were counted down: a zero point of 0 has borrowed
+            # from its neighbour
+            zero += sum(self.lacks << b for b in range(0, 32, self.bits))
+        held = (self.codes.tensor(), zero, self.scale.tensor(), at)
         self.kept[0] = held
         return held
 

@@ -7,7 +7,7 @@ __all__ = ['COMPANIONS', 'among', 'quantised', 'refuse_codes']
 
 # %% ../../nbs/matching/codes.ipynb #ea2fb165
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 
@@ -63,6 +63,7 @@ def _scales(name: str) -> set[str]:
         f"{name}_scale_inv",
         f"{stem}scale",
         f"{stem}scale_weight",
+        f"{stem}qscale_weight",
         f"{blocks}_scales",
     } - {name}
 
@@ -72,18 +73,41 @@ def _is_packed(x: LazyTensor) -> bool:
     kinds = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint32)
     return len(x.shape) > 1 and x.dtype in kinds
 
+# %% ../../nbs/matching/codes.ipynb #38319aee
+def _is_eight(x: LazyTensor) -> bool:
+    "Whether these are floats of eight bits."
+    return x.dtype.itemsize == 1 and x.dtype.is_floating_point
+
+# %% ../../nbs/matching/codes.ipynb #551fa9b0
+def _modules_with_scales(names: Iterable[str]) -> set[str]:
+    "Modules that have a tensor with a scale in its name."
+    parts = (name.rpartition(".") for name in names)
+    return {module for module, _, last in parts if "scale" in last}
+
+# %% ../../nbs/matching/codes.ipynb #5457fb07
+def _is_scaled(
+    name: str, x: LazyTensor, lazy: Mapping[str, LazyTensor], modules: Collection[str]
+) -> bool:
+    "Whether a scale stands beside a tensor of bytes or of floats of eight bits, or it is one."
+    if x.dtype.itemsize > 1 or x.dtype == torch.bool:
+        return False
+    module, _, last = name.rpartition(".")
+    # by no name that is known
+    is_weight = _is_eight(x) and last == "weight" and len(x.shape) > 1
+    is_scale = x.dtype == torch.float8_e8m0fnu
+    return is_scale or (is_weight and module in modules) or bool(_scales(name) & lazy.keys())
+
 # %% ../../nbs/matching/codes.ipynb #46516915
 def quantised(c: Checkpoint) -> tuple[str, str] | None:
     "A tensor of codes and the format that it is in; None if all are numbers."
     said = said_of(c)
     method = str(said.get("quant_method", ""))
     beside = _all_beside(c.lazy)
+    scaled = _modules_with_scales(c.lazy)
     for name, x in c.lazy.items():
         if name in beside:
             return name, method or beside[name]
-        narrow = x.dtype.itemsize == 1 and x.dtype != torch.bool
-        is_eight = narrow and x.dtype.is_floating_point
-        if narrow and (_scales(name) & c.lazy.keys() or (is_eight and said)):
+        if _is_scaled(name, x, c.lazy, scaled) or (_is_eight(x) and said):
             return name, method or "8 bits with a scale beside them"
         if _is_packed(x) and method not in METHODS:
             return name, method
@@ -98,6 +122,5 @@ def refuse_codes(c: Checkpoint) -> None:
         raise MergeError(
             f"{c.source}: is quantised ({form}): tensor {name!r} is in codes "
             f"that are not read{why and ': ' + why}.\n"
-            "Name the model of full precision that it was made of, or save it in bfloat16 "
-            "first."
+            "Name the model of full precision that it was made of."
         )

@@ -113,8 +113,15 @@ class Worked(LazyTensor):
     shape: tuple[int, ...]  # of what it makes
     dtype = property(lambda self: self.parts[0].dtype)
 
-    def read(self, start=0, stop=None):
+    def _made(self) -> Tensor:
+        "All of it, flat, as precise as it was made."
         if getattr(_last, "of", None) is not self:
             made = self.make([x.tensor() for x in self.parts])
             _last.of, _last.made = self, made.contiguous().view(-1)
-        return _last.made[start:stop]
+        return _last.made
+
+    def read(self, start=0, stop=None):
+        return self._made()[start:stop].to(self.dtype)
+
+    def into(self, row, start):
+        row.copy_(self._made()[start : start + len(row)])

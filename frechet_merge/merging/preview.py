@@ -100,7 +100,8 @@ def lines_of(plan: Plan) -> list[Line]:
 
 # %% ../../nbs/merging/preview.ipynb #ae79fc2e
 def _names_of(job: Job) -> Sequence[str]:
-    return [job.name] if isinstance(inner_job(job), Copy) else job.names
+    # what is made beside a mean has none of its own
+    return [job.name] if isinstance(inner_job(job), Copy) else [*job.names] or [job.name]
 
 # %% ../../nbs/merging/preview.ipynb #896e8abe
 def _does(job: Job) -> tuple[str, int]:

@@ -19,6 +19,7 @@ from ..geometries.geometry import Euclidean
 from ..geometries.span import Span
 from ..matching.blocks import Block
 from .block import Around, Job, MeanOf, is_fixed
+from .normed import LengthsOf
 from .recipe import Recipe, Run
 from .run import Plan, do_jobs
 from ..messages import MergeError, warn
@@ -149,6 +150,8 @@ def _of_blocks(plan: Plan, loss: Loss) -> Plan:
     "The plan whose jobs settle each by itself; a block of two models is merged as it is."
 
     def settling(job: Job) -> Job:
+        if isinstance(job, LengthsOf):
+            return replace(job, job=settling(job.job))
         counts = [w for w in getattr(job, "weights", []) if w > 0]
         return Settling(job, loss) if job.who and len(counts) > 2 else job
 
