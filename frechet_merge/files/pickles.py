@@ -209,6 +209,8 @@ WRAPS = (
     "model_state",
     "model_weights",
     "checkpoint",
+    # around the model and its optimizer, in distributed checkpoints of torch
+    "app",
 )
 # what they call an average of it over training
 AVERAGES = (
@@ -275,6 +277,9 @@ def _odd(x: Tensor) -> str:
 # %% ../../nbs/files/pickles.ipynb #00d91b5f
 def _as_tensors(held: Mapping[Any, Any], name: Any) -> str:
     "What to do where something else stands in the place of tensors; a line of its own."
+    # as torch.ao writes them
+    if any("_packed_params" in str(n) for n in held):
+        return ", and the layers are quantised.\nName the model of full precision."
     if any(isinstance(x, Tensor) for x in held.values()):
         alone = "{n: x for n, x in STATE.items() if isinstance(x, torch.Tensor)}"
         return (
