@@ -267,3 +267,37 @@ def test_factors_of_all_experts_in_one_tensor(tmp_path, kind):
     with pytest.raises(MergeError, match="4 experts in one tensor.*\n.*on its base.*--base") as e:
         merge([tmp_path, tmp_path])
     assert "drop" not in str(e.value) and "Mend" not in str(e.value)
+
+
+class TestPutBack:
+    "What a program keeps beside its weights is not written, and can be had again as it is said."
+
+    BESIDE = {
+        "weight": {"config": [1025, 32], "sr": "40k", "f0": 1, "version": "v2"},
+        "state_dict": {"epoch": 3, "hyper_parameters": {"lr": 0.1}},
+        "model_state_dict": {"dims": {"n_mels": 80}},
+    }
+
+    @pytest.mark.parametrize("key", BESIDE)
+    def test_a_file_of_its_program(self, tmp_path, key):
+        states = [{"enc.w": randn(3, 2, seed=i)} for i in (1, 2)]
+        files = [tmp_path/"a.pth", tmp_path/"b.pth"]
+        for file, state in zip(files, states):
+            torch.save({key: state, **self.BESIDE[key]}, file)
+        with pytest.warns(UserWarning, match=f"a.pth: what it holds beside '{key}'") as said:
+            merge(files, allow_pickle=True, out=tmp_path/"out")
+        text = next(str(w.message) for w in said if "what it holds" in str(w.message))
+        code = text.partition("if you trust it: ")[2]
+        other = tmp_path/"other.pth"
+        import safetensors.torch
+
+        exec(code, {"torch": torch, "safetensors": safetensors, "OTHER": other})
+        found = torch.load(other, weights_only=True)
+        are_mean(found.pop(key), *states)
+        assert found == self.BESIDE[key]
+
+    def test_nothing_is_said_of_weights_alone(self, tmp_path, recwarn):
+        for n in "ab":
+            torch.save({"w": randn(2)}, tmp_path/f"{n}.pt")
+        merge([tmp_path/"a.pt", tmp_path/"b.pt"], allow_pickle=True, out=tmp_path/"out")
+        assert not [w for w in recwarn if "what it holds" in str(w.message)]
