@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['REFUSED', 'KNOWN', 'NEVER_WHOLE', 'CHANGE_THE_BASE', 'ON_A_BASE', 'ON_ITS_BASE', 'NAMED', 'KEY', 'Layer',
-           'without_name', 'unnamed', 'layers']
+           'without_name', 'unnamed', 'refuse_experts', 'layers']
 
 # %% ../../nbs/adapters/peft.ipynb #7c54f153
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from typing import Any, NamedTuple
@@ -168,6 +168,17 @@ def _of_another_base(c: Checkpoint, init: str) -> MergeError:
     return _refusal(c, why, convert + ".")
 
 
+# %% ../../nbs/adapters/peft.ipynb #19cbbc21
+def _of_another_kind(c: Checkpoint, config: Mapping[str, Any]) -> MergeError:
+    "What is said of an adapter that is no LoRA of PEFT."
+    if isinstance(config.get("config"), Mapping) and "peft_type" not in config:
+        remedy = "Merge it with that library: model.average_adapter(NAME, ADAPTERS)."
+        return _refusal(c, "is an adapter of the library adapters, and not of PEFT", remedy)
+    is_single = config.get("peft_type") == "TRAINABLE_TOKENS"
+    why = f"has peft_type = {config.get('peft_type')!r}"
+    return _refusal(c, why, ON_ITS_BASE if is_single else "")
+
+
 # %% ../../nbs/adapters/peft.ipynb #653ce08c
 def _refuse_other_updates(c: Checkpoint) -> None:
     "`MergeError` for a config by which an adapter is not W + s·B·A."
@@ -181,9 +192,7 @@ def _refuse_other_updates(c: Checkpoint) -> None:
             "`model.merge_and_unload().state_dict()`, which is a full model.",
         )
     if config.get("peft_type") != "LORA":
-        is_single = config.get("peft_type") == "TRAINABLE_TOKENS"
-        why = f"has peft_type = {config.get('peft_type')!r}"
-        raise _refusal(c, why, ON_ITS_BASE if is_single else "")
+        raise _of_another_kind(c, config)
     for key, why in REFUSED.items():
         if config.get(key):
             raise _refusal(c, f"has {key} = {config[key]!r}: {why}", _remedy(c, key))
@@ -366,6 +375,23 @@ def _are_of_rank(A: LazyTensor, B: LazyTensor, r: int) -> bool:
     are_numbers = A.dtype.is_floating_point and B.dtype.is_floating_point
     return are_numbers and A.shape[0] == B.shape[1] == r and math.prod(B.shape[2:]) == 1
 
+# %% ../../nbs/adapters/peft.ipynb #38c6ff2f
+def refuse_experts(c: Checkpoint, name: str, up: LazyTensor, down: LazyTensor) -> None:
+    "`MergeError` for factors of all experts of a layer, one behind the other in two tensors."
+    ours, theirs = tuple(up.shape), tuple(down.shape)
+    if not len(ours) == len(theirs) == 3 or ours[0] != theirs[0]:
+        return
+    # of MLX, each is turned over
+    if ours[2] == theirs[1] or ours[1] == theirs[2]:
+        raise _refusal(
+            c,
+            f"has factors of {ours[0]} experts in one tensor for {name!r}, of shapes "
+            f"{list(ours)} and {list(theirs)}, which are not read here",
+            "Put it on its base with the library that made it (mlx_lm.fuse, of MLX), save that, "
+            "and merge full models with --base.",
+        )
+
+
 # %% ../../nbs/adapters/peft.ipynb #00377fbf
 def _layer(c: Checkpoint, name: str, keys: dict[str, str], of_parameter: bool) -> Layer:
     "One module's update; `MergeError` if its factors are not what the config says."
@@ -386,6 +412,7 @@ def _layer(c: Checkpoint, name: str, keys: dict[str, str], of_parameter: bool) -
     r, alpha = _rank_and_alpha(c, name)
     # the first dimension of a parameter counts experts
     experts = max(A.shape[0]//r, 1) if of_parameter and A.shape else 1
+    refuse_experts(c, name, B, A)
     if not _are_of_rank(A, B, r*experts):
         raise _refusal(
             c,

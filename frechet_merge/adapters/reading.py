@@ -13,7 +13,7 @@ from functools import partial
 from torch import Tensor
 
 from .lycoris import loha, lokr, made, through_core, whole
-from .peft import Layer
+from .peft import Layer, refuse_experts
 from .spelling import HADA, LOKR
 from ..files.checkpoint import Checkpoint
 from ..files.tensors import LazyTensor
@@ -124,11 +124,12 @@ def _check(c: Checkpoint, module: str, keys: dict[str, str], up: LazyTensor, dow
         )
     are_matrices = min(len(up.shape), len(down.shape)) >= 2 and math.prod(up.shape[2:]) == 1
     are_numbers = up.dtype.is_floating_point and down.dtype.is_floating_point
+    refuse_experts(c, module, up, down)
     if not (are_matrices and are_numbers and up.shape[1] == down.shape[0]):
         raise MergeError(
             f"{c.source}: has factors of shapes {list(up.shape)} and {list(down.shape)} for "
-            f"{module!r}, which are no pair of matrices.\nGrouped convolutions, experts in one "
-            f"tensor and quantised factors cannot be merged: leave them out (drop='{module}.*')."
+            f"{module!r}, which are no pair of matrices.\nGrouped convolutions and quantised "
+            f"factors cannot be merged: leave them out (drop='{module}.*')."
         )
 
 # %% ../../nbs/adapters/reading.ipynb #9447c796

@@ -115,14 +115,22 @@ def _other_folder(folder: Path) -> str | None:
         return f"{folder}: holds no weights, but folders that do: {some}.\nName one of them."
     return no_weights(steps[0]) if steps else None
 
+# %% ../../nbs/files/astray.ipynb #dcf3b4c5
+def _of_deepspeed(run: Path, found: str) -> str:
+    "How to put together the slices in the folder of a run."
+    return (
+        f"{run}: holds the slices of DeepSpeed ({found}), and no model.\n"
+        f"Put them together: python {run/'zero_to_fp32.py'} {run} OTHER."
+    )
+
+
 # %% ../../nbs/files/astray.ipynb #ee54b5ec
 def _slices(folder: Path) -> str | None:
     "How to put together what was saved in slices."
     if found := sorted(folder.glob("global_step*")):
-        return (
-            f"{folder}: holds the slices of DeepSpeed ({found[-1].name}), and no model.\n"
-            f"Put them together: python {folder/'zero_to_fp32.py'} {folder} OTHER."
-        )
+        return _of_deepspeed(folder, found[-1].name)
+    if found := sorted(folder.glob("*_model_states.pt")):
+        return _of_deepspeed(folder.parent, f"{folder.name}/{found[0].name}")
     for d in (folder, *sorted(x for x in folder.iterdir() if x.is_dir())):
         if any(d.glob("*.distcp")):
             return (

@@ -82,6 +82,9 @@ def library_of(folder: Path) -> str:
     "The library that a folder of full models is for."
     found = next((lib for name, lib in LIBRARIES.items() if (folder/name).is_file()), None)
     config = read_json(folder/"config.json") if (folder/"config.json").is_file() else {}
+    # a folder for two libraries, of which each has weights of its own
+    if found == "open_clip" and "model_type" in config and not [*folder.glob("open_clip_*model*")]:
+        found = None
     by_config = {"_class_name": "diffusers", "architecture": "timm"}
     return found or next((by_config[k] for k in by_config if k in config), "transformers")
 
@@ -91,6 +94,7 @@ TRAINING = (
     "optimizer*.pt",
     "optimizer*.bin",
     "optimizer*.safetensors",
+    "*_optim_states.pt",
     "scheduler*.pt",
     "scheduler*.bin",
     "scaler*.pt",

@@ -29,7 +29,7 @@ from ..files.folders import library_of
 from ..files.open import load
 from ..files.open import parts_of as named_in
 from ..files.places import place_of
-from ..files.pickles import PICKLES
+from ..files.pickles import PICKLES, place_of_weights
 from ..files.ranges import are_remote, is_file, refuse_changed
 from ..files.uploads import uploaded
 from .align import in_gauge_of
@@ -182,6 +182,20 @@ def dress_of(opened: Opened, output: Output) -> Dress:
     says = {} if main is None else main.says
     return Dress(homes, output.dtype, heads, alone, tokens, read, template, says)
 
+# %% ../../nbs/merging/merge.ipynb #2b79c329
+def _say_what_is_not_written(c: Checkpoint, out: Path) -> None:
+    "That a file of a training run holds more than weights, and how to have such a file again."
+    key = place_of_weights(c)
+    if key is None:
+        return
+    written = out/"model.safetensors"
+    warn(
+        f"{c.source}: what it holds beside {key!r} is not written. For a program that reads such "
+        f"files, if you trust it: held = torch.load({str(c.files[0])!r}, weights_only=False); "
+        f"held[{key!r}] = safetensors.torch.load_file({str(written)!r}); torch.save(held, OTHER)"
+    )
+
+
 # %% ../../nbs/merging/merge.ipynb #28f58f8d
 @dataclass
 class Work:
@@ -213,6 +227,7 @@ class Work:
         "The tensors of a plan in a folder; `means` are of the merge, if the plan is not it."
         out, start = self.output.folder, plan.start
         assert out is not None
+        _say_what_is_not_written(self.opened.models[0], out)
         nbytes = plan.nbytes + sum(p.nbytes for _, p in self.parts.values())
         if self.run.part is not None:
             return self.share(plan, self.run.part)
