@@ -78,7 +78,7 @@ def _lines(path: Path) -> dict[str, dict]:
             said = json.loads(line)
             found[said["job"]] = said
         # a power cut may leave anything
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             continue
     return found
 
