@@ -203,9 +203,35 @@ class TestFiles:
             picture_path(tmp_path/"a")
         assert picture_path(tmp_path/"b") == tmp_path/"b.png"
 
-    def test_a_journal_that_is_too_deep(self, tmp_path):
-        (tmp_path/"journal").write_bytes(b"["*100_000 + b'\n{"job": "a"}\n')
-        assert _lines(tmp_path/"journal") == {"a": {"job": "a"}}
+    @pytest.mark.parametrize(
+        "odd",
+        [
+            b"["*100_000,
+            b'{"job": "a"}',
+            b'{"job": [], "wrote": [], "means": {}}',
+            b'{"job": "a", "wrote": [{"name": "w", "start": -1, "count": 1}], "means": {}}',
+            b'{"job": "a", "wrote": [{"name": 3, "start": 0, "count": 1}], "means": {}}',
+            b'{"job": "a", "wrote": [{"name": "w", "start": 0, "count": 1e99}], "means": {}}',
+            b'{"job": "a", "wrote": [], "means": {"w": {"counted": null}}}',
+            b'{"job": "a", "wrote": [], "means": {"w": 3}}',
+        ],
+        ids=range(8),
+    )
+    def test_a_line_that_no_journal_has(self, tmp_path, odd):
+        whole = b'{"job": "b", "wrote": [], "means": {}}'
+        (tmp_path/"journal").write_bytes(odd + b"\n" + whole + b"\n")
+        assert _lines(tmp_path/"journal") == {"b": json.loads(whole)}
+
+    @pytest.mark.parametrize("to", ["o", "p"])
+    def test_several_recipes_into_a_loop_of_links(self, models, tmp_path, to):
+        file = tmp_path/"r.yaml"
+        said = json.dumps({"models": [str(m) for m in models]})
+        named = json.dumps({"name": "first", "models": [str(m) for m in models]})
+        file.write_text(f"{named}\n---\n{said}\n")
+        (tmp_path/"o").symlink_to(to)
+        (tmp_path/"p").symlink_to("o")
+        with pytest.raises(MergeError, match="o: cannot be written to"):
+            app(["run", str(file), "-o", str(tmp_path/"o")], standalone_mode=False)
 
 
 class TestTwoRuns:
