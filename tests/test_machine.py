@@ -124,10 +124,14 @@ class TestKilled:
         with monkeypatch.context() as patch:
             patch.setattr(output, "_flush", lambda _: os.kill(os.getpid(), signal.SIGKILL))
             assert run(words, folder).fault == "ended by signal 9"
-        (left,) = left_in(folder)
-        assert left.startswith(".out") and left.endswith(".partial")
+        # a file is claimed by one, and written in another
+        remains = left_in(folder)
+        assert 1 <= len(remains) <= 2
         heard = run(words, folder)
-        assert heard.code == 0 and f"{left}: what a " in heard.text.replace("\n", " "), heard
+        assert heard.code == 0, heard
+        for left in remains:
+            assert left.startswith(".out") and left.endswith(".partial")
+            assert f"{left}: what a " in heard.text.replace("\n", " "), heard
         assert left_in(folder) == [words[-1]]
 
     def test_what_is_only_looked_at(self, tmp_path, monkeypatch):

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'RecipeFile', 'RunPlace', 'RunFolder', 'MergedBefore', 'SeenBefore', 'KnownMetrics', 'KnownData',
-           'RecipeToWrite', 'UsageError', 'ENDING', 'merge_command', 'run_command', 'report_command', 'align_command',
-           'convert_command', 'inspect_command', 'curvature_command', 'basis_command', 'tune_command',
-           'suggest_command', 'extract_command', 'resize_command', 'demo_command', 'Leaving', 'main']
+           'RecipeToWrite', 'UsageError', 'ENDING', 'GRACE', 'merge_command', 'run_command', 'report_command',
+           'align_command', 'convert_command', 'inspect_command', 'curvature_command', 'basis_command', 'tune_command',
+           'suggest_command', 'extract_command', 'resize_command', 'demo_command', 'Leaving', 'Ending', 'main']
 
 # %% ../../nbs/cli/commands.ipynb #fbd8897e
 import errno
@@ -787,9 +787,7 @@ def _saved(figure: Any, path: Path) -> Path:
     "Save a picture, whole or not at all: its place; `MergeError` if the disk takes none."
     from frechet_merge.files.output import disk_errors, staged_file
 
-    # what matplotlib would call it
-    path = path if path.suffix else path.with_name(f"{path.name}.png")
-    with disk_errors(path), staged_file(path) as part:
+    with disk_errors(path), staged_file(path, alone=True) as part:
         figure.savefig(part, dpi=150, bbox_inches="tight")
     return path
 
@@ -1183,7 +1181,7 @@ def suggest_command(
     quiet: Quiet = False,
 ) -> Iterator[Suggested]:
     "Name the merge of MODELS that diagnostics argue for. Exit code 1 if there is none."
-    from frechet_merge.files.output import free
+    from frechet_merge.files.output import claimed, free
     from frechet_merge.tuning.suggest import suggest
 
     start = time.time()
@@ -1191,24 +1189,25 @@ def suggest_command(
         out = free(out, folder=False)
     asking = dict(heads=names(heads, "--heads"), max_samples=max_samples, batch_size=batch_size)
     asking |= dict(max_length=max_length, text=text, pair=pair, split=split, tokenizer=tokenizer)
-    found = suggest(
-        models,
-        base,
-        names(metrics),
-        names(data, "--data"),
-        any_base,
-        allow_pickle,
-        not quiet and sys.stderr.isatty(),
-        lambda s: None if quiet else say(s, err=True),
-        device=device,
-        seed=seed,
-        **asking,
-    )
+    with claimed(out):
+        found = suggest(
+            models,
+            base,
+            names(metrics),
+            names(data, "--data"),
+            any_base,
+            allow_pickle,
+            not quiet and sys.stderr.isatty(),
+            lambda s: None if quiet else say(s, err=True),
+            device=device,
+            seed=seed,
+            **asking,
+        )
+        if out is not None and found.recipe is not None:
+            found.write(out)
     yield Suggested(found, None if found.recipe is None else out, since(start))
     if found.recipe is None:
         raise typer.Exit(1)
-    if out is not None:
-        found.write(out)
 
 # %% ../../nbs/cli/commands.ipynb #e3a9ef8e
 Rank = Annotated[
@@ -1493,6 +1492,32 @@ def _end(number: int, frame: Any) -> None:
         os._exit(128 + number)
     sys.exit(128 + number)
 
+# %% ../../nbs/cli/commands.ipynb #5d6d107c
+GRACE = 5.0  # seconds in which a run that ends is not interrupted again
+
+
+class Ending:
+    "A run ends by the first signal that asks for it; while it clears up, others are not heard."
+
+    def __init__(self):
+        self.since = -GRACE
+
+    def __call__(self, number: int, frame: Any) -> None:
+        "The handler of a signal."
+        now = time.monotonic()
+        if now - self.since >= GRACE:
+            self.since = now
+            _end(number, frame)
+
+    def dropped(self, what: Any) -> None:
+        "In the place of `sys.unraisablehook`: an end that could not be raised there comes again."
+        code = what.exc_value.code if isinstance(what.exc_value, SystemExit) else None
+        if not isinstance(code, int):
+            return sys.__unraisablehook__(what)
+        number, self.since = code - 128, -GRACE
+        signal.signal(signal.SIGALRM, lambda _, frame: self(number, frame))
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+
 # %% ../../nbs/cli/commands.ipynb #5831c528
 def main():
     """Entry point of `frechet-merge`: exit code 0 done, 1 the inputs cannot be merged, 2 wrong
@@ -1502,10 +1527,12 @@ def main():
         sys.argv.remove("--debug")
     _open_standard_streams()
     sys.stdout, sys.stderr = _speaking(sys.stdout), _speaking(sys.stderr)
+    ending = Ending()
+    sys.unraisablehook = ending.dropped
     for number in ENDING:
         # what nohup, or a shell for what it runs behind, has ignored stays so
         if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, _end)
+            signal.signal(number, ending)
     # over the line that says that a command is at work
     over = ERASED if sys.stderr.isatty() else ""
     warnings.showwarning = lambda text, *_: say(f"warning: {text}", err=True, over=over)

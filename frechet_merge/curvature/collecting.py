@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..files.checkpoint import known_facts
 from ..files.open import load
 from .estimators import ESTIMATORS, causal, default_forward, default_mask
 from .estimators import length, objective, size, take
@@ -74,7 +75,11 @@ class Statistics(dict):
         super().__init__(tensors)
         self.about = about or {}
 
-    def save(self, path: str | os.PathLike):
+    def save(
+        self,
+        path: str | os.PathLike,
+        replace: bool = True,  # what is there
+    ):
         "One safetensors file, float32; nothing appears at `path` unless all of it does."
         first: dict[int, str] = {}
         stored, tied = {}, {}
@@ -86,7 +91,7 @@ class Statistics(dict):
             else:
                 tied[name] = kept
         facts = {k: json.dumps(v) for k, v in self.about.items()}
-        with disk_errors(Path(path)), staged_file(path) as part:
+        with disk_errors(Path(path)), staged_file(path, replace) as part:
             save_tensors(part, dict(sorted(stored.items())), {**facts, **tied})
 
     @classmethod
@@ -99,13 +104,13 @@ class Statistics(dict):
         facts = {k: v for k, v in read_header(path)[1].items() if k not in held.tied}
         facts.pop("format", None)
         try:
-            about = {k: json.loads(v) for k, v in facts.items()}
+            said = {k: json.loads(v) for k, v in facts.items()}
         except (ValueError, RecursionError) as e:
             raise MergeError(
                 f"{path}: has facts in its header that are no JSON.\n"
                 "Name a file that frechet-merge curvature wrote."
             ) from e
-        return cls(tensors | tied, about)
+        return cls(tensors | tied, known_facts(said, path))
 
     def lacking(self) -> str:
         """What has no metric, grouped by why; empty if there is nothing to say (frozen parameters,

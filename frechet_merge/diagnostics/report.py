@@ -542,6 +542,6 @@ def write_report(
     except MergeError as e:
         raise MergeError(f"{out}: {e}") from e
     place = free(page_of(out), folder=False, replace=True)
-    with disk_errors(place, len(text)), staged_file(place) as part:
+    with disk_errors(place, len(text)), staged_file(place, alone=True) as part:
         part.write_text(text, encoding="utf-8", errors="backslashreplace")
     return place

@@ -31,7 +31,7 @@ import torch
 from .places import place_of
 from .shards import Entry, header_length, header_of, stand_in, stood_for
 from .tensors import LazyTensor, scratch, spans
-from ..messages import MergeError, called, redacted
+from ..messages import called, first_line, MergeError, redacted
 
 # %% ../../nbs/files/ranges.ipynb #b8dd9ec4
 ADDRESS = re.compile(r"(?:[A-Za-z][\w+.-]*::)*[A-Za-z][A-Za-z0-9+.-]*://")
@@ -128,7 +128,7 @@ def driver(address: str) -> tuple[Any, str]:
         ) from None
     except ValueError as e:
         raise MergeError(
-            f"{address}: cannot be read as an address ({str(e).splitlines()[0][:200]}).\n"
+            f"{address}: cannot be read as an address ({first_line(e)}).\n"
             "Check the address; fsspec knows s3://, gs://, az://, https://, hf:// and others."
         ) from None
     return fs, str(path)

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from operator import itemgetter
 from pathlib import Path
 
@@ -154,7 +155,8 @@ def open_file(path: str | os.PathLike) -> int:
 def read_bytes(path: str | os.PathLike) -> bytes:
     "All of a file of text; `MergeError` as in `open_file`, or if none can be so long."
     with reading(path), open(open_file(path), "rb") as f:
-        found = f.read(MAX_TEXT + 1)
+        # as much memory is set aside as is asked for; a byte more tells whether it grew
+        found = f.read(min(os.fstat(f.fileno()).st_size, MAX_TEXT) + 1)
     # a sparse file costs nobody anything, and would fill the memory
     if len(found) > MAX_TEXT:
         raise MergeError(
@@ -175,6 +177,11 @@ def pieces_of(path: str | os.PathLike) -> Iterator[bytes]:
                 return
             left -= len(piece)
             yield piece
+
+
+def same_bytes(one: str | os.PathLike, other: str | os.PathLike) -> bool:
+    "Whether two files hold the same, however long they are; `MergeError` as in `open_file`."
+    return all(a == b for a, b in zip_longest(pieces_of(one), pieces_of(other)))
 
 
 def refuse_another(

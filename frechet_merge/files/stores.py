@@ -21,7 +21,7 @@ from .hub import needed, small_files
 from .places import place_of
 from .ranges import asked, driver, found, is_file, kind_of, name_of
 from .ranges import put_stand_in, state_of
-from ..messages import MergeError, redacted, warn
+from ..messages import as_here, MergeError, redacted, warn
 
 # %% ../../nbs/files/stores.ipynb #0e6d7895
 DEPTH = 4  # levels of folders that are looked into
@@ -122,7 +122,7 @@ REQUESTS = 16  # that are under way at once
 def _each(do: Any, names: Iterable[str]) -> None:
     "Do it with each name, several at a time; the first error."
     with ThreadPoolExecutor(REQUESTS) as threads:
-        for _ in threads.map(do, names):
+        for _ in threads.map(as_here(do), names):
             pass
 
 # %% ../../nbs/files/stores.ipynb #9e8ed8f1

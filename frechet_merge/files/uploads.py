@@ -16,7 +16,7 @@ from .formats import INDEX
 from .folders import is_weights
 from .ranges import asked, driver, kind_of, name_of
 from .stores import PARTIAL
-from ..messages import MergeError, warn
+from ..messages import first_line, MergeError, warn
 
 # %% ../../nbs/files/uploads.ipynb #39e94a0f
 # kind of address → why nothing is written there, and what to do
@@ -65,7 +65,7 @@ def _remove(addresses: list[str]) -> None:
         try:
             asked(address, partial(remove, *driver(address)))
         except MergeError as e:
-            warn(f"{address}: could not be removed ({str(e).splitlines()[0]}). Remove it by hand")
+            warn(f"{address}: could not be removed ({first_line(e)}). Remove it by hand")
 
 # %% ../../nbs/files/uploads.ipynb #1f20ac0b
 # by which libraries know a model

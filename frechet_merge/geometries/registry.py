@@ -18,7 +18,7 @@ from importlib.metadata import EntryPoint, entry_points
 from inspect import Parameter, signature
 from typing import Any
 
-from ..messages import MergeError, pass_on
+from ..messages import first_line, MergeError, pass_on
 from .geometry import Geometry
 
 # %% ../../nbs/geometries/registry.ipynb #cfb55f77
@@ -116,7 +116,7 @@ def geometry_named(
     try:
         return make(**given)
     except (TypeError, ValueError) as e:
-        said = str(e).splitlines()[0].rstrip(".")
+        said = first_line(e).rstrip(".")
         right = _usage(name, takes, _blamed(said, given))
         raise ValueError(f"{text!r}: {said}.\n{right}.") from e
 

@@ -37,12 +37,13 @@ from ..files.tensors import as_device
 from ..curvature.collecting import Statistics, checked, curvature
 from ..curvature.estimators import cross_entropy
 from .examples import batches, examples, need, quiet
-from ..files.output import free, temporary
+from ..files.output import claimed, free, temporary
 from ..files.pickles import is_pickle
+from ..matching.hollow import refuse_larger
 from ..matching.layouts import layout
 from ..matching.quantised import without_codes
 from ..matching.statistics import PARTS
-from ..messages import pass_on, warn
+from ..messages import first_line, named, pass_on, warn
 
 # %% ../../nbs/huggingface/models.ipynb #7f756f0a
 Name = str | os.PathLike  # a file, a folder or a hub id
@@ -220,6 +221,11 @@ def experts_in(model: Any, c: Checkpoint) -> dict[str, list[str]]:
             found[name] = [stored for expert in zip(*lists) for stored in expert]
     return found
 
+# %% ../../nbs/huggingface/models.ipynb #cbe43dea
+def _is_length(x: Any) -> bool:
+    "Whether something is a number of tokens: a tokenizer without a limit says a very large one."
+    return type(x) in (int, float) and x >= 1
+
 # %% ../../nbs/huggingface/models.ipynb #851bbbf2
 # of transformers: no code of a model is run, and nobody is asked whether it may be
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}
@@ -252,9 +258,15 @@ def open_tokenizer(
     except Exception as e:
         pass_on(e)
         raise MergeError(
-            f"{folder}: its tokenizer cannot be opened ({str(e).splitlines()[0][:200]}).\n"
+            f"{folder}: its tokenizer cannot be opened ({first_line(e)}).\n"
             "Copy its files there again, or name a folder that has one (--tokenizer)."
         ) from e
+    if not _is_length(tok.model_max_length):
+        raise MergeError(
+            f"{folder}: its tokenizer_config.json has model_max_length = "
+            f"{named(repr(tok.model_max_length))}, which is no number of tokens.\n"
+            "The file is damaged: download or save it again, or mend this key."
+        )
     tok.padding_side = "right"
     _give_padding(tok, rows, folder)
     beyond = [(word, i) for word, i in tok.get_vocab().items() if i >= rows]
@@ -301,6 +313,7 @@ def _read(model: Name, allow_pickle: bool) -> tuple[Checkpoint, list[Checkpoint]
             "is not a folder with a config.json",
             "Name the folder of a Hugging Face model.",
         )
+    refuse_larger(base)
     return base, adapters
 
 # %% ../../nbs/huggingface/models.ipynb #d4a7a54b
@@ -442,7 +455,7 @@ def open_model(
             pass_on(e)
             raise _no(
                 model,
-                f"transformers cannot open it ({str(e).splitlines()[0][:200]})",
+                f"transformers cannot open it ({first_line(e)})",
                 "From Python, frechet_merge.curvature.curvature takes any module and its batches.",
             ) from e
         names, apart = all_names_in(m, c)
@@ -779,17 +792,31 @@ def collect(
     _check_basis(form, basis)
     as_device(device)
     state = out.with_name(out.name + ".state")
-    if not resume:
+    with claimed(out):
+        if not resume:
+            state.unlink(missing_ok=True)
+        stats = _collected(asked, batch_size, allow_pickle, device, state, progress)
+        stats.save(out, replace=False)
         state.unlink(missing_ok=True)
+    return stats
+
+# %% ../../nbs/huggingface/models.ipynb #99cd3c37
+def _collected(
+    asked: Asked,
+    batch_size: int,
+    allow_pickle: bool,
+    device: Any,
+    state: Path,  # of the run
+    progress: bool,
+) -> Statistics:
+    "What `curvature` says of the parameters, by the names of the checkpoint."
     m, fed = _opened(asked, batch_size, allow_pickle)
     stats = _measured(asked, m, fed, device, state, progress)
-    stats = renamed(stats, m.names, load(model, allow_pickle), m.experts)
+    stats = renamed(stats, m.names, load(asked.model, allow_pickle), m.experts)
     if said := stats.lacking():
         warn(f"no metric for {said}")
-    stats |= _sigmas(stats, basis)
+    stats |= _sigmas(stats, asked.basis)
     stats.about |= asked.facts()
-    stats.save(out)
-    state.unlink(missing_ok=True)
     return stats
 
 # %% ../../nbs/huggingface/models.ipynb #38aa13b1

@@ -24,7 +24,7 @@ from ..files.places import place_of
 from ..files.shards import Entry, read_header
 from .examples import need, quiet, table
 from .models import NO_CODE
-from ..messages import MergeError, pass_on
+from ..messages import first_line, MergeError, pass_on
 
 # %% ../../nbs/huggingface/pictures.ipynb #6e609d9a
 # endings of files that are pictures
@@ -159,7 +159,7 @@ def _processor(folder: Path, source: str) -> Any:
             pass_on(e)
             raise MergeError(
                 f"{source}: nothing says how pictures are prepared for it "
-                f"({str(e).splitlines()[0][:100]}).\n"
+                f"({first_line(e)}).\n"
                 "Copy preprocessor_config.json there from the model that it was trained from."
             ) from e
 

@@ -18,7 +18,7 @@ from ..files.open import load
 from ..messages import MergeError
 from ..messages import Notes
 from ..geometries.subspace import LabeledBasis, labeled_basis
-from ..files.output import disk_errors, free, staged_file
+from ..files.output import claimed, disk_errors, free, staged_file
 from ..files.shards import save_tensors
 
 # %% ../../nbs/matching/bases.ipynb #e72b7ab3
@@ -89,8 +89,9 @@ def write_bases(
 ) -> dict[str, Tensor]:
     "`bases` in one safetensors file; nothing appears at `out` unless all of it does."
     out = free(out, folder=False)
-    found = bases(models, base, k, only, allow_pickle, progress)
-    with disk_errors(out), staged_file(out) as part:
-        about = {"k": str(k), "models": ", ".join(map(str, models))}
-        save_tensors(part, dict(sorted(found.items())), about)
+    with claimed(out):
+        found = bases(models, base, k, only, allow_pickle, progress)
+        with disk_errors(out), staged_file(out, replace=False) as part:
+            about = {"k": str(k), "models": ", ".join(map(str, models))}
+            save_tensors(part, dict(sorted(found.items())), about)
     return found

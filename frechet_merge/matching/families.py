@@ -22,7 +22,7 @@ from ..files.open import load
 from ..files.output import temporary
 from .groups import Group, Member, Part, gauged, off_by
 from .groups import elements
-from .hollow import hollow
+from .hollow import hollow, refuse_larger
 from .layouts import seen_by_module
 from ..messages import MergeError, pass_on, warn
 
@@ -559,7 +559,9 @@ def tried(groups: Sequence[Group], config: Mapping[str, Any]) -> list[Group]:
 def groups_of(c: Checkpoint) -> list[Group]:
     "The symmetries of a model of transformers, tried on a small one; `MergeError` if it has none."
     found = derived(c)
-    found = tried(found, c.config) if found else []
+    if found:
+        refuse_larger(c)
+        found = tried(found, c.config)
     if not found:
         raise MergeError(
             f"{c.source}: no symmetry is known of it: its names are of no family that is known "

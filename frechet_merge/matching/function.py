@@ -14,6 +14,7 @@ from typing import Any
 
 from ..files.checkpoint import Checkpoint, json_in, read_json
 from ..files.folders import components
+from ..files.shards import same_bytes
 from .settings import differences, flat, of_both
 from ..messages import MergeError, warn
 
@@ -98,6 +99,11 @@ def modules(c: Checkpoint) -> dict[str, list[Path]]:
     found = {p: [f for kind in WEIGHTS for f in sorted(d.glob(kind))] for p, d in folders.items()}
     return {path: files for path, files in found.items() if files}
 
+# %% ../../nbs/matching/function.ipynb #8f1623ae
+def _are_the_same(ours: Sequence[Path], theirs: Sequence[Path]) -> bool:
+    "Whether two lists of files hold the same, in their order."
+    return len(ours) == len(theirs) and all(map(same_bytes, ours, theirs))
+
 # %% ../../nbs/matching/function.ipynb #b59f6a49
 WEIGHTS = ("*.safetensors", "*.bin")  # files of weights
 
@@ -109,8 +115,9 @@ def refuse_other_modules(models: Sequence[Checkpoint]) -> None:
     for c in others:
         theirs = modules(c)
         for path, files in ours.items():
-            same = [f.read_bytes() for f in files] == [f.read_bytes() for f in theirs.get(path, [])]
-            if not same and path in theirs:
+            if path not in theirs:
+                continue
+            if not _are_the_same(files, theirs[path]):
                 raise MergeError(
                     f"{first.source} and {c.source} have other weights in {path!r}, which are not "
                     "merged here: the output would be made for none of them."

@@ -20,6 +20,7 @@ from ..files.tensors import LazyTensor
 from .absent import refuse_other_layouts
 from .given import Found, Given, rows_given
 from .ties import is_of_t5
+from .tokenizers import refuse_many
 from .union import place_for, united, with_tokens
 from .views import alike
 from .vocabulary import CHOOSE, distinct, is_reserved, refuse_other_tokens
@@ -456,6 +457,8 @@ def _places(
 ) -> list[Tensor]:
     "Where each has the rows of one of them; `MergeError` where that is in doubt."
     theirs, rows = known[target], counts[target]
+    for c, n in zip(every, counts):
+        refuse_many(c.source, n)
     found = []
     for c, ours, n in zip(every, known, counts):
         if ours is not None and theirs is not None:

@@ -20,7 +20,7 @@ from .moved import moved, on_both_sides
 from .pieces import of_pieces, piece_of, piece_shape, same_pieces
 from .pieces import under_all_names
 from .rows import Rows
-from ..files.checkpoint import Checkpoint
+from ..files.checkpoint import Checkpoint, known_facts
 from ..files.open import load
 from ..messages import MergeError
 from ..files.places import place_of
@@ -100,7 +100,7 @@ def facts(
     for f in held.files:
         if f.suffix not in (".bin", ".pt", ".pth", ".ckpt"):
             said |= {k: _value(v) for k, v in read_header(f)[1].items()}
-    return said
+    return known_facts(said, held.source)
 
 # %% ../../nbs/matching/statistics.ipynb #952ad3b3
 def _value(text: str) -> Any:

@@ -17,6 +17,7 @@ from ..files.checkpoint import Checkpoint
 from ..files.output import temporary
 from .families import NOTHING, Trial, derived, groups_of, hidden_size
 from .groups import Group, Member, Part, gauged, off_by, random_element
+from .hollow import refuse_larger
 from ..messages import MergeError
 
 # %% ../../nbs/matching/stream.ipynb #421dcf67
@@ -122,6 +123,7 @@ def stream_of(c: Checkpoint) -> Group:
     width = hidden_size(c.config)
     if not width:
         raise _refused(c.source, "its config names no width that all of it shares")
+    refuse_larger(c)
     with temporary() as folder:
         trial = Trial.of(c.config, folder)
         if trial is None:

@@ -18,8 +18,9 @@ from ..files.checkpoint import TEXT, Checkpoint, read_json
 from ..files.folders import TOKENIZER, is_named
 from ..files.output import copied
 from ..files.places import is_of
-from .joined import TRIED, joined, kind_of, new_pieces, split_otherwise
-from .tokenizers import SENTENCEPIECE, needs
+from .joined import TRIED, joined, kind_of, new_pieces, numbers_of
+from .joined import split_otherwise
+from .tokenizers import SENTENCEPIECE, needs, refuse_many
 from .vocabulary import is_reserved
 from ..messages import MergeError, pass_on, warn
 
@@ -148,6 +149,8 @@ def _joined_with(
     from tokenizers import Tokenizer
 
     held = inner[0]
+    for c, one in zip(every, inner):
+        refuse_many(c.source, max(numbers_of(one).values(), default=0))
     for c, tokenizer, theirs in zip(every[1:], tokenizers[1:], inner[1:]):
         pieces = new_pieces(held, theirs)
         if pieces:

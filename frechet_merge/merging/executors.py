@@ -32,7 +32,7 @@ import torch
 from ..files.shards import Entry, ShardWriter
 from .block import Job, Write
 from .journal import Entered, extend, Journal, Range
-from ..messages import MergeError, Notes, pass_on, warn
+from ..messages import first_line, MergeError, Notes, pass_on, shown, warn
 from ..spaces.mean import Mean
 
 # %% ../../nbs/merging/executors.ipynb #0c8fed03
@@ -307,7 +307,7 @@ def lost(name: str, how: str) -> MergeError:
 # %% ../../nbs/merging/executors.ipynb #97f9d80e
 def _say(text: str) -> None:
     "Warn of what befell a run: no record of the model has it, since the model is the same."
-    contextvars.Context().run(warn, text)
+    contextvars.Context().run(warn, shown(text))
 
 # %% ../../nbs/merging/executors.ipynb #b25593e7
 class Processes:
@@ -402,7 +402,7 @@ def started(ray: Any) -> None:
         ray.shutdown()
         pass_on(e)
         where = os.environ.get("RAY_ADDRESS", "this machine")
-        why = str(e).strip().splitlines()[0][:200]
+        why = first_line(e)
         raise MergeError(
             f"{where}: Ray did not start ({why}).\n"
             "Look what `ray status` says, or use --executor processes, which needs no Ray."

@@ -20,7 +20,7 @@ from ..files.checkpoint import Checkpoint, from_state_dict
 from ..geometries.geometry import Geometry
 from ..matching.views import PEFT_LEAD
 from .merge import merge
-from ..messages import MergeError, warn
+from ..messages import first_line, MergeError, warn
 from ..spaces.robust import Loss
 
 # %% ../../nbs/merging/federated.ipynb #c74b75e2
@@ -140,7 +140,7 @@ def _why_not(state: Mapping[str, Tensor], examples: float) -> str | None:
     try:
         as_adapter(state, "it")
     except MergeError as e:
-        return f"sent no adapter ({str(e).splitlines()[0].rstrip('.')})"
+        return f"sent no adapter ({first_line(e).rstrip('.')})"
     return None
 
 # %% ../../nbs/merging/federated.ipynb #449e1d09

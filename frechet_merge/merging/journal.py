@@ -64,6 +64,21 @@ def mean_from_data(said: dict[str, Any]) -> Mean:
         counted = Settled(**{**counted, **arrays})
     return Mean(None, **{**said, "squares": tuple(said["squares"]), "counted": counted})
 
+# %% ../../nbs/merging/journal.ipynb #da774519
+def _refuse_odd(said: Any) -> None:
+    "An error of any kind for a line that no journal has."
+    for r in said["wrote"]:
+        held = Range(**r)
+        numbers = (held.start, held.count, held.checksum)
+        are_counts = all(type(x) is int and 0 <= x < 1 << 56 for x in numbers)
+        if not isinstance(held.name, str) or not are_counts:
+            raise TypeError("no range")
+    for mean in said["means"].values():
+        held = mean_from_data(mean)
+        numbers = (held.residual, held.variance, held.iterations, *held.squares)
+        if not all(isinstance(x, (int, float)) for x in numbers):
+            raise TypeError("no mean")
+
 # %% ../../nbs/merging/journal.ipynb #16b90614
 def _lines(path: Path) -> dict[str, dict]:
     "Job → what its line says, of all lines that are whole."
@@ -76,9 +91,10 @@ def _lines(path: Path) -> dict[str, dict]:
     for line in text.split(b"\n")[:-1]:
         try:
             said = json.loads(line)
+            _refuse_odd(said)
             found[said["job"]] = said
         # a power cut may leave anything
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             continue
     return found
 
@@ -138,7 +154,10 @@ class Entered(Around):
         if said is None:
             return None
         ranges = [Range(**r) for r in said["wrote"]]
-        if any(self.sink.checksum(r.name, r.start, r.count) != r.checksum for r in ranges):
+        sink = self.sink
+        if any(r.name not in sink.entries for r in ranges):
+            return None
+        if any(sink.checksum(r.name, r.start, r.count) != r.checksum for r in ranges):
             return None
         for r in ranges:
             self.sink.ledger.enter(r.name, r.start, r.count)

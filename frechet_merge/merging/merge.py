@@ -289,7 +289,7 @@ class Work:
         "The tensors of an adapter as one file, which says in its header what it is made of."
         out, start = self.output.folder, plan.start
         assert out is not None
-        with disk_errors(out, plan.nbytes), staged_file(out) as part:
+        with disk_errors(out, plan.nbytes), staged_file(out, replace=False, alone=True) as part:
             means = into_folder(replace(plan, stem=part.stem), part.parent, 1 << 62, self.run)
             record = self.done(means, start)
         return Merged(load(out), means, out, record)

@@ -18,6 +18,7 @@ from ..files.checkpoint import Checkpoint, read_json, vocabulary_size
 from ..files.folders import pipeline_parts
 from ..files.open import load
 from ..files.ranges import is_file
+from ..files.shards import same_bytes
 from ..files.tensors import as_device
 from ..matching.blocks import by_name, named_by
 from ..matching.function import modules, refuse_other_modules, refuse_other_poolings
@@ -75,11 +76,11 @@ def _say_what_is_copied(models: Sequence[Checkpoint]) -> None:
     # beside a file that was named alone may lie what is not its
     if first.folder is None or is_file(first.source):
         return
-    for file in sorted(f for kind in OBJECTS for f in first.folder.glob(kind)):
+    for file in sorted(f for kind in OBJECTS for f in first.folder.glob(kind) if f.is_file()):
         for c in others:
             theirs = None if c.folder is None else c.folder/file.name
             there = theirs is not None and theirs.is_file()
-            if theirs is None or not there or theirs.read_bytes() != file.read_bytes():
+            if theirs is None or not there or not same_bytes(theirs, file):
                 warn(
                     f"{file.name}: is an object and no tensors; that of {first.source} is copied, "
                     f"and {c.source} has {'another' if there else 'none'}. Fit it anew on the "
@@ -141,7 +142,7 @@ def refuse_parts_without_place(opened: Opened) -> None:
     for c in others:
         for name, file in _head_files(first).items():
             theirs = _head_files(c).get(name)
-            if theirs is not None and theirs.read_bytes() != file.read_bytes():
+            if theirs is not None and not same_bytes(theirs, file):
                 raise MergeError(
                     f"{first.source} and {c.source} have other weights in {name!r}, which are "
                     "merged into a folder only: give out= (-o)."

@@ -29,7 +29,7 @@ from .journal import Journal
 from .many import at_once, grouped
 from .memory import KEPT, Room, bytes_held, frugal, handed_back
 from .recipe import Run, typed_dtype
-from ..messages import Notes, warn
+from ..messages import as_here, Notes, warn
 from ..files.shards import Ledger, ShardWriter
 
 # %% ../../nbs/merging/run.ipynb #fa303177
@@ -265,7 +265,7 @@ def do_jobs(
                 return act(job)
 
         groups = grouped(sorted(plan.jobs, key=lambda job: -job.size))
-        for job, found in chain.from_iterable(over(do, groups)):
+        for job, found in chain.from_iterable(over(as_here(do), groups)):
             tick(job.size)
             seen += 1
             means |= found

@@ -407,7 +407,8 @@ def run_steps(
     "Run the recipes of a file; `MergeError`, or `ValueError` for what only one merge can be."
     _refuse(steps, output, run)
     assert output.folder is not None
-    out = place_of(output.folder).resolve()
+    # not `resolve`, which takes a loop of links for a fault; it is refused below
+    out = Path(os.path.realpath(place_of(output.folder)))
     names = names_of(steps, out)
     several = Several(steps, out, output, run, names, keys_of(steps, names, output, run))
     done = several.finished() if run.resume else None

@@ -27,6 +27,7 @@ from ..geometries.geometry import Euclidean
 from ..huggingface.examples import need
 from ..huggingface.models import Name, open_model, open_tokenizer
 from ..matching.function import unlike
+from ..matching.hollow import refuse_larger
 from ..matching.views import alike
 from .block import Copy
 from .each import as_geometry
@@ -35,7 +36,7 @@ from .plan import Opened, as_written, open_recipe, plan_recipe
 from .recipe import Model, Output, Recipe, Run, as_dtype, flag, typed_dtype
 from .record import begun
 from .run import Plan
-from ..messages import MergeError, heard, warn
+from ..messages import MergeError, heard, pass_on, warn
 
 # %% ../../nbs/merging/upcycled.ipynb #e4d7c021
 @dataclass(frozen=True)
@@ -96,7 +97,17 @@ def shape_of(c: Checkpoint) -> Shape:
 def config_of_mixture(c: Checkpoint, shape: Shape, experts: int, picked: int) -> dict[str, Any]:
     "All that the config of a mixture has to say; what a dense config means, too."
     transformers = need("transformers")
-    meant = transformers.AutoConfig.for_model(**c.config).to_dict()
+    refuse_larger(c)
+    try:
+        meant = transformers.AutoConfig.for_model(**c.config).to_dict()
+    # whatever a class says of a config that it does not understand
+    except Exception as e:
+        pass_on(e)
+        raise MergeError(
+            f"{c.source}: transformers does not understand its config.json "
+            f"({' '.join(str(e).split())[:200]}).\n"
+            "The file is damaged: download or save it again, or mend this key."
+        ) from e
     known = transformers.AutoConfig.for_model(shape.type).to_dict()
     # what is of all models is said only where it is not what is meant anyway
     plain = transformers.PretrainedConfig().to_dict()

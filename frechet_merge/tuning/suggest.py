@@ -291,7 +291,7 @@ class Suggestion:
     def write(self, file: Name) -> Path:
         "Write `yaml()` to a file; `MergeError` if it is there already."
         place = free(file, folder=False)
-        with disk_errors(place), staged_file(place) as part:
+        with disk_errors(place), staged_file(place, replace=False, alone=True) as part:
             part.write_text(self.yaml(), encoding="utf-8")
         return place
 

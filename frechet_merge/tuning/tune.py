@@ -35,7 +35,7 @@ from ..geometries.registry import geometry_named, spelled
 from ..merging.merge import Merged, make
 from ..merging.plan import open_recipe, plan_recipe
 from ..merging.recipe import Output, Recipe, Run, as_dtype
-from ..files.output import free, hidden, temporary
+from ..files.output import free, hidden, owned, temporary
 from ..matching.statistics import facts
 from ..messages import warn
 
@@ -236,8 +236,8 @@ class _Asked:
 @contextmanager
 def _between(out) -> Iterator[str]:
     "A folder beside `out` for merges that are only looked at; those of runs that were killed go."
-    place = temporary() if out is None else hidden(Path(out).absolute(), alone=False)
-    with place as folder:
+    place = temporary() if out is None else hidden(Path(out).absolute(), alone=True)
+    with place as folder, owned(folder):
         yield str(folder)
 
 # %% ../../nbs/tuning/tune.ipynb #43d8180a
