@@ -1,7 +1,8 @@
 """Recipes of mergekit, run by mergekit and by frechet-merge: are the tensors the same?
 
-    python bench/mergekit_recipes.py PYTHON
+    python bench/mergekit_recipes.py PYTHON [WORD…]
 
+With words, only recipes whose names hold one of them are run, and the others keep what was found.
 PYTHON is the interpreter of an environment with mergekit. Models are random Llamas of four layers
 in float32. Methods that draw random numbers are compared in the mean and the number of entries kept
 over a few seeds. Recipes of modules are for random Gemmas that see, in the layout of the hub;
@@ -295,6 +296,55 @@ RECIPES = {
     "della": THREE + "parameters: {epsilon: 0.05}",
     "della_linear": THREE + "parameters: {epsilon: 0.05}",
 }
+# one recipe in other words: as mergekit writes a model, with merge keys, texts and rules alone
+SPELLED = """models:
+- model: {model: {path: $a}, lora: null}
+  layer_range: [0, 2]
+  parameters: {<<: {weight: 0.3}, weight: '0.7'}
+- model:
+    model: {path: $base}
+    lora: {path: $plain}
+  parameters: {weight: {value: 5e-1}}
+base_model: {model: {path: $a}}
+random_seed: 0
+int8_mask: true
+"""
+MINUS = "models: [{model: $a, parameters: {weight: -0.2}}, {model: $b, parameters: {weight: 1}}]\n"
+MINUS += "base_model: $base\nparameters: {normalize: true}\n"
+RECIPES |= {
+    "linear, spelled in other words": SPELLED,
+    "task_arithmetic, negative and normalised": MINUS,
+    "task_arithmetic, rescaled": THREE + "parameters: {rescale: true}",
+    "slerp, two numbers and filters": "models: [{model: $x}, {model: $y}]\nbase_model: $x\n"
+    "parameters: {t: [{filter: mlp, value: [0, 1]}, {filter: null, value: [1, 0]}]}",
+}
+# of encoders with decoders; of T5s with gates, which are those that mergekit reads
+TWO_PARTS = """modules:
+  encoder:
+    slices:
+      - sources: [{model: $t5a, layer_range: [0, 2]}]
+      - sources: [{model: $t5b, layer_range: [1, 3]}]
+  decoder:
+    slices:
+      - sources: [{model: $t5b, layer_range: [0, 2]}]
+      - sources: [{model: $t5a, layer_range: [3, 4]}]
+"""
+BOTH_PARTS = """modules:
+  encoder:
+    slices:
+      - sources:
+          - {model: $t5a, layer_range: [0, 2], parameters: {weight: 0.3}}
+          - {model: $t5b, layer_range: [0, 2], parameters: {weight: [0.2, 0.9]}}
+      - sources: [{model: $t5a, layer_range: [1, 3]}, {model: $t5b, layer_range: [1, 3]}]
+  decoder: {models: [{model: $t5a}, {model: $t5b, parameters: {weight: 3}}]}
+parameters: {weight: 1}
+"""
+RECIPES |= {
+    "passthrough, an encoder and its decoder": TWO_PARTS,
+    "linear, an encoder and its decoder": BOTH_PARTS,
+}
+# what mergekit's results of these lack
+LOST = {"shared.weight"}
 RANDOM = ("dare", "della")
 THEIRS = """
 import json, sys, torch, yaml
@@ -355,6 +405,20 @@ def gemma(folder, seed, base=None):
     return model
 
 
+def t5(folder, seed):
+    "A random T5 with gates."
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(seed)
+    shape = {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_heads": 2}
+    layers = {"num_layers": 3, "num_decoder_layers": 4, "feed_forward_proj": "gated-gelu"}
+    model = T5ForConditionalGeneration(T5Config(**shape, **layers)).float()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p)*0.1)
+    model.save_pretrained(folder)
+
+
 def adapter(folder, seed, base, how):
     "A random adapter of a model."
     from peft import LoraConfig, get_peft_model
@@ -373,7 +437,7 @@ def adapter(folder, seed, base, how):
 
 def written(folder):
     "Every recipe as a file."
-    names = ("base", "a", "b", "c", "x", "y", "gbase", "ga", "gb", *ADAPTERS)
+    names = ("base", "a", "b", "c", "x", "y", "gbase", "ga", "gb", "t5a", "t5b", *ADAPTERS)
     base = llama(folder/"base", 0)
     seeing = gemma(folder/"gbase", 0)
     for i, name in enumerate(("ga", "gb")):
@@ -382,6 +446,8 @@ def written(folder):
         llama(folder/name, i + 1, base if name in "abc" else None)
     for i, (name, how) in enumerate(ADAPTERS.items()):
         adapter(folder/name, i, folder/"base", how)
+    for i, name in enumerate(("t5a", "t5b")):
+        t5(folder/name, i)
     found = {}
     for i, (title, body) in enumerate([*RECIPES.items(), *FILES.items()]):
         method = f"\nmerge_method: {title.partition(',')[0]}\ndtype: float32\n"
@@ -410,7 +476,8 @@ def ours(recipe, seed):
 
 
 def error(x, y):
-    "The largest relative error of a tensor, and which."
+    "The largest relative error of a tensor, and which; of all that mergekit has not lost."
+    x = {k: v for k, v in x.items() if k in y or k not in LOST}
     if x.keys() != y.keys():
         return float("inf"), f"other names: {sorted(x.keys() ^ y.keys())[:3]}"
     return max((float((x[k].double() - y[k].double()).norm()/y[k].double().norm()), k) for k in y)
@@ -562,27 +629,43 @@ def of_templates(python, folder):
         yield name, {"alike": sum(x == y for x, y in both), "of": CHATS}
 
 
-def main(python):
-    warnings.simplefilter("ignore")
+def some(python, words):
+    "Recipes by name, beside what is known of the others."
+    file = HERE/"results"/"mergekit_recipes.json"
+    said = json.loads(file.read_text())
+    for title in [t for t in RECIPES if not any(w in t for w in words)]:
+        del RECIPES[title]
+    with tempfile.TemporaryDirectory() as folder:
+        said["recipes"] |= of_recipes(python, Path(folder), written(Path(folder)))
+    file.write_text(json.dumps(said, indent=1) + "\n")
+
+
+def of_recipes(python, folder, recipes):
+    "What came of each recipe that is one file, by both."
     found = {}
+    seeds = {t: SEEDS if t.startswith(RANDOM) else 1 for t in recipes}
+    work = [(str(recipes[t]), str(folder/f"{recipes[t].stem}-{s}"), s, False)
+            for t in RECIPES for s in range(seeds[t])]
+    subprocess.run([python, "-c", THEIRS], input=json.dumps(work), text=True, check=True)
+    base = load_file(folder/"base"/"model.safetensors")
+    for title, recipe in ((t, recipes[t]) for t in RECIPES):
+        theirs = [load_file(folder/f"{recipe.stem}-{s}"/"model.safetensors")
+                  for s in range(seeds[title])]
+        mine = [ours(recipe, s) for s in range(seeds[title])]
+        if seeds[title] > 1:
+            found[title] = drawn(mine, base, theirs)
+        else:
+            worst, name = error(mine[0], theirs[0])
+            found[title] = {"error": worst, "tensor": name}
+        print(title, found[title], flush=True)
+    return found
+
+
+def main(python):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         recipes = written(folder)
-        seeds = {t: SEEDS if t.startswith(RANDOM) else 1 for t in recipes}
-        work = [(str(recipes[t]), str(folder/f"{recipes[t].stem}-{s}"), s, False)
-                for t in RECIPES for s in range(seeds[t])]
-        subprocess.run([python, "-c", THEIRS], input=json.dumps(work), text=True, check=True)
-        base = load_file(folder/"base"/"model.safetensors")
-        for title, recipe in ((t, recipes[t]) for t in RECIPES):
-            theirs = [load_file(folder/f"{recipe.stem}-{s}"/"model.safetensors")
-                      for s in range(seeds[title])]
-            mine = [ours(recipe, s) for s in range(seeds[title])]
-            if seeds[title] > 1:
-                found[title] = drawn(mine, base, theirs)
-            else:
-                worst, name = error(mine[0], theirs[0])
-                found[title] = {"error": worst, "tensor": name}
-            print(title, found[title], flush=True)
+        found = of_recipes(python, folder, recipes)
         for title, seen in of_files(python, folder, recipes):
             found[title] = seen
             print(title, seen, flush=True)
@@ -597,4 +680,5 @@ def main(python):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    warnings.simplefilter("ignore")
+    main(sys.argv[1]) if len(sys.argv) == 2 else some(sys.argv[1], sys.argv[2:])

@@ -5,12 +5,13 @@ import json
 import pytest
 import torch
 from conftest import cli, save
+from spoken import byte_level, talker, with_tokens
 from test_recipe_files import deep, digest, ran, written
 
-from frechet_merge import MergeError
+from frechet_merge import MergeError, merge
 from frechet_merge.files.open import load
 from frechet_merge.merging.lines import read_page
-from frechet_merge.merging.mergekit import translated
+from frechet_merge.merging.mergekit import translated, with_names
 from frechet_merge.merging.recipe import Recipe
 
 NAME = "h.1.mlp.weight"
@@ -483,7 +484,7 @@ def test_layers_that_no_section_of_a_config_counts(tmp_path):
     "An encoder and its decoder are counted side by side, in words of each architecture."
     names = [f"{part}.layers.{i}.mlp.weight" for part in ("encoder", "decoder") for i in range(2)]
     a = save(tmp_path/"a", {n: torch.ones(2, 2) for n in names}, {"is_encoder_decoder": True})
-    with pytest.raises(MergeError, match="its config has no section for encoder"):
+    with pytest.raises(MergeError, match="does not say how many layers its encoder has"):
         load(f"{a}[encoder=0:1]|{a}[encoder=0:2]|{a}[decoder=:]")
     assert {*load(f"{a}[encoder=:]|{a}[decoder=:]")} == {*names}
 
@@ -681,3 +682,147 @@ def test_a_base_that_is_not_merged_is_said_to_be_so(tmp_path, folders, method):
     with pytest.warns(UserWarning, match="is not merged.*name it among the models"):
         found = merged(tmp_path/"o", plain + "base_model: $base", folders)[NAME]
     assert torch.equal(found, alone)
+
+
+PARTS = """models:
+- model: {model: {path: $a}, lora: null}
+  parameters: {weight: 0.3}
+- model:
+    model: {path: $b}
+  parameters: {weight: 0.7}
+"""
+# how people and programs spell one and the same recipe
+SPELLED = {
+    "models by their parts": PARTS,
+    "parts in short": PARTS.replace("{path: $a}", "$a").replace("{path: $b}", "$b"),
+    "anchors and merge keys": "models: [{model: $a, parameters: &w {weight: 0.3}}, "
+    "{model: $b, parameters: {<<: *w, weight: 0.7}}]\n",
+    "a list of merge keys": "models: [{model: $a, parameters: &w {weight: 0.3}}, "
+    "{model: $b, parameters: {weight: 0.7, <<: [*w]}}]\n",
+    "numbers as texts": PARTS.replace("0.3", "'0.3'").replace("0.7", "7e-1"),
+    "a rule alone": PARTS.replace("weight: 0.3", "weight: {value: 0.3}"),
+    "a filter of nothing": PARTS.replace("0.7", "[{filter: null, value: 0.7}]"),
+    "layers beside models": PARTS.replace("\n  par", "\n  layer_range: [0, 2]\n  par"),
+    "options of the command": PARTS + "random_seed: 0\nint8_mask: true\n",
+    "a dtype of torch": PARTS + "dtype: torch.float32\n",
+}
+
+
+@pytest.mark.parametrize("how", SPELLED)
+@pytest.mark.filterwarnings("ignore:.*does nothing")
+def test_spellings_of_one_recipe(tmp_path, folders, how):
+    text = SPELLED[how] + "merge_method: linear\n"
+    found = merged(tmp_path, text, folders)
+    hand = merge([folders["a"], folders["b"]], weights=[0.3, 0.7]).tensors
+    assert all(torch.equal(found[n], hand[n]) for n in hand) and {*found} == {*hand}
+
+
+def test_parts_of_names_everywhere():
+    "Of a base, of tokens, of an adapter, with a revision; other mappings stay as they are."
+    text = """
+base_model: {model: {path: z, revision: v1}}
+models: [{model: {model: a, lora: {path: b, revision: v2}}, parameters: {weight: {value: 1}}}]
+tokenizer:
+  source: {model: {path: z}}
+  tokens: {x: {source: {kind: model_token, model: {model: {path: a}}, token: y}}}
+merge_method: task_arithmetic
+"""
+    found = with_names(read_page(text)).data
+    assert found["base_model"] == "z@v1" and found["models"][0]["model"] == "a+b@v2"
+    assert found["models"][0]["parameters"] == {"weight": {"value": 1}}
+    token = {"kind": "model_token", "model": "a", "token": "y"}
+    assert found["tokenizer"] == {"source": "z", "tokens": {"x": {"source": token}}}
+    for odd, said in (("{path: 3}", "3 must be a text"), ("{pth: a}", "no field 'pth'"),
+                      ("{revision: a}", "names no model"), ("[a]", "must be a text")):
+        with pytest.raises(MergeError, match=said):
+            with_names(read_page(f"merge_method: x\nmodels: [{{model: {{model: {odd}}}}}]"))
+    odd = "merge_method: x\nbase_model: {model: a, override_architecture: X}"
+    with pytest.raises(MergeError, match="leave it out"):
+        with_names(read_page(odd))
+
+
+def test_weights_of_any_sign(tmp_path, folders):
+    "Those that are normalised are divided by their sum; where shares are meant they are refused."
+    text = "models: [{model: $a, parameters: {weight: -0.5}}, {model: $b, parameters: "
+    text += "{weight: 2}}]\nbase_model: $base\n"
+    a, b, z = (load(folders[n]) for n in ("a", "b", "base"))
+    found = merged(tmp_path/"1", text + "merge_method: task_arithmetic\n"
+                   "parameters: {normalize: true}\n", folders)
+    for n in found:
+        want = z[n] + (-0.5*(a[n] - z[n]) + 2*(b[n] - z[n]))/1.5
+        torch.testing.assert_close(found[n], want)
+    with pytest.raises(MergeError, match="normalize: false") as e:
+        merged(tmp_path/"2", text + "merge_method: ties\n", folders)
+    remedy = str(e.value).split("Have it add up: ")[1].rstrip(".")
+    found = merged(tmp_path/"3", f"{text}{remedy}\nmerge_method: ties\n", folders)
+    assert all(x.isfinite().all() for x in found.values())
+    for method in ("nuslerp", "multislerp"):
+        with pytest.raises(MergeError, match="shares of a turn"):
+            merged(tmp_path/"4", f"{text}merge_method: {method}\n", folders)
+    for t in ("1.5", "[0, -1]"):
+        with pytest.raises(MergeError, match="between 0 and 1"):
+            merged(tmp_path/"5", "models: [{model: $a}, {model: $b}]\nbase_model: $a\n"
+                   f"merge_method: slerp\nparameters: {{t: {t}}}\n", folders)
+    with pytest.raises(MergeError, match="above 0 and at most 1"):
+        merged(tmp_path/"6", PLAIN_BASE + "merge_method: sce\n"
+               "parameters: {select_topk: 0}\n", folders)
+
+
+PLAIN_BASE = "models: [{model: $a}, {model: $b}]\nbase_model: $base\n"
+
+
+class TestStacksThatSpeak:
+    "A stack reads with the first model's tokens and writes with the last one's."
+
+    def talkers(self, tmp_path, **tokens):
+        made = {}
+        for seed, (name, added) in enumerate(tokens.items()):
+            tokenizer = with_tokens(byte_level("abc"), added) if added else byte_level("abc")
+            made[name] = talker(tmp_path/name, tokenizer, seed, num_hidden_layers=2)
+        return tmp_path/"a", tmp_path/"b"
+
+    def layers(self, folder):
+        transformers = pytest.importorskip("transformers")
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True)
+        assert not any(info.values()), info
+        return len(model.model.layers)
+
+    def test_a_chosen_tokenizer_leaves_the_count_of_layers(self, tmp_path):
+        a, b = self.talkers(tmp_path, a=["<x>"], b=["<x>"])
+        name = f"{a}[0:2]|{b}[1:2]"
+        found = merge([name], tokenizer="union", out=tmp_path/"o").tensors
+        assert self.layers(tmp_path/"o") == 3
+        assert all(torch.equal(found[n], load(name)[n]) for n in found)
+        merge([name], pad_to_multiple_of=64, out=tmp_path/"p")
+        assert self.layers(tmp_path/"p") == 3
+
+    def test_other_numbers_of_tokens_are_refused(self, tmp_path):
+        "The remedy is run as it is printed."
+        a, b = self.talkers(tmp_path, a=["<x>"], b=["<x>", "<y>"])
+        with pytest.raises(MergeError, match="rows of tokens") as e:
+            load(f"{a}[0:1]|{b}[0:2]")
+        words = str(e.value).split("frechet-merge ")[1].rstrip(".").replace("OUT", "c").split()
+        code, _, err = cli(*words, cwd=tmp_path)
+        assert code == 0, err
+        merge([f"{a}[0:1]|{tmp_path/'c'}[0:2]"], out=tmp_path/"o")
+        assert self.layers(tmp_path/"o") == 3
+        known, whole = load(tmp_path/"o"), load(b)
+        name = "model.layers.1.mlp.up_proj.weight"
+        assert torch.equal(known[name], whole[name.replace("1", "0", 1)])
+
+    def test_other_tokens_of_one_number_are_named(self, tmp_path):
+        a, b = self.talkers(tmp_path, a=["<x>"], b=["<y>"])
+        with pytest.warns(UserWarning, match="'<x>' in .*which reads, and '<y>' in .*which writes"):
+            load(f"{a}[0:1]|{b}[0:2]")
+
+    def test_a_tied_output_layer_behind_one_that_has_its_own(self, tmp_path):
+        a = talker(tmp_path/"a", byte_level("abc"), 0, tie_word_embeddings=False)
+        b = talker(tmp_path/"b", byte_level("abc"), 1, tie_word_embeddings=True)
+        assert a is not b
+        merge([f"{tmp_path/'a'}[0:1]|{tmp_path/'b'}[0:1]"], out=tmp_path/"o")
+        assert self.layers(tmp_path/"o") == 2
+        found, last = load(tmp_path/"o"), load(tmp_path/"b")
+        assert torch.equal(found["lm_head.weight"], last["model.embed_tokens.weight"])
+        first = load(tmp_path/"a")
+        assert torch.equal(found["model.embed_tokens.weight"], first["model.embed_tokens.weight"])

@@ -275,22 +275,15 @@ def test_several_recipes_are_pushed_with_all_that_makes_them_again(tmp_path, hub
         assert (tmp_path/f"again{i}"/WEIGHTS).read_bytes() == files[WEIGHTS]
 
 
-def test_a_push_of_several_models_says_what_pushes_them(tmp_path, hub):
+def test_a_push_of_several_models_is_one_commit_of_folders(tmp_path, hub):
     path = of_several(tmp_path, hub, FIRST, "name: last\n" + LAST)
     env = hub.env(tmp_path/"home", TOKEN)
     words = ["run", path, "-o", "OUT", "-q"]
-    code, _, err = cli(*words, "--push", "merged", "--yes", cwd=tmp_path, env=env)
-    assert code == 2 and not (tmp_path/"OUT").exists() and "me/merged" not in hub.repos
-    assert "leave out the name of the last recipe" in err and "hf upload" in err, err
+    assert cli(*words, "--push", "several", "--yes", cwd=tmp_path, env=env)[0] == 0
+    assert pushed(hub, "me/several") == (files_in(tmp_path/"OUT"), 1)
+    assert hub.repos["me/several"].private
 
-    # each by itself, as it says
-    assert cli(*words, cwd=tmp_path, env=env)[0] == 0
-    for name in ("first", "last"):
-        hf("upload", f"me/{name}", f"OUT/{name}", "--private", env=env, cwd=tmp_path)
-        assert pushed(hub, f"me/{name}") == (files_in(tmp_path/"OUT"/name), 1)
-        assert hub.repos[f"me/{name}"].private
-
-    # the last alone, as it says
+    # the last alone, if it has no name
     path.write_text("---\n".join([FIRST, LAST]))
     words[3] = "ONE"
     assert cli(*words, "--push", "merged", "--yes", cwd=tmp_path, env=env)[0] == 0

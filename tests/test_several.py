@@ -7,6 +7,8 @@ import json
 import os
 import re
 import shutil
+import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -22,7 +24,7 @@ from frechet_merge import MergeError, load, merge
 from frechet_merge.geometries.directions import Slerp
 from frechet_merge.merging.block import MeanOf
 from frechet_merge.merging.lines import read_page, read_pages
-from frechet_merge.merging.recipe import Output, Run
+from frechet_merge.merging.recipe import Run
 from frechet_merge.merging.recipes import read_recipe, run_recipe
 from frechet_merge.merging.record import Record
 from frechet_merge.merging.shares import Share
@@ -117,6 +119,12 @@ def test_into_a_folder_that_is_not_there_yet(tmp_path, folders, last):
     assert cli("run", path, out, cwd=tmp_path)[0] == 0
     assert os.listdir(out.parent) == ["out"]
     assert sorted(os.listdir(tmp_path)) == sorted([*before, "deep"])
+
+
+def digest_of(folder):
+    "The bytes of every file of weights of an output."
+    files = sorted(folder.rglob("*.safetensors"))
+    return {str(f.relative_to(folder)): f.read_bytes() for f in files}
 
 
 def told(folder):
@@ -219,15 +227,6 @@ def test_what_is_wrong_is_said_before_the_first_merge(tmp_path, folders, case):
     assert sorted(os.listdir(tmp_path)) == before
 
 
-@pytest.mark.parametrize("option", [["--part", "1/2"], ["--join"]])
-def test_what_is_done_with_one_merge_is_not_done_with_several(tmp_path, folders, option):
-    path = several(tmp_path, folders, FIRST, SECOND, LAST)
-    code, _, err = cli("run", path, tmp_path/"out", *option, cwd=tmp_path)
-    assert code == 2 and option[0] in err and "3 merges" in err
-    assert not (tmp_path/"out").exists()
-    assert cli("run", path, tmp_path/"out", cwd=tmp_path)[0] == 0
-
-
 def test_a_report_of_each_that_is_kept(tmp_path, folders):
     path = several(tmp_path, folders, FIRST, "name: deep/third\n" + LAST, SECOND)
     code, out, err = cli("run", path, tmp_path/"out", "--report", cwd=tmp_path)
@@ -245,14 +244,19 @@ def test_a_report_of_each_that_is_kept(tmp_path, folders):
     assert "frechet-merge run recipes.yml -o OUT" in page and "models: [first" not in page
 
 
-def test_several_models_are_not_pushed_as_one(tmp_path, folders):
+def test_all_that_are_kept_are_pushed_in_one_commit(tmp_path, folders):
     path = several(tmp_path, folders, FIRST, "name: third\n" + LAST, SECOND)
-    code, _, err = cli("run", path, tmp_path/"out", "--push", "me/x", "--yes", cwd=tmp_path)
-    assert code == 2 and "keeps 3" in err and not (tmp_path/"out").exists()
+    with running() as hub:
+        words = "run", path, tmp_path/"out", "--push", "me/x", "--yes"
+        code, _, err = cli(*words, cwd=tmp_path, env=hub.env(tmp_path/"home", TOKEN))
+        assert code == 0, err
+        files = hub.repos["me/x"].at("main")[1]
+    files.pop(".gitattributes")
+    assert files == files_in(tmp_path/"out")
+    assert {"recipes.yml", "first/config.json", "third/model.safetensors"} <= {*files}
 
 
 def test_the_last_one_is_pushed_if_it_has_no_name(tmp_path, folders):
-    "The remedy of the refusal above."
     path = several(tmp_path, folders, FIRST, LAST, SECOND)
     with running() as hub:
         words = "run", path, tmp_path/"out", "--push", "me/x", "--yes"
@@ -264,30 +268,91 @@ def test_the_last_one_is_pushed_if_it_has_no_name(tmp_path, folders):
     assert not any("first" in name for name in files)
 
 
-def test_the_one_that_is_divided_is_a_file_of_its_own(tmp_path, folders):
-    "The remedy: the others read it by its folder, and all is as in one run."
-    whole = several(tmp_path, folders, FIRST, SECOND, LAST)
-    code, _, err = cli("run", whole, "whole", "--part", "1/2", cwd=tmp_path)
-    assert code == 2 and "as a file of its own" in err, err
-    with pytest.raises(ValueError, match="name that the others have for it"):
-        run_recipe(read_recipe(whole), Output(tmp_path/"x"), Run(part=Share(1, 2)))
-    assert cli("run", whole, "whole", cwd=tmp_path)[0] == 0
-    (tmp_path/"one.yml").write_text(filled(FIRST, folders))
-    (tmp_path/"rest.yml").write_text(filled(f"{SECOND}---\n{LAST}", folders))
-    words = "run", "one.yml", "-o", "first", "--shard-size", "200"
-    for how in (["--part", "1/2"], ["--part", "2/2"], ["--join"]):
-        code, _, err = cli(*words, *how, cwd=tmp_path)
-        assert code == 0, err
-    code, _, err = cli("run", "rest.yml", "-o", "rest", cwd=tmp_path)
-    assert code == 0, err
-    one, two = (load(tmp_path/n) for n in ("whole", "rest"))
-    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
-    # the last of them is divided as well as the first
-    (tmp_path/"last.yml").write_text(filled(LAST.replace("second", "$c"), folders))
-    words = "run", "last.yml", "-o", "last", "--shard-size", "200"
-    for how in (["--part", "2/2"], ["--part", "1/2"], ["--join"]):
-        code, _, err = cli(*words, *how, cwd=tmp_path)
-        assert code == 0, err
+class TestDivided:
+    """Machines write parts of each recipe whose models are there; what they have joined in the end
+    is what one machine makes."""
+
+    def on(self, path, out, run, **more):
+        "One machine, which makes a file for every layer or so."
+        asked = read_recipe(path)
+        return run_recipe(asked, replace(asked.output.into(out), shard_size=200), run)
+
+    def rounds(self, path, out, n=2):
+        "Parts and joins until the output is there; what was said of each join."
+        said = []
+        for _ in range(6):
+            for i in range(n, 0, -1):
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    self.on(path, out, Run("serial", part=Share(i, n)))
+                assert not out.exists()
+            with warnings.catch_warnings(record=True) as w:
+                warnings.simplefilter("always")
+                found = self.on(path, out, Run("serial", join=True))
+            said.append([str(x.message) for x in w])
+            if out.exists():
+                return found, said
+        raise AssertionError(said)
+
+    @pytest.mark.parametrize("last", [LAST, "name: deep/third\n" + LAST])
+    def test_it_is_what_one_machine_makes(self, tmp_path, folders, last):
+        path, out = several(tmp_path, folders, FIRST, SECOND, last), tmp_path/"out"
+        self.on(path, out, Run("serial"))
+        whole, weights = told(out), digest_of(out)
+        shutil.rmtree(out)
+        before = {*os.listdir(tmp_path)}
+        found, said = self.rounds(path, out)
+        assert [any("run all parts again" in x for x in one) for one in said] == [True, True, False]
+        assert told(out) == whole and digest_of(out) == weights
+        assert found.tensors["embed.weight"].shape == load(found.out)["embed.weight"].shape
+        assert {*os.listdir(tmp_path)} == before | {"out"}
+        again = self.on(path, out, Run("serial", join=True, resume=True))
+        assert again.out == found.out and told(out) == whole
+
+    def test_from_the_command_line(self, tmp_path, folders):
+        path = several(tmp_path, folders, FIRST, LAST.replace("second", "$c"))
+        words = "run", path, "-o", "out", "--shard-size", "200"
+        code, _, err = cli(*words, "--join", cwd=tmp_path)
+        assert code == 1 and "there are no parts of it" in err, err
+        for _ in range(2):
+            for how in (["--part", "2/2"], ["--part", "1/2"], ["--join", "--report"]):
+                code, out, err = cli(*words, *how, cwd=tmp_path)
+                assert code == 0, err
+        assert (tmp_path/"out"/"report.html").exists() and "out: 3 models merged" in out
+        assert cli("run", path, "-o", "one", cwd=tmp_path)[0] == 0
+        one, two = load(tmp_path/"one"), load(tmp_path/"out")
+        assert {*one} == {*two} and all(torch.equal(one[n], two[n]) for n in one)
+
+    def test_what_cannot_be_divided_is_made_by_the_one_that_joins(self, tmp_path, folders):
+        a, b = (adapter(tmp_path/n, seed) for seed, n in enumerate("xy"))
+        one = f"name: lora\nmodels: [{a}, {b}]\ngeometry: lora\n"
+        two = f"name: two\nmodels: [lora, {a}]\ngeometry: lora\n"
+        path = written(tmp_path, "---\n".join([one, two, filled(FIRST, folders)]))
+        self.on(path, tmp_path/"one", Run("serial"))
+        self.rounds(path, tmp_path/"out")
+        for name in ("lora", "two", "first"):
+            one, two = load(tmp_path/"one"/name), load(tmp_path/"out"/name)
+            assert {*one} == {*two} and all(torch.equal(one[n], two[n]) for n in one)
+
+    def test_recipes_that_have_changed_meanwhile(self, tmp_path, folders):
+        "The remedy is run: what was joined before is removed."
+        path, out = several(tmp_path, folders, FIRST, LAST.replace("second", "$c")), tmp_path/"out"
+        for run in (Run(part=Share(1, 1)), Run(join=True)):
+            with pytest.warns(UserWarning, match="reads first: when that is joined"):
+                self.on(path, out, run)
+        path.write_text(path.read_text().replace("0.3}", "0.4}", 1))
+        with pytest.raises(MergeError, match="is of other models, or of other recipes") as e:
+            self.on(path, out, Run(part=Share(1, 1)))
+        shutil.rmtree(str(e.value).partition(": is of")[0].split(": ")[-1])
+        self.rounds(path, out, 1)
+
+    def test_a_mixture_alone_is_not_divided(self, tmp_path, folders):
+        text = "base_model: $base\ngate_mode: random\n"
+        text += "experts: [{source_model: $a}, {source_model: $b}]\n"
+        asked = read_recipe(written(tmp_path, filled(text, folders)))
+        for run in (Run(part=Share(1, 2)), Run(join=True)):
+            with pytest.raises(MergeError, match="this is a mixture: run it without"):
+                run_recipe(asked, asked.output.into(tmp_path/"out"), run)
 
 
 class TestDryRun:

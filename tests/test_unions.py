@@ -3,10 +3,14 @@
 The oracles are transformers' own tokenizers, and the mean of the rows token by token.
 """
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 from spoken import (
     KINDS,
     byte_fallback,
@@ -245,3 +249,23 @@ class TestSpecial:
         x, y, m = states(a, b, tmp_path/"o")
         assert len(m[EMBEDDING]) == 384
         torch.testing.assert_close(m[EMBEDDING][383], (x[EMBEDDING] + y[EMBEDDING])[383]/2)
+
+
+def test_a_folder_that_a_kill_has_left_is_named_and_removed(tmp_path):
+    "A tokenizer's folder lasts as long as what reads it, and no longer than the next run."
+    code = (
+        "import os\nfrom frechet_merge.files.checkpoint import Checkpoint\n"
+        "from frechet_merge.matching.union import place_for\n"
+        "made = place_for(Checkpoint({}, 'x'), 3, False)\n"
+        "assert made.folder.is_dir()\n"
+    )
+    env = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    ended = [sys.executable, "-c", code]
+    assert subprocess.run(ended, env=env, check=True).returncode == 0
+    assert not [*tmp_path.iterdir()]
+    killed = [sys.executable, "-c", code + "os.kill(os.getpid(), 9)"]
+    assert subprocess.run(killed, env=env).returncode == -9
+    assert [p.suffix for p in tmp_path.iterdir()] == [".partial"]
+    found = subprocess.run(ended, env=env, capture_output=True, text=True)
+    assert found.returncode == 0 and "is removed" in found.stderr, found.stderr
+    assert not [*tmp_path.iterdir()]

@@ -328,16 +328,6 @@ def _said_by(asked: Any) -> list[Any]:
     named = [{"name": step.name} | step.page.data for step in asked.steps]
     return named or [asked.recipe.as_data() if asked.page is None else asked.page.data]
 
-# %% ../../nbs/cli/commands.ipynb #2768e3dc
-def _refuse_of_several(steps: Sequence[Any], push: str | None) -> None:
-    "`ValueError` if several models are kept, and would be pushed as one."
-    if push is not None and steps and steps[-1].name:
-        raise ValueError(
-            f"--push is of one model, and this file keeps {len(steps)}: leave out the name of the "
-            "last recipe, and its result alone is kept and pushed, with all recipes beside it. Or "
-            "run it without --push, and push each: hf upload OWNER/NAME OUT/NAME --private"
-        )
-
 # %% ../../nbs/cli/commands.ipynb #b8fa7600
 def _refuse_of_store(output: Any, reported: bool, push: str | None) -> None:
     "`ValueError` for what is done with a folder here, asked of a merge that goes to a store."
@@ -573,7 +563,6 @@ def run_command(
     run = _run_typed(typed)
     _refuse_of_part(part, report, push)
     _refuse_of_store(output, report, push)
-    _refuse_of_several(asked.steps, push)
     _refuse_report(output.folder, report, dry_run)
     if dry_run:
         asked_to_push(push, public, yes, dry_run)
@@ -583,6 +572,9 @@ def run_command(
         raise ValueError(f"{recipe} names no output: give a folder, -o OUT.")
     target = asked_to_push(push, public, yes, names=paths_in(_said_by(asked)))
     merged = run_recipe(asked, output, run)
+    # of several recipes some may have to wait until others are joined
+    if asked.steps and not place_of(output.folder).is_dir():
+        target, report = None, False
     seconds, page = since(start), _page_of(merged, report)
     beside = _beside(asked.steps, output.folder, report)
     yield Merging.of(merged, asked.recipe.models, seconds, page, beside)

@@ -16,7 +16,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path, PurePosixPath
-from tempfile import TemporaryDirectory
 from threading import Thread
 from types import MappingProxyType
 from typing import Any
@@ -25,8 +24,9 @@ from .astray import no_weights
 from .folders import TRAINING, TRAINING_FOLDERS, components, is_named
 from .folders import pipeline_parts
 from .formats import weight_files
+from .output import temporary
 from .ranges import is_address, local, path_of
-from ..messages import MergeError, Notes, named, pass_on, warn
+from ..messages import MergeError, Notes, called, named, pass_on, warn
 
 # %% ../../nbs/files/hub.ipynb #f7ed5795
 def id_of(
@@ -376,8 +376,7 @@ def needed(
     allow_pickle: bool = False,  # read .bin files, where there are no others
 ) -> list[str]:
     "Which files of weights a model is read from, by names alone; `MergeError` if there are none."
-    with TemporaryDirectory() as d, Notes().about(name):
-        home = Path(d)
+    with temporary() as home, called({str(home): name}), Notes().about(name):
         _shadow(files, folder, home)
         try:
             parts = [] if pipeline_parts(home) else [home]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OURS', 'NO_ROOM', 'RUN', 'free', 'Staging', 'owned', 'hidden', 'disk_errors', 'claimed', 'staged_file', 'temporary',
-           'staged', 'copied', 'fingerprint', 'inputs']
+           'lasting', 'staged', 'copied', 'fingerprint', 'inputs']
 
 # %% ../../nbs/files/output.ipynb #67dd556e
 import errno
@@ -14,11 +14,13 @@ import re
 import shutil
 import stat
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .checkpoint import Checkpoint
 from ..messages import MergeError, called, named
@@ -456,6 +458,16 @@ def temporary() -> Iterator[Path]:
         elsewhere = "have TMPDIR name a folder on another disk"
         raise _disk_error(e, home, elsewhere=elsewhere) from e
 
+
+# %% ../../nbs/files/output.ipynb #d200fb0d
+def lasting(
+    owner: Any,  # by whom it is read
+) -> Path:
+    "Such a folder, which is there as long as its owner; `MergeError` if there is no place."
+    stack = ExitStack()
+    folder = stack.enter_context(hidden(_temporary_home()/"frechet_merge", alone=False))
+    weakref.finalize(owner, stack.close)
+    return folder
 
 # %% ../../nbs/files/output.ipynb #2da36393
 @contextmanager

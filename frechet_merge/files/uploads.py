@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from .formats import INDEX
 from .folders import is_weights
+from .output import temporary
 from .ranges import asked, driver, kind_of, name_of
 from .stores import PARTIAL
 from ..messages import first_line, MergeError, warn
@@ -92,23 +92,21 @@ def uploaded(
     `MergeError` if it could not be sent."""
     refuse_taken(address)
     address = address.rstrip("/")
-    with TemporaryDirectory(prefix="frechet_merge.", ignore_cleanup_errors=True) as here:
-        place = Path(here)/(name_of(address) or "model")
+    with temporary() as here:
+        place = here/(name_of(address) or "model")
         if _is_one(address):
             yield place
             put(place, address)
             return
         sent: list[str] = [f"{address}/{PARTIAL}"]
         try:
-            (Path(here)/PARTIAL).write_text("A merge is being written here.\n")
-            put(Path(here)/PARTIAL, sent[0])
+            (here/PARTIAL).write_text("A merge is being written here.\n")
+            put(here/PARTIAL, sent[0])
             yield place
             for file in in_order_of_sending(place):
                 sent.append(f"{address}/{file.relative_to(place).as_posix()}")
                 put(file, sent[-1])
-        except BaseException as e:
+        except BaseException:
             _remove(sent)
-            if isinstance(e, MergeError) and here in str(e):
-                raise MergeError(str(e).replace(here, f"{here} (see TMPDIR)")) from None
             raise
         _remove(sent[:1])

@@ -7,16 +7,13 @@ __all__ = ['OLD', 'with_rows', 'place_for', 'save_tokenizer', 'united', 'with_to
 
 # %% ../../nbs/matching/union.ipynb #d354820e
 import json
-import shutil
-import tempfile
-import weakref
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..files.checkpoint import TEXT, Checkpoint, read_json
 from ..files.folders import TOKENIZER, is_named
-from ..files.output import copied
+from ..files.output import copied, lasting
 from ..files.places import is_of
 from .joined import TRIED, joined, kind_of, new_pieces, numbers_of
 from .joined import split_otherwise
@@ -40,9 +37,8 @@ def place_for(
     with_tokenizer: bool = True,  # whose tokenizer, too
 ) -> Checkpoint:  # without tensors
     "A checkpoint in a new folder, of so many rows of tokens."
-    folder = Path(tempfile.mkdtemp(prefix="frechet_merge_"))
-    made = Checkpoint({}, c.source if with_tokenizer else "the union", folder)
-    weakref.finalize(made, shutil.rmtree, folder, ignore_errors=True)
+    made = Checkpoint({}, c.source if with_tokenizer else "the union")
+    made.folder = folder = lasting(made)
     (folder/"config.json").write_text(json.dumps(with_rows(c.config, rows)))
     if c.folder is not None and (c.folder/"generation_config.json").is_file():
         held = read_json(c.folder/"generation_config.json")

@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os.path import isdir
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -180,9 +181,10 @@ def _within(config: dict[str, Any], gone: range) -> dict[str, Any]:
 def with_tokens_of(
     tokens: Path | None,  # the folder of the model whose tokens they are; None: as it is
     file: Path,  # a config.json or generation_config.json
+    more: Mapping[str, Any] = MappingProxyType({}),  # what it is to say, whoever has the tokens
 ) -> dict[str, Any]:
     "A config with the numbers of another model's tokens."
-    config = read_json(file)
+    config = {**read_json(file), **more}
     if tokens is None or not (tokens/file.name).is_file():
         return config
     theirs = read_json(tokens/file.name)
@@ -204,12 +206,9 @@ def _with_numbers(config: dict[str, Any], theirs: dict[str, Any]) -> dict[str, A
 # %% ../../nbs/merging/companions.ipynb #3ca92db2
 def _write_config(source: Path, out: Path, tokens: Path | None, says: Says) -> None:
     "A copy of a config.json that says what is written beside it."
-    # what the model says, unless a chosen tokenizer says otherwise
-    more = {} if tokens is not None and (tokens/source.name).is_file() else dict(says.more)
-    held = with_tokens_of(tokens, source)
-    config = without_codes(held)
-    said = more | _changes({**config, **more}, says)
-    if tokens is None and config == held and all(config.get(k) == v for k, v in said.items()):
+    config = without_codes(with_tokens_of(tokens, source, says.more))
+    said = _changes(config, says)
+    if config == read_json(source) and all(config.get(k) == v for k, v in said.items()):
         shutil.copyfile(source, out)
         return
     stale = ("num_labels", "problem_type") if "id2label" in said else ()

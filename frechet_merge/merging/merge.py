@@ -56,8 +56,8 @@ from .executors import refuse_far
 from .journal import Journal, key_of
 from .memory import within
 from .coefficients import as_used
-from .shares import JOURNAL, Share, gather, is_sealed, seal, shares_of
-from .shares import tensors_of
+from .shares import JOURNAL, Share, Undivided, gather, is_sealed, seal
+from .shares import shares_of, tensors_of
 from ..curvature.calibration import Calibration
 
 # %% ../../nbs/merging/merge.ipynb #dcf14495
@@ -436,7 +436,7 @@ def refuse_shares(plan: Plan, run: Run) -> None:
     if run.part is not None and run.join:
         raise ValueError("part writes some of the files and join puts all together: give one.")
     if plan.config is not None or plan.codes is not None:
-        raise ValueError(
+        raise Undivided(
             "part and join are for full models whose files are many: adapters, and models in fp8 "
             "with scales, are merged whole."
         )

@@ -28,6 +28,7 @@ from .merge import make
 from .recipe import Output, Recipe, Run, as_dtype
 from .record import NAME, Record
 from .rules import are_rules
+from .shares import Undivided
 from .strangers import place_in, refuse_of_stranger
 from ..messages import MergeError
 from ..spaces.robust import loss_named
@@ -448,6 +449,7 @@ def read_recipe(
     is_placed: bool = False,  # where it is written is told elsewhere
 ) -> Asked:
     "What a file asks for; `MergeError` if it is no recipe."
+    from frechet_merge.merging.mergekit import with_names
     from frechet_merge.merging.several import several_asked, unnamed
 
     place = place_in(path)
@@ -455,7 +457,7 @@ def read_recipe(
         said = Page(place.called, Record.read(place.file.parent).recipe)
         refuse_of_stranger(said, place, allow_pickle, is_placed)
         return with_pickles(_of_record(place.file.parent), allow_pickle)
-    pages = read_file(place.file, place.called)
+    pages = [with_names(page) for page in read_file(place.file, place.called)]
     for page in pages:
         refuse_of_stranger(page, place, allow_pickle, is_placed)
     if len(pages) > 1:
@@ -483,6 +485,8 @@ def _mixed(asked: Asked, output: Output, run: Run, do: Callable[..., Any]) -> An
         raise ValueError("--dry-run shows merges, and this is a mixture: run it without.")
     if run.resume:
         raise ValueError("--resume goes on with merges, and this is a mixture: run it without.")
+    if run.part is not None or run.join:
+        raise Undivided("--part and --join are of merges, and this is a mixture: run it without.")
     if output.address:
         raise ValueError("a mixture is written to a folder here: name one, -o OUT.")
     return make_mixture(asked.mixture, output, run)

@@ -4,15 +4,14 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'CHOICES', 'WORDS', 'PIECES', 'RECIPES', 'moved', 'Step', 'unnamed', 'steps_of', 'models_in',
-           'several_asked', 'names_of', 'keys_of', 'Several', 'run_steps', 'kept_beside', 'Foreseen', 'foresee',
-           'in_all']
+           'several_asked', 'names_of', 'keys_of', 'home_of', 'Several', 'in_parts', 'run_steps', 'kept_beside',
+           'Foreseen', 'foresee', 'in_all']
 
 # %% ../../nbs/merging/several.ipynb #a40985b0
 import os
 import re
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import frechet_merge
 from ..files.checkpoint import Checkpoint
 from ..files.hub import Found, exact, look_up, only_headers
 from ..files.open import load, parts_of
-from ..files.output import Staging, disk_errors, free, hidden, staged
+from ..files.output import Staging, disk_errors, free, hidden, staged, temporary
 from ..files.places import place_of
 from ..files.ranges import NotYet, Remote, lying, remote_of
 from ..matching.slices import slices_of
@@ -35,6 +34,7 @@ from .recipe import Output, Recipe, Run
 from .recipes import Asked, asked_by, run_recipe, text, with_pickles
 from .preview import Preview, in_bytes, preview
 from .record import NAME, Record
+from .shares import Undivided, linked
 from .said import id_of_cache
 from ..messages import MergeError, named, redacted, warn
 
@@ -260,15 +260,9 @@ def several_asked(
     return Asked(Recipe([n for n in names if n not in made]), Output(), steps=steps)
 
 # %% ../../nbs/merging/several.ipynb #4e401383
-def _refuse(steps: Sequence[Step], output: Output, run: Run) -> None:
+def _refuse(steps: Sequence[Step], output: Output) -> None:
     "`ValueError` for what is done with one merge, asked of several."
     many = f"this file has {len(steps)} merges"
-    if run.join or run.part is not None:
-        raise ValueError(
-            f"--part and --join divide one merge, and {many}.\n"
-            "Save the one that is to be divided as a file of its own, and run that with -o and the "
-            "name that the others have for it: run from beside it, they read it there."
-        )
     if output.folder is None:
         raise ValueError(f"{many}: name a folder here for the last of them, -o OUT.")
     if output.folder.suffix == ".safetensors":
@@ -333,6 +327,11 @@ def _clear(place: Path, name: str) -> None:
     else:
         place.unlink()
 
+# %% ../../nbs/merging/several.ipynb #ee5bc172
+def home_of(out: Path) -> Path:  # beside the output, where all machines see it
+    "Where recipes that several machines make together stand until all of them are there."
+    return out.with_name(f"{out.name}.steps")
+
 # %% ../../nbs/merging/several.ipynb #065f9d65
 @dataclass(frozen=True)
 class Several:
@@ -350,6 +349,11 @@ class Several:
         "The name of the last one; empty: it is the output, and nothing else is kept."
         return self.steps[-1].name
 
+    @property
+    def is_divided(self) -> bool:
+        "Whether machines make it together."
+        return self.run.join or self.run.part is not None
+
     def places(self, home: Path) -> dict[str, Path]:  # step → where its result is made
         "In a hidden folder; that of the output is called like the output, as its card is."
         return {n: home/"steps"/n if n else home/"last"/self.out.name for n in self.names}
@@ -357,10 +361,16 @@ class Several:
     def make(self, step: Step, to: Path) -> Merged:
         "Run one recipe, unless that was done; those that it reads are there."
         key = self.keys[step.name]
-        found = _whole(to, key) if self.run.resume else None
+        found = _whole(to, key) if self.run.resume or self.is_divided else None
         if found is not None:
             return found
-        _clear(to, self.names[step.name])
+        if not self.is_divided:
+            _clear(to, self.names[step.name])
+        elif os.path.lexists(to):
+            raise MergeError(
+                f"{home_of(self.out)}: is of other models, or of other recipes.\n"
+                "Remove it, and run all parts again."
+            )
         try:
             asked = step.asked(step.at(self.names))
             how = replace(
@@ -383,7 +393,11 @@ class Several:
         for name, place in places.items():
             if bool(name) == bool(self.last):
                 (part/name).parent.mkdir(parents=True, exist_ok=True)
-                os.rename(place, part/name)
+                # until the output is whole, what was joined stays
+                if self.is_divided:
+                    shutil.copytree(place, part/name, copy_function=linked)
+                else:
+                    os.rename(place, part/name)
         (part/RECIPES).write_text(_written(self.steps), encoding="utf-8")
 
     def finished(self) -> Merged | None:
@@ -398,6 +412,64 @@ class Several:
         with hidden(self.out, alone=True):
             return found[-1]
 
+# %% ../../nbs/merging/several.ipynb #25f518b5
+def _turn(several: Several, step: Step, to: Path) -> Merged | None:
+    "This machine's part of a recipe, or all parts of it as one; None: it is no part's."
+    try:
+        return several.make(step, to)
+    except MergeError as e:
+        if not isinstance(e.__cause__, Undivided):
+            raise
+    if several.run.part is not None:
+        return None
+    return replace(several, run=replace(several.run, join=False, resume=True)).make(step, to)
+
+# %% ../../nbs/merging/several.ipynb #21c0ca5e
+def _put_together(several: Several, places: Mapping[str, Path]) -> Merged:
+    "The output, when all recipes are joined."
+    with staged(several.out, Staging("several recipes")) as part:
+        several.gather(places, part)
+    shutil.rmtree(home_of(several.out), ignore_errors=True)
+    there = several.out/several.last
+    record = Record.read(there)
+    return Merged(load(there), record.as_means(), there, record)
+
+# %% ../../nbs/merging/several.ipynb #be098871
+def _left(several: Several, places: Mapping[str, Path]) -> list[Step]:
+    "The recipes whose results are not whole."
+    keys = several.keys
+    return [s for s in several.steps if _whole(places[s.name], keys[s.name]) is None]
+
+# %% ../../nbs/merging/several.ipynb #9df9b4e0
+def _say_what_waits(waits: Sequence[Step], missing: Collection[str]) -> None:
+    "Warn of the first recipe that reads one that was not there, and what to do then."
+    for step in waits[:1]:
+        reads = next(n for n in step.reads if n in missing)
+        warn(
+            f"{step.name or 'the last recipe'} reads {reads}: when that is joined, run all parts "
+            "again, and --join again"
+        )
+
+# %% ../../nbs/merging/several.ipynb #9af72bbd
+def in_parts(several: Several) -> Merged:  # the last one that there was something to do for
+    "The parts, or the joining, of all recipes whose models are there; the output after the last."
+    home, steps = home_of(several.out), several.steps
+    places = several.places(home)
+
+    before = {s.name for s in _left(several, places)}
+    ready = [s for s in steps if s.name in before and not before & {*s.reads}]
+    made: list[Merged] = []
+    with disk_errors(several.out):
+        with lying({several.names[name]: place for name, place in places.items()}):
+            for step in ready:
+                found = _turn(several, step, places[step.name])
+                made += [] if found is None else [found]
+        after = _left(several, places)
+        if several.run.join and not after:
+            return _put_together(several, places)
+    _say_what_waits([s for s in after if s not in ready], before)
+    return made[-1] if made else Merged({}, {}, home, Record({}))
+
 # %% ../../nbs/merging/several.ipynb #a21fd3e5
 def run_steps(
     steps: Sequence[Step],  # in the order of running
@@ -405,7 +477,7 @@ def run_steps(
     run: Run = Run(),
 ) -> Merged:  # the last one
     "Run the recipes of a file; `MergeError`, or `ValueError` for what only one merge can be."
-    _refuse(steps, output, run)
+    _refuse(steps, output)
     assert output.folder is not None
     # not `resolve`, which takes a loop of links for a fault; it is refused below
     out = Path(os.path.realpath(place_of(output.folder)))
@@ -415,6 +487,8 @@ def run_steps(
     if done is not None:
         return replace(done, out=place_of(output.folder)/several.last)
     free(output.folder)
+    if several.is_divided:
+        return in_parts(several)
     ready: list[Merged] = []
 
     def keeps(e: Exception) -> bool:
@@ -497,11 +571,10 @@ def foresee(
     run: Run = Run(),
 ) -> list[Foreseen]:
     "What the recipes of a file would do, from headers; errors as of running them."
-    with tempfile.TemporaryDirectory(prefix="frechet_merge.") as d:
-        home = Path(d).resolve()
+    with temporary() as home:
         out = home/"out" if output.folder is None else place_of(output.folder).resolve()
         if output.folder is not None:
-            _refuse(steps, output, run)
+            _refuse(steps, output)
             free(output.folder)
         beside = out.parent if out.parent.is_dir() else home
         found: list[Foreseen] = []
