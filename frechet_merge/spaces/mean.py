@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..algebra.lengths import lengths, products, squares_between
+from ..algebra.lengths import lengths, products, squares
 from ..metrics.kinds import Diagonal
 from ..metrics.kronecker import is_number
 from ..metrics.units import as_metric
@@ -382,8 +382,12 @@ def _sum(springs: Springs) -> tuple[Tensor, list[Mean]]:
     alike = len({*Gs}) == 1
     shares = springs.ws if alike else normalise([w*G for w, G in zip(springs.ws, Gs)], len(Gs))
     m = springs.space.start(springs.points, shares)
+    way, found = torch.empty_like(m), []
+    for p in springs.points:
+        torch.sub(p.x, m, out=way)
+        found.append(squares(way, N))
     # one look at a device for all points
-    each = torch.stack([squares_between(p.x, m, N) for p in springs.points]).tolist()
+    each = torch.stack(found).tolist()
     if not all(map(math.isfinite, chain.from_iterable(each))):
         # perhaps only their squares are not
         each = [products(v := p.x - m, v, N).tolist() for p in springs.points]
