@@ -53,13 +53,13 @@ from frechet_merge import merge
 from frechet_merge.files.checkpoint import from_state_dict
 from frechet_merge.files.open import load
 from frechet_merge.geometries.permutation import assigned, likeness
-from frechet_merge.matching import gauges
-from frechet_merge.matching.behaviour import Crossed, match_activations
-from frechet_merge.matching.families import groups_of
-from frechet_merge.matching.gauges import align_gauges, in_one_gauge
-from frechet_merge.matching.groups import Group, Member, Part, gauged, random_element
-from frechet_merge.matching.stream import stream_of
-from frechet_merge.matching.traced import traced
+from frechet_merge.symmetries import gauges
+from frechet_merge.symmetries.behaviour import Crossed, match_activations
+from frechet_merge.symmetries.families import groups_of
+from frechet_merge.symmetries.gauges import align_gauges, in_one_gauge
+from frechet_merge.symmetries.groups import Group, Member, Part, gauged, random_element
+from frechet_merge.symmetries.stream import stream_of
+from frechet_merge.symmetries.traced import traced
 
 STEPS = 11  # points on a segment
 WIDTHS = (1024, 2048, 4096, 8192)

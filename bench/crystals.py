@@ -41,9 +41,9 @@ from frechet_merge.diagnostics.collapse import ratios
 from frechet_merge.diagnostics.segment import between
 from frechet_merge.files.checkpoint import from_state_dict
 from frechet_merge.geometries.fisher import Curved
-from frechet_merge.matching.gauges import align_gauges, in_one_gauge
-from frechet_merge.matching.groups import Group, Member, Part
-from frechet_merge.matching.groups import check_groups, gauged, random_element
+from frechet_merge.symmetries.gauges import align_gauges, in_one_gauge
+from frechet_merge.symmetries.groups import Group, Member, Part
+from frechet_merge.symmetries.groups import check_groups, gauged, random_element
 from frechet_merge.messages import MergeError
 
 OLD, NEW = "0.3.0", "r2scan"

@@ -66,7 +66,7 @@ def recipe_of(folder, kind, mode):
 
 def apart(c):
     "Routers, experts and the rest of a mixture, whatever a file calls them."
-    from frechet_merge.matching.mixtures import mixtures_in
+    from frechet_merge.symmetries.mixtures import mixtures_in
 
     layers, found = mixtures_in(c), {}
     for m in layers:

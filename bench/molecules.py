@@ -38,8 +38,8 @@ from frechet_merge import merge
 from frechet_merge.curvature.repair import repair
 from frechet_merge.diagnostics.collapse import collapse
 from frechet_merge.files.checkpoint import from_state_dict
-from frechet_merge.matching.gauges import align_gauges, in_one_gauge
-from frechet_merge.matching.groups import check_groups, dense
+from frechet_merge.symmetries.gauges import align_gauges, in_one_gauge
+from frechet_merge.symmetries.groups import check_groups, dense
 
 NAMES = (
     "CH4 H2O NH3 C2H6 C2H4 C2H2 CH3OH H2CO HCN CO2 N2 HCOOH CH3CHO C6H6 CH3CONH2 CH3CN "

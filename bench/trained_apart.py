@@ -35,11 +35,11 @@ from frechet_merge.curvature.activations import weighted
 from frechet_merge.curvature.repair import repair
 from frechet_merge.diagnostics.collapse import collapse
 from frechet_merge.files.checkpoint import from_state_dict
-from frechet_merge.matching.behaviour import match_activations
-from frechet_merge.matching.families import derived
-from frechet_merge.matching.gauges import align_gauges, in_one_gauge
-from frechet_merge.matching.groups import Group, Member, Part, check_groups
-from frechet_merge.matching.traced import traced
+from frechet_merge.symmetries.behaviour import match_activations
+from frechet_merge.symmetries.families import derived
+from frechet_merge.symmetries.gauges import align_gauges, in_one_gauge
+from frechet_merge.symmetries.groups import Group, Member, Part, check_groups
+from frechet_merge.symmetries.traced import traced
 
 NETWORKS, TRAIN = 8, 1300
 

@@ -14,11 +14,11 @@ from torch import nn
 
 from frechet_merge import MergeError
 from frechet_merge.files.checkpoint import from_state_dict
-from frechet_merge.matching import behaviour
-from frechet_merge.matching.behaviour import Crossed, match_activations, readers_of
-from frechet_merge.matching.gauges import in_one_gauge
-from frechet_merge.matching.groups import dense
-from frechet_merge.matching.traced import traced
+from frechet_merge.symmetries import behaviour
+from frechet_merge.symmetries.behaviour import Crossed, match_activations, readers_of
+from frechet_merge.symmetries.gauges import in_one_gauge
+from frechet_merge.symmetries.groups import dense
+from frechet_merge.symmetries.traced import traced
 
 
 def mlp(seed, dtype=torch.float64, inplace=False):
@@ -188,7 +188,7 @@ FAMILIES = {
 @pytest.mark.parametrize("name", FAMILIES)
 def test_copies_of_transformers_come_back(name, tmp_path, recwarn):
     from frechet_merge import load, merge
-    from frechet_merge.matching.families import groups_of
+    from frechet_merge.symmetries.families import groups_of
 
     torch.manual_seed(0)
     net = FAMILIES[name]().eval()
@@ -221,7 +221,7 @@ def talkers(tmp_path):
     from spoken import byte_level, talker, texts
 
     from frechet_merge import load, merge
-    from frechet_merge.matching.stream import groups_with_stream
+    from frechet_merge.symmetries.stream import groups_with_stream
 
     tokenizer = byte_level("abcd")
     talker(tmp_path/"a", tokenizer, 0, num_hidden_layers=2)

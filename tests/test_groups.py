@@ -13,13 +13,13 @@ from torch import nn
 from frechet_merge import MergeError, Sphere, load, merge
 from frechet_merge.files.checkpoint import from_state_dict
 from frechet_merge.geometries.permutation import Symmetric
-from frechet_merge.matching.behaviour import match_activations
-from frechet_merge.matching.families import derived, groups_of
-from frechet_merge.matching.gauges import align_gauges, in_one_gauge, neighbours, variance
-from frechet_merge.matching.gauges import Descent, shortened
-from frechet_merge.matching.groups import Element, Group, Member, Part, check_groups, dense
-from frechet_merge.matching.groups import gauged, random_element
-from frechet_merge.matching.traced import traced
+from frechet_merge.symmetries.behaviour import match_activations
+from frechet_merge.symmetries.families import derived, groups_of
+from frechet_merge.symmetries.gauges import align_gauges, in_one_gauge, neighbours, variance
+from frechet_merge.symmetries.gauges import Descent, shortened
+from frechet_merge.symmetries.groups import Element, Group, Member, Part, check_groups, dense
+from frechet_merge.symmetries.groups import gauged, random_element
+from frechet_merge.symmetries.traced import traced
 from frechet_merge.merging.align import align
 
 tf = pytest.importorskip("transformers")
@@ -599,7 +599,7 @@ def test_sides_of_other_sizes_are_computed_in_one_dtype(tmp_path, monkeypatch):
     c = load(tmp_path/"a")
     groups = groups_of(c)
     copies = [c, elsewhere(c, groups, 1)]
-    monkeypatch.setattr("frechet_merge.matching.gauges.LARGE", 2000)
+    monkeypatch.setattr("frechet_merge.symmetries.gauges.LARGE", 2000)
     views = in_one_gauge(copies, groups, align_gauges(copies, groups))
     assert max(gap(views[1][n], c[n]) for n in c) < 1e-5
 

@@ -25,11 +25,11 @@ from frechet_merge.files.output import claimed, staged, staged_file
 from frechet_merge.files.shards import read_bytes, same_bytes, save_tensors
 from frechet_merge.huggingface.models import open_model
 from frechet_merge.matching.bases import write_bases
-from frechet_merge.matching.families import groups_of
+from frechet_merge.symmetries.families import groups_of
 from frechet_merge.matching.hollow import refuse_larger
 from frechet_merge.matching.rows import lined_up
 from frechet_merge.matching.statistics import facts
-from frechet_merge.matching.tokenizers import MANY
+from frechet_merge.vocabularies.tokenizers import MANY
 from frechet_merge.merging.journal import _lines
 from frechet_merge.merging.upcycled import mixture
 from frechet_merge.messages import as_here, by_name, called
@@ -123,7 +123,7 @@ class TestTokens:
             open_model(str(tmp_path/"m"))
 
     def test_sentinels_of_t5(self, tmp_path):
-        from frechet_merge.matching.tokenizers import _of_t5
+        from frechet_merge.vocabularies.tokenizers import _of_t5
 
         (tmp_path/"tokenizer_config.json").write_text(json.dumps({"extra_ids": 10**12}))
         with pytest.raises(MergeError, match="has 1000000000000 tokens"):

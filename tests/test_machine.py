@@ -28,7 +28,7 @@ from frechet_merge.files.tensors import FileTensor
 from frechet_merge.huggingface import models as opening
 from frechet_merge.huggingface.examples import _rows, examples
 from frechet_merge.huggingface.models import open_model
-from frechet_merge.matching import families
+from frechet_merge.symmetries import families
 from frechet_merge.messages import machine_error, pass_on
 
 # the function of the same name hides it

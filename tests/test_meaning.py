@@ -11,7 +11,7 @@ from conftest import cli, save
 from safetensors.torch import load_file, save_file
 
 from frechet_merge import LoRA, MergeError, load, merge
-from frechet_merge.matching.vocabulary import contradiction, vocabulary
+from frechet_merge.vocabularies.vocabulary import contradiction, vocabulary
 
 
 def randn(*shape, seed=0):

@@ -14,7 +14,7 @@ from frechet_merge import MergeError, merge
 from frechet_merge.files.open import load
 from frechet_merge.geometries.directions import Chordal, Slerp
 from frechet_merge.geometries.selected import ModelStock
-from frechet_merge.matching.given import as_given
+from frechet_merge.vocabularies.given import as_given
 from frechet_merge.merging.formats import APART, FORMATS
 from frechet_merge.merging.recipes import read_recipe
 from frechet_merge.merging.record import Record
@@ -305,7 +305,7 @@ def test_rows_that_are_not_there_are_refused(tmp_path, speakers, what):
 
 
 def test_zeros_are_of_no_token():
-    from frechet_merge.matching.given import Given
+    from frechet_merge.vocabularies.given import Given
 
     with pytest.raises(ValueError, match="a row of zeros is no token's"):
         Given(token="cat")

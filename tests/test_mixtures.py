@@ -12,8 +12,8 @@ from conftest import cli
 from frechet_merge import MergeError, load, merge
 from frechet_merge.files.tensors import FileTensor
 from frechet_merge.huggingface.routing import TextFeed
-from frechet_merge.matching.gauges import align_gauges, in_one_gauge
-from frechet_merge.matching.mixtures import mixtures_in, routes_of
+from frechet_merge.symmetries.gauges import align_gauges, in_one_gauge
+from frechet_merge.symmetries.mixtures import mixtures_in, routes_of
 from frechet_merge.merging import fewer
 from frechet_merge.merging.fewer import fewer_experts, of_weights, plan_fewer, reduced
 from frechet_merge.merging.recipes import read_recipe

@@ -11,12 +11,12 @@ import torch
 from frechet_merge import Geometry, MergeError, check_geometry, load, merge
 from frechet_merge.files.checkpoint import from_state_dict
 from frechet_merge.geometries.geometry import Chart
-from frechet_merge.matching.behaviour import match_activations
-from frechet_merge.matching.families import groups_of
-from frechet_merge.matching.gauges import Site, align_gauges, in_one_gauge, neighbours, paired
-from frechet_merge.matching.groups import Element, Group, Member, Part, dense, gauged
-from frechet_merge.matching.groups import random_element
-from frechet_merge.matching.stream import STREAM, groups_with_stream, stream_of
+from frechet_merge.symmetries.behaviour import match_activations
+from frechet_merge.symmetries.families import groups_of
+from frechet_merge.symmetries.gauges import Site, align_gauges, in_one_gauge, neighbours, paired
+from frechet_merge.symmetries.groups import Element, Group, Member, Part, dense, gauged
+from frechet_merge.symmetries.groups import random_element
+from frechet_merge.symmetries.stream import STREAM, groups_with_stream, stream_of
 from frechet_merge.merging.alignment import Alignment
 from frechet_merge.spaces.space import Point
 

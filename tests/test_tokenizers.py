@@ -13,7 +13,7 @@ from test_vocabularies import EMBEDDING, SIZES, WORDS, model, speaker, states
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from frechet_merge import merge
-from frechet_merge.matching.tokenizers import read_tokens
+from frechet_merge.vocabularies.tokenizers import read_tokens
 from frechet_merge.messages import MergeError
 
 

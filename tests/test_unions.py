@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from frechet_merge import merge
-from frechet_merge.matching.tokenizers import read_tokens
+from frechet_merge.vocabularies.tokenizers import read_tokens
 from frechet_merge.messages import MergeError
 
 ONE, OTHER = "abcdefgh", "efghijkl"  # letters of two models
@@ -197,7 +197,7 @@ class TestOldFiles:
         check_texts(tmp_path/"o", folders, ["abc feg hh", "ijk efl hh"])
 
     def test_what_is_not_installed_is_named(self, tmp_path, monkeypatch):
-        from frechet_merge.matching import tokenizers
+        from frechet_merge.vocabularies import tokenizers
 
         monkeypatch.setattr(tokenizers, "_has", lambda module: False)
         monkeypatch.setattr(tokenizers, "AS_PIECES", ())
@@ -255,7 +255,7 @@ def test_a_folder_that_a_kill_has_left_is_named_and_removed(tmp_path):
     "A tokenizer's folder lasts as long as what reads it, and no longer than the next run."
     code = (
         "import os\nfrom frechet_merge.files.checkpoint import Checkpoint\n"
-        "from frechet_merge.matching.union import place_for\n"
+        "from frechet_merge.vocabularies.union import place_for\n"
         "made = place_for(Checkpoint({}, 'x'), 3, False)\n"
         "assert made.folder.is_dir()\n"
     )

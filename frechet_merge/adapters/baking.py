@@ -27,7 +27,7 @@ from ..matching.codes import quantised
 from ..matching.layouts import seen_by_module
 from ..matching.rows import is_of_tokens
 from ..matching.ties import is_of_t5, known_of
-from ..matching.union import with_rows
+from ..vocabularies.union import with_rows
 from ..matching.views import PEFT_LEAD
 from ..messages import MergeError
 from ..files.tensors import LazyTensor, MemoryTensor

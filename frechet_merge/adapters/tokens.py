@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from .peft import unnamed
 from ..files.checkpoint import Checkpoint
 from ..files.tensors import LazyTensor
-from ..matching.given import Given
+from ..vocabularies.given import Given
 from ..matching.rows import is_of_tokens, lined_up
-from ..matching.vocabulary import vocabulary
+from ..vocabularies.vocabulary import vocabulary
 
 # %% ../../nbs/adapters/tokens.ipynb #9d84cd33
 # embeddings of tokens and output layers, as PEFT saves them whole

@@ -24,7 +24,7 @@ from .lycoris import Made
 from .peft import Layer
 from ..matching.blocks import Block, align
 from ..matching.views import PEFT_LEAD, head_of, in_front
-from ..matching.vocabulary import refuse_other_tokens
+from ..vocabularies.vocabulary import refuse_other_tokens
 from ..files.checkpoint import HEAD, Checkpoint
 from ..files.tensors import LazyTensor
 from ..messages import MergeError, warn

@@ -15,8 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..files.checkpoint import Checkpoint, read_json, vocabulary_size
-from ..matching.joined import kind_of
-from ..matching.vocabulary import contradiction, is_reserved, renumbered, vocabulary
+from ..vocabularies.joined import kind_of
+from ..vocabularies.vocabulary import contradiction, is_reserved, renumbered, vocabulary
 from ..files.shards import read_bytes
 from ..messages import shown
 

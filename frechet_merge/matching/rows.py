@@ -18,13 +18,13 @@ from torch import Tensor
 from ..files.checkpoint import HEAD, Checkpoint, token_rows, vocabulary_size
 from ..files.tensors import LazyTensor
 from .absent import refuse_other_layouts
-from .given import Found, Given, rows_given
+from ..vocabularies.given import Found, Given, rows_given
 from .ties import is_of_t5
-from .tokenizers import refuse_many
-from .union import place_for, united, with_tokens
+from ..vocabularies.tokenizers import refuse_many
+from ..vocabularies.union import place_for, united, with_tokens
 from .views import alike
-from .vocabulary import CHOOSE, distinct, is_reserved, refuse_other_tokens
-from .vocabulary import vocabulary, why_unread
+from ..vocabularies.vocabulary import CHOOSE, distinct, is_reserved, refuse_other_tokens
+from ..vocabularies.vocabulary import vocabulary, why_unread
 from ..messages import MergeError, warn
 
 # %% ../../nbs/matching/rows.ipynb #05e032e0

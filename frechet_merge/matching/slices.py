@@ -17,7 +17,7 @@ from typing import Any
 
 from ..files.checkpoint import HEAD, TEXT, Checkpoint, read_json, vocabulary_size
 from .towers import module_of
-from .vocabulary import contradiction, vocabulary
+from ..vocabularies.vocabulary import contradiction, vocabulary
 from ..messages import MergeError, warn
 
 # %% ../../nbs/matching/slices.ipynb #39b64b02

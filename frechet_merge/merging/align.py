@@ -19,8 +19,8 @@ from ..files.hub import look_up
 from ..files.open import load
 from ..files.output import disk_errors, free, staged
 from ..matching.blocks import align as versions
-from ..matching.gauges import Aligned, in_one_gauge
-from ..matching.groups import Group
+from ..symmetries.gauges import Aligned, in_one_gauge
+from ..symmetries.groups import Group
 from ..matching.towers import in_one_layout
 from ..matching.views import alike
 from .alignment import Alignment, aligned_by, as_alignment, lacking

@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ..files.checkpoint import Checkpoint
-from ..matching.behaviour import match_activations
-from ..matching.families import groups_of
-from ..matching.gauges import Aligned, align_gauges
-from ..matching.groups import Group
-from ..matching.stream import groups_with_stream
+from ..symmetries.behaviour import match_activations
+from ..symmetries.families import groups_of
+from ..symmetries.gauges import Aligned, align_gauges
+from ..symmetries.groups import Group
+from ..symmetries.stream import groups_with_stream
 from ..messages import MergeError
 
 # %% ../../nbs/merging/alignment.ipynb #eb05a83e

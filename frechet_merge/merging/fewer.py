@@ -25,8 +25,8 @@ from ..geometries.geometry import Euclidean, Geometry, check_needs
 from ..geometries.permutation import assigned
 from ..huggingface.routing import Routing, TextFeed, routing
 from ..matching.blocks import Block
-from ..matching.gauges import Site, align_gauges, in_one_gauge, shortened
-from ..matching.mixtures import Mixture, Routes, mixtures_in, routes_of
+from ..symmetries.gauges import Site, align_gauges, in_one_gauge, shortened
+from ..symmetries.mixtures import Mixture, Routes, mixtures_in, routes_of
 from ..matching.promises import Range
 from .block import Around, Copy, How, Job, MeanOf
 from .each import as_geometry, geometry_of_each

@@ -26,7 +26,7 @@ from .recipe import Output, Recipe, as_dtype
 from .recipes import Asked, given_row, spread, switch, text, whole
 from .recipes import with_arguments
 from .rules import are_rules
-from ..matching.given import Given
+from ..vocabularies.given import Given
 from ..matching.slices import Slice
 from ..messages import MergeError, warn
 
@@ -802,7 +802,7 @@ def _tokens(
     page: Page,
     base: str | None,  # what the base is called there; None: it is one of the models, or none
 ) -> dict[str, Given]:
-    "[Rows of single tokens](../matching/given.ipynb), by tokens."
+    "[Rows of single tokens](../vocabularies/given.ipynb), by tokens."
     found = {}
     for token in _mapping(page, ("tokenizer", "tokens")) or {}:
         at = ("tokenizer", "tokens", token)

@@ -23,7 +23,7 @@ from ..files.tensors import as_device
 from ..matching.blocks import by_name, named_by
 from ..matching.function import modules, refuse_other_modules, refuse_other_poolings
 from ..matching.function import unlike
-from ..matching.vocabulary import refuse_other_tokens, vocabulary
+from ..vocabularies.vocabulary import refuse_other_tokens, vocabulary
 from .plan import Opened, _in_one_vocabulary, check_recipe, plan_recipe
 from .run import Plan
 from ..messages import MergeError, warn

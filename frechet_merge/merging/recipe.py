@@ -21,7 +21,7 @@ from ..curvature.calibration import Calibration
 from ..files.checkpoint import Checkpoint
 from ..files.hub import Found, exact, exact_of
 from ..files.ranges import is_address, local
-from ..matching.given import Given, as_given
+from ..vocabularies.given import Given, as_given
 from .alignment import Alignment, as_alignment
 from .coefficients import in_a_row
 from ..messages import MergeError, redacted

@@ -22,7 +22,7 @@ from ..files.ranges import path_of
 from ..geometries.geometry import Geometry
 from ..geometries.registry import from_data, geometries, geometry_named
 from ..geometries.varied import ByName, Varied
-from ..matching.given import Given
+from ..vocabularies.given import Given
 from .lines import Key, Page, read_file
 from .merge import make
 from .recipe import Output, Recipe, Run, as_dtype

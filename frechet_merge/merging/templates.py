@@ -18,7 +18,7 @@ from typing import Any
 from ..files.checkpoint import Checkpoint, read_json
 from ..files.places import is_of
 from ..files.shards import read_bytes
-from ..matching.tokenizers import read_tokens
+from ..vocabularies.tokenizers import read_tokens
 from ..messages import MergeError, pass_on, warn
 from ..files.folders import TOKENIZER, first_with
 
