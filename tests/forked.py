@@ -7,6 +7,7 @@ import os
 import runpy
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -16,16 +17,19 @@ SERVER.set_forkserver_preload(["torch", "frechet_merge.merging.merge"])
 AT_START = ("PYTHON", "OMP_", "MKL_", "LD_")
 
 
-def can_be_forked(env: dict[str, str]) -> bool:
-    "Whether a command in this environment would start as this process did."
-
-    def read(env):
-        return {k: v for k, v in env.items() if k.startswith(AT_START)}
-
-    return hasattr(os, "fork") and read(env) == STARTED
+def read_at_start(env) -> dict[str, str]:
+    return {k: v for k, v in env.items() if k.startswith(AT_START)}
 
 
-STARTED = {k: v for k, v in os.environ.items() if k.startswith(AT_START)}
+@cache
+def of_server() -> dict[str, str]:
+    "What the first process was started with, and so all that are forked from it."
+    return read_at_start(os.environ)
+
+
+def can_be_forked(env) -> bool:
+    "Whether a command in this environment would start as the server did."
+    return hasattr(os, "fork") and read_at_start(env) == of_server()
 
 
 def _run(words, cwd, env, streams):

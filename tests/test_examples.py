@@ -502,7 +502,9 @@ def break_(folder, kind):
     if kind == "seq2seq":
         config |= {"architectures": ["BartForConditionalGeneration"], "is_encoder_decoder": True}
     if kind == "vision":
-        config = {"architectures": ["ViTForImageClassification"], "model_type": "vit"}
+        small = dict(hidden_size=16, num_hidden_layers=1, intermediate_size=16)
+        small["num_attention_heads"] = 2
+        config = {"architectures": ["ViTForImageClassification"], "model_type": "vit", **small}
     if kind == "no architecture":
         config.pop("architectures")
     if kind == "unknown":

@@ -13,7 +13,7 @@ import signal
 import pytest
 import torch
 import transformers
-from conftest import save, tensors
+from conftest import LLAMA, save, tensors
 from mutated import MODELS, adapter, full, run, warm
 from safetensors.torch import load_file, save_file
 
@@ -225,7 +225,7 @@ def test_a_state_that_no_run_left(tmp_path, kind):
 
 
 def test_no_room_for_temporary_files_is_no_fault_of_the_model(tmp_path, monkeypatch):
-    save(tmp_path/"m", tensors(), {"model_type": "llama"})
+    save(tmp_path/"m", tensors(), {"model_type": "llama", **LLAMA})
 
     def full_disk(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

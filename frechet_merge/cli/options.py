@@ -170,9 +170,10 @@ def picture_path(
         return None
     from frechet_merge.files.output import free
 
-    # what matplotlib would call it
-    path = path if path.suffix or not path.name else path.with_name(f"{path.name}.png")
     path = free(path, folder=False, replace=True)
+    # what matplotlib would call it
+    if path.name and not path.suffix:
+        path = free(path.with_name(f"{path.name}.png"), folder=False, replace=True)
     from matplotlib.backend_bases import FigureCanvasBase
 
     if path.suffix and path.suffix[1:].lower() not in (
