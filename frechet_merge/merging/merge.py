@@ -183,16 +183,21 @@ def dress_of(opened: Opened, output: Output) -> Dress:
     return Dress(homes, output.dtype, heads, alone, tokens, read, template, says)
 
 # %% ../../nbs/merging/merge.ipynb #2b79c329
-def _say_what_is_not_written(c: Checkpoint, out: Path) -> None:
+def _say_what_is_not_written(
+    c: Checkpoint,
+    written: Path,  # the file of its weights
+) -> None:
     "That a file of a training run holds more than weights, and how to have such a file again."
     key = place_of_weights(c)
     if key is None:
         return
-    written = out/"model.safetensors"
+    # what is one tensor under two names is written once
+    tied = [f"held[{key!r}][{n!r}] = held[{key!r}][{k!r}]; " for n, k in sorted(c.tied.items())]
     warn(
         f"{c.source}: what it holds beside {key!r} is not written. For a program that reads such "
         f"files, if you trust it: held = torch.load({str(c.files[0])!r}, weights_only=False); "
-        f"held[{key!r}] = safetensors.torch.load_file({str(written)!r}); torch.save(held, OTHER)"
+        f"held[{key!r}] = safetensors.torch.load_file({str(written)!r}); {''.join(tied)}"
+        "torch.save(held, OTHER)"
     )
 
 
@@ -227,7 +232,7 @@ class Work:
         "The tensors of a plan in a folder; `means` are of the merge, if the plan is not it."
         out, start = self.output.folder, plan.start
         assert out is not None
-        _say_what_is_not_written(self.opened.models[0], out)
+        _say_what_is_not_written(self.opened.models[0], out/f"{plan.stem}.safetensors")
         nbytes = plan.nbytes + sum(p.nbytes for _, p in self.parts.values())
         if self.run.part is not None:
             return self.share(plan, self.run.part)
