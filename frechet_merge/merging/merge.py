@@ -41,7 +41,7 @@ from ..geometries.geometry import Euclidean, Geometry
 from ..spaces.mean import Mean
 from .many import set_aside, uncollected
 from .parts import parts_of, plan_root, refuse_parts_without_place
-from .plan import Opened, open_recipe, plan_models
+from .plan import Opened, name_typed, open_recipe, plan_models
 from .recipe import Model, Output, Recipe, Run
 from .card import card
 from .record import NAME, Record, begun, came_of
@@ -132,10 +132,10 @@ class Dress:
 def _template_of(opened: Opened, homes: list[Path], tokens: Path | None) -> Chosen | None:
     "The chat template that was asked for; without a choice, a note if models have others."
     recipe = opened.recipe
-    named = dict(zip(map(str, recipe.models), opened.models))
+    named = dict(zip(map(name_typed, recipe.models, opened.models), opened.models))
     for name, c in ((recipe.base, opened.base), (recipe.bake, opened.onto)):
         if c is not None:
-            named |= {"base": c, str(name): c}
+            named |= {"base": c, name_typed(name, c): c}
     chosen = chosen_templates(recipe.chat_template, named)
     if chosen is None:
         say_other_templates(opened.models, home_of([*filter(None, [tokens]), *homes]))
