@@ -201,6 +201,23 @@ def test_a_weight_of_another_name(library):
     torch.testing.assert_close(getattr(layer, name).detach(), sum(weights)/2)
 
 
+def test_a_length_of_zero_is_refused_and_the_remedy_works():
+    "Directions of a weight that is zero have none, and torch divides by their length."
+    states = []
+    for i in range(2):
+        torch.manual_seed(i)
+        layer = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(3, 4))
+        with torch.no_grad():
+            layer.parametrizations.weight.original0[1] = 0
+        states.append(layer.state_dict())
+        weight = layer.weight.detach()
+    with pytest.raises(MergeError, match="is zero, and weight norm divides by it.*\nFold"):
+        merge(states)
+    torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")
+    found = merge([layer.state_dict(), states[1]]).tensors["weight"]
+    torch.testing.assert_close(found, weight)
+
+
 def test_vectors_that_are_called_alike_are_no_weight_norm():
     states = [{"time_mix_g": torch.rand(1, 1, 4), "time_mix_v": torch.rand(1, 1, 4)} for _ in "ab"]
     merged = merge(states).tensors
