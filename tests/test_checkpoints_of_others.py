@@ -296,8 +296,29 @@ class TestPutBack:
         are_mean(found.pop(key), *states)
         assert found == self.BESIDE[key]
 
+    def test_tied_tensors_in_a_file_of_another_name(self, tmp_path):
+        states = [{"enc.w": randn(3, 2, seed=i)} for i in (1, 2)]
+        for n, state in zip("ab", states):
+            held = {"state_dict": {**state, "head.w": state["enc.w"]}, "epoch": 3}
+            (tmp_path/n).mkdir()
+            torch.save(held, tmp_path/n/"open_clip_pytorch_model.bin")
+        folders = [tmp_path/"a", tmp_path/"b"]
+        with pytest.warns(UserWarning, match="what it holds beside 'state_dict'") as said:
+            merge(folders, allow_pickle=True, out=tmp_path/"out")
+        text = next(str(w.message) for w in said if "what it holds" in str(w.message))
+        import safetensors.torch
+
+        names = {"torch": torch, "safetensors": safetensors, "OTHER": tmp_path/"other.pth"}
+        exec(text.partition("if you trust it: ")[2], names)
+        state = torch.load(tmp_path/"other.pth", weights_only=True)["state_dict"]
+        assert {*state} == {"enc.w", "head.w"}
+        assert torch.equal(state["enc.w"], state["head.w"])
+
     def test_nothing_is_said_of_weights_alone(self, tmp_path, recwarn):
         for n in "ab":
             torch.save({"w": randn(2)}, tmp_path/f"{n}.pt")
-        merge([tmp_path/"a.pt", tmp_path/"b.pt"], allow_pickle=True, out=tmp_path/"out")
+            torch.save({"state_dict": {"w": randn(2)}}, tmp_path/f"{n}.ckpt")
+        for end in ("pt", "ckpt"):
+            files = [tmp_path/f"{n}.{end}" for n in "ab"]
+            merge(files, allow_pickle=True, out=tmp_path/f"out of {end}")
         assert not [w for w in recwarn if "what it holds" in str(w.message)]

@@ -197,3 +197,20 @@ def test_what_numbers_layers_elsewhere_is_named(tmp_path):
     (tmp_path/"a"/"generation_config.json").write_text('{"alignment_heads": [[3, 0]]}')
     with pytest.warns(UserWarning, match="alignment_heads are of the layers"):
         load(f"{tmp_path/'a'}[encoder=:]|{tmp_path/'a'}[decoder=0:2]")
+
+
+def test_a_decoder_of_other_tokens_is_refused(tmp_path):
+    "Its rows would be counted by the first model's config, and read by its tokenizer."
+    for name, count in ("a", 40), ("b", 44), ("c", 40):
+        config = transformers.T5Config(**{**T5, "vocab_size": count})
+        transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path/name)
+        token = "cat" if name == "c" else "dog"
+        tokens = {"model": {"vocab": {"the": 0, token: 1}}}
+        (tmp_path/name/"tokenizer.json").write_text(json.dumps(tokens))
+    a, b, c = (tmp_path/name for name in "abc")
+    with pytest.raises(MergeError, match="a has 40 rows of tokens, and .*b 44"):
+        load(f"{a}[encoder=:]|{b}[decoder=0:2]")
+    # of the encoder nobody's rows are written
+    load(f"{a}[encoder=0:2]|{b}[encoder=1:3]|{a}[decoder=:]")
+    with pytest.warns(UserWarning, match="token number 1 is 'dog' in .*a, .* and 'cat' in .*c,"):
+        load(f"{a}[encoder=:]|{c}[decoder=:]")

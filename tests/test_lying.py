@@ -90,6 +90,22 @@ class TestConfigs:
         told(tmp_path/"m", suppress_tokens=[1]*20_000)
         refuse_larger(load(tmp_path/"m"))
 
+    def test_no_config_of_transformers_is_of_too_many_layers(self):
+        from frechet_merge.matching.hollow import _is_modest
+
+        known = pytest.importorskip("transformers").CONFIG_MAPPING
+        for kind in ("llama", "gemma3n", "gemma3n_text", "phi4_multimodal", "swin", "zoedepth"):
+            assert _is_modest(known[kind]().to_dict()), kind
+
+    def test_codes_are_fewer_than_numbers(self, tmp_path):
+        pytest.importorskip("transformers")
+        state = {"model.layers.0.mlp.up_proj.W_q": torch.zeros(4, 4, dtype=torch.uint8)}
+        full(tmp_path/"m", 0)
+        save_file(state, tmp_path/"m"/"model.safetensors")
+        told(tmp_path/"m", vocab_size=2**20, quantization_config={"quant_method": "hqq"})
+        with pytest.raises(MergeError, match="is quantised .hqq.*\nName the model of full"):
+            refuse_larger(load(tmp_path/"m"))
+
 
 class TestTokens:
     @pytest.mark.parametrize("count", [MANY + 1, 2**40])

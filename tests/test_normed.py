@@ -185,6 +185,46 @@ def test_spellings_differ_in_a_module_that_transformers_does_not_know():
         torch.testing.assert_close(w, weight_of(old, "c.")*1.5)
 
 
+@pytest.mark.parametrize("library", [torch.nn.utils, torch.nn.utils.parametrizations])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+def test_a_weight_of_another_name(library):
+    name, states, weights = "weight_hh_l0", [], []
+    for i in range(2):
+        torch.manual_seed(i)
+        layer = library.weight_norm(torch.nn.LSTM(3, 4), name)
+        states.append(layer.state_dict())
+        layer(torch.zeros(1, 3))
+        weights.append(getattr(layer, name).detach())
+    merged = merge(states).tensors
+    layer.load_state_dict({n: merged[n] for n in merged})
+    layer(torch.zeros(1, 3))
+    torch.testing.assert_close(getattr(layer, name).detach(), sum(weights)/2)
+
+
+def test_a_length_of_zero_is_refused_and_the_remedy_works():
+    "Directions of a weight that is zero have none, and torch divides by their length."
+    states = []
+    for i in range(2):
+        torch.manual_seed(i)
+        layer = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(3, 4))
+        with torch.no_grad():
+            layer.parametrizations.weight.original0[1] = 0
+        states.append(layer.state_dict())
+        weight = layer.weight.detach()
+    with pytest.raises(MergeError, match="is zero, and weight norm divides by it.*\nFold"):
+        merge(states)
+    torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")
+    found = merge([layer.state_dict(), states[1]]).tensors["weight"]
+    torch.testing.assert_close(found, weight)
+
+
+def test_vectors_that_are_called_alike_are_no_weight_norm():
+    states = [{"time_mix_g": torch.rand(1, 1, 4), "time_mix_v": torch.rand(1, 1, 4)} for _ in "ab"]
+    merged = merge(states).tensors
+    for name in merged:
+        torch.testing.assert_close(merged[name], (states[0][name] + states[1][name])/2)
+
+
 def test_what_is_asked_for_lengths_alone_is_told(trained, recwarn):
     models = [trained/f"new{i}" for i in range(2)]
     of_lengths, of_weight = f"*{NEW[0]}", f"*{NEW[1]}"

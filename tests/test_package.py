@@ -155,6 +155,19 @@ def test_the_import_loads_nothing_heavy(what):
     }
 
 
+def test_a_torch_without_powers_of_two_is_enough(tmp_path):
+    "They came with 2.7, and an older one is enough for all but files that have them."
+    floor = re.search(r'"torch>=(\d+)[.](\d+)"', (ROOT/"pyproject.toml").read_text())
+    assert floor and (int(floor[1]), int(floor[2])) < (2, 7)
+    file = save(tmp_path/"a.safetensors", tensors())
+    code = (
+        "import torch; del torch.float8_e8m0fnu; from frechet_merge import merge\n"
+        f"print(len(merge([{str(file)!r}]*2).tensors))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == f"{len(tensors())}\n", done.stderr
+
+
 USES = '''
 from collections.abc import Mapping
 from pathlib import Path

@@ -269,3 +269,18 @@ def test_a_folder_that_a_kill_has_left_is_named_and_removed(tmp_path):
     found = subprocess.run(ended, env=env, capture_output=True, text=True)
     assert found.returncode == 0 and "is removed" in found.stderr, found.stderr
     assert not [*tmp_path.iterdir()]
+
+
+def test_rows_that_no_config_counts_are_not_padded(tmp_path):
+    "The option did nothing; with the number that the remedy asks for, it does."
+    folders = two(tmp_path, word_piece, (ONE, ONE))
+    said = {f: json.loads((f/"config.json").read_text()) for f in folders}
+    for f, known in said.items():
+        less = {k: v for k, v in known.items() if k != "vocab_size"}
+        (f/"config.json").write_text(json.dumps(less))
+    with pytest.raises(MergeError, match="does not say how many rows.*\n.*vocab_size"):
+        merge([folders[0]]*2, pad_to_multiple_of=64)
+    for f, known in said.items():
+        (f/"config.json").write_text(json.dumps(known))
+    merged = merge([folders[0]]*2, pad_to_multiple_of=64).tensors
+    assert len(merged[EMBEDDING]) % 64 == 0 != said[folders[0]]["vocab_size"] % 64

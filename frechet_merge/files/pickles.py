@@ -414,7 +414,7 @@ def place_of_weights(c: Checkpoint) -> str | None:
     if len(c.files) != 1 or not is_pickle(c.files[0]):
         return None
     held, names = _held(c.files[0]), {*c}
-    if not isinstance(held, Mapping):
+    if not isinstance(held, Mapping) or len(held) < 2:
         return None
     states = (k for k in (*WRAPS, *AVERAGES) if _is_state(held.get(k)))
     return next((k for k in states if {*held[k]} == names), None)

@@ -45,8 +45,10 @@ DTYPES = {
     "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
 }
+EXPONENTS = getattr(torch, "float8_e8m0fnu", None)  # powers of two; torch has them since 2.7
+if EXPONENTS is not None:
+    DTYPES["F8_E8M0"] = EXPONENTS
 CODES = {v: k for k, v in DTYPES.items()}  # and back
 # what else weights come in
 MAGIC = {

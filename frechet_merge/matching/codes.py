@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Mapping
 import torch
 
 from ..files.checkpoint import Checkpoint
+from ..files.shards import EXPONENTS
 from ..files.tensors import LazyTensor
 from .quantised import METHODS, reason, said_of
 from ..messages import MergeError
@@ -94,7 +95,7 @@ def _is_scaled(
     module, _, last = name.rpartition(".")
     # by no name that is known
     is_weight = _is_eight(x) and last == "weight" and len(x.shape) > 1
-    is_scale = x.dtype == torch.float8_e8m0fnu
+    is_scale = x.dtype == EXPONENTS
     return is_scale or (is_weight and module in modules) or bool(_scales(name) & lazy.keys())
 
 # %% ../../nbs/matching/codes.ipynb #46516915

@@ -17,11 +17,13 @@ from typing import Any
 import torch
 
 from ..files.checkpoint import Checkpoint
+from .codes import refuse_codes
 from ..messages import MergeError, pass_on
 
 # %% ../../nbs/matching/hollow.ipynb #7a87f296
 LAYERS = 1000  # a config that asks for more is not built
-COUNTS = re.compile(r"layer|depth|n(um)?_(blocks|stages)")  # keys of what it asks for
+# keys of what it asks for: not of sizes in each layer, as of Gemma 3n, nor of convolutions
+COUNTS = re.compile(r"(?<!per_)layer|depth(?!wise|_separable)|n(um)?_(blocks|stages)")
 
 
 def _is_modest(config: Any) -> bool:
@@ -95,7 +97,9 @@ SLACK = 1 << 24  # numbers that a module may have beside those of its files, suc
 def refuse_larger(
     c: Checkpoint,  # in a folder with a config.json
 ) -> None:
-    "`MergeError` for a config of a model that is far larger than its files are."
+    "`MergeError` for a config of a model that is far larger than its files are, or for codes."
+    # of which there are fewer than of numbers
+    refuse_codes(c)
     held = sum(x.numel for x in c.lazy.values())
     module = hollow(c.config)
     needs = 0 if module is None else sum(p.numel() for p in module.parameters())

@@ -6,6 +6,7 @@
 __all__ = ['NORMED', 'normed', 'lengths', 'folded', 'normed_like', 'is_length', 'weights_of', 'directions_beside']
 
 # %% ../../nbs/matching/normed.ipynb #c35f029b
+import re
 from collections.abc import Sequence
 from functools import partial
 
@@ -18,12 +19,23 @@ from .promises import Worked
 
 # %% ../../nbs/matching/normed.ipynb #94056274
 # what weight norm has in the place of a weight, lengths and directions: as it is now, and as it was
+# how names of lengths end → how the weight's name ends there, and that of the directions
 NORMED = (
-    ("parametrizations.weight.original0", "parametrizations.weight.original1"),
-    ("weight_g", "weight_v"),
+    (re.compile(r"parametrizations[.](\w+)[.]original0$"), r"\1", r"parametrizations.\1.original1"),
+    (re.compile(r"(\w*weight\w*)_g$"), r"\1", r"\1_v"),
 )
 
 
+def _named_beside(name: str) -> tuple[str, str] | None:
+    "The names of the weight and of the directions beside lengths of a name; None: it is another."
+    if not name.endswith(("_g", ".original0")):
+        return None
+    for of_lengths, weight, directions in NORMED:
+        if of_lengths.search(name):
+            return of_lengths.sub(weight, name), of_lengths.sub(directions, name)
+    return None
+
+# %% ../../nbs/matching/normed.ipynb #725a30c5
 def _are_lengths(shape: Sequence[int], of: Sequence[int]) -> bool:
     "Whether a tensor may be the lengths of directions of a shape."
     if not shape:
@@ -34,14 +46,16 @@ def _are_lengths(shape: Sequence[int], of: Sequence[int]) -> bool:
 
 # %% ../../nbs/matching/normed.ipynb #bb7f666c
 def normed(c: Checkpoint) -> dict[str, tuple[str, str]]:
-    "What stands in front of a normed weight → the names of its lengths and directions."
+    "The name of a normed weight → those of its lengths and directions."
     found = {}
-    for lengths, directions in NORMED:
-        for name in c.lazy:
-            stem = name.removesuffix(lengths)
-            v = c.lazy.get(stem + directions) if name != stem else None
-            if v is not None and _are_lengths(c.lazy[name].shape, v.shape):
-                found[stem] = (name, stem + directions)
+    for name, x in c.lazy.items():
+        beside = _named_beside(name)
+        if beside is None:
+            continue
+        weight, directions = beside
+        v = c.lazy.get(directions)
+        if v is not None and _are_lengths(x.shape, v.shape):
+            found[weight] = (name, directions)
     return found
 
 # %% ../../nbs/matching/normed.ipynb #133abead
@@ -81,19 +95,19 @@ def normed_like(
 ) -> Checkpoint:
     "c with its normed weights as another has them."
     ours, theirs, lazy = normed(c), normed(like), dict(c.lazy)
-    for stem, (g, v) in theirs.items():
-        w = lazy.get(f"{stem}weight")
-        if stem in ours:
+    for weight, (g, v) in theirs.items():
+        w = lazy.get(weight)
+        if weight in ours:
             # the other spelling
-            lengths_of, directions = ours[stem]
+            lengths_of, directions = ours[weight]
             lazy[g], lazy[v] = lazy.pop(lengths_of), lazy.pop(directions)
         elif w is not None and _fits(w, like.lazy[g], like.lazy[v]):
-            lazy[v] = lazy.pop(f"{stem}weight")
+            lazy[v] = lazy.pop(weight)
             lazy[g] = _as_length(w, tuple(like.lazy[g].shape))
-    for stem, (g, v) in ours.items():
-        w = like.lazy.get(f"{stem}weight")
-        if stem not in theirs and _fits(w, lazy[g], lazy[v]):
-            lazy[f"{stem}weight"] = _as_weight(lazy.pop(v), lazy.pop(g))
+    for weight, (g, v) in ours.items():
+        w = like.lazy.get(weight)
+        if weight not in theirs and _fits(w, lazy[g], lazy[v]):
+            lazy[weight] = _as_weight(lazy.pop(v), lazy.pop(g))
     return c if lazy.keys() == c.lazy.keys() else c.view(lazy=lazy)
 
 # %% ../../nbs/matching/normed.ipynb #137ba6c3
@@ -126,7 +140,5 @@ def weights_of(c: Checkpoint) -> Checkpoint:
 # %% ../../nbs/matching/normed.ipynb #4a5104ae
 def directions_beside(name: str) -> str | None:
     "What the directions are called beside lengths of a name; None for another name."
-    for of_lengths, directions in NORMED:
-        if name.endswith(of_lengths):
-            return name.removesuffix(of_lengths) + directions
-    return None
+    beside = _named_beside(name)
+    return None if beside is None else beside[1]

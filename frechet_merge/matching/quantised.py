@@ -19,6 +19,7 @@ import torch
 
 from ..files.checkpoint import Checkpoint, read_json
 from ..files.decoded import Blocks, Experts, Nibbles, PackedColumns, PackedRows, Scaled
+from ..files.shards import EXPONENTS
 from ..files.tensors import LazyTensor
 from ..messages import warn
 
@@ -132,7 +133,7 @@ def _side(size: int, count: int, said: int | None, what: str) -> int:
 # %% ../../nbs/matching/quantised.ipynb #d6a10983
 def _are_exponents(scale: LazyTensor) -> bool:
     "Whether scales are written as exponents of two."
-    return scale.dtype in (torch.uint8, torch.float8_e8m0fnu)
+    return scale.dtype in (torch.uint8, EXPONENTS)
 
 # %% ../../nbs/matching/quantised.ipynb #fd8ae154
 def _has_blocks(codes: Codes, scale: LazyTensor, block: Sequence[int]) -> bool:

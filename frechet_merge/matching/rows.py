@@ -522,6 +522,11 @@ def _padded(target: Checkpoint, multiple: int | None) -> Checkpoint:
     rows, n = vocabulary_size(target.config) or 0, 1 if multiple is None else multiple
     if n < 1:
         raise ValueError(f"pad_to_multiple_of = {multiple} must be positive.")
+    if n > 1 and not rows:
+        raise MergeError(
+            f"{target.source}: its config.json does not say how many rows of tokens there are, "
+            "which are to be padded.\nGive it that number: vocab_size."
+        )
     # the tokenizer of an adapter stands in another folder than the config
     if rows % n == 0 and not target.brings:
         return target

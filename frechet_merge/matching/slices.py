@@ -15,7 +15,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from ..files.checkpoint import HEAD, TEXT, Checkpoint, read_json, vocabulary_size
+from ..files.checkpoint import HEAD, TEXT, Checkpoint, read_json, token_rows
+from ..files.checkpoint import vocabulary_size
 from .towers import module_of
 from ..vocabularies.vocabulary import contradiction, vocabulary
 from ..messages import MergeError, warn
@@ -279,6 +280,18 @@ def _refuse_unnamed(first: Checkpoint, said: Collection[str], name: str) -> None
             f"Name it, too: {first.source}[{min(missing)}=:]."
         )
 
+# %% ../../nbs/matching/slices.ipynb #29ee83e4
+def _refuse_rows_of_parts(pieces: Sequence[tuple[Checkpoint, Slice]]) -> None:
+    "As `_refuse_other_rows`, of parts that hold rows of tokens: the first model's tokenizer reads."
+    first = pieces[0][0]
+    for part in dict.fromkeys(str(p.part) for _, p in pieces):
+        mine = [c for c, p in pieces if p.part == part]
+        # what stands before the layers, and behind them
+        ends = {c.source: c for c in (mine[0], mine[-1])}
+        for c in ends.values():
+            if c is not first and token_rows(dict(part_of(c, part).lazy), c.config):
+                _refuse_other_rows(first, c)
+
 # %% ../../nbs/matching/slices.ipynb #24abb48d
 def of_parts(pieces: Sequence[tuple[Checkpoint, Slice]]) -> Checkpoint:
     "A model whose parts are each a stack; `MergeError` for parts that are missing or not counted."
@@ -286,6 +299,7 @@ def of_parts(pieces: Sequence[tuple[Checkpoint, Slice]]) -> Checkpoint:
     name = "|".join(str(p) for _, p in pieces)
     said = dict.fromkeys(str(p.part) for _, p in pieces)
     _refuse_unnamed(first, said, name)
+    _refuse_rows_of_parts(pieces)
     lazy: dict[str, Any] = {}
     tied: dict[str, str] = {}
     says = dict(first.says)

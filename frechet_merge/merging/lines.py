@@ -111,7 +111,7 @@ class Reader:
             if k.tag == MERGED:
                 found |= self._merged(value, key)
         own = [(k, value) for k, value in node.value if k.tag != MERGED]
-        seen: list[Any] = []
+        seen: set[Any] = set()
         for k, value in own:
             name: Any = self.loader.construct_object(k, deep=True)
             there, line = (*key, name), k.start_mark.line + 1
@@ -119,7 +119,7 @@ class Reader:
                 raise MergeError(
                     f"{self.source}, line {line}: {name!r} is given twice, or is no name."
                 )
-            seen.append(name)
+            seen.add(name)
             self.lines[there] = line
             found[name] = self.read(value, there)
         return found

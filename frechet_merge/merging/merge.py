@@ -41,7 +41,7 @@ from ..geometries.geometry import Euclidean, Geometry
 from ..spaces.mean import Mean
 from .many import set_aside, uncollected
 from .parts import parts_of, plan_root, refuse_parts_without_place
-from .plan import Opened, open_recipe, plan_models
+from .plan import Opened, name_typed, open_recipe, plan_models
 from .recipe import Model, Output, Recipe, Run
 from .card import card
 from .record import NAME, Record, begun, came_of
@@ -132,10 +132,10 @@ class Dress:
 def _template_of(opened: Opened, homes: list[Path], tokens: Path | None) -> Chosen | None:
     "The chat template that was asked for; without a choice, a note if models have others."
     recipe = opened.recipe
-    named = dict(zip(map(str, recipe.models), opened.models))
+    named = dict(zip(map(name_typed, recipe.models, opened.models), opened.models))
     for name, c in ((recipe.base, opened.base), (recipe.bake, opened.onto)):
         if c is not None:
-            named |= {"base": c, str(name): c}
+            named |= {"base": c, name_typed(name, c): c}
     chosen = chosen_templates(recipe.chat_template, named)
     if chosen is None:
         say_other_templates(opened.models, home_of([*filter(None, [tokens]), *homes]))
@@ -183,16 +183,21 @@ def dress_of(opened: Opened, output: Output) -> Dress:
     return Dress(homes, output.dtype, heads, alone, tokens, read, template, says)
 
 # %% ../../nbs/merging/merge.ipynb #2b79c329
-def _say_what_is_not_written(c: Checkpoint, out: Path) -> None:
+def _say_what_is_not_written(
+    c: Checkpoint,
+    written: Path,  # the file of its weights
+) -> None:
     "That a file of a training run holds more than weights, and how to have such a file again."
     key = place_of_weights(c)
     if key is None:
         return
-    written = out/"model.safetensors"
+    # what is one tensor under two names is written once
+    tied = [f"held[{key!r}][{n!r}] = held[{key!r}][{k!r}]; " for n, k in sorted(c.tied.items())]
     warn(
         f"{c.source}: what it holds beside {key!r} is not written. For a program that reads such "
         f"files, if you trust it: held = torch.load({str(c.files[0])!r}, weights_only=False); "
-        f"held[{key!r}] = safetensors.torch.load_file({str(written)!r}); torch.save(held, OTHER)"
+        f"held[{key!r}] = safetensors.torch.load_file({str(written)!r}); {''.join(tied)}"
+        "torch.save(held, OTHER)"
     )
 
 
@@ -227,7 +232,7 @@ class Work:
         "The tensors of a plan in a folder; `means` are of the merge, if the plan is not it."
         out, start = self.output.folder, plan.start
         assert out is not None
-        _say_what_is_not_written(self.opened.models[0], out)
+        _say_what_is_not_written(self.opened.models[0], out/f"{plan.stem}.safetensors")
         nbytes = plan.nbytes + sum(p.nbytes for _, p in self.parts.values())
         if self.run.part is not None:
             return self.share(plan, self.run.part)

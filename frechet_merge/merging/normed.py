@@ -6,6 +6,7 @@
 __all__ = ['LengthsOf', 'with_lengths']
 
 # %% ../../nbs/merging/normed.ipynb #33319fbb
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +58,13 @@ class LengthsOf(Around):
             squares.index_add_(0, where, x.detach().cpu().to(self.dtype).double()**2)
 
         self.job.run(add)
+        if math.prod(self.whole) and bool((squares == 0).any()):
+            raise MergeError(
+                f"tensor {self.name!r}: a length of the merged weight is zero, and weight norm "
+                "divides by it: torch would compute NaN.\nFold the weight in the first model, and "
+                "save that again: torch.nn.utils.parametrize.remove_parametrizations(MODULE, "
+                "'weight'), or torch.nn.utils.remove_weight_norm(MODULE)."
+            )
         write(self.key, 0, squares.sqrt())
         return {}
 
