@@ -18,18 +18,20 @@ AT_START = ("PYTHON", "OMP_", "MKL_", "LD_")
 
 
 def read_at_start(env) -> dict[str, str]:
-    return {k: v for k, v in env.items() if k.startswith(AT_START)}
+    # Ray sets one that only a debugger asks for
+    return {k: v for k, v in env.items() if k.startswith(AT_START) and k != "PYTHONBREAKPOINT"}
 
 
 @cache
 def of_server() -> dict[str, str]:
-    "What the first process was started with, and so all that are forked from it."
+    "What the server was started with, and so all that are forked from it."
     return read_at_start(os.environ)
 
 
 def can_be_forked(env) -> bool:
     "Whether a command in this environment would start as the server did."
-    return hasattr(os, "fork") and read_at_start(env) == of_server()
+    here = read_at_start(os.environ)
+    return hasattr(os, "fork") and read_at_start(env) == here == of_server()
 
 
 def _run(words, cwd, env, streams):
