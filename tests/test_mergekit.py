@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import cli, save
+from conftest import ROOT, cli, save
 from spoken import byte_level, talker, with_tokens
 from test_recipe_files import deep, digest, ran, written
 
@@ -733,7 +733,9 @@ merge_method: task_arithmetic
     token = {"kind": "model_token", "model": "a", "token": "y"}
     assert found["tokenizer"] == {"source": "z", "tokens": {"x": {"source": token}}}
     for odd, said in (("{path: 3}", "3 must be a text"), ("{pth: a}", "no field 'pth'"),
-                      ("{revision: a}", "names no model"), ("[a]", "must be a text")):
+                      ("{revision: a}", "names no model"), ("[a]", "must be a text"),
+                      # a folder has no revisions
+                      (f"{{path: {ROOT}, revision: v1}}", "leave it out")):
         with pytest.raises(MergeError, match=said):
             with_names(read_page(f"merge_method: x\nmodels: [{{model: {{model: {odd}}}}}]"))
     odd = "merge_method: x\nbase_model: {model: a, override_architecture: X}"

@@ -244,26 +244,26 @@ def test_a_report_of_each_that_is_kept(tmp_path, folders):
     assert "frechet-merge run recipes.yml -o OUT" in page and "models: [first" not in page
 
 
-def test_all_that_are_kept_are_pushed_in_one_commit(tmp_path, folders):
-    path = several(tmp_path, folders, FIRST, "name: third\n" + LAST, SECOND)
+def pushed(tmp_path, path):
+    "The files of a repository to which what a file of recipes makes was pushed."
     with running() as hub:
         words = "run", path, tmp_path/"out", "--push", "me/x", "--yes"
         code, _, err = cli(*words, cwd=tmp_path, env=hub.env(tmp_path/"home", TOKEN))
         assert code == 0, err
         files = hub.repos["me/x"].at("main")[1]
-    files.pop(".gitattributes")
+    return {name: text for name, text in files.items() if name != ".gitattributes"}
+
+
+def test_all_that_are_kept_are_pushed_in_one_commit(tmp_path, folders):
+    path = several(tmp_path, folders, FIRST, "name: third\n" + LAST, SECOND)
+    files = pushed(tmp_path, path)
     assert files == files_in(tmp_path/"out")
     assert {"recipes.yml", "first/config.json", "third/model.safetensors"} <= {*files}
 
 
 def test_the_last_one_is_pushed_if_it_has_no_name(tmp_path, folders):
     path = several(tmp_path, folders, FIRST, LAST, SECOND)
-    with running() as hub:
-        words = "run", path, tmp_path/"out", "--push", "me/x", "--yes"
-        code, _, err = cli(*words, cwd=tmp_path, env=hub.env(tmp_path/"home", TOKEN))
-        assert code == 0, err
-        files = hub.repos["me/x"].at("main")[1]
-    files.pop(".gitattributes")
+    files = pushed(tmp_path, path)
     assert files == files_in(tmp_path/"out") and "recipes.yml" in files
     assert not any("first" in name for name in files)
 

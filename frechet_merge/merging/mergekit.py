@@ -23,8 +23,8 @@ from .coefficients import layer_of
 from .formats import FORMATS, format_named
 from .lines import Key, Page
 from .recipe import Output, Recipe, as_dtype
-from .recipes import Asked, given_row, spread, switch, text, whole
-from .recipes import with_arguments
+from .recipes import Asked, given_row, model_name, spread, switch, text
+from .recipes import whole, with_arguments
 from .rules import are_rules
 from ..vocabularies.given import Given
 from ..matching.slices import Slice
@@ -90,18 +90,7 @@ def _with_names(page: Page, key: Key) -> Any:
         why = "tensors are matched by their names, whatever the architecture: leave it out."
         page.refuse((*key, "override_architecture"), why)
     given = [k for k in ("model", "lora") if value.get(k) is not None]
-    return "+".join(_path_of(page, (*key, k)) for k in given)
-
-# %% ../../nbs/merging/mergekit.ipynb #15cb35da
-def _path_of(page: Page, key: Key) -> str:
-    "The name of a model or an adapter, with its revision."
-    if not isinstance(page.at(key), Mapping):
-        return text(page, key)
-    page.known(key, ["path", "revision"])
-    if "path" not in page.at(key):
-        page.refuse(key, "names no model: {path: NAME}.")
-    name, revision = text(page, (*key, "path")), page.at(key).get("revision")
-    return name if revision is None else f"{name}@{revision}"
+    return "+".join(model_name(page, (*key, k), "path") for k in given)
 
 # %% ../../nbs/merging/mergekit.ipynb #c6b4f0e2
 def is_of_mergekit(page: Page) -> bool:
@@ -214,13 +203,14 @@ def without_idle(page: Page) -> Page:
     parameters = page.data.get("parameters")
     held = dict(parameters) if isinstance(parameters, Mapping) else {}
     # a parameter of its methods, too
-    idle = [k for k in IDLE if k in page.data or k in held and k != "int8_mask"]
+    inside = [k for k in IDLE if k in held and k != "int8_mask"]
+    idle = [k for k in IDLE if k in page.data or k in inside]
     if not idle:
         return page
     warn(f"{', '.join(idle)}: does nothing in a recipe, nor in one of mergekit")
     data = {k: v for k, v in page.data.items() if k not in IDLE}
-    if "parameters" in data and held:
-        data["parameters"] = {k: v for k, v in held.items() if k == "int8_mask" or k not in IDLE}
+    if inside:
+        data["parameters"] = {k: v for k, v in held.items() if k not in inside}
     return replace(page, data=data)
 
 # %% ../../nbs/merging/mergekit.ipynb #e6bf4f52

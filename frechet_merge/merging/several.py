@@ -455,7 +455,6 @@ def in_parts(several: Several) -> Merged:  # the last one that there was somethi
     "The parts, or the joining, of all recipes whose models are there; the output after the last."
     home, steps = home_of(several.out), several.steps
     places = several.places(home)
-
     before = {s.name for s in _left(several, places)}
     ready = [s for s in steps if s.name in before and not before & {*s.reads}]
     made: list[Merged] = []
