@@ -67,7 +67,7 @@ def recipe_of(folder, name, models):
 
 def told(folder, name, models):
     "Bytes that the plan says the largest job holds."
-    from frechet_merge.merging.memory import bytes_held
+    from frechet_merge.execution.memory import bytes_held
     from frechet_merge.merging.parts import plan_root
     from frechet_merge.merging.plan import open_recipe
 
@@ -78,7 +78,8 @@ def told(folder, name, models):
 def one(folder, name, models, memory):
     "In a process of its own: print the most that a merge holds above what there was before."
     from frechet_merge.merging.merge import make as merged
-    from frechet_merge.merging.recipe import Output, Run
+    from frechet_merge.merging.recipe import Output
+    from frechet_merge.execution.executors import Run
 
     run = Run(memory=memory) if memory else Run(executor="serial")
     for size in ("small", "large"):
@@ -153,7 +154,8 @@ def watched():
 def together(folder, name, models, memory, executor):
     "In a process of its own: print what workers held above what small models take, and how many."
     from frechet_merge.merging.merge import make as merged
-    from frechet_merge.merging.recipe import Output, Run
+    from frechet_merge.merging.recipe import Output
+    from frechet_merge.execution.executors import Run
 
     found = {}
     for size in ("small", "large"):

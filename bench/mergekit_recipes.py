@@ -463,7 +463,7 @@ def ours(recipe, seed):
     "The tensors of a recipe."
     from frechet_merge.geometries.trimmed import Trimmed
     from frechet_merge.geometries.varied import Varied
-    from frechet_merge.merging.recipes import read_recipe, run_recipe
+    from frechet_merge.recipes.written import read_recipe, run_recipe
 
     asked = read_recipe(recipe)
     g = asked.recipe.geometry
@@ -497,7 +497,7 @@ def drawn(xs, y0, ys):
 
 def of_files(python, folder, recipes):
     "The tensors of files of several recipes, by both."
-    from frechet_merge.merging.recipes import read_recipe, run_recipe
+    from frechet_merge.recipes.written import read_recipe, run_recipe
 
     command = str(Path(python).parent/"mergekit-multi")
     for title in FILES:
@@ -554,7 +554,7 @@ def row_error(x, y):
 
 def of_tokens(python, folder):
     "The rows of recipes that give rows to tokens, or fill them in, by both."
-    from frechet_merge.merging.recipes import read_recipe, run_recipe
+    from frechet_merge.recipes.written import read_recipe, run_recipe
 
     for i, (name, added) in enumerate(SPEAKERS.items()):
         speaking(folder/name, i, added)
@@ -613,7 +613,7 @@ def rendered(folder):
 def of_templates(python, folder):
     "How many conversations both render alike, by the names of templates."
     from frechet_merge.merging.formats import FORMATS
-    from frechet_merge.merging.recipes import read_recipe, run_recipe
+    from frechet_merge.recipes.written import read_recipe, run_recipe
 
     work = []
     for name in FORMATS:

@@ -97,7 +97,7 @@ def spread(c):
 def main(python):
     warnings.simplefilter("ignore")
     from frechet_merge import load
-    from frechet_merge.merging.recipes import read_recipe, run_recipe
+    from frechet_merge.recipes.written import read_recipe, run_recipe
 
     tool = Path(python).with_name("mergekit-moe")
     quiet = {**os.environ, "HF_HUB_OFFLINE": "1"}

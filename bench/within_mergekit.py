@@ -17,7 +17,7 @@ from adapters import about
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from frechet_merge import load, merge
-from frechet_merge.merging.within_mergekit import usable
+from frechet_merge.recipes.within_mergekit import usable
 
 HERE = Path(__file__).parent
 SIZES = {
@@ -35,7 +35,7 @@ models:
 {base}dtype: float32
 parameters: {{scale: {scale}}}
 """
-COMMAND = "from frechet_merge.merging.within_mergekit import main; main()"
+COMMAND = "from frechet_merge.recipes.within_mergekit import main; main()"
 
 
 def models(folder):

@@ -56,8 +56,8 @@ _HOMES = {
     "spaces.space": "FLAT Point Space",
 }
 _FOLDERS = (
-    "adapters algebra cli curvature diagnostics files geometries huggingface matching merging "
-    "messages metrics spaces tuning"
+    "adapters algebra cli curvature diagnostics execution files geometries huggingface matching "
+    "merging messages metrics recipes spaces symmetries tuning vocabularies"
 )
 
 

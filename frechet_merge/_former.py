@@ -22,10 +22,10 @@ BECAME = {
     "factors": ("algebra.factors",),
     "forms": ("curvature.forms",),
     "geometry": ("geometries.geometry", "spaces.space"),
-    "jobs": ("merging.run", "merging.block", "merging.merge", "merging.recipe"),
+    "jobs": ("execution.run", "execution.block", "merging.merge", "merging.recipe"),
     "laws": ("geometries.laws",),
     "mean": ("spaces.mean", "geometries.manifold"),
-    "merge": ("merging.merge", "merging.block", "merging.plan", "geometries.registry"),
+    "merge": ("merging.merge", "execution.block", "merging.plan", "geometries.registry"),
     "notes": ("messages",),
     "options": ("cli.options",),
     "output": ("files.output", "merging.companions", "merging.record"),
@@ -34,7 +34,7 @@ BECAME = {
     "statistics": ("matching.statistics",),
     "tensors": ("files.tensors",),
     "tune": ("tuning.tune",),
-    "updates": ("adapters.updates", "merging.update"),
+    "updates": ("adapters.updates", "execution.update"),
     "uses": ("curvature.uses",),
 }
 

@@ -558,7 +558,7 @@ class TestDisk:
             "import time, sys\n"
             "from frechet_merge import cli\n"
             "import frechet_merge.merging.merge\n"
-            "m = sys.modules['frechet_merge.merging.block']\n"
+            "m = sys.modules['frechet_merge.execution.block']\n"
             "real, calls = m.merge_block, []\n"
             "def slow(*a):\n"
             "    calls.append(a)\n"

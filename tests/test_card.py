@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from frechet_merge import load, merge
 from frechet_merge.merging import said
 from frechet_merge.merging.card import card, in_ticks, in_title, in_yaml
-from frechet_merge.merging.recipes import read_recipe, run_recipe
+from frechet_merge.recipes.written import read_recipe, run_recipe
 from frechet_merge.merging.recipe import Output
 from frechet_merge.merging.record import Record
 

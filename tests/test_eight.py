@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from frechet_merge import load, merge
-from frechet_merge.merging.eight import BLOCK
+from frechet_merge.execution.eight import BLOCK
 from frechet_merge.messages import MergeError
 
 transformers = pytest.importorskip("transformers")

@@ -20,7 +20,7 @@ from frechet_merge.files.stack import Stack
 from frechet_merge.files.tensors import spans
 from frechet_merge.geometries.geometry import Euclidean
 from frechet_merge.merging import executors
-from frechet_merge.merging.block import MeanOf
+from frechet_merge.execution.block import MeanOf
 
 AGAIN = "ignore:.*it is done again"
 
@@ -128,7 +128,7 @@ class TestAWorkerThatDies:
         "Killed, it can tell them nothing; what they write then would be in nobody's folder."
         code = (
             "import pickle, time, sys\n"
-            "from frechet_merge.merging.executors import Site, Worker\n"
+            "from frechet_merge.execution.executors import Site, Worker\n"
             "w = Worker(pickle.dumps(Site({}, None, 'h', 'v')))\n"
             "w.pipe.send_bytes(w.site)\n"
             "print(w.process.pid, flush=True)\n"

@@ -30,11 +30,11 @@ from frechet_merge.messages import warn
 from frechet_merge.cli.commands import ENDING, _end, main
 from frechet_merge.curvature.collecting import Statistics
 from frechet_merge.merging.companions import write_companions
-from frechet_merge.merging.block import Job
-from frechet_merge.merging.recipe import Run
-from frechet_merge.merging.recipes import read_recipe, run_recipe
+from frechet_merge.execution.block import Job
+from frechet_merge.execution.executors import Run
+from frechet_merge.recipes.written import read_recipe, run_recipe
 from frechet_merge.huggingface.models import open_model
-from frechet_merge.merging.run import Plan, in_memory, into_folder, mapper
+from frechet_merge.execution.run import Plan, in_memory, into_folder, mapper
 from frechet_merge.files.output import OURS, free, staged, staged_file
 from frechet_merge.adapters.patterns import is_meant, matches
 from frechet_merge.files.shards import ShardWriter, read_header, save_tensors
@@ -390,7 +390,7 @@ class TestChanges:
     def test_between_plan_and_work(self, tmp_path, monkeypatch, which):
         states = [{"x": torch.full((4,), i), "y": torch.zeros(4)} for i in (1.0, 2.0, 3.0)]
         models = [save(tmp_path/f"m{i}", state) for i, state in enumerate(states)]
-        module = sys.modules["frechet_merge.merging.block"]
+        module = sys.modules["frechet_merge.execution.block"]
         real, path = module.merge_block, models[0]/"model.safetensors"
 
         def late(*a):

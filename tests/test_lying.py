@@ -30,7 +30,7 @@ from frechet_merge.matching.hollow import refuse_larger
 from frechet_merge.matching.rows import lined_up
 from frechet_merge.matching.statistics import facts
 from frechet_merge.vocabularies.tokenizers import MANY
-from frechet_merge.merging.journal import _lines
+from frechet_merge.execution.journal import _lines
 from frechet_merge.merging.upcycled import mixture
 from frechet_merge.messages import as_here, by_name, called
 

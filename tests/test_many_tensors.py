@@ -16,11 +16,11 @@ from frechet_merge.files import formats, shards
 from frechet_merge.files.checkpoint import from_state_dict
 from frechet_merge.matching import absent, views
 from frechet_merge.merging import many, run
-from frechet_merge.merging.block import Job
+from frechet_merge.execution.block import Job
 from frechet_merge.merging.merge import open_recipe, plan_root
 from frechet_merge.merging.recipe import Recipe
 from frechet_merge.merging.record import Record, known
-from frechet_merge.merging.run import SMALL, Plan, do_jobs
+from frechet_merge.execution.run import SMALL, Plan, do_jobs
 
 MANY = 600
 

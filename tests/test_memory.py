@@ -13,11 +13,12 @@ from frechet_merge.files.tensors import FileTensor, MemoryTensor
 from frechet_merge.geometries.geometry import Needs, together
 from frechet_merge.geometries.registry import geometries, geometry_named
 from frechet_merge.merging import executors, memory
-from frechet_merge.merging.block import Copy
-from frechet_merge.merging.memory import KEPT, KEPT_WITHIN, MMAP_THRESHOLD, frugal
+from frechet_merge.execution.block import Copy
+from frechet_merge.execution.memory import KEPT, KEPT_WITHIN, MMAP_THRESHOLD, frugal
 from frechet_merge.merging.preview import preview
-from frechet_merge.merging.recipe import Recipe, Run
-from frechet_merge.merging.run import Plan
+from frechet_merge.merging.recipe import Recipe
+from frechet_merge.execution.executors import Run
+from frechet_merge.execution.run import Plan
 
 
 @pytest.fixture
@@ -96,7 +97,7 @@ def test_experts_of_one_tensor_are_held_one_by_one(tmp_path):
 @pytest.mark.parametrize("memory", [None, 10**8])
 def test_only_a_budget_hands_blocks_back(folders, memory, monkeypatch):
     asked = []
-    monkeypatch.setattr("frechet_merge.merging.memory._of_c", lambda *given: asked.append(given))
+    monkeypatch.setattr("frechet_merge.execution.memory._of_c", lambda *given: asked.append(given))
     merge(folders, memory=memory)
     back = [("mallopt", MMAP_THRESHOLD, n) for n in (KEPT_WITHIN, KEPT)]
     assert asked == (back if memory else [])
@@ -104,7 +105,8 @@ def test_only_a_budget_hands_blocks_back(folders, memory, monkeypatch):
 
 def test_the_last_of_several_merges_ends_a_budget(monkeypatch):
     asked = []
-    monkeypatch.setattr("frechet_merge.merging.memory._of_c", lambda *given: asked.append(given[2]))
+    here = "frechet_merge.execution.memory._of_c"
+    monkeypatch.setattr(here, lambda *given: asked.append(given[2]))
     with frugal(True):
         with frugal(True), frugal(False):
             pass

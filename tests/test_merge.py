@@ -21,7 +21,7 @@ from frechet_merge.matching.function import unlike
 from frechet_merge.files.tensors import FileTensor
 from frechet_merge.diagnostics.inspection import inspect
 from frechet_merge.geometries.sphere import karcher
-from frechet_merge.merging.run import mapper, pool
+from frechet_merge.execution.run import mapper, pool
 from frechet_merge.algebra.gram import gram
 from frechet_merge.files.stack import Stack
 

@@ -10,8 +10,8 @@ from test_recipe_files import deep, digest, ran, written
 
 from frechet_merge import MergeError, merge
 from frechet_merge.files.open import load
-from frechet_merge.merging.lines import read_page
-from frechet_merge.merging.mergekit import translated, with_names
+from frechet_merge.recipes.lines import read_page
+from frechet_merge.recipes.mergekit import translated, with_names
 from frechet_merge.merging.recipe import Recipe
 
 NAME = "h.1.mlp.weight"

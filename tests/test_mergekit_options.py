@@ -16,7 +16,7 @@ from frechet_merge.geometries.directions import Chordal, Slerp
 from frechet_merge.geometries.selected import ModelStock
 from frechet_merge.vocabularies.given import as_given
 from frechet_merge.merging.formats import APART, FORMATS
-from frechet_merge.merging.recipes import read_recipe
+from frechet_merge.recipes.written import read_recipe
 from frechet_merge.merging.record import Record
 
 USER, SYSTEM = {"role": "user", "content": "Hi "}, {"role": "system", "content": "Be kind."}

@@ -16,7 +16,7 @@ from frechet_merge.symmetries.gauges import align_gauges, in_one_gauge
 from frechet_merge.symmetries.mixtures import mixtures_in, routes_of
 from frechet_merge.merging import fewer
 from frechet_merge.merging.fewer import fewer_experts, of_weights, plan_fewer, reduced
-from frechet_merge.merging.recipes import read_recipe
+from frechet_merge.recipes.written import read_recipe
 from frechet_merge.merging.record import Record
 from frechet_merge.merging.upcycled import mixture
 

@@ -11,7 +11,7 @@ import re
 import pytest
 from conftest import ROOT, TRIED, remedies
 
-FOLDERS = ("files", "vocabularies", "matching", "symmetries", "merging")
+FOLDERS = ("files", "vocabularies", "matching", "symmetries", "execution", "merging", "recipes")
 
 # a line of its own, or an option
 OFFER = re.compile(r"(^|[.])\n(?=[A-Z{])|\(--[a-z]|: --[a-z]|--drop|^--resume")

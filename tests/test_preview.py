@@ -12,7 +12,8 @@ from frechet_merge.files.tensors import FileTensor
 from frechet_merge.merging import estimate
 from frechet_merge.merging.plan import open_recipe, plan_recipe
 from frechet_merge.merging.preview import preview
-from frechet_merge.merging.recipe import Output, Recipe, Run
+from frechet_merge.merging.recipe import Output, Recipe
+from frechet_merge.execution.executors import Run
 
 
 @pytest.fixture

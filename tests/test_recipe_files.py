@@ -10,9 +10,9 @@ import yaml
 from conftest import cli, save
 
 from frechet_merge import Euclidean, MergeError, Sphere, Span, merge
-from frechet_merge.merging.lines import read_page
+from frechet_merge.recipes.lines import read_page
 from frechet_merge.merging.recipe import Recipe
-from frechet_merge.merging.recipes import asked_by, read_recipe, recipe_of, run_recipe
+from frechet_merge.recipes.written import asked_by, read_recipe, recipe_of, run_recipe
 
 
 def deep(seed, layers=3):

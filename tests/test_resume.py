@@ -12,7 +12,7 @@ import torch
 from frechet_merge import merge, MergeError, Span, Sphere
 from frechet_merge.files.output import OURS
 from frechet_merge.files.shards import save_tensors, ShardWriter
-from frechet_merge.merging.block import MeanOf
+from frechet_merge.execution.block import MeanOf
 from frechet_merge.merging.record import NAME
 
 TENSORS = 8

@@ -22,13 +22,13 @@ from test_recipe_files import deep, digest, written
 
 from frechet_merge import MergeError, load, merge
 from frechet_merge.geometries.directions import Slerp
-from frechet_merge.merging.block import MeanOf
-from frechet_merge.merging.lines import read_page, read_pages
-from frechet_merge.merging.recipe import Run
-from frechet_merge.merging.recipes import read_recipe, run_recipe
+from frechet_merge.execution.block import MeanOf
+from frechet_merge.recipes.lines import read_page, read_pages
+from frechet_merge.execution.executors import Run
+from frechet_merge.recipes.written import read_recipe, run_recipe
 from frechet_merge.merging.record import Record
-from frechet_merge.merging.shares import Share
-from frechet_merge.merging.several import moved, steps_of
+from frechet_merge.execution.shares import Share
+from frechet_merge.recipes.several import moved, steps_of
 
 __all__ = ["folders"]
 FIRST = """name: first

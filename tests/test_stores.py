@@ -29,7 +29,7 @@ from frechet_merge.files.uploads import in_order_of_sending
 from frechet_merge.merging.companions import _carry_part
 from frechet_merge.merging.preview import in_bytes, preview
 from frechet_merge.merging.recipe import Output, Recipe
-from frechet_merge.merging.recipes import read_recipe, run_recipe
+from frechet_merge.recipes.written import read_recipe, run_recipe
 from frechet_merge.messages import redacted
 
 CONFIG = {"model_type": "toy", "vocab_size": 11}

@@ -18,8 +18,8 @@ from test_hub import CONFIG, model
 from test_pushing import hf
 
 from frechet_merge import MergeError
-from frechet_merge.merging.recipes import read_recipe
-from frechet_merge.merging.strangers import id_in
+from frechet_merge.recipes.written import read_recipe
+from frechet_merge.recipes.strangers import id_in
 
 WEIGHTS = "model.safetensors"
 OURS = "models: [{model: org/a, weight: 0.3}, {model: org/b, weight: 0.7}]\nbase: org/a\n"
@@ -139,7 +139,7 @@ WRONG = {
 ASKED = """
 import json, sys, time
 from frechet_merge import MergeError
-from frechet_merge.merging.recipes import read_recipe
+from frechet_merge.recipes.written import read_recipe
 found = {}
 for name in sys.argv[1:]:
     start = time.time()

@@ -15,7 +15,7 @@ from test_tune import WORDS, moved
 from frechet_merge import load, merge
 from frechet_merge.geometries.registry import geometry_named
 from frechet_merge.huggingface.models import collect
-from frechet_merge.merging.recipes import read_recipe, run_recipe
+from frechet_merge.recipes.written import read_recipe, run_recipe
 from frechet_merge.messages import MergeError
 from frechet_merge.tuning.suggest import OUTPUTS, PARTS, RULES, decided, suggest
 from frechet_merge.tuning.tune import tune

@@ -305,7 +305,7 @@ def _beside(steps: Sequence[Any], out: Path | None, reported: bool) -> list[Merg
     "What a file of several recipes keeps beside the last one, as if each had been run alone."
     if not steps or out is None:
         return []
-    from frechet_merge.merging.several import kept_beside
+    from frechet_merge.recipes.several import kept_beside
 
     found = []
     for one in kept_beside(steps, out):
@@ -364,8 +364,8 @@ def _planned(recipe: Any, output: Any, run: Any, name: str | None = None) -> Pla
 # %% ../../nbs/cli/commands.ipynb #483a5839
 def _planned_of(asked: Any, output: Any, run: Any) -> Planned | PlannedSteps:
     "What the recipe of a file would do, or all of its recipes."
-    from frechet_merge.merging.recipes import run_recipe
-    from frechet_merge.merging.several import foresee
+    from frechet_merge.recipes.written import run_recipe
+    from frechet_merge.recipes.several import foresee
 
     if asked.steps:
         return PlannedSteps(_place_told(output), foresee(asked.steps, output, run))
@@ -407,7 +407,7 @@ def _recipe_typed(typed: dict[str, Any]) -> Any:
 # %% ../../nbs/cli/commands.ipynb #6e5f2f56
 def _run_typed(typed: dict[str, Any]) -> Any:
     "By what a merge is computed, as it is typed."
-    from frechet_merge.merging.recipe import Run
+    from frechet_merge.execution.executors import Run
 
     memory = None if typed["memory"] is None else size(typed["memory"])
     shows = not typed["quiet"] and sys.stderr.isatty()
@@ -498,7 +498,7 @@ def _one_of(place: str | None, out: str | None) -> str | None:
 def _read(typed: dict[str, Any], out: str | None) -> tuple[Any, Any]:
     "What a recipe asks for, and where and how it is written."
     from dataclasses import replace
-    from frechet_merge.merging.recipes import read_recipe
+    from frechet_merge.recipes.written import read_recipe
 
     asked = read_recipe(typed["recipe"], typed["allow_pickle"], is_placed=out is not None)
     output = replace(asked.output, full_hash=typed["full_hash"])
@@ -556,7 +556,7 @@ def run_command(
 ) -> Iterator[Merging | Pushed | Planned | PlannedSteps]:
     "Run RECIPE: ours, one of mergekit, or what a merge wrote, which is made again."
     typed = dict(locals())
-    from frechet_merge.merging.recipes import run_recipe
+    from frechet_merge.recipes.written import run_recipe
 
     start = time.time()
     asked, output = _read(typed, _one_of(place, out))

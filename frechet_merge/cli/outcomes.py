@@ -398,7 +398,7 @@ class PlannedSteps(Outcome):
 
     def report(self) -> Iterator[str]:
         "Each, and all together."
-        from frechet_merge.merging.several import in_all
+        from frechet_merge.recipes.several import in_all
 
         yield from (line for one in self.recipes for line in one.report())
         if together := in_all(self.recipes):

@@ -43,7 +43,7 @@ def paths_in(
     recipes: Sequence[Any],  # plain data
 ) -> list[str]:
     "What recipes name that is on this machine: models, statistics, tokenizers, templates, data."
-    from frechet_merge.merging.several import CHOICES, MODELS, PIECES, models_in
+    from frechet_merge.recipes.several import CHOICES, MODELS, PIECES, models_in
 
     keys = (*MODELS, *CHOICES, "metrics", "data")
     paths: list[str] = []

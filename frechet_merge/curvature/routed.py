@@ -53,7 +53,7 @@ def pieces_of(
 # %% ../../nbs/curvature/routed.ipynb #17453b77
 def _fusions(model: nn.Module) -> dict[str, int]:
     "What transformers' tables say of the parameters of its models."
-    from frechet_merge.merging.experts import fusions
+    from frechet_merge.execution.experts import fusions
 
     config: Any = getattr(model, "config", None)
     said = config.to_dict() if callable(getattr(config, "to_dict", None)) else {}

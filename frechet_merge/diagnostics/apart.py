@@ -26,7 +26,7 @@ from ..files.open import load
 from ..files.stack import Stack
 from ..geometries.geometry import Chart, Geometry, written
 from ..matching.blocks import align
-from ..merging.block import Job
+from ..execution.block import Job
 from ..merging.plan import open_recipe, plan_recipe
 from ..merging.recipe import Model, Recipe
 from ..messages import MergeError, shown

@@ -34,7 +34,7 @@ from ..matching.views import alike
 from ..messages import Notes, shown, warn
 from ..algebra.factors import core
 from ..geometries.geometry import Geometry, check_needs
-from ..merging.run import bar
+from ..execution.run import bar
 from ..spaces.mean import normalise
 from ..merging.recipe import Model
 from ..algebra.gram import gram

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..matching.blocks import by_name
-from .block import is_statistic, weights_of
+from ..execution.block import is_statistic, weights_of
 from ..messages import MergeError, Misfit, warn
 from .rules import without_rules
 from ..spaces.mean import normalise

@@ -19,14 +19,15 @@ from ..adapters.common import speech_of
 from ..adapters.updates import Update, align_updates, bias_key, factor_shapes
 from ..files.output import free
 from ..geometries.lora import LoRA
-from .block import Copy, Job
+from ..execution.block import Copy, Job
 from .merge import Merged, Work, is_one_file
 from .plan import Opened, as_written, open_recipe
-from .recipe import Model, Output, Recipe, Run, as_dtype
+from .recipe import Model, Output, Recipe, as_dtype
+from ..execution.executors import Run
 from .record import begun
-from .run import Plan
+from ..execution.run import Plan
 from .spelled import OF_ONE_RANK, PairOf, one_alpha, respelled
-from .update import UpdateOf, lost_by
+from ..execution.update import UpdateOf, lost_by
 from ..messages import heard, warn
 
 # %% ../../nbs/merging/convert.ipynb #164a46fb

@@ -30,13 +30,13 @@ from ..geometries.span import Span
 from ..matching.blocks import Block
 from ..matching.promises import Range
 from ..matching.statistics import Coupled
-from .block import Copy, Job, MeanOf, Write
-from .executors import cores
-from .experts import Experts
-from .recipe import Output, Run
+from ..execution.block import Copy, Job, MeanOf, Write
+from ..execution.executors import cores, Run
+from ..execution.experts import Experts
+from .recipe import Output
 from .robust import Nowhere
-from .run import Plan, cast_into, mapper
-from .update import UpdateOf
+from ..execution.run import Plan, cast_into, mapper
+from ..execution.update import UpdateOf
 from ..messages import heard
 
 # %% ../../nbs/merging/estimate.ipynb #a42983fc

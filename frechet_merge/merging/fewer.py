@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..files.checkpoint import Checkpoint
 from ..files.output import free
-from ..files.tensors import LazyTensor
+from ..files.tensors import LazyTensor, typed_dtype
 from ..geometries.geometry import Euclidean, Geometry, check_needs
 from ..geometries.permutation import assigned
 from ..huggingface.routing import Routing, TextFeed, routing
@@ -28,13 +28,14 @@ from ..matching.blocks import Block
 from ..symmetries.gauges import Site, align_gauges, in_one_gauge, shortened
 from ..symmetries.mixtures import Mixture, Routes, mixtures_in, routes_of
 from ..matching.promises import Range
-from .block import Around, Copy, How, Job, MeanOf
+from ..execution.block import Around, Copy, How, Job, MeanOf
 from .each import as_geometry, geometry_of_each
 from .merge import Merged, Work
 from .plan import Opened, as_written, open_recipe, stem_of
-from .recipe import Model, Output, Recipe, Run, as_dtype, flag, typed_dtype
+from .recipe import Model, Output, Recipe, as_dtype, flag
+from ..execution.executors import Run
 from .record import begun
-from .run import Plan
+from ..execution.run import Plan
 from ..messages import MergeError, heard, warn
 
 # %% ../../nbs/merging/fewer.ipynb #b6a1af85

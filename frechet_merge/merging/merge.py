@@ -34,30 +34,30 @@ from ..files.ranges import are_remote, is_file, refuse_changed
 from ..files.uploads import uploaded
 from .align import in_gauge_of
 from .alignment import Alignment
-from .eight import in_blocks
+from ..execution.eight import in_blocks
 from .companions import Says, carry_the_rest, config_of, write_companions
 from ..matching.ties import is_untied
 from ..geometries.geometry import Euclidean, Geometry
 from ..spaces.mean import Mean
-from .many import set_aside, uncollected
+from ..execution.many import set_aside, uncollected
 from .parts import parts_of, plan_root, refuse_parts_without_place
 from .plan import Opened, name_typed, open_recipe, plan_models
-from .recipe import Model, Output, Recipe, Run
+from .recipe import Model, Output, Recipe
+from ..execution.executors import Run, refuse_far
 from .card import card
 from .record import NAME, Record, begun, came_of
 from .templates import Chosen, chosen_templates, home_of, put_templates
 from .templates import say_other_templates
-from .run import Plan, in_memory, into_folder, report
+from ..execution.run import Plan, in_memory, into_folder, report
 from .robust import counting
 from ..spaces.robust import Loss
 from ..messages import MergeError, heard, redacted, warn
 from ..files.output import disk_errors, free, hidden, staged, staged_file, Staging
-from .executors import refuse_far
-from .journal import Journal, key_of
-from .memory import within
+from ..execution.journal import Journal, key_of
+from ..execution.memory import within
 from .coefficients import as_used
-from .shares import JOURNAL, Share, Undivided, gather, is_sealed, seal
-from .shares import shares_of, tensors_of
+from ..execution.shares import JOURNAL, Share, Undivided, gather, is_sealed, seal
+from ..execution.shares import shares_of, tensors_of
 from ..curvature.calibration import Calibration
 
 # %% ../../nbs/merging/merge.ipynb #dcf14495

@@ -25,7 +25,7 @@ from ..matching.function import modules, refuse_other_modules, refuse_other_pool
 from ..matching.function import unlike
 from ..vocabularies.vocabulary import refuse_other_tokens, vocabulary
 from .plan import Opened, _in_one_vocabulary, check_recipe, plan_recipe
-from .run import Plan
+from ..execution.run import Plan
 from ..messages import MergeError, warn
 
 # %% ../../nbs/merging/parts.ipynb #88516f02

@@ -32,21 +32,21 @@ from ..matching.quantised import dtype_of
 from ..matching.rows import lined_up
 from ..matching.towers import in_one_layout
 from ..matching.views import without
-from .block import Copy, How, Job, MeanOf, is_statistic
+from ..execution.block import Copy, How, Job, MeanOf, is_statistic
 from .coefficients import Numbers, in_a_row, numbers_for, refuse_sum_of
 from .coefficients import refuse_without_base, refuse_without_difference
 from .coefficients import say_of_statistics
 from .each import geometry_of_each, refuse_choice
 from ..curvature.routed import holds_experts
-from .experts import by_expert, fusions
-from .normed import with_lengths
-from .recipe import Recipe, typed_dtype
-from .run import Plan
+from ..execution.experts import by_expert, fusions
+from ..execution.normed import with_lengths
+from .recipe import Recipe
+from ..files.tensors import typed_dtype, LazyTensor, MemoryTensor, as_device
+from ..execution.run import Plan
 from .spelled import OF_ONE_RANK, in_names_of_peft, respelled
-from .update import UpdateOf
+from ..execution.update import UpdateOf
 from ..messages import warn
 from ..matching.statistics import Coupled, statistics
-from ..files.tensors import LazyTensor, MemoryTensor, as_device
 from ..adapters.updates import BATCH, Update, align_updates, batches, bias_key
 from ..adapters.updates import factor_shapes, is_copy, peft_config
 

@@ -18,20 +18,21 @@ from ..files.output import free
 from ..files.pickles import PICKLES
 from ..files.ranges import NotYet, are_remote, name_of, put_planned
 from ..geometries.geometry import written
-from .block import Around, Copy, Job, MeanOf
+from ..execution.block import Around, Copy, Job, MeanOf
 from .coefficients import as_used, told
 from .estimate import Estimate, estimate, told as told_time
-from .executors import cores
-from .experts import Experts
-from .memory import ReadOnce, bytes_held, bytes_kept, bytes_of, within
+from ..execution.executors import cores, Run
+from ..execution.experts import Experts
+from ..execution.memory import ReadOnce, bytes_held, bytes_kept, bytes_of, within
 from ..files.uploads import refuse_taken
 from .merge import dress_of, files_of, in_dtype, is_one_file, parts_for
 from .plan import Opened, open_recipe
 from .parts import plan_root
 from .robust import is_spanned
-from .recipe import Output, Recipe, Run, typed_dtype
-from .run import Plan
-from .update import UpdateOf
+from .recipe import Output, Recipe
+from ..files.tensors import typed_dtype
+from ..execution.run import Plan
+from ..execution.update import UpdateOf
 from ..messages import heard
 
 # %% ../../nbs/merging/preview.ipynb #d73321eb

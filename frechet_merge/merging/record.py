@@ -26,8 +26,9 @@ from ..files.places import place_of
 from ..messages import MergeError
 from ..spaces.mean import Mean
 from .plan import Opened
-from .recipe import Output, Recipe, as_dtype, command, typed_dtype
-from .run import doubtful
+from .recipe import Output, Recipe, as_dtype, command
+from ..files.tensors import typed_dtype
+from ..execution.run import doubtful
 from .said import said_by
 from ..files.output import inputs
 

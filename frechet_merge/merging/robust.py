@@ -18,10 +18,11 @@ from ..files.tensors import MemoryTensor
 from ..geometries.geometry import Euclidean
 from ..geometries.span import Span
 from ..matching.blocks import Block
-from .block import Around, Job, MeanOf, is_fixed
-from .normed import LengthsOf
-from .recipe import Recipe, Run
-from .run import Plan, do_jobs
+from ..execution.block import Around, Job, MeanOf, is_fixed
+from ..execution.normed import LengthsOf
+from .recipe import Recipe
+from ..execution.executors import Run
+from ..execution.run import Plan, do_jobs
 from ..messages import MergeError, warn
 from ..spaces.mean import Mean
 from ..spaces.robust import Loss, Settled, settle

@@ -23,9 +23,9 @@ from ..adapters.writing import Names, header_of, names_of
 from ..files.checkpoint import Checkpoint
 from ..files.tensors import MemoryTensor
 from ..matching.views import PEFT_LEAD
-from .block import Around, Copy, Job
+from ..execution.block import Around, Copy, Job
 from .recipe import Recipe, numbers_of
-from .run import Plan
+from ..execution.run import Plan
 from ..messages import MergeError
 
 # %% ../../nbs/merging/spelled.ipynb #f451f916

@@ -22,20 +22,21 @@ from torch import Tensor
 from ..files.checkpoint import Checkpoint, token_rows
 from ..files.open import load
 from ..files.output import free
-from ..files.tensors import LazyTensor, MemoryTensor, as_device
+from ..files.tensors import LazyTensor, MemoryTensor, as_device, typed_dtype
 from ..geometries.geometry import Euclidean
 from ..huggingface.examples import need
 from ..huggingface.models import Name, open_model, open_tokenizer
 from ..matching.function import unlike
 from ..matching.hollow import refuse_larger
 from ..matching.views import alike
-from .block import Copy
+from ..execution.block import Copy
 from .each import as_geometry
 from .merge import Merged, Work
 from .plan import Opened, as_written, open_recipe, plan_recipe
-from .recipe import Model, Output, Recipe, Run, as_dtype, flag, typed_dtype
+from .recipe import Model, Output, Recipe, as_dtype, flag
+from ..execution.executors import Run
 from .record import begun
-from .run import Plan
+from ..execution.run import Plan
 from ..messages import MergeError, heard, pass_on, warn
 
 # %% ../../nbs/merging/upcycled.ipynb #e4d7c021

@@ -34,7 +34,8 @@ from ..spaces.mean import normalise
 from ..geometries.registry import geometry_named, spelled
 from ..merging.merge import Merged, make
 from ..merging.plan import open_recipe, plan_recipe
-from ..merging.recipe import Output, Recipe, Run, as_dtype
+from ..merging.recipe import Output, Recipe, as_dtype
+from ..execution.executors import Run
 from ..files.output import free, hidden, owned, temporary
 from ..matching.statistics import facts
 from ..messages import warn
