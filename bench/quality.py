@@ -52,9 +52,10 @@ from experts import SAMPLES, VALIDATION, Images, Text
 
 from frechet_merge import LoRA, Span, Sphere, load, merge, metrics
 from frechet_merge.adapters.baking import bake
-from frechet_merge.geometries.baselines import KnOTS, TSVM, ties
+from frechet_merge.geometries.baselines import KnOTS, TSVM
 from frechet_merge.geometries.fisher import Curved, pullback
 from frechet_merge.geometries.subspace import EpiMer
+from frechet_merge.geometries.trimmed import ties
 from frechet_merge.spaces.mean import frechet_mean
 from frechet_merge.metrics.kinds import Diagonal
 from frechet_merge.metrics.kronecker import Kronecker

@@ -19,7 +19,7 @@ from frechet_merge import LoRA, merge, MergeError, Span, Sphere
 from frechet_merge.files.stack import Stack
 from frechet_merge.files.tensors import spans
 from frechet_merge.geometries.geometry import Euclidean
-from frechet_merge.merging import executors
+from frechet_merge.execution import executors
 from frechet_merge.execution.block import MeanOf
 
 AGAIN = "ignore:.*it is done again"

@@ -15,7 +15,7 @@ from frechet_merge import Mean, MergeError, merge
 from frechet_merge.files import formats, shards
 from frechet_merge.files.checkpoint import from_state_dict
 from frechet_merge.matching import absent, views
-from frechet_merge.merging import many, run
+from frechet_merge.execution import many, run
 from frechet_merge.execution.block import Job
 from frechet_merge.merging.merge import open_recipe, plan_root
 from frechet_merge.merging.recipe import Recipe

@@ -12,7 +12,7 @@ from frechet_merge import MergeError, merge
 from frechet_merge.files.tensors import FileTensor, MemoryTensor
 from frechet_merge.geometries.geometry import Needs, together
 from frechet_merge.geometries.registry import geometries, geometry_named
-from frechet_merge.merging import executors, memory
+from frechet_merge.execution import executors, memory
 from frechet_merge.execution.block import Copy
 from frechet_merge.execution.memory import KEPT, KEPT_WITHIN, MMAP_THRESHOLD, frugal
 from frechet_merge.merging.preview import preview

@@ -9,6 +9,8 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -130,3 +132,18 @@ def test_the_map_calls_pages_by_their_names():
         == f"# {t}"
         for t, p in rows
     )
+
+
+def imported(path):
+    "(module, name) of what a script takes from this library."
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("frechet_merge"):
+            yield from ((node.module, alias.name) for alias in node.names)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT/"bench").glob("*.py")), ids=lambda path: path.stem)
+def test_benches_import_what_there_is(path):
+    for module, name in imported(path):
+        found = import_module(module)
+        is_module = find_spec(f"{module}.{name}") if hasattr(found, "__path__") else None
+        assert hasattr(found, name) or is_module, f"{module} has no {name}"

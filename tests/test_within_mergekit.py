@@ -12,7 +12,7 @@ from conftest import save, tensors
 
 from frechet_merge import MergeError, merge
 from frechet_merge.geometries.registry import geometries
-from frechet_merge.merging import within_mergekit
+from frechet_merge.recipes import within_mergekit
 from frechet_merge.recipes.within_mergekit import of_group, of_list, options, register, usable
 
 T = TypeVar("T")
