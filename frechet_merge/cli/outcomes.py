@@ -221,11 +221,9 @@ def with_json(do: Callable[..., Iterator[Outcome]]) -> Callable[..., None]:
 def _bytes_in(file: Path) -> int:
     "Of tensors, in a file of weights that was written."
     from frechet_merge.files.pickles import PICKLES
-    from frechet_merge.files.shards import read_header
+    from frechet_merge.files.shards import bytes_of_tensors
 
-    if file.suffix in PICKLES:
-        return file.stat().st_size
-    return sum(entry.nbytes for entry in read_header(file)[0].values())
+    return file.stat().st_size if file.suffix in PICKLES else bytes_of_tensors(file)
 
 # %% ../../nbs/cli/outcomes.ipynb #b246fe06
 # keys that several outcomes have: what was written,

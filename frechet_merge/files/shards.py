@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import zip_longest
 from operator import itemgetter
 from pathlib import Path
@@ -61,6 +62,8 @@ STANDS_IN = b"stand-in"
 MAX_HEADER = 100 << 20  # bytes; the reference implementation's own limit
 MAX_TEXT = 128 << 20  # bytes of a config, an index or a tokenizer; the longest known has 34 MB
 MAX_BYTES = 2**63 - 1  # of a tensor; what torch counts with
+# bytes that are written at once, from which on it pays to have the system store them at once
+STORED = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -343,7 +346,13 @@ def _entry(path, name: str, spec, start: int, stamp: Stamp) -> tuple[Entry, int]
         raise _damaged(path, f"tensor {name!r} has a malformed shape or offsets")
     if _is_beyond_memory(shape, dtype):
         raise _damaged(path, f"tensor {name!r} needs more bytes than any memory has")
-    return Entry(str(path), start + begin, shape, dtype, stamp), end - begin
+    return Entry(str(path), start + begin, _shared(shape), dtype, stamp), end - begin
+
+
+@lru_cache(4096)
+def _shared(shape: tuple[int, ...]) -> tuple[int, ...]:
+    "One copy of a shape, for all tensors that have it."
+    return shape
 
 
 def _refuse_gaps(path, entries: dict[str, Entry], start: int, size: int):
@@ -365,7 +374,9 @@ def read_header(path: str | Path) -> tuple[dict[str, Entry], dict[str, str]]:
     raw, stamp = _raw_header(path)
     header, meta = _parsed(path, raw)
     start, found = 8 + len(raw), []
-    for name, spec in header.items():
+    # what the header says of a tensor takes more room than its entry, and makes room for it
+    for name in [*header]:
+        spec = header.pop(name)
         e, nbytes = _entry(path, name, spec, start, stamp)
         if nbytes != e.nbytes:
             raise _damaged(
@@ -380,6 +391,12 @@ def read_header(path: str | Path) -> tuple[dict[str, Entry], dict[str, str]]:
     entries = {sys.intern(name): e for _, _, name, e in found}
     _refuse_gaps(path, entries, start, stamp.size)
     return entries, meta
+
+
+def bytes_of_tensors(path: str | Path) -> int:
+    "How many bytes of a safetensors file are tensors: all behind its header, which they tile."
+    raw, stamp = _raw_header(path)
+    return stamp.size - 8 - len(raw)
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -524,7 +541,7 @@ def _begin_to_store(fd: int, start: int, count: int):
     """Have the system begin to store what was just written: else nothing goes to the disk before
     the end, where all of it is waited for."""
     # Linux stores what it is told that nobody needs; what is not stored yet stays in memory
-    if hasattr(os, "posix_fadvise"):
+    if count >= STORED and hasattr(os, "posix_fadvise"):
         # a hint: who cannot take it stores later
         with suppress(OSError):
             os.posix_fadvise(fd, start, count, os.POSIX_FADV_DONTNEED)

@@ -147,7 +147,8 @@ class Files(dict):
                 pass
 
 # %% ../../nbs/files/tensors.ipynb #d48a5c2c
-@dataclass(frozen=True)
+# slots: there are as many as there are entries
+@dataclass(frozen=True, slots=True)
 class FileTensor(LazyTensor):
     "A tensor in a safetensors file, read by byte range."
 

@@ -47,9 +47,15 @@ def among(patterns: Iterable[str], names: Iterable[str]) -> list[str]:
     return [pattern for pattern in patterns if re.search(pattern, text, re.MULTILINE)]
 
 # %% ../../nbs/matching/codes.ipynb #d17d086a
+def _ends(names: Iterable[str]) -> set[str]:
+    "What stands behind the last dots of names: of a hundred thousand, a few kinds."
+    return {"." + ".".join(name.rsplit(".", 2)[-2:]) for name in names}
+
+# %% ../../nbs/matching/codes.ipynb #4addb2d8
 def _all_beside(names: Iterable[str]) -> dict[str, str]:
     "The names that are of tensors beside codes, and their formats: of most models, none."
-    if not among(COMPANIONS, names):
+    # which are seen by the last two parts of a name
+    if not among(COMPANIONS, _ends(names)):
         return {}
     found = {name: _beside(name) for name in names}
     return {name: form for name, form in found.items() if form is not None}

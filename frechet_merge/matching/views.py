@@ -144,14 +144,17 @@ IN_TOWER = ("embeddings.", "encoder.", "final_layer_norm.")
 
 def _tower_like(names: set[str], want: set[str]) -> Callable[[str], str] | None:
     "How names become others' of which one kind alone has text_model in those of the text encoder."
+    both = [[n for n in of if n.startswith(TEXT_TOWERS)] for of in (names, want)]
+    # as of most models
+    if not all(both):
+        return None
     for lead in TEXT_TOWERS:
         inner = f"{lead}text_model."
         old, new = (tuple(part + x for x in IN_TOWER) for part in (lead, inner))
-        found = [[any(n.startswith(x) for n in of) for x in (old, new)] for of in (names, want)]
-        ours, theirs = found
-        if ours == [True, False] and theirs == [False, True]:
+        found = [[any(n.startswith(x) for n in of) for x in (old, new)] for of in both]
+        if found == [[True, False], [False, True]]:
             return lambda n: inner + n.removeprefix(lead) if n.startswith(old) else n
-        if ours == [False, True] and theirs == [True, False]:
+        if found == [[False, True], [True, False]]:
             return lambda n: lead + n.removeprefix(inner) if n.startswith(new) else n
     return None
 

@@ -255,6 +255,8 @@ class Work:
             (part/"README.md").write_text(text, encoding="utf-8")
         for share in shares:
             shutil.rmtree(share, ignore_errors=True)
+        # of a hundred thousand, done ones take the room of what is read now
+        plan.jobs.clear()
         with uncollected():
             return Merged(load(out), means, out, record)
 

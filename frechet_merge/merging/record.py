@@ -226,7 +226,8 @@ def _written(value: Any, by_line: bool) -> Iterator[str]:
         return
     yield "{"
     for i, (key, one) in enumerate(value.items()):
-        yield f"{',' if i else ''}\n  {_json(key)}: {_json(one)}"
+        # without the braces around it
+        yield f"{',' if i else ''}\n  {_json({key: one})[1:-1]}"
     yield "\n }"
 
 # %% ../../nbs/merging/record.ipynb #0bdb8aec
