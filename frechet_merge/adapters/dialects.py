@@ -350,7 +350,7 @@ def layers(
             f"{c.source}: is a DoRA, which rescales the sum of base and update ({name!r}): it adds "
             f"no update of its own.\n{NAMED_ON_BASE}"
         )
-    c = unnamed(c.view(lazy={n: c.lazy[c.tied.get(n, n)] for n in c}, tied={}))
+    c = unnamed(c.untied())
     scale = _scale_of_diffusers(c) if dialect == "diffusers" else None
     if dialect in ("mlx", "torchtune"):
         scale = _scale_of_config(c)
@@ -368,7 +368,7 @@ def _other_updates(
     if kind == "ADALORA":
         # masks, by which the file has been cut
         config["rank_pattern"] = {}
-    c = unnamed(c.view(lazy={n: c.lazy[c.tied.get(n, n)] for n in c}, tied={}, adapter=config))
+    c = unnamed(c.untied().view(adapter=config))
     rest = {n: x for n, x in c.lazy.items() if split(n) is None}
     # a layer of which AdaLoRA has left nothing
     empty = {n for n, x in c.lazy.items() if kind == "ADALORA" and x.numel == 0}

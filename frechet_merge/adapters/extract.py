@@ -35,7 +35,7 @@ from ..files.output import copied, disk_errors, staged
 from ..files.places import is_here, place_of
 from ..files.shards import save_tensors
 from ..files.stack import Stack
-from ..matching.blocks import Block, align, get
+from ..matching.blocks import Block, align
 from ..matching.layouts import skeleton
 from ..matching.statistics import parts_for
 from ..matching.views import PEFT_LEAD, alike, head_of, without
@@ -125,7 +125,7 @@ def _by_shape(name: str, c: Checkpoint) -> Place:
     from frechet_merge.adapters.baking import CONV1D
 
     module, _, role = name.rpartition(".")
-    dims, kind = len(c.lazy[c.tied.get(name, name)].shape), "other"
+    dims, kind = len(c.lazy[c.first_name(name)].shape), "other"
     if role == "weight" and dims == 2:
         kind = "conv1d" if c.config.get("model_type") in CONV1D else "linear"
         if EMBEDDINGS.search(module) or "router" in module:
@@ -323,7 +323,7 @@ def _excluded(
 def _refuse_shapes(tuned: Checkpoint, base: Checkpoint) -> None:
     "`MergeError` for a tensor that has another shape in the base, but for the head of a task."
     for name in tuned:
-        a, b = get(tuned, name), get(base, name)
+        a, b = tuned.find(name), base.find(name)
         if a is None or b is None or a.shape == b.shape or head_of(name):
             continue
         is_vocabulary = name in token_rows(tuned.lazy, tuned.config)
@@ -339,7 +339,7 @@ def _without_other_heads(tuned: Checkpoint, base: Checkpoint) -> Checkpoint:
     "The base without heads that are of other shapes in the model, which are then saved whole."
     odd = []
     for name in tuned:
-        a, b = get(tuned, name), get(base, name)
+        a, b = tuned.find(name), base.find(name)
         if a is not None and b is not None and a.shape != b.shape:
             odd.append(name)
     return without(base, odd) if odd else base

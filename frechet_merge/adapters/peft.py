@@ -443,7 +443,7 @@ def layers(
     "What an adapter says about each layer; `MergeError` names what is not ΔW = s·B·A."
     _refuse_other_updates(c)
     # a factor that two layers share is one of each
-    c = unnamed(c.view(lazy={n: c.lazy[c.tied.get(n, n)] for n in c}, tied={}))
+    c = unnamed(c.untied())
     factors, rest = _sorted(c)
     parameters = _parameters(c, factors)
     found = {}

@@ -61,7 +61,7 @@ def adapters_lined_up(
     # a full model among them is refused elsewhere
     if any(c.adapter is None for c in models):
         return [*models], None
-    whole = [c.view(lazy={n: c.lazy[c.tied.get(n, n)] for n in c}, tied={}) for c in models]
+    whole = [c.untied() for c in models]
     alone = [unnamed(c) for c in whole]
     rows = _as_models(alone)
     is_chosen = choice is not None or multiple is not None or bool(tokens)

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from ..matching.blocks import Block, align, get
+from ..matching.blocks import Block, align
 from ..files.checkpoint import Checkpoint
 from ..files.hub import ids_in, look_up, only_headers
 from ..files.open import load
@@ -297,7 +297,7 @@ def compare_headers(
     "Sort tensors into missing ones, ones of different shapes, integers, and ones to compare."
     comparable = []
     for name in dict.fromkeys(chain(*(c.lazy for c in every))):
-        found_in = [(c.source, get(c, name)) for c in every]
+        found_in = [(c.source, c.find(name)) for c in every]
         versions = [x for _, x in found_in if x is not None]
         if len(versions) < len(every):
             found.missing[name] = [who for who, x in found_in if x is None]

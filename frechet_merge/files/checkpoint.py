@@ -167,8 +167,20 @@ class Checkpoint(Mapping[str, Tensor]):
             return dict(self.says)
         return {**read_json(self.folder/"config.json"), **self.says}
 
+    def first_name(self, name: str) -> str:
+        "Of a tensor that has several names the one in `lazy`; another name as it is."
+        return self.tied.get(name, name)
+
+    def find(self, name: str) -> LazyTensor | None:
+        "A tensor by any of its names, not read; None if there is none."
+        return self.lazy.get(self.first_name(name))
+
+    def untied(self) -> "Checkpoint":
+        "The same with every name in `lazy`, as if its tensor were its own."
+        return self.view(lazy={n: self.lazy[self.first_name(n)] for n in self}, tied={})
+
     def __getitem__(self, name: str) -> Tensor:
-        return self.lazy[self.tied.get(name, name)].tensor()
+        return self.lazy[self.first_name(name)].tensor()
 
     def __iter__(self) -> Iterator[str]:
         yield from self.lazy

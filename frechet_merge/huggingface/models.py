@@ -169,7 +169,7 @@ def names_in(
         if name_in_module in names:
             continue
         for spelling in _spellings(name, f"{model.base_model_prefix}."):
-            there = c.tied.get(spelling, spelling)
+            there = c.first_name(spelling)
             if there in c.lazy and tuple(c.lazy[there].shape) == tuple(p.shape):
                 names[name_in_module] = there
                 break

@@ -180,7 +180,7 @@ def as_module(c: Checkpoint, how: Layout) -> Checkpoint:
         for pattern in sources.converter.source_patterns:
             if pattern in sources.names:
                 names = sources.names[pattern]
-                held[pattern] = [c.lazy[c.tied.get(n, n)] for n in names]
+                held[pattern] = [c.lazy[c.first_name(n)] for n in names]
         made = _converted(sources.converter, first, held, how.model)
         # what is made has short names, which stand within the whole ones
         short = next((k for k in made if k in first), None)

@@ -52,7 +52,7 @@ def own_pieces(held: Checkpoint, name: str, end: str) -> list[LazyTensor]:
     found: list[LazyTensor] = []
     while f"{name}.{len(found)}{end}" in held:
         key = f"{name}.{len(found)}{end}"
-        found.append(held.lazy[held.tied.get(key, key)])
+        found.append(held.lazy[held.first_name(key)])
     return found
 
 # %% ../../nbs/matching/pieces.ipynb #59ebba8b

@@ -304,7 +304,7 @@ class Matched:
 
     def known(self, name: str) -> Known | None:
         "A tensor by any of its names; None: it has none, or none with rows of tokens."
-        x = self.c.lazy.get(self.c.tied.get(name, name))
+        x = self.c.find(name)
         if x is None or not is_of_tokens(name, x, self.count):
             return None
         # whoever has no weight is asked alone, or with others of none

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .blocks import Block, get
+from .blocks import Block
 from .moved import moved, on_both_sides
 from .pieces import of_pieces, piece_of, piece_shape, same_pieces
 from .pieces import under_all_names
@@ -298,13 +298,13 @@ def _held_for(held: Checkpoint, name: str) -> dict[str, LazyTensor]:
     "What statistics hold of a tensor under its own name, by part."
     found = {}
     for part in PARTS:
-        x = get(held, f"{name}.{part}")
+        x = held.find(f"{name}.{part}")
         if x is not None:
             found[part] = x
-    sigma = get(held, f"{name}.sigma")
+    sigma = held.find(f"{name}.sigma")
     if "projected" in found and sigma is not None:
         found["sigma"] = sigma
-    diagonal = get(held, name)
+    diagonal = held.find(name)
     return {"": diagonal} if not found and diagonal is not None else found
 
 # %% ../../nbs/matching/statistics.ipynb #de663e6e
@@ -366,10 +366,10 @@ def strangers(
     endings = (*PARTS, "sigma")
     known = {b.name for b in blocks} | {f"{b.name}.{end}" for b in blocks for end in endings}
     known |= {name for name in held if piece_of(name) in known}
-    used = {held.tied.get(name, name) for name in known}
+    used = {held.first_name(name) for name in known}
     found: dict[str, dict[str, LazyTensor]] = {}
     for name in held:
-        first = held.tied.get(name, name)
+        first = held.first_name(name)
         if first not in used:
             stem, _, end = name.rpartition(".")
             stem, part = (stem, end) if end in endings else (name, "")

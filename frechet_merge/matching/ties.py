@@ -97,10 +97,6 @@ def _fits(x: LazyTensor | None, y: LazyTensor | None) -> bool:
         return False
     return len(x.shape) == len(y.shape) and x.shape[1:] == y.shape[1:]
 
-# %% ../../nbs/matching/ties.ipynb #93b60018
-def _get(c: Checkpoint, name: str) -> LazyTensor | None:
-    return c.lazy.get(c.tied.get(name, name))
-
 # %% ../../nbs/matching/ties.ipynb #24ea7060
 def tied_by_class(c: Checkpoint, every: Sequence[Checkpoint]) -> Checkpoint:
     "c with names that others have, and that the class of its config ties to a tensor of c."
@@ -112,8 +108,8 @@ def tied_by_class(c: Checkpoint, every: Sequence[Checkpoint]) -> Checkpoint:
     for group in known.groups:
         members = _stored(group, known, names)
         for ours in [n for n in members if n in c][:1]:
-            fitting = [n for n in members if n in lacks and _fits(lacks[n], _get(c, ours))]
-            tied |= dict.fromkeys(fitting, c.tied.get(ours, ours))
+            fitting = [n for n in members if n in lacks and _fits(lacks[n], c.find(ours))]
+            tied |= dict.fromkeys(fitting, c.first_name(ours))
     return c.view(tied=tied)
 
 # %% ../../nbs/matching/ties.ipynb #a12c7530
@@ -123,7 +119,7 @@ def _lacking(c: Checkpoint, every: Sequence[Checkpoint]) -> dict[str, LazyTensor
     for m in every:
         # most models have the same names, and sets of them are held to each other at once
         if not m.lazy.keys() <= c.lazy.keys() or any(n not in c for n in m.tied):
-            found |= {n: m.lazy[m.tied.get(n, n)] for n in m if n not in c}
+            found |= {n: m.lazy[m.first_name(n)] for n in m if n not in c}
     return found
 
 # %% ../../nbs/matching/ties.ipynb #16e98a41
@@ -158,7 +154,7 @@ def _is_copy(x: LazyTensor, y: LazyTensor) -> bool:
 # %% ../../nbs/matching/ties.ipynb #fe8fc77e
 def _copied(name: str, c: Checkpoint, d: Checkpoint) -> str | None:
     "The tensor of c of which d stores an exact copy under a name that c lacks."
-    x = _get(d, name)
+    x = d.find(name)
     if x is None or len(x.shape) < 2 or LAYER.search(name):
         return None
     others = (n for n in d.lazy if n != name and n in c and not LAYER.search(n))
@@ -174,7 +170,7 @@ def tied_by_copies(c: Checkpoint, every: Sequence[Checkpoint]) -> Checkpoint:
             continue
         twin = next((t for d in every if (t := _copied(name, c, d))), None)
         if twin is not None:
-            tied[name] = c.tied.get(twin, twin)
+            tied[name] = c.first_name(twin)
     return c.view(tied=tied)
 
 # %% ../../nbs/matching/ties.ipynb #7d031615

@@ -33,7 +33,7 @@ LARGE = 1 << 22  # numbers of a group, from which on likeness is computed in flo
 
 def _of_member(c: Checkpoint, m: Member, size: int, d: int) -> Tensor:  # (size, d, …)
     "The rows of all units."
-    x = c.lazy[c.tied.get(m.tensor, m.tensor)]
+    x = c.lazy[c.first_name(m.tensor)]
     whole = x.tensor() if m.index is None else _slice(x, m.index)
     if whole.is_floating_point() and not bool(whole.isfinite().all()):
         raise MergeError(
@@ -81,7 +81,7 @@ def shared_columns(c: Checkpoint, g: Group, p: Part) -> Tensor:  # (s, k)
     "The columns of `units` that are of each sharer, those out of units behind those into them."
     found, start = [], 0
     for m in p.members:
-        x = c.lazy[c.tied.get(m.tensor, m.tensor)]
+        x = c.lazy[c.first_name(m.tensor)]
         shape = x.shape if m.index is None else x.shape[1:]
         width = m.copies*(math.prod(shape)//shape[m.axis])
         if m.shared:
@@ -302,7 +302,7 @@ def _is_long(models: Sequence[Checkpoint], g: Group) -> bool:
         return False
     first = models[0]
     names = [m.tensor for p in parts for m in p.members]
-    numbers = sum(first.lazy[first.tied.get(n, n)].numel for n in names)
+    numbers = sum(first.lazy[first.first_name(n)].numel for n in names)
     return numbers > len(models)*g.size**2
 
 # %% ../../nbs/symmetries/gauges.ipynb #664d9552

@@ -306,7 +306,7 @@ def gauged(
         for part, m, is_out in g.members:
             move = Move.made(g, part, m, is_out, gauge[g.name])
             if not move.is_nothing:
-                of_tensor = moves.setdefault(c.tied.get(m.tensor, m.tensor), {})
+                of_tensor = moves.setdefault(c.first_name(m.tensor), {})
                 of_tensor.setdefault(m.index, []).append(move)
     lazy = {n: _moved(x, moves[n]) if n in moves else x for n, x in c.lazy.items()}
     return c.view(lazy=lazy)
@@ -330,7 +330,7 @@ def _moved(x: LazyTensor, moves: Mapping[int | None, Sequence[Move]]) -> LazyTen
 def check_group(c: Checkpoint, g: Group) -> None:
     "`MergeError` for a group whose tensors or rows a model does not have."
     for p, m, _ in g.members:
-        x = c.lazy.get(c.tied.get(m.tensor, m.tensor))
+        x = c.find(m.tensor)
         if x is None:
             raise MergeError(f"{c.source}: has no {m.tensor!r}, which group {g.name!r} moves.")
         if not m.fits(x.shape, g.size, p.width):
