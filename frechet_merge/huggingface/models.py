@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import partial, reduce
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -329,6 +329,19 @@ def _made_up(module: nn.Module, info: dict, names: dict[str, str]) -> list[str]:
     drawn = {*info["missing_keys"], *mismatched}
     return sorted(n for n in drawn if n not in names and "pooler" not in n)
 
+# %% ../../nbs/huggingface/models.ipynb #bd45f198
+def _refuse_made_up(module: nn.Module, info: dict, names: dict[str, str], model: Name):
+    "`MergeError` for a module that lacks what it needs."
+    made_up = _made_up(module, info, names)
+    if not made_up:
+        return
+    more = f" and {len(made_up) - 1} more" if made_up[1:] else ""
+    raise _no(
+        model,
+        f"has no {made_up[0]!r}{more}, which {type(module).__name__} needs",
+        "It was not trained as one: name the fine-tuned model, or give a head (--head FILE:NAME).",
+    )
+
 # %% ../../nbs/huggingface/models.ipynb #7e792278
 @torch.no_grad()
 def _put(module: nn.Module, names: dict[str, str], baked: Checkpoint, base: Checkpoint):
@@ -388,6 +401,24 @@ def _module(
     with _alone(base) as folder:
         return opener.from_pretrained(folder, dtype=dtype, output_loading_info=True, **more)
 
+# %% ../../nbs/huggingface/models.ipynb #5abcbac7
+def _as_it_says(
+    model: Name,  # for the errors
+    base: Checkpoint,
+    c: Checkpoint,  # the base with the adapters on it
+    task: str | None,  # PEFT's task_type, of an adapter
+    head: Name | None,
+    dtype: torch.dtype,
+) -> tuple[str, Any, dict]:  # a key of `KINDS`, the module, and how it was loaded
+    "A base as what its config and its adapters say that it is."
+    transformers = need("transformers")
+    config = transformers.AutoConfig.from_pretrained(base.folder, **NO_CODE)
+    kind = kind_of(config, model, task, head)
+    more = dict(NO_CODE)
+    if kind == "classifier" and (n := classes(c)):
+        more |= {"num_labels": n, "ignore_mismatched_sizes": True}
+    return kind, *_module(getattr(transformers, KINDS[kind]), config, base, c, dtype, more)
+
 # %% ../../nbs/huggingface/models.ipynb #b44bc2ef
 def room_for_tokens(
     module: Any,  # a PreTrainedModel
@@ -434,21 +465,13 @@ def open_model(
 ) -> Opened:
     """The module, its tokenizer, what its outputs are, and what the checkpoint calls its
     parameters; `MergeError` if any of these is in doubt."""
-    transformers = need("transformers")
     base, adapters = _read(model, allow_pickle)
-    c = base
-    for a in adapters:
-        c = bake(c, a)
+    c = reduce(bake, adapters, base)
     tasks = [a.adapter.get("task_type") for a in adapters if a.adapter]
     task = next(filter(None, tasks), None)
-    with quiet(transformers):
+    with quiet(need("transformers")):
         try:
-            config = transformers.AutoConfig.from_pretrained(base.folder, **NO_CODE)
-            kind = kind_of(config, model, task, head)
-            more = dict(NO_CODE)
-            if kind == "classifier" and (n := classes(c)):
-                more |= {"num_labels": n, "ignore_mismatched_sizes": True}
-            m, info = _module(getattr(transformers, KINDS[kind]), config, base, c, dtype, more)
+            kind, m, info = _as_it_says(model, base, c, task, head, dtype)
         except MergeError:
             raise
         except Exception as e:
@@ -459,14 +482,7 @@ def open_model(
                 "From Python, frechet_merge.curvature.curvature takes any module and its batches.",
             ) from e
         names, apart = all_names_in(m, c)
-        if made_up := _made_up(m, info, names):
-            more_of_them = f" and {len(made_up) - 1} more" if made_up[1:] else ""
-            raise _no(
-                model,
-                f"has no {made_up[0]!r}{more_of_them}, which {type(m).__name__} needs",
-                "It was not trained as one: name the fine-tuned model, or give a head (--head "
-                "FILE:NAME).",
-            )
+        _refuse_made_up(m, info, names, model)
         _put(m, names, c, base)
         folders = [tokenizer] if tokenizer else [base.folder, *(a.folder for a in adapters)]
         tok = open_tokenizer(folders, m.get_input_embeddings().num_embeddings, model)

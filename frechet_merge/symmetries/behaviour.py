@@ -290,6 +290,27 @@ def _ordered(site: Pairs) -> list[Element]:
     es = [Element.one(site.g)]*T
     return settled(site, es, range(1, T), True)[0]
 
+# %% ../../nbs/symmetries/behaviour.ipynb #ca067caa
+def _heard(
+    stage: Stage,
+    readers: Sequence[Reader],
+    short: Sequence[Mapping[str, Any]],  # of each model, bases for the groups that are turned
+) -> tuple[dict[str, dict[tuple[int, int], Tensor]], dict[str, Tensor]]:
+    "By group how alike the units of two models are, summed over readers, and which say nothing."
+    alike: dict[str, dict[tuple[int, int], Tensor]] = {r.group.name: {} for r in readers}
+    silent: dict[str, Tensor] = {}
+    for some in _portions(readers, len(short)):
+        for r, kept in zip(some, _collected(stage, some)):
+            name = r.group.name
+            is_turned = r.group.parts[r.part].kind == "linear"
+            Ms = [_bases(r, gauge[name]) if is_turned else None for gauge in short]
+            for s, t in kept.cross:
+                C = _of_sharers(r, correlation(kept, s, t, Ms).cpu())
+                alike[name][s, t] = C + alike[name].get((s, t), 0)
+            quiet = _silent(kept).view(r.group.size, -1).all(1)
+            silent[name] = quiet & silent.get(name, quiet)
+    return alike, silent
+
 # %% ../../nbs/symmetries/behaviour.ipynb #8d726d1b
 def _heard_orders(
     stage: Stage,
@@ -298,22 +319,10 @@ def _heard_orders(
     ws: Sequence[float],
 ) -> list[dict[str, Element]]:  # of each model, for the groups that are read
     "The gauges that only change the places of units, by what they say."
-    T, groups = len(models), {r.group.name: r.group for r in readers}
+    groups = {r.group.name: r.group for r in readers}
     turned = {r.group.name: r.group for r in readers if r.group.parts[r.part].kind == "linear"}
     short = [shortened(c, [*turned.values()]) for c in models]
-    alike: dict[str, dict[tuple[int, int], Tensor]] = {name: {} for name in groups}
-    silent: dict[str, Tensor] = {}
-    for some in _portions(readers, T):
-        for r, kept in zip(some, _collected(stage, some)):
-            name, part = r.group.name, r.group.parts[r.part]
-            Ms = [
-                _bases(r, gauge[name]) if part.kind == "linear" else None for gauge in short
-            ]
-            for s, t in kept.cross:
-                C = _of_sharers(r, correlation(kept, s, t, Ms).cpu())
-                alike[name][s, t] = C + alike[name].get((s, t), 0)
-            quiet = _silent(kept).view(r.group.size, -1).all(1)
-            silent[name] = quiet & silent.get(name, quiet)
+    alike, silent = _heard(stage, readers, short)
     _say_silent(silent)
     found: list[dict[str, Element]] = [{} for _ in models]
     for name, g in groups.items():
