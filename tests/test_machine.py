@@ -23,6 +23,7 @@ from test_examples import make, write
 from frechet_merge import MergeError, load, merge
 from frechet_merge.cli.commands import _of_a_disk, _unforeseen
 from frechet_merge.files import output
+from frechet_merge.files.devices import as_device
 from frechet_merge.files.output import temporary
 from frechet_merge.files.tensors import FileTensor
 from frechet_merge.huggingface import models as opening
@@ -409,3 +410,14 @@ def test_transformers_maps_no_pickle(whole, tmp_path, monkeypatch):
     assert transformers is not None
     open_model(folder, allow_pickle=True)
     assert seen and not any(seen)
+
+
+def test_a_device_without_float64_is_refused(monkeypatch):
+    "As the GPUs of Apple, of which torch says it in this way."
+
+    def double(self):
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+
+    monkeypatch.setattr(torch.Tensor, "double", double)
+    with pytest.raises(ValueError, match="device 'cpu' has no float64.*use the CPU"):
+        as_device("cpu")

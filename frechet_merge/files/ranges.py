@@ -28,9 +28,10 @@ from urllib.parse import urlsplit
 
 import torch
 
+from .devices import carry
 from .places import place_of
 from .shards import Entry, header_length, header_of, stand_in, stood_for
-from .tensors import LazyTensor, scratch, spans
+from .tensors import LazyTensor, spans
 from ..messages import called, first_line, MergeError, redacted
 
 # %% ../../nbs/files/ranges.ipynb #b8dd9ec4
@@ -336,7 +337,7 @@ class RemoteTensor(LazyTensor):
         if (row.dtype, row.device.type) == (self.dtype, "cpu"):
             self._fill(row, start)
         else:
-            row.copy_(self._fill(scratch("raw", len(row), self.dtype), start))
+            carry(row, self.dtype, lambda room: self._fill(room, start))
 
     def _fill(self, out, start):
         begin, end = self.entry.offset, self.entry.offset + self.entry.nbytes

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..messages import MergeError
-from .tensors import CHUNK, LazyTensor, MemoryTensor, as_device, scratch, spans
+from .devices import as_device
+from .tensors import CHUNK, LazyTensor, MemoryTensor, scratch, spans
 
 # %% ../../nbs/files/stack.ipynb #091eeb48
 def in_rows(size: int, row: int) -> int:

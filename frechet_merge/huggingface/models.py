@@ -33,7 +33,7 @@ from ..files.places import is_here
 from ..files.ranges import kept, path_of
 from ..messages import MergeError
 from ..files.shards import open_file, read_header
-from ..files.tensors import as_device
+from ..files.devices import as_device
 from ..curvature.collecting import Statistics, checked, curvature
 from ..curvature.estimators import cross_entropy
 from .examples import batches, examples, need, quiet

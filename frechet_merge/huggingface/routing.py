@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..files.tensors import as_device
+from ..files.devices import as_device
 from .examples import batches as batches_of
 from .examples import examples
 from .models import Name, Opened, open_model

@@ -19,7 +19,7 @@ from ..files.folders import pipeline_parts
 from ..files.open import load
 from ..files.ranges import is_file
 from ..files.shards import same_bytes
-from ..files.tensors import as_device
+from ..files.devices import as_device
 from ..matching.blocks import by_name, named_by
 from ..matching.function import modules, refuse_other_modules, refuse_other_poolings
 from ..matching.function import unlike

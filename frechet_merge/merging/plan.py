@@ -41,7 +41,8 @@ from ..curvature.routed import holds_experts
 from ..execution.experts import by_expert, fusions
 from ..execution.normed import with_lengths
 from .recipe import Recipe
-from ..files.tensors import typed_dtype, LazyTensor, MemoryTensor, as_device
+from ..files.tensors import typed_dtype, LazyTensor, MemoryTensor
+from ..files.devices import as_device
 from ..execution.run import Plan
 from .spelled import OF_ONE_RANK, in_names_of_peft, respelled
 from ..execution.update import UpdateOf

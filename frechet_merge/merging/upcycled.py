@@ -22,7 +22,8 @@ from torch import Tensor
 from ..files.checkpoint import Checkpoint, token_rows
 from ..files.open import load
 from ..files.output import free
-from ..files.tensors import LazyTensor, MemoryTensor, as_device, typed_dtype
+from ..files.tensors import LazyTensor, MemoryTensor, typed_dtype
+from ..files.devices import as_device
 from ..geometries.geometry import Euclidean
 from ..huggingface.examples import need
 from ..huggingface.models import Name, open_model, open_tokenizer
