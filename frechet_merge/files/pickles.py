@@ -313,7 +313,11 @@ def _no_tensor(held: Mapping[Any, Any], name: Any, file: Path) -> str:
     if sets:
         some = ", ".join(map(repr, sets[:3]))
         one = _alone(sets[0], file)
-        return f"{what}, and there are tensors under {some}.\nSave one alone: {one}"
+        all_of_them = ""
+        if len(sets) == len(held) > 1:
+            names = "{f'{k}.{n}': x for k, part in STATE.items() for n, x in part.items()}"
+            all_of_them = f" Or all, if they are parts of one model: torch.save({names}, OTHER)."
+        return f"{what}, and there are tensors under {some}.\nSave one alone: {one}{all_of_them}"
     return what + _as_tensors(held, name)
 
 # %% ../../nbs/files/pickles.ipynb #803b291b
@@ -360,6 +364,34 @@ def _unreadable(file: Path, why: Exception) -> MergeError:
         "Save it as safetensors with the library that made it."
     )
 
+# %% ../../nbs/files/pickles.ipynb #d594a550
+def _in_order(named: Any) -> list[str] | None:
+    "Names by their numbers, whichever way they are said; None: these are none."
+    if isinstance(named, Mapping):
+        pairs = [(k, v) if isinstance(v, int) else (v, k) for k, v in named.items()]
+        if not all(isinstance(k, str) and str(v).isdigit() for k, v in pairs):
+            return None
+        named = [k for k, _ in sorted(pairs, key=lambda pair: int(pair[1]))]
+    is_list = isinstance(named, (list, tuple)) and len(named) > 1
+    return [*named] if is_list and all(isinstance(x, str) for x in named) else None
+
+# %% ../../nbs/files/pickles.ipynb #a395f51d
+# what training loops call the names of classes
+CLASSES = ("class_to_idx", "label2id", "idx_to_class", "id2label", "classes", "class_names")
+# where they keep them
+KEPT_IN = ("meta", "dataset_meta", "hyper_parameters")
+
+
+def _labels_beside(held: Any) -> dict[str, Any]:
+    "What a config would say of the classes that a pickle names beside its weights."
+    if not isinstance(held, Mapping):
+        return {}
+    for key in (k for k in held if str(k).lower() in CLASSES):
+        if named := _in_order(held[key]):
+            return {"id2label": dict(enumerate(named))}
+    inner = (_labels_beside(held[k]) for k in KEPT_IN if k in held)
+    return next(filter(None, inner), {})
+
 # %% ../../nbs/files/pickles.ipynb #e28453fe
 def _place(x: Tensor, file: Path) -> Any:
     "What two names of the same numbers of a pickle have in common."
@@ -386,13 +418,15 @@ def _promised(x: Tensor, file: Path, stamp: Stamp, fds: Files) -> LazyTensor:
 
 # %% ../../nbs/files/pickles.ipynb #6fa894f6
 def _open_pickles(files: list[Path], promised: set, source: str) -> Checkpoint:
-    found, fds = {}, Files()
+    found, says, fds = {}, {}, Files()
     _refuse_old_torch(files)
     for f in files:
         try:
             os.close(open_file(f))
             stamp = Stamp.of(os.stat(f))
-            for n, x in _plain(_held(f), f).items():
+            held = _held(f)
+            says |= _labels_beside(held)
+            for n, x in _plain(held, f).items():
                 found[n] = (_place(x, f), _promised(x, f, stamp, fds))
         except MergeError:
             raise
@@ -406,7 +440,7 @@ def _open_pickles(files: list[Path], promised: set, source: str) -> Checkpoint:
             "all), no shard has it.\n"
             "Download or save the checkpoint again."
         )
-    return c.view(folder=files[0].parent, files=tuple(files))
+    return c.view(folder=files[0].parent, files=tuple(files), says=says)
 
 # %% ../../nbs/files/pickles.ipynb #671fec34
 def place_of_weights(c: Checkpoint) -> str | None:
