@@ -355,6 +355,96 @@ class TestRemedies:
         assert not info["missing_keys"] and not info["mismatched_keys"]
 
 
+class TestNoWeights:
+    "Tensors in a file that no training moves by a gradient."
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "preprocessor.featurizer.fb",
+            "preprocessor.featurizer.window",
+            "mel.mel_scale.fb",
+            "spectrogram.window",
+            "head.istft.window",
+            "rope.freqs",
+            "blocks.0.rope.freqs_cos",
+            "alibi",
+            "pixel_std",
+            "input_conditioner.norm_mean",
+            "model.24.anchors",
+        ],
+    )
+    def test_what_is_computed_is_the_first_models_and_said(self, tmp_path, name):
+        for n, x in (("a", 0.25), ("b", 0.5)):
+            save(tmp_path/n, {"w": torch.ones(2), name: torch.full((3,), x)})
+        with pytest.warns(UserWarning, match=f"{name}: is computed and not trained, and differs"):
+            m = merge([tmp_path/"a", tmp_path/"b"]).tensors
+        torch.testing.assert_close(m[name], torch.full((3,), 0.25))
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "bn._variance",
+            "obs.running_std",
+            "obs_rms.var",
+            "quantizer.codebook.cluster_size",
+            "normalize_inputs.buffer_observation_state.std",
+            "target_normalizer.std",
+        ],
+    )
+    def test_spreads_and_counts_stay_between_those_of_the_models(self, tmp_path, name):
+        for n, x in (("x", 50.0), ("a", 2.0), ("b", 1.0)):
+            save(tmp_path/n, {"w": torch.full((2,), x), name: torch.full((3,), x)})
+        m = merge([tmp_path/"a", tmp_path/"b"], base=tmp_path/"x", scale=1.5).tensors
+        torch.testing.assert_close(m[name], torch.full((3,), 1.5))
+        torch.testing.assert_close(m["w"], torch.full((2,), 50 + 1.5*(1.5 - 50)))
+
+
+class TestArguments:
+    "Of a module, where there is no config."
+
+    @pytest.mark.parametrize(
+        "ours, theirs, says",
+        [
+            ({"model_args": {"n_head": 4}}, {"model_args": {"n_head": 8}}, "model_args.n_head"),
+            ({"hyper_parameters": {"act": "a"}}, {"hyper_parameters": {"act": "b"}}, "act = 'a'"),
+            ({"hyper_parameters": {"lr": 1.0}}, {"hyper_parameters": {"lr": 2.0}}, ""),
+            ({"hparams": {"n": torch.ones(1)}}, {"hparams": {"n": torch.ones(2)}}, ""),
+        ],
+    )
+    def test_in_a_pickle(self, tmp_path, ours, theirs, says):
+        for n, held in (("a", ours), ("b", theirs)):
+            torch.save({"state_dict": {"w": torch.ones(2)}, **held}, tmp_path/f"{n}.ckpt")
+        said = " ".join(unlike([load(tmp_path/f"{n}.ckpt", allow_pickle=True) for n in "ab"]))
+        assert says in said and bool(says) == bool(said)
+
+    def test_in_the_file_of_their_makers(self, tmp_path):
+        for n, x in (("a", 1e4), ("b", 1e6)):
+            save(tmp_path/n, {"w": torch.ones(2)})
+            (tmp_path/n/"params.json").write_text(json.dumps({"dim": 4, "rope_theta": x}))
+        assert "rope_theta = 10000.0 and 1000000.0" in unlike([load(tmp_path/n) for n in "ab"])[0]
+
+    @pytest.mark.parametrize("is_own", [True, False])
+    def test_code_of_their_own(self, tmp_path, is_own):
+        config = {"model_type": "own", **({"auto_map": {"AutoModel": "m.M"}} if is_own else {})}
+        for n in "ab":
+            save(tmp_path/n, {"w": torch.ones(2)}, config)
+            (tmp_path/n/"m.py").write_text(f"# of {n}")
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            merge([tmp_path/"a", tmp_path/"b"], out=tmp_path/"o")
+        assert any("m.py: is what computes" in str(x.message) for x in heard) == is_own
+        assert (tmp_path/"o"/"m.py").read_text() == "# of a"
+
+
+def test_layers_of_a_pipeline_are_no_slices_of_zero(tmp_path):
+    for i in (0, 2):
+        torch.save({"w": torch.ones(2)}, tmp_path/f"layer_0{i}-model_00-model_states.pt")
+    torch.save({}, tmp_path/"mp_rank_00_model_states.pt")
+    with pytest.raises(MergeError, match="pipelines, in a file for each layer.*\n.*convert_neox"):
+        load(tmp_path, allow_pickle=True)
+
+
 def test_lists_in_a_config_explain_rows_too(tmp_path):
     "As many filters as letters: it is no row of a letter."
     letters = ["<pad>", "a", "b", "c", "d", "e", "f", "g"]

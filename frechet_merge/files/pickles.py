@@ -392,6 +392,20 @@ def _labels_beside(held: Any) -> dict[str, Any]:
     inner = (_labels_beside(held[k]) for k in KEPT_IN if k in held)
     return next(filter(None, inner), {})
 
+# %% ../../nbs/files/pickles.ipynb #a6a09b62
+# what training loops call the arguments of a module
+ARGUMENTS = ("model_args", "hyper_parameters", "hparams", "model_config", "dims")
+
+
+def _arguments_beside(held: Any) -> dict[str, Any]:
+    "The arguments of its module that a pickle keeps, as far as they are plain."
+    found = {}
+    for key in ARGUMENTS if isinstance(held, Mapping) else ():
+        if isinstance(held.get(key), Mapping):
+            said = {str(k): x for k, x in held[key].items()}
+            found[key] = {k: x for k, x in said.items() if isinstance(x, (str, int, float, bool))}
+    return found
+
 # %% ../../nbs/files/pickles.ipynb #e28453fe
 def _place(x: Tensor, file: Path) -> Any:
     "What two names of the same numbers of a pickle have in common."
@@ -418,7 +432,7 @@ def _promised(x: Tensor, file: Path, stamp: Stamp, fds: Files) -> LazyTensor:
 
 # %% ../../nbs/files/pickles.ipynb #6fa894f6
 def _open_pickles(files: list[Path], promised: set, source: str) -> Checkpoint:
-    found, says, fds = {}, {}, Files()
+    found, says, made_with, fds = {}, {}, {}, Files()
     _refuse_old_torch(files)
     for f in files:
         try:
@@ -426,6 +440,7 @@ def _open_pickles(files: list[Path], promised: set, source: str) -> Checkpoint:
             stamp = Stamp.of(os.stat(f))
             held = _held(f)
             says |= _labels_beside(held)
+            made_with |= _arguments_beside(held)
             for n, x in _plain(held, f).items():
                 found[n] = (_place(x, f), _promised(x, f, stamp, fds))
         except MergeError:
@@ -440,7 +455,8 @@ def _open_pickles(files: list[Path], promised: set, source: str) -> Checkpoint:
             "all), no shard has it.\n"
             "Download or save the checkpoint again."
         )
-    return c.view(folder=files[0].parent, files=tuple(files), says=says)
+    beside = {"says": says, "made_with": made_with}
+    return c.view(folder=files[0].parent, files=tuple(files), **beside)
 
 # %% ../../nbs/files/pickles.ipynb #671fec34
 def place_of_weights(c: Checkpoint) -> str | None:

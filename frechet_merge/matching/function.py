@@ -229,7 +229,7 @@ BESIDE = {
     "config.json": ("pretrained_cfg", "sentence_transformers"),
     "open_clip_config.json": ("preprocess_cfg",),
     "preprocessor_config.json": ("",),
-    "processor_config.json": ("image_processor", "feature_extractor", "video_processor"),
+    "processor_config.json": ("", "image_processor", "feature_extractor", "video_processor"),
     "sentence_*_config.json": ("",),
     "config_sentence_transformers.json": ("",),
     "gliner_config.json": ("",),
@@ -249,8 +249,15 @@ INPUTS = (
     "do_center_crop",
     "do_rescale",
     "rescale_factor",
+    "do_flip_channel_order",
+    "patch_size",
+    "vision_feature_select_strategy",
+    "num_additional_image_tokens",
     "sampling_rate",
     "feature_size",
+    "num_mel_bins",
+    "chunk_length",
+    "return_attention_mask",
     "n_fft",
     "hop_length",
     "max_seq_length",
@@ -317,6 +324,12 @@ def function(c: Checkpoint) -> dict[str, Any]:
     said = {k: _spelled_alike(k, x) for k, x in said.items()}
     return said | _of_diffusers(c.config)
 
+# %% ../../nbs/matching/function.ipynb #f564ad4e
+def _made_with(c: Checkpoint) -> dict[str, Any]:
+    "What is said of a module by whoever trained it, outside of a config."
+    held = {k: x for one in _held(c, "params.json") for k, x in one.items()}
+    return of_nobody({**held, **c.made_with})
+
 # %% ../../nbs/matching/function.ipynb #f34764ed
 # the files that say how a text is split
 OF_SPLITS = ("tokenizer.json", "tokenizer_config.json")
@@ -357,6 +370,7 @@ def _odd(c: Checkpoint, d: Checkpoint) -> dict[str, tuple[Any, Any]]:
     after = ({k: x.config.get(k) for k in ("problem_type", "global_pool")} for x in (c, d))
     found |= differences(*after, also=False)
     found |= differences(_arguments(c), _arguments(d))
+    found |= differences(_made_with(c), _made_with(d), also=False)
     found |= _split_otherwise(c, d)
     return found | differences(_beside(c), _beside(d), also=False)
 

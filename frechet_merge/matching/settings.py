@@ -60,7 +60,7 @@ def _value(x: Any) -> Any:
 FROM_PADDING = re.compile(
     r"(xlm-)?roberta(-xl|-prelayernorm)?|camembert|data2vec-text|esm|ibert|layoutlmv3|lilt"
     r"|longformer|luke|markuplm|xmod|fsmt|trocr|m2m_100|nllb-moe|seamless_m4t(_v2)?"
-    r"|speech_to_text|(altclip|bridgetower|clap)_text_model"
+    r"|speech_to_text|speecht5|(xlm-)?prophetnet|(altclip|bridgetower|clap|kosmos_2(_5)?)_text_model"
 )
 
 
@@ -146,8 +146,9 @@ def _by_diffusers(config: Mapping[str, Any]) -> dict[str, Any] | None:
 # %% ../../nbs/matching/settings.ipynb #24a9ec61
 # what training, and those who publish, leave in configs
 LEFT = re.compile(
-    r"(.*_)?(path|file|dir|seed|steps?|epochs?|lr|learning_rate|batch_size|weight_decay|optimizer"
-    r"|scheduler|warmup|name|date|author|description|url|license|tags|commit|hash|revision)s?"
+    r"(.*_)?(path|file|dir|seed|step|epoch|iter|lr|learning_rate|batch_size|weight_decay|optimizer"
+    r"|scheduler|warmup|name|date|author|description|url|license|tag|commit|hash|revision|data"
+    r"|dataset|worker|device|gpu|precision|patience|momentum|interval)s?|grad(ient)?_.*|betas?\d?"
 )
 
 

@@ -77,15 +77,21 @@ TABLES = re.compile(
 
 
 def _say_other_tables(first: Checkpoint, others: Sequence[Checkpoint]) -> None:
-    "Warn of a table of labels or symbols beside the first model that is another beside another."
-    there = () if first.folder is None else sorted(first.folder.iterdir())
-    for file in (f for f in there if TABLES.fullmatch(f.name) and f.is_file()):
+    "Warn of a table of labels, or of code, beside the first model that is another elsewhere."
+    there = () if first.folder is None else sorted(f for f in first.folder.iterdir() if f.is_file())
+    is_own = "auto_map" in first.config
+    for file in there:
+        is_table = TABLES.fullmatch(file.name)
+        if not is_table and not (is_own and file.suffix == ".py"):
+            continue
+        says = "says what rows stand for" if is_table else "is what computes with the weights"
+        after = ": rows are merged by number" if is_table else ""
         for c in others:
             theirs = None if c.folder is None else c.folder/file.name
             if theirs is not None and theirs.is_file() and not same_bytes(theirs, file):
                 warn(
-                    f"{file.name}: says what rows stand for, and {c.source} has another than "
-                    f"{first.source}, whose is copied: rows are merged by number"
+                    f"{file.name}: {says}, and {c.source} has another than {first.source}, whose "
+                    f"is copied{after}"
                 )
                 break
 
