@@ -169,6 +169,16 @@ class TestTokenizers:
         asked = [Tokenizer.from_str(text).encode("ab abc").ids for text in texts]
         assert asked[0] == asked[1] and not self.said(tmp_path, *texts)
 
+    def test_whose_patterns_are_large_take_no_time(self, tmp_path):
+        "A stranger's pattern is compared, and neither compiled nor run."
+        deep = "a"
+        for _ in range(9):
+            deep = f"(?:{deep}){{999}}"
+        held = json.loads(of_pieces().to_str())
+        split = {"type": "Split", "pattern": {"Regex": deep}, "behavior": "Isolated"}
+        held["pre_tokenizer"] = {**split, "invert": False}
+        assert "pre_tokenizer" in self.said(tmp_path, json.dumps(held), of_pieces().to_str())
+
     @pytest.mark.parametrize("text", ["[]", "{", '{"normalizer": 3, "model": 4}', '{"model": []}'])
     def test_that_are_damaged_stop_nothing_here(self, tmp_path, text):
         self.said(tmp_path, text, of_pieces().to_str())
@@ -279,6 +289,20 @@ class TestOtherLibraries:
         with pytest.warns(UserWarning, match=f"{key} = {values[0]} and {values[1]}"):
             merge([tmp_path/"a", tmp_path/"b"], out=tmp_path/"o")
 
+    @pytest.mark.parametrize(
+        "key, values, is_said",
+        [("boundary_ratio", (0.875, 0.9), True), ("requires_safety_checker", (True, False), False)],
+    )
+    def test_what_a_pipeline_does_with_its_parts(self, tmp_path, key, values, is_said):
+        index = {"_class_name": "Pipe", "unet": ["diffusers", "UNet"]}
+        for n, x in zip("ab", values):
+            save(tmp_path/n/"unet", {"w": randn(2)}, {"_class_name": "UNet"})
+            (tmp_path/n/"model_index.json").write_text(json.dumps({**index, key: x}))
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            merge([tmp_path/"a", tmp_path/"b"], out=tmp_path/"o")
+        assert any(f"{key} = {values[0]}" in str(x.message) for x in heard) == is_said
+
     def test_a_pooling_that_leaves_out_the_prompt(self, tmp_path):
         listed = [{"path": "", "type": "T"}, {"path": "1_Pooling", "type": "models.Pooling"}]
         for n in "ab":
@@ -287,8 +311,11 @@ class TestOtherLibraries:
             (tmp_path/n/"1_Pooling").mkdir()
             held = {"pooling_mode_mean_tokens": True, "include_prompt": n == "a"}
             (tmp_path/n/"1_Pooling"/"config.json").write_text(json.dumps(held))
-        with pytest.raises(MergeError, match="mean, and Pooling of mean without prompts"):
+        says = "mean, and Pooling of mean without prompts.\nIf both were trained with one"
+        with pytest.raises(MergeError, match=says):
             merge([tmp_path/"a", tmp_path/"b"])
+        (tmp_path/"a"/"1_Pooling"/"config.json").write_text(json.dumps(held))
+        assert {*merge([tmp_path/"a", tmp_path/"b"]).tensors} == {"w"}
 
 
 class TestRemedies:
@@ -332,6 +359,27 @@ class TestRemedies:
         want = (held[0]["ip_adapter"]["1.k"] + held[1]["ip_adapter"]["1.k"])/2
         torch.testing.assert_close(m["ip_adapter.1.k"], want)
         assert {*m} == {"image_proj.w", "ip_adapter.1.k"}
+
+    def test_tensors_that_are_spread_over_processes(self, tmp_path):
+        import torch.distributed as dist
+        from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            mesh = init_device_mesh("cpu", (1,))
+            whole = [randn(4, 4, seed=i) for i in (0, 1)]
+            held = [{"w": distribute_tensor(x, mesh, [Shard(0)])} for x in whole]
+            for n, state in zip("ab", held):
+                torch.save(state, tmp_path/f"{n}.pt")
+            with pytest.raises(MergeError, match="spread over processes") as e:
+                merge([tmp_path/"a.pt", tmp_path/"b.pt"], allow_pickle=True)
+            typed = str(e.value).partition("holds: ")[2].removesuffix(".")
+            for n, STATE in zip("ab", held):
+                exec(typed, {"torch": torch, "STATE": STATE, "OTHER": tmp_path/f"{n}2.pt"})
+        finally:
+            dist.destroy_process_group()
+        m = merge([tmp_path/"a2.pt", tmp_path/"b2.pt"], allow_pickle=True).tensors
+        torch.testing.assert_close(m["w"], sum(whole)/2)
 
     def test_positions_of_pictures_are_resized_by_transformers(self, tmp_path):
         for n, size in (("a", 8), ("b", 16)):

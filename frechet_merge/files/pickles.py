@@ -339,6 +339,14 @@ def _plain(held: Any, file: Path) -> Mapping[str, Tensor]:
             raise ValueError(f"{name!r} is no name of a tensor")
         if not isinstance(x, Tensor):
             raise MergeError(_no_tensor(held, name, file))
+        # of torch.distributed, which is not loaded for its name
+        if type(x).__name__ == "DTensor":
+            whole = "{n: x.full_tensor() for n, x in STATE.items()}"
+            raise MergeError(
+                f"{file}: tensor {name!r} is spread over processes, and the file has a part of it."
+                "\nSave whole ones where it was made, where STATE is what it holds: "
+                f"torch.save({whole}, OTHER)."
+            )
         if kind := _odd(x):
             raise MergeError(
                 f"{file}: tensor {name!r} is {kind}, and no plain numbers.\n"

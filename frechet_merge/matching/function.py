@@ -73,6 +73,8 @@ def refuse_other_poolings(models: Sequence[Checkpoint]) -> None:
                 raise MergeError(
                     f"{c.source} and {d.source} make other embeddings of the same weights: "
                     f"{' → '.join(ours) or 'no pooling'}, and {' → '.join(theirs) or 'none'}."
+                    "\nIf both were trained with one of the two, give both folders that "
+                    "(modules.json, and the config.json of the pooling)."
                 )
 
 # %% ../../nbs/matching/function.ipynb #fa3e4819

@@ -24,6 +24,7 @@ from ..files.tensors import as_device
 from ..matching.blocks import by_name, named_by
 from ..matching.function import modules, refuse_other_modules, refuse_other_poolings
 from ..matching.function import unlike
+from ..matching.settings import differences
 from ..vocabularies.vocabulary import refuse_other_tokens, vocabulary
 from .plan import Opened, _in_one_vocabulary, check_recipe, plan_recipe
 from .run import Plan
@@ -269,6 +270,26 @@ def _say_what_schedulers_differ_in(every: Sequence[Checkpoint]) -> None:
                 "what is merged has the scheduler of one"
             )
 
+# %% ../../nbs/merging/parts.ipynb #b7c2915b
+def _say_what_pipelines_differ_in(every: Sequence[Checkpoint]) -> None:
+    "Warn of pipelines that use their parts otherwise, by what stands beside the list of these."
+    homes = [(c.source, c.folder/"model_index.json") for c in every if c.folder is not None]
+    known = [(who, read_json(f)) for who, f in homes if f.is_file()]
+    plain = [
+        (who, {k: x for k, x in held.items() if k[0] != "_" and isinstance(x, (str, int, float))})
+        for who, held in known
+    ]
+    for who, theirs in plain[1:]:
+        first, ours = plain[0]
+        # whether pictures are checked has nothing to do with weights
+        odd = differences(ours, theirs, also=False).items()
+        said = [f"{k} = {x!r} and {y!r}" for k, (x, y) in odd if k != "requires_safety_checker"]
+        if said:
+            warn(
+                f"{first} and {who} use their parts otherwise (model_index.json): "
+                f"{', '.join(said[:3])}; what is merged does as one of them"
+            )
+
 # %% ../../nbs/merging/parts.ipynb #55aa4600
 def _by_part(value: Any, path: str, names: Iterable[str], default: Any, what: str) -> Any:
     "What a recipe gives the tensors of a part of a model, by their names in the part."
@@ -383,6 +404,7 @@ def _in_place_of(opened: Opened) -> dict[str, Opened]:
     refuse_other_poolings(opened.models)
     _refuse_other_tokenizers(opened.every)
     _say_what_schedulers_differ_in(opened.every)
+    _say_what_pipelines_differ_in(opened.every)
     for said in unlike(opened.every):
         warn(said)
     first = opened.models[0]

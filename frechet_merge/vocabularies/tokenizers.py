@@ -304,6 +304,15 @@ def held_by(
         more = tuple(read_bytes(folder/n) for n in names if (folder/n).is_file())
     return *(read_bytes(f) if f.is_file() else b"" for f in files), more
 
+# %% ../../nbs/vocabularies/tokenizers.ipynb #b8d6d350
+def _as_text(rules: Any) -> Any:
+    "Rules with texts in place of patterns, which a library would compile, however large they are."
+    if isinstance(rules, list):
+        return [*map(_as_text, rules)]
+    if not isinstance(rules, dict):
+        return rules
+    return {"String" if k == "Regex" else k: _as_text(x) for k, x in rules.items()}
+
 # %% ../../nbs/vocabularies/tokenizers.ipynb #9a932653
 def _as_it_is_spelled(held: dict[str, Any]) -> dict[str, Any]:
     "The rules of a tokenizer.json as the library here spells them; as they are without it."
@@ -311,7 +320,9 @@ def _as_it_is_spelled(held: dict[str, Any]) -> dict[str, Any]:
     try:
         from tokenizers import Tokenizer
 
-        asked = Tokenizer.from_str(json.dumps({**held, "added_tokens": [], "model": empty}))
+        rules = {key: _as_text(held.get(key)) for key in RULES}
+        whole = {"version": "1.0", "added_tokens": [], "decoder": None, **rules, "model": empty}
+        asked = Tokenizer.from_str(json.dumps(whole))
         return json.loads(asked.to_str())
     # whatever the library says of rules that it does not know
     except Exception as e:
