@@ -184,8 +184,12 @@ class Copy(Job):
         return {}
 
 # %% ../../nbs/execution/block.ipynb #cd4e0457
-# running means and variances of normalisation layers
-STATISTIC = re.compile(r"(^|[.])(running_mean|running_var|moving_mean|moving_var|moving_variance)$")
+# running means and variances of normalisation layers, also as Paddle and those who normalise what
+# they observe call them, and counts of a codebook
+STATISTIC = re.compile(
+    r"(^|[.])((running|moving)_(mean|var|variance|std)|_(mean|variance)|(ema_)?cluster_size"
+    r"|embed_avg|(\w*rms|\w*mean_std|\w*normalizer|buffer_\w+)[.](mean|var|std|min|max))$"
+)
 
 
 def is_statistic(name: str) -> bool:

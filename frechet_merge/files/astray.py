@@ -127,6 +127,13 @@ def _of_deepspeed(run: Path, found: str) -> str:
 # %% ../../nbs/files/astray.ipynb #ee54b5ec
 def _slices(folder: Path) -> str | None:
     "How to put together what was saved in slices."
+    for d in (folder, *sorted(folder.glob("global_step*"))):
+        if found := sorted(d.glob("layer_*-model_states.pt")):
+            return (
+                f"{folder}: holds a model of DeepSpeed's pipelines, in a file for each layer "
+                f"({found[0].name} …).\nConvert it where it was trained, as convert_neox_to_hf.py "
+                "of GPT-NeoX does, and name what comes out."
+            )
     if found := sorted(folder.glob("global_step*")):
         return _of_deepspeed(folder, found[-1].name)
     if found := sorted(folder.glob("*_model_states.pt")):

@@ -143,6 +143,8 @@ class Checkpoint(Mapping[str, Tensor]):
     lacks: frozenset[str] = frozenset()
     # what its config.json does not know: an adapter on it brought tokens
     says: dict[str, Any] = field(default_factory=dict)
+    # what a pickle keeps beside its weights of how their module is made
+    made_with: dict[str, Any] = field(default_factory=dict)
     # its files, and the configs and tokens beside it, as they were when it was opened
     beside: dict[Path, Stamp] = field(default_factory=dict)
 

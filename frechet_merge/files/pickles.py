@@ -313,7 +313,11 @@ def _no_tensor(held: Mapping[Any, Any], name: Any, file: Path) -> str:
     if sets:
         some = ", ".join(map(repr, sets[:3]))
         one = _alone(sets[0], file)
-        return f"{what}, and there are tensors under {some}.\nSave one alone: {one}"
+        all_of_them = ""
+        if len(sets) == len(held) > 1:
+            names = "{f'{k}.{n}': x for k, part in STATE.items() for n, x in part.items()}"
+            all_of_them = f" Or all, if they are parts of one model: torch.save({names}, OTHER)."
+        return f"{what}, and there are tensors under {some}.\nSave one alone: {one}{all_of_them}"
     return what + _as_tensors(held, name)
 
 # %% ../../nbs/files/pickles.ipynb #803b291b
@@ -335,6 +339,14 @@ def _plain(held: Any, file: Path) -> Mapping[str, Tensor]:
             raise ValueError(f"{name!r} is no name of a tensor")
         if not isinstance(x, Tensor):
             raise MergeError(_no_tensor(held, name, file))
+        # of torch.distributed, which is not loaded for its name
+        if type(x).__name__ == "DTensor":
+            whole = "{n: x.full_tensor() for n, x in STATE.items()}"
+            raise MergeError(
+                f"{file}: tensor {name!r} is spread over processes, and the file has a part of it."
+                "\nSave whole ones where it was made, where STATE is what it holds: "
+                f"torch.save({whole}, OTHER)."
+            )
         if kind := _odd(x):
             raise MergeError(
                 f"{file}: tensor {name!r} is {kind}, and no plain numbers.\n"
@@ -359,6 +371,48 @@ def _unreadable(file: Path, why: Exception) -> MergeError:
         f"{file}: cannot be loaded as plain tensors ({type(why).__name__}).\n"
         "Save it as safetensors with the library that made it."
     )
+
+# %% ../../nbs/files/pickles.ipynb #d594a550
+def _in_order(named: Any) -> list[str] | None:
+    "Names by their numbers, whichever way they are said; None: these are none."
+    if isinstance(named, Mapping):
+        pairs = [(k, v) if isinstance(v, int) else (v, k) for k, v in named.items()]
+        if not all(isinstance(k, str) and str(v).isdigit() for k, v in pairs):
+            return None
+        named = [k for k, _ in sorted(pairs, key=lambda pair: int(pair[1]))]
+    is_list = isinstance(named, (list, tuple)) and len(named) > 1
+    return [*named] if is_list and all(isinstance(x, str) for x in named) else None
+
+# %% ../../nbs/files/pickles.ipynb #a395f51d
+# what training loops call the names of classes
+CLASSES = ("class_to_idx", "label2id", "idx_to_class", "id2label", "classes", "class_names")
+# where they keep them
+KEPT_IN = ("meta", "dataset_meta", "hyper_parameters")
+
+
+def _labels_beside(held: Any) -> dict[str, Any]:
+    "What a config would say of the classes that a pickle names beside its weights."
+    if not isinstance(held, Mapping):
+        return {}
+    for key in (k for k in held if str(k).lower() in CLASSES):
+        if named := _in_order(held[key]):
+            return {"id2label": dict(enumerate(named))}
+    inner = (_labels_beside(held[k]) for k in KEPT_IN if k in held)
+    return next(filter(None, inner), {})
+
+# %% ../../nbs/files/pickles.ipynb #a6a09b62
+# what training loops call the arguments of a module
+ARGUMENTS = ("model_args", "hyper_parameters", "hparams", "model_config", "dims")
+
+
+def _arguments_beside(held: Any) -> dict[str, Any]:
+    "The arguments of its module that a pickle keeps, as far as they are plain."
+    found = {}
+    for key in ARGUMENTS if isinstance(held, Mapping) else ():
+        if isinstance(held.get(key), Mapping):
+            said = {str(k): x for k, x in held[key].items()}
+            found[key] = {k: x for k, x in said.items() if isinstance(x, (str, int, float, bool))}
+    return found
 
 # %% ../../nbs/files/pickles.ipynb #e28453fe
 def _place(x: Tensor, file: Path) -> Any:
@@ -386,13 +440,16 @@ def _promised(x: Tensor, file: Path, stamp: Stamp, fds: Files) -> LazyTensor:
 
 # %% ../../nbs/files/pickles.ipynb #6fa894f6
 def _open_pickles(files: list[Path], promised: set, source: str) -> Checkpoint:
-    found, fds = {}, Files()
+    found, says, made_with, fds = {}, {}, {}, Files()
     _refuse_old_torch(files)
     for f in files:
         try:
             os.close(open_file(f))
             stamp = Stamp.of(os.stat(f))
-            for n, x in _plain(_held(f), f).items():
+            held = _held(f)
+            says |= _labels_beside(held)
+            made_with |= _arguments_beside(held)
+            for n, x in _plain(held, f).items():
                 found[n] = (_place(x, f), _promised(x, f, stamp, fds))
         except MergeError:
             raise
@@ -406,7 +463,8 @@ def _open_pickles(files: list[Path], promised: set, source: str) -> Checkpoint:
             "all), no shard has it.\n"
             "Download or save the checkpoint again."
         )
-    return c.view(folder=files[0].parent, files=tuple(files))
+    beside = {"says": says, "made_with": made_with}
+    return c.view(folder=files[0].parent, files=tuple(files), **beside)
 
 # %% ../../nbs/files/pickles.ipynb #671fec34
 def place_of_weights(c: Checkpoint) -> str | None:

@@ -330,6 +330,12 @@ def _is_beyond_memory(shape, dtype) -> bool:
 def _entry(path, name: str, spec, start: int, stamp: Stamp) -> tuple[Entry, int]:
     "Where a tensor lives, by what the header says of it, and how many bytes that says it has."
     code = spec.get("dtype") if isinstance(spec, dict) else None
+    if code in ("C64", "C128"):
+        raise MergeError(
+            f"{path}: tensor {name!r} is complex, and geometries are of real numbers.\n"
+            "Save both parts of each number (torch.view_as_real), and put them together in the "
+            "result (torch.view_as_complex)."
+        )
     if isinstance(code, str) and code not in DTYPES:
         raise MergeError(
             f"{path}: tensor {name!r} has dtype {code}, which cannot be merged.\n"

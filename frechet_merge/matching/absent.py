@@ -24,7 +24,11 @@ from ..files.tensors import LazyTensor
 CONSTANT = re.compile(
     r"(^|[.])(position_ids|token_type_ids|(original_|local_|global_)?inv_freq|masked_bias"
     r"|num_batches_tracked|relative_position_index|relative_coords_table|attn_mask|causal_mask"
-    r"|(cos|sin)_cached|freqs_cis|mel_filters|_float_tensor"
+    r"|(cos|sin)_cached|freqs_cis|rope[.]freqs(_cos|_sin)?|freqs_(cos|sin)|alibi(_slopes)?"
+    # of sounds and pictures, before they are seen, and of boxes
+    r"|mel_filters|mel_scale[.]fb|featurizer[.](fb|window)|(spectrogram|i?stft)[.]window"
+    r"|pixel_(mean|std)|input_conditioner[.]norm_(mean|std)|model[.]\d+[.]anchor(s|_grid)"
+    r"|_float_tensor"
     # the noise of each step, which single files of diffusion models may keep; of their averages
     r"|denoiser[.]sigmas|model_ema[.](decay|num_updates))$"
     r"|^(betas|(sqrt_|sqrt_one_minus_|log_one_minus_|sqrt_recip_|sqrt_recipm1_)?alphas_cumprod"

@@ -282,7 +282,8 @@ def _how_to_match(name: str) -> str:
     if POSITIONS.search(name):
         return (
             "Its rows are positions. Of pictures, open one model at the size of the other and "
-            "save it (img_size= of timm, force_image_size= of open_clip); of texts, keep as many "
+            "save it (img_size= of timm, force_image_size= of open_clip, "
+            "interpolate_pos_encoding of transformers); of texts, keep as many "
             "rows of the longer one as the shorter has, in its config, too."
         )
     if head := head_of(name):
@@ -306,6 +307,11 @@ def _check_equal(
     if x.dtype == x0.dtype and x.same(x0):
         return
     differs = f"{c.source}: tensor {name!r} ({x.dtype}) differs from {c0.source}'s, and"
+    if x.dtype.is_complex or x0.dtype.is_complex:
+        raise MergeError(
+            f"{differs} geometries are of real numbers.\nSave both parts of each number "
+            "(torch.view_as_real), and put them together in the result (torch.view_as_complex)."
+        )
     is_matrix_of_bytes = x.dtype in (torch.int8, torch.uint8) and len(x.shape) > 1
     if is_matrix_of_bytes:
         raise MergeError(

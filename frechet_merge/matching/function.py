@@ -15,8 +15,9 @@ from typing import Any
 from ..files.checkpoint import Checkpoint, json_in, read_json
 from ..files.folders import components
 from ..files.shards import same_bytes
-from .settings import differences, flat, of_both
-from ..messages import MergeError, warn
+from .settings import differences, flat, of_both, of_nobody
+from ..vocabularies.tokenizers import how_it_splits
+from ..messages import MergeError, pass_on, warn
 
 # %% ../../nbs/matching/function.ipynb #46c303f6
 def _listed(home: Path) -> list[dict[str, Any]]:
@@ -45,7 +46,9 @@ def _how(config: dict[str, Any]) -> str:
     said = config.get("pooling_mode") or "+".join(sorted(m for m in modes if m in POOLS))
     # SpladePooling, of sparse encoders
     said = said or " ".join(str(config[k]) for k in SPARSE if k in config)
-    return f" of {str(said).removesuffix('_tokens').removesuffix('_token')}" if said else ""
+    how = f" of {str(said).removesuffix('_tokens').removesuffix('_token')}" if said else ""
+    # as of instructions, which are read and are no part of the embedding
+    return how + " without prompts" if config.get("include_prompt") is False else how
 
 # %% ../../nbs/matching/function.ipynb #d20bed3b
 # what sentence-transformers may do with the vectors of tokens
@@ -70,6 +73,8 @@ def refuse_other_poolings(models: Sequence[Checkpoint]) -> None:
                 raise MergeError(
                     f"{c.source} and {d.source} make other embeddings of the same weights: "
                     f"{' → '.join(ours) or 'no pooling'}, and {' → '.join(theirs) or 'none'}."
+                    "\nIf both were trained with one of the two, give both folders that "
+                    "(modules.json, and the config.json of the pooling)."
                 )
 
 # %% ../../nbs/matching/function.ipynb #fa3e4819
@@ -226,7 +231,7 @@ BESIDE = {
     "config.json": ("pretrained_cfg", "sentence_transformers"),
     "open_clip_config.json": ("preprocess_cfg",),
     "preprocessor_config.json": ("",),
-    "processor_config.json": ("image_processor", "feature_extractor", "video_processor"),
+    "processor_config.json": ("", "image_processor", "feature_extractor", "video_processor"),
     "sentence_*_config.json": ("",),
     "config_sentence_transformers.json": ("",),
     "gliner_config.json": ("",),
@@ -242,10 +247,19 @@ INPUTS = (
     "image_mean",
     "image_std",
     "do_normalize",
+    "do_resize",
+    "do_center_crop",
     "do_rescale",
     "rescale_factor",
+    "do_flip_channel_order",
+    "patch_size",
+    "vision_feature_select_strategy",
+    "num_additional_image_tokens",
     "sampling_rate",
     "feature_size",
+    "num_mel_bins",
+    "chunk_length",
+    "return_attention_mask",
     "n_fft",
     "hop_length",
     "max_seq_length",
@@ -312,12 +326,43 @@ def function(c: Checkpoint) -> dict[str, Any]:
     said = {k: _spelled_alike(k, x) for k, x in said.items()}
     return said | _of_diffusers(c.config)
 
+# %% ../../nbs/matching/function.ipynb #f564ad4e
+def _made_with(c: Checkpoint) -> dict[str, Any]:
+    "What is said of a module by whoever trained it, outside of a config."
+    held = {k: x for one in _held(c, "params.json") for k, x in one.items()}
+    return of_nobody({**held, **c.made_with})
+
+# %% ../../nbs/matching/function.ipynb #f34764ed
+# the files that say how a text is split
+OF_SPLITS = ("tokenizer.json", "tokenizer_config.json")
+
+
+def _split_otherwise(c: Checkpoint, d: Checkpoint) -> dict[str, tuple[Any, Any]]:
+    "Where the tokenizers of two checkpoints say that a text is split otherwise."
+    pairs = [[h/n for x in (c, d) for h in x.homes[:1]] for n in OF_SPLITS]
+    if any(len(pair) < 2 for pair in pairs):
+        return {}
+    if all(pair[0].is_file() and pair[1].is_file() and same_bytes(*pair) for pair in pairs):
+        return {}
+    try:
+        ours, theirs = (how_it_splits(file.parent) for file in pairs[0])
+    # a damaged tokenizer is named where its tokens are read
+    except (MergeError, OSError, TypeError, AttributeError, ValueError, RecursionError) as e:
+        pass_on(e)
+        return {}
+    (rules, flags), (other_rules, other_flags) = ours, theirs
+    found = differences(flags, other_flags, also=False)
+    return found | (differences(rules, other_rules) if rules and other_rules else {})
+
 # %% ../../nbs/matching/function.ipynb #9bcb4d61
 def _odd(c: Checkpoint, d: Checkpoint) -> dict[str, tuple[Any, Any]]:
     "The settings of two checkpoints that differ."
     made = of_both(c.config, d.config)
     if made is None:
         found = differences(function(c), function(d), also=False)
+        ours, theirs = of_nobody(c.config), of_nobody(d.config)
+        more = differences(ours, theirs, also=False)
+        found |= {k: x for k, x in more.items() if k.rpartition(".")[2] not in FUNCTION}
     else:
         found = differences(*made)
         # what follows from others comes after them
@@ -327,6 +372,8 @@ def _odd(c: Checkpoint, d: Checkpoint) -> dict[str, tuple[Any, Any]]:
     after = ({k: x.config.get(k) for k in ("problem_type", "global_pool")} for x in (c, d))
     found |= differences(*after, also=False)
     found |= differences(_arguments(c), _arguments(d))
+    found |= differences(_made_with(c), _made_with(d), also=False)
+    found |= _split_otherwise(c, d)
     return found | differences(_beside(c), _beside(d), also=False)
 
 # %% ../../nbs/matching/function.ipynb #b95573f8

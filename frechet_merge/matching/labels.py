@@ -36,8 +36,8 @@ def _of_timm(config: Mapping[str, Any]) -> list[list[str]]:
 
 
 # %% ../../nbs/matching/labels.ipynb #137ff9a2
-def _named(config: Mapping[str, Any]) -> list[list[str]]:
-    "The lists of labels that a config holds, those that say nothing among them."
+def _at_the_top(config: Mapping[str, Any]) -> list[list[str]]:
+    "The lists of labels that a config holds outside of its parts."
     found = []
     ids, numbers = config.get("id2label"), config.get("label2id")
     if isinstance(ids, dict) and all(str(k).isdigit() for k in ids):
@@ -45,6 +45,19 @@ def _named(config: Mapping[str, Any]) -> list[list[str]]:
     if isinstance(numbers, dict) and all(str(v).isdigit() for v in numbers.values()):
         found.append([str(k) for k in sorted(numbers, key=lambda k: int(numbers[k]))])
     return found + _of_timm(config)
+
+# %% ../../nbs/matching/labels.ipynb #dc8463bd
+# parts of a model whose labels are those of an earlier task
+OF_INPUTS = re.compile(r"backbone|vision|audio|decoder")
+
+
+def _named(config: Mapping[str, Any]) -> list[list[str]]:
+    "The lists of labels that a config or a part of it holds, those that say nothing among them."
+    found = _at_the_top(config)
+    if any(not _says_nothing(x) for x in found):
+        return found
+    parts = (x for k, x in config.items() if isinstance(x, dict) and not OF_INPUTS.search(k))
+    return found + [named for part in parts for named in _at_the_top(part)]
 
 # %% ../../nbs/matching/labels.ipynb #dc744631
 def _says_nothing(named: Sequence[str]) -> bool:
@@ -115,6 +128,28 @@ def of_labels(c: Checkpoint, count: int) -> list[str]:
     rows = (count, count + 1)
     return [n for n, m in mine.items() if m is not None and c.lazy[n].shape[0] in rows]
 
+# %% ../../nbs/matching/labels.ipynb #8f2e9228
+# what else may have a number for each label, beside a head
+BESIDE_HEADS = re.compile(r"crf|transition|label|(^|[._])(class|tag)")
+# what has as many rows as there are labels by chance
+BY_CHANCE = re.compile(r"(^|[.])\d+[.]|token|position|regist|quer(y|ies)")
+
+
+def _doubtful(c: Checkpoint, count: int) -> list[str]:
+    "The names of tensors outside of layers that may be of labels, and that nothing here lines up."
+    known, names = _shapes(c, count) or {}, of_labels(c, count)
+    # a CRF may begin and end with labels of its own
+    sizes = range(count, count + 3) if names else range(count, count + 1)
+    found = []
+    for name, x in c.lazy.items():
+        is_known = name in names or any(name == n or name.endswith("." + n) for n in known)
+        shape = tuple(x.shape) if names else tuple(x.shape[:1])
+        is_of_labels = bool(shape) and all(n in sizes for n in shape)
+        may_be = BESIDE_HEADS.search(name) if names else not BY_CHANCE.search(name)
+        if is_of_labels and may_be and not is_known:
+            found.append(name)
+    return found
+
 # %% ../../nbs/matching/labels.ipynb #b5e16847
 def remedy(c: Checkpoint, names: Sequence[str]) -> str:
     "How to leave heads out, in words."
@@ -173,6 +208,18 @@ def _warn_of_unnamed(models: Sequence[Checkpoint], first: Checkpoint, count: int
             f"{', '.join((labels(first) or [])[:4])}, as in {first.source}, by their numbers"
         )
 
+# %% ../../nbs/matching/labels.ipynb #5c375f17
+def _warn_of_no_head(first: Checkpoint, c: Checkpoint) -> None:
+    "Say that two models name other labels, if nothing here knows which rows are of them."
+    ours, theirs = labels(first) or [], labels(c) or []
+    # a body without a head may keep what its config said
+    if hollow(c.config, named=True) is None:
+        warn(
+            f"{first.source} and {c.source} have the labels {', '.join(ours[:4])} and "
+            f"{', '.join(theirs[:4])}: which rows are of them is not known here, and all rows are "
+            "merged by number"
+        )
+
 # %% ../../nbs/matching/labels.ipynb #870b19e3
 def in_one_order(
     every: Sequence[Checkpoint],  # the base, if there is one, and the models
@@ -201,11 +248,18 @@ def _lined_up(
     ours, theirs = labels(first) or [], labels(c)
     if theirs is None or _spelled(theirs) == _spelled(ours):
         return seen
-    names = of_labels(seen, len(theirs))
+    names, doubtful = of_labels(seen, len(theirs)), _doubtful(seen, len(theirs))
     is_base = not any(c is m for m in models)
-    if not names or is_base and sorted(_spelled(theirs)) != sorted(_spelled(ours)):
+    is_another = sorted(_spelled(theirs)) != sorted(_spelled(ours))
+    if is_base and is_another:
         return seen
-    at = _permutation(first, c, names)
+    if not names + doubtful:
+        _warn_of_no_head(first, c)
+        return seen
+    at = _permutation(first, c, names + doubtful)
+    if doubtful:
+        why = f"in another order, and {doubtful[0]!r} may have a number for each of them"
+        raise _refusal(first, c, names + doubtful, why)
     if silent := next((m for m in models if labels(m) is None and _by_name(m, len(ours))), None):
         why = f"another order, and {silent.source} does not say which of them it has"
         raise _refusal(first, c, names, why)

@@ -196,6 +196,8 @@ def _all_numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
     for key, value in config.items():
         if isinstance(value, Mapping):
             yield from _all_numbers(value)
+        elif isinstance(value, list):
+            yield from ((key, x) for x in value if isinstance(x, int))
         elif isinstance(value, int):
             yield key, value
 
