@@ -249,10 +249,21 @@ def _check_heads(onto: _Onto) -> None:
                 "Save both with the adapter.",
             )
 
+# %% ../../nbs/adapters/baking.ipynb #f951a735
+def _is_torchs_attention(onto: _Onto, layer: Layer) -> bool:
+    "Whether a layer is torch's attention, or its output, which PEFT wraps within it."
+    is_output = ".base_layer." in layer.name
+    return is_output or _in_base(f"{layer.name}.in_proj_weight", onto.lazy) is not None
+
 # %% ../../nbs/adapters/baking.ipynb #879ba103
 def _place(onto: _Onto, layer: Layer) -> str:
     "The base's name of the weight that a layer adapts; `MergeError` if it cannot be adapted alone."
     name = _in_base(f"{layer.name}.weight", {**onto.lazy, **onto.base.tied})
+    if name is None and _is_torchs_attention(onto, layer):
+        raise onto.refusal(
+            f"adapts {layer.name!r} of torch's attention, whose output PEFT updates twice",
+            "Put it on its base with PEFT's merge_and_unload(), save that, and merge full models.",
+        )
     if name is None:
         raise onto.refusal(f"adapts {layer.name!r}, which the base does not have")
     if twin := onto.twin(name):

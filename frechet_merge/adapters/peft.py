@@ -207,8 +207,8 @@ def _refuse_other_updates(c: Checkpoint) -> None:
 # %% ../../nbs/adapters/peft.ipynb #cc72c390
 # a key with the adapter's name in it: before it, the name, after it
 NAMED = re.compile(
-    r"(.*[.](?:lora_[AB]|modules_to_save))[.](\w+)([.](?:weight|bias|[\w.]+))$"
-    r"|(.*[.]lora_embedding_[AB])[.](\w+)()$"
+    r"(.*[.](?:lora_[AB]|modules_to_save))[.]([^.]+)([.](?:weight|bias|[\w.]+))$"
+    r"|(.*[.]lora_embedding_[AB])[.]([^.]+)()$"
 )
 
 
@@ -409,7 +409,8 @@ def _layer(c: Checkpoint, name: str, keys: dict[str, str], of_parameter: bool) -
             "not gather",
             "Save the adapter again with stage3_gather_16bit_weights_on_model_save.",
         )
-    r, alpha = _rank_and_alpha(c, name)
+    # the output of torch's attention is wrapped within it, and by its numbers
+    r, alpha = _rank_and_alpha(c, name.partition(".base_layer.")[0])
     # the first dimension of a parameter counts experts
     experts = max(A.shape[0]//r, 1) if of_parameter and A.shape else 1
     refuse_experts(c, name, B, A)
