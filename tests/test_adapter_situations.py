@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from conftest import cli
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -279,6 +280,56 @@ class TestAttentionOfTorch:
             save_file(self.put(folder), full[-1]/"model.safetensors")
         found = merge(full, base=tmp_path/"base").tensors
         are_mean({n: found[n] for n in found}, self.put(a), self.put(b))
+
+
+class TestStoredTheOtherWay:
+    "GPT-2 stores its weights as (inputs, outputs), and PEFT has one word for all layers."
+
+    @pytest.mark.parametrize("targets", [["query", "q_proj", "c_proj"], "all-linear"], ids=str)
+    def test_beside_an_encoder_that_does_not(self, tmp_path, targets):
+        inside = {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0}
+        encoder = transformers.ViTConfig(
+            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
+            image_size=8, patch_size=4, **inside,
+        )
+        decoder = transformers.GPT2Config(
+            n_embd=16, n_layer=1, n_head=2, vocab_size=48, n_positions=32,
+            add_cross_attention=True, is_decoder=True,
+        )
+        kind = transformers.VisionEncoderDecoderModel
+        both = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs
+        torch.manual_seed(0)
+        kind(both(encoder, decoder)).save_pretrained(tmp_path/"base")
+        said = LoraConfig(r=2, lora_alpha=6, target_modules=targets)
+        model = get_peft_model(kind.from_pretrained(tmp_path/"base"), said)
+        for i, p in enumerate(p for p in model.parameters() if p.requires_grad):
+            p.data = randn(*p.shape, seed=i)
+        model.save_pretrained(tmp_path/"a")
+        assert json.loads((tmp_path/"a"/"adapter_config.json").read_text())["fan_in_fan_out"]
+        merge([f"{tmp_path/'base'}+{tmp_path/'a'}"], out=tmp_path/"out")
+        found = kind.from_pretrained(tmp_path/"out").state_dict()
+        are_mean(found, model.merge_and_unload().state_dict())
+
+
+class TestConfigs:
+    @pytest.mark.parametrize("said", [{"target_modules": ["q_proj"]}, {"layers_to_transform": [0]}])
+    def test_that_name_less_than_the_file_has(
+        self, tiny, adapter, tmp_path, said  # noqa: F811
+    ):
+        "PEFT passes over what its config does not name."
+        base = tiny("base")
+        more = {"target_modules": ["q_proj", "v_proj"]}
+        a, b = (adapter(n, base, i, **more) for i, n in enumerate("ab"))
+        whole = put(base, a)
+        config = a/"adapter_config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), **said}))
+        gone = Q.replace("q_proj", "v_proj") if "target_modules" in said else Q.replace("0", "1")
+        name = f"{gone}.weight"
+        plain = load(base)
+        torch.testing.assert_close(put(base, a)[name], plain[name])
+        with pytest.warns(UserWarning, match="updates of 2 modules that its adapter_config.json"):
+            out = merge([a, b], out=tmp_path/"out").out
+        are_mean(put(base, out), whole, put(base, b))
 
 
 class TestWords:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['REFUSED', 'ON_ITS_BASE', 'STAYS_APART', 'NOT_PUT_ON', 'OF_INPUTS', 'OF_RUNS', 'UPDATES', 'DIALECTS', 'PIPELINE',
-           'OF_PEFT', 'METADATA', 'Scale', 'VECTORS', 'are_pairs', 'refusal', 'Dialect', 'refuse_no_dialect',
-           'spoken_in', 'dialect_of', 'alpha_beside', 'spoken', 'configs_of', 'layers']
+           'OF_PEFT', 'WRAPPED', 'METADATA', 'Scale', 'VECTORS', 'are_pairs', 'refusal', 'Dialect', 'refuse_no_dialect',
+           'spoken_in', 'dialect_of', 'alpha_beside', 'beside_wrapped', 'spoken', 'configs_of', 'layers']
 
 # %% ../../nbs/adapters/dialects.ipynb #3d369be0
 import json
@@ -45,12 +45,14 @@ REFUSED = {
     r"[._]glora_|[.][ab][12][.]weight$": "a GLoRA of LyCORIS",
     r"[.](hra_u|bone_block|fourierft_spectrum|c3a_kernel|vblora_logits_)": "an adapter of PEFT",
     r"[.](q_layer|p_layer)[.]weight$|[.]lambda_layer$": "a T-LoRA of LyCORIS",
-    r"^\w+:\d+:(up|down)$": "a LoRA that numbers its layers",
+    r"^\w+:\d+:(up|down)$|^w_[ab]_\d+$": "a LoRA that numbers its layers",
     r"[.]adapter(_layer[.]\w+)?[.]linear_(in|out)[.]": "a LoRA of NeMo or Megatron",
     r"^prompt_embeddings$": "a soft prompt",
+    r"^prompt_encoder[.]\w+[.](trainable_)?embedding([.]weight)?$": "a soft prompt",
     r"[.]lora_(left|right)_weight$": "a LoRA of DeepSpeed-Chat",
     r"^lora_controlnet$": "a Control-LoRA",
     r"[.]lora_(up|down)$": "packed by nunchaku",
+    r"[._]w_lora_[AB]$": "a LoRA of LoRA-Torch",
 }
 # what can be done with an adapter that is no update
 ON_ITS_BASE = (
@@ -210,6 +212,21 @@ def alpha_beside(names: Collection[str]) -> str | None:
     layers = {FACTOR.split(n)[0] for n in names if FACTOR.search(n)}
     return next((n for n in names if n.endswith(".alpha") and n[: -len(".alpha")] in layers), None)
 
+# %% ../../nbs/adapters/dialects.ipynb #b450e9bb
+# the weight of a layer that PEFT has wrapped; other models have layers of this name in theirs
+WRAPPED = re.compile(r"(.+[.])base_layer[.](weight|bias)")
+
+
+def beside_wrapped(names: Iterable[str]) -> str | None:
+    "A tensor beside a weight that PEFT has wrapped, whose update is not in that weight; or None."
+    names = [*names]
+    found = (WRAPPED.fullmatch(name) for name in names if ".base_layer." in name)
+    leads = tuple({x[1] for x in found if x is not None})
+    if not leads:
+        return None
+    inside = tuple(f"{lead}base_layer." for lead in leads)
+    return next((n for n in names if n.startswith(leads) and not n.startswith(inside)), None)
+
 # %% ../../nbs/adapters/dialects.ipynb #09a89682
 def _as_peft_writes(c: Checkpoint) -> Checkpoint:
     "An adapter beside a config of PEFT with its part in front of names: it reads none without."
@@ -218,6 +235,22 @@ def _as_peft_writes(c: Checkpoint) -> Checkpoint:
 
 
 # %% ../../nbs/adapters/dialects.ipynb #ef6308dd
+def _refuse_parts(c: Checkpoint) -> None:
+    "`MergeError` for what is no adapter by its names, and holds a part of one."
+    if (name := next(filter(MAGNITUDE.search, c.lazy), None)) is not None:
+        raise MergeError(
+            f"{c.source}: has the lengths of a DoRA ({name!r}), and no factors that they are of.\n"
+            "Put it on its base with the library that made it, and merge full models."
+        )
+    name = beside_wrapped([*c.lazy, *c.tied]) if c.adapter is None else None
+    if name is not None:
+        raise MergeError(
+            f"{c.source}: is a model that PEFT is around, and what that has trained ({name!r}) is "
+            "not in the weights.\nSave the model that its merge_and_unload() makes, or the adapter "
+            "alone (save_pretrained)."
+        )
+
+# %% ../../nbs/adapters/dialects.ipynb #90655b9b
 def spoken(c: Checkpoint) -> Checkpoint:
     "c with its dialect in `adapter`, if it is not PEFT's; `MergeError` if it cannot be read."
     names = [n for n in c.lazy if not MAGNITUDE.search(n)]
@@ -227,11 +260,8 @@ def spoken(c: Checkpoint) -> Checkpoint:
         dialect = dialect_of(names, c.adapter)
     except MergeError as e:
         raise MergeError(f"{c.source}: {e}") from None
-    if dialect is None and (name := next(filter(MAGNITUDE.search, c.lazy), None)):
-        raise MergeError(
-            f"{c.source}: has the lengths of a DoRA ({name!r}), and no factors that they are of.\n"
-            "Put it on its base with the library that made it, and merge full models."
-        )
+    if dialect is None:
+        _refuse_parts(c)
     if dialect == "peft" and (name := alpha_beside(c.lazy.keys())):
         raise MergeError(
             f"{c.source}: has a scaling of its own beside the factors of LoRA ({name!r}), and "
