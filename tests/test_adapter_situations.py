@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from conftest import cli
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_meaning import randn
 from test_situations import adapter, are_mean, put, rewritten, tiny  # noqa: F401
@@ -341,3 +341,28 @@ class TestWords:
         code, _, said = cli(*command.split(), "--to", "gguf", "-o", "out", cwd=tmp_path)
         assert code == 2 and "'gguf': use peft, diffusers, kohya, mlx" in said, said
         assert not (tmp_path/"out").exists()
+
+
+class TestKernels:
+    "A LoHa has a kernel flattened, a LoKr has it in one factor, and a LoRA in both."
+
+    @pytest.mark.parametrize("order", [1, -1])
+    @pytest.mark.parametrize("kind", [LoHaConfig, LoKrConfig])
+    def test_beside_a_lora_of_the_same_convolution(self, tmp_path, kind, order):
+        def base():
+            torch.manual_seed(0)
+            layers = {"conv": nn.Conv2d(4, 8, 3), "point": nn.Conv2d(4, 8, 1), "q": nn.Linear(8, 8)}
+            return nn.ModuleDict(layers)
+
+        def put_on(folder):
+            return PeftModel.from_pretrained(base(), folder).merge_and_unload().state_dict()
+
+        said = {"r": 2, "target_modules": ["conv", "point", "q"]}
+        for name, config in (("a", kind(alpha=3, **said)), ("b", LoraConfig(**said))):
+            model = get_peft_model(base(), config)
+            for i, p in enumerate(p for p in model.parameters() if p.requires_grad):
+                p.data = randn(*p.shape, seed=i)
+            model.save_pretrained(tmp_path/name)
+        models = [tmp_path/"a", tmp_path/"b"]
+        out = merge(models[::order], out=tmp_path/"out").out
+        are_mean(put_on(out), *map(put_on, models))

@@ -259,11 +259,32 @@ def _is_point(x: Layer) -> bool:
     return math.prod(x.A.shape[2:]) == 1 and math.prod(x.B.shape[2:]) == 1
 
 # %% ../../nbs/adapters/updates.ipynb #5ee51cff
+def _is_product(x: Layer) -> bool:
+    "Whether factors are products of others, which may have lost the shape of a kernel."
+    return any(isinstance(getattr(y, "of", y), Made) for y in (x.A, x.B))
+
+# %% ../../nbs/adapters/updates.ipynb #8bdcfdcb
+def _with_both_kernels(x: Layer) -> Layer:
+    "A layer whose input factor has a kernel, with a kernel of 1 in the other, too."
+    missing = len(x.A.shape) - len(x.B.shape)
+    return replace(x, B=Shaped(x.B, (*x.B.shape, *[1]*missing))) if missing > 0 else x
+
+# %% ../../nbs/adapters/updates.ipynb #8864b128
+def _like(versions: Sequence[Layer]) -> Layer:
+    "The version whose shapes are written: the first, or who knows a kernel that it has lost."
+    first = versions[0]
+    if len(first.A.shape) > 2 or not _is_product(first):
+        return first
+    return next((x for x in versions if len(x.A.shape) > 2), first)
+
+# %% ../../nbs/adapters/updates.ipynb #5bf63010
 def _shaped_as(first: Layer, x: Layer) -> Layer:
     "A linear layer as the convolution that it is in another file, or the other way."
     is_other = len(x.A.shape) != len(first.A.shape)
     same = first.experts == x.experts == 1 and first.shape == x.shape
-    if not (is_other and same and _is_point(first) and _is_point(x)):
+    flat = first if len(first.A.shape) == 2 else x
+    is_free = _is_product(flat) or _is_point(first) and _is_point(x)
+    if not (is_other and same and is_free):
         return x
     A = Shaped(x.A, (x.A.shape[0], *first.A.shape[1:]))
     B = Shaped(x.B, (*x.B.shape[:2], *first.B.shape[2:]))
@@ -273,8 +294,9 @@ def _shaped_as(first: Layer, x: Layer) -> Layer:
 def _update(name: str, models: Sequence[Checkpoint], read: Sequence[Said]) -> Update:
     "One layer's versions; `MergeError` if they are of different shapes or kinds."
     there = [(i, updates[name]) for i, (updates, _) in enumerate(read) if name in updates]
-    (i0, first), *others = there
-    others = [(i, _shaped_as(first, x)) for i, x in others]
+    there = [(i, _with_both_kernels(x)) for i, x in there]
+    like = _like([x for _, x in there])
+    (i0, first), *others = [(i, _shaped_as(like, x)) for i, x in there]
     for i, x in others:
         if (x.shape, x.kind) != (first.shape, first.kind):
             kind = ", as another kind of layer" if x.shape == first.shape else ""
