@@ -110,3 +110,33 @@ def test_biases_need_a_base_that_has_some(tmp_path):
     assert "if its layers have biases" in refused(tmp_path)
     with pytest.raises(ValueError, match="no bias"):
         put_on(tmp_path)
+
+
+@pytest.mark.parametrize("kind", sorted({*WITH_FULL_MODELS, *UPDATES, *OF_RUNS}))
+def test_a_model_saved_with_peft_around_it_is_refused_and_the_remedies_work(tmp_path, kind):
+    "As a trainer leaves it: all tensors of the wrapped model, under PEFT's names."
+    model = adapted(kind, tmp_path, biases=kind == "BEFT")
+    state = {name: x.detach().clone() for name, x in model.state_dict().items()}
+    with pytest.raises(MergeError) as e:
+        merge([state, state])
+    assert "no adapter_config.json" in str(e.value) or "its library" in str(e.value) or (
+        "merge_and_unload()" in str(e.value) and "save_pretrained" in str(e.value)
+    )
+    # the adapter alone is read, or has an answer of its own
+    if kind in UPDATES:
+        merge([tmp_path/"adapter"]*2)
+    if kind not in OF_RUNS:
+        put_on(tmp_path)
+        merge([tmp_path/"full"]*2, base=tmp_path/"base", out=tmp_path/"out")
+        found = transformers.LlamaForCausalLM.from_pretrained(tmp_path/"out").eval()
+        torch.testing.assert_close(
+            found(TOKENS).logits, model(TOKENS).logits, rtol=1e-4, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("kind", ["PROMPT_TUNING", "P_TUNING"])
+def test_a_prompt_saved_with_its_model(tmp_path, kind):
+    config = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)]
+    model = peft.get_peft_model(fresh(), config(num_virtual_tokens=4, task_type="CAUSAL_LM"))
+    with pytest.raises(MergeError, match="a soft prompt.*does not touch.*\nThere is no full model"):
+        merge([model.state_dict()]*2)

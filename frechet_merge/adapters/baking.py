@@ -92,14 +92,18 @@ CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 
 
 def _transposed(layer: Layer, x: LazyTensor, config: dict) -> bool:
-    """Is the base's weight (n, m)? By its shape; where that is square by the model type; else by
-    the adapter's word, which is that of the last layer that PEFT visited."""
+    """Is the base's weight (n, m)? By its shape; where that is square by the model type; of a model
+    that transformers does not have by the adapter's word, which is that of the last layer that PEFT
+    visited."""
     m, n = layer.shape
     if len(x.shape) != 2 or m != n:
         return len(x.shape) == 2 and x.shape == (n, m)
-    if config.get("model_type") in CONV1D:
+    # an encoder and a decoder have a config each, within one
+    every = [config, *(part for part in config.values() if isinstance(part, dict))]
+    if any(part.get("model_type") in CONV1D for part in every):
         return layer.name.rpartition(".")[2] in ("c_attn", "c_proj", "c_fc", "q_attn")
-    return layer.transposed
+    is_known = "model_type" in config and "auto_map" not in config
+    return layer.transposed and not is_known
 
 # %% ../../nbs/adapters/baking.ipynb #eccf0c02
 # what transformers calls the head of a sequence classifier, whose classes PEFT saves along
@@ -249,10 +253,21 @@ def _check_heads(onto: _Onto) -> None:
                 "Save both with the adapter.",
             )
 
+# %% ../../nbs/adapters/baking.ipynb #f951a735
+def _is_torchs_attention(onto: _Onto, layer: Layer) -> bool:
+    "Whether a layer is torch's attention, or its output, which PEFT wraps within it."
+    is_output = ".base_layer." in layer.name
+    return is_output or _in_base(f"{layer.name}.in_proj_weight", onto.lazy) is not None
+
 # %% ../../nbs/adapters/baking.ipynb #879ba103
 def _place(onto: _Onto, layer: Layer) -> str:
     "The base's name of the weight that a layer adapts; `MergeError` if it cannot be adapted alone."
     name = _in_base(f"{layer.name}.weight", {**onto.lazy, **onto.base.tied})
+    if name is None and _is_torchs_attention(onto, layer):
+        raise onto.refusal(
+            f"adapts {layer.name!r} of torch's attention, whose output PEFT updates twice",
+            "Put it on its base with PEFT's merge_and_unload(), save that, and merge full models.",
+        )
     if name is None:
         raise onto.refusal(f"adapts {layer.name!r}, which the base does not have")
     if twin := onto.twin(name):

@@ -197,9 +197,13 @@ def _placed(
 ) -> list[Said]:
     "All under the names of the first file, of kohya's trainer, or of diffusers."
     found = _as_the_first(read, homes) if is_kept else None
-    if found is None:
-        found = _in_originals(homes) if dialect == "kohya" else homes
-    return _with(read, found)
+    if found is not None:
+        return _with(read, found)
+    # of a model that nobody has a table for, names may still differ in their dots alone
+    alike = by_dots(read) if is_kept else None
+    if alike is not None:
+        return alike
+    return _with(read, _in_originals(homes) if dialect == "kohya" else homes)
 
 # %% ../../nbs/adapters/common.ipynb #191b1edc
 def _twin(module: str, others: Iterable[str]) -> str | None:

@@ -9,7 +9,7 @@ __all__ = ['REFUSED', 'KNOWN', 'NEVER_WHOLE', 'CHANGE_THE_BASE', 'ON_A_BASE', 'O
 # %% ../../nbs/adapters/peft.ipynb #7c54f153
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from torch import Tensor
 from ..algebra.factors import Factors
 from ..files.checkpoint import Checkpoint
 from ..matching.views import PEFT_LEAD, renamed, without
-from ..messages import MergeError
+from ..messages import MergeError, warn
 from .patterns import is_meant, matches
 from ..files.tensors import LazyTensor
 
@@ -207,8 +207,8 @@ def _refuse_other_updates(c: Checkpoint) -> None:
 # %% ../../nbs/adapters/peft.ipynb #cc72c390
 # a key with the adapter's name in it: before it, the name, after it
 NAMED = re.compile(
-    r"(.*[.](?:lora_[AB]|modules_to_save))[.](\w+)([.](?:weight|bias|[\w.]+))$"
-    r"|(.*[.]lora_embedding_[AB])[.](\w+)()$"
+    r"(.*[.](?:lora_[AB]|modules_to_save))[.]([^.]+)([.](?:weight|bias|[\w.]+))$"
+    r"|(.*[.]lora_embedding_[AB])[.]([^.]+)()$"
 )
 
 
@@ -409,7 +409,8 @@ def _layer(c: Checkpoint, name: str, keys: dict[str, str], of_parameter: bool) -
             "not gather",
             "Save the adapter again with stage3_gather_16bit_weights_on_model_save.",
         )
-    r, alpha = _rank_and_alpha(c, name)
+    # the output of torch's attention is wrapped within it, and by its numbers
+    r, alpha = _rank_and_alpha(c, name.partition(".base_layer.")[0])
     # the first dimension of a parameter counts experts
     experts = max(A.shape[0]//r, 1) if of_parameter and A.shape else 1
     refuse_experts(c, name, B, A)
@@ -435,6 +436,37 @@ def _layer(c: Checkpoint, name: str, keys: dict[str, str], of_parameter: bool) -
         experts=experts,
     )
 
+# %% ../../nbs/adapters/peft.ipynb #e7dd3303
+def _is_of_layers(config: Mapping[str, Any], module: str) -> bool:
+    "Whether `layers_to_transform` means the layer that a module is in."
+    layers = config.get("layers_to_transform")
+    if layers in (None, []) or config.get("layers_pattern"):
+        return True
+    number = re.match(r".*[.][^.]*[.](\d+)[.]", module)
+    meant = layers if isinstance(layers, list) else [layers]
+    return number is not None and int(number[1]) in meant
+
+# %% ../../nbs/adapters/peft.ipynb #b00938e8
+def _is_wrapped(config: Mapping[str, Any], module: str) -> bool:
+    "Whether PEFT wraps a module, by the names in its config; also where they do not say it."
+    targets = config.get("target_modules")
+    is_said = isinstance(targets, list) and targets and not config.get("ensure_weight_tying")
+    # the output of torch's attention is wrapped with it
+    if not is_said or ".base_layer." in module:
+        return True
+    return _is_target(dict(config), module) and _is_of_layers(config, module)
+
+# %% ../../nbs/adapters/peft.ipynb #8d70033c
+def _say_what_is_not_wrapped(c: Checkpoint, modules: Collection[str]) -> None:
+    "Warn of updates that PEFT passes over, since the config does not mean their modules."
+    odd = [name for name in modules if not _is_wrapped(c.adapter or {}, name)]
+    if odd:
+        warn(
+            f"{c.source}: has updates of {len(odd)} modules that its adapter_config.json does not "
+            f"name (target_modules, layers_to_transform), as {odd[0]!r}. They are merged as all "
+            "others are, and PEFT passes over them."
+        )
+
 # %% ../../nbs/adapters/peft.ipynb #7bddbe9b
 def layers(
     c: Checkpoint,
@@ -453,4 +485,6 @@ def layers(
         found[name] = _layer(c, name, keys, stem in parameters)
     if not found:
         raise _refusal(c, "holds no LoRA factors", "Name a folder that PEFT saved.")
+    named = {*parameters.values()}
+    _say_what_is_not_wrapped(c, [name for name in found if name not in named])
     return found, rest

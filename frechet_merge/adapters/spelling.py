@@ -83,9 +83,11 @@ def _patterns_of(names: list[str], others: Iterable[str]) -> str | list[str]:
     return f"{leads.pop()}.*" if is_apart else [f"*.{end}" for end in ends]
 
 # %% ../../nbs/adapters/spelling.ipynb #581c8055
-# ends of names of what an update is not without
+# ends of names of what an update is not without: `m` and `magnitude` are the lengths of DoRAs of
+# MLX and torchtune, and a scale beside a factor is of one that was stored in eight bits
 NEEDED = re.compile(
-    r"(.*)[.](scalar|scale|bias_(indices|values|size)|set_weight|reshape_weight|inverted)"
+    r"(.*?)([.]lora_\w+)?[.](scalar|scale|bias_(indices|values|size)|set_weight|reshape_weight"
+    r"|inverted|m|magnitude|scale_weight|weight_scale)"
 )
 
 

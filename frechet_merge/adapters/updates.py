@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from .common import Said, in_one_language
-from .dialects import layers
+from .dialects import layers, refuse_no_dialect
 from .lycoris import Made
 from .peft import Layer
 from ..matching.blocks import Block, align
@@ -93,8 +93,9 @@ def _say_other_models(models: Sequence[Checkpoint]) -> None:
                 break
 
 # %% ../../nbs/adapters/updates.ipynb #b2ecb7a5
-def _under(said: Said, to: Callable[[str], str]) -> Said:
-    "What an adapter says, under other names of its modules."
+def _under(said: Said, to: Callable[[str], str], known: Collection[str] = ()) -> Said:
+    """What an adapter says, under other names of its modules; what was saved whole only where that
+    is known."""
 
     def rekeyed(key: str, name: str) -> str:
         # a key has no name of a parameter
@@ -106,14 +107,16 @@ def _under(said: Said, to: Callable[[str], str]) -> Said:
     for name, layer in updates.items():
         keys = tuple(rekeyed(key, name) for key in layer.keys)
         moved[to(name)] = replace(layer, name=to(name), keys=keys)
-    return moved, whole
+    others = {key: PEFT_LEAD + to(key.removeprefix(PEFT_LEAD)) for key in whole}
+    new = {key: other for key, other in others.items() if other in known and other not in whole}
+    return moved, {new.get(key, key): x for key, x in whole.items()}
 
 # %% ../../nbs/adapters/updates.ipynb #92a9f6c9
 def _named_alike(read: list[Said]) -> list[Said]:
     "All under the names of the first, where they differ by a leading part."
-    first = {*read[0][0]}
-    ways = [in_front({*updates}, first) for updates, _ in read]
-    return [said if to is None else _under(said, to) for said, to in zip(read, ways)]
+    first, whole = read[0]
+    ways = [in_front({*updates}, {*first}) for updates, _ in read]
+    return [said if to is None else _under(said, to, whole) for said, to in zip(read, ways)]
 
 # %% ../../nbs/adapters/updates.ipynb #a81c0e11
 # before → after: what transformers renamed in models of text and pictures
@@ -137,12 +140,24 @@ def _other_names(name: str) -> list[str]:
     return found
 
 # %% ../../nbs/adapters/updates.ipynb #a81c0e12
+def _whole_after_renaming(
+    theirs: Mapping[str, LazyTensor], ours: Collection[str]
+) -> dict[str, LazyTensor]:
+    "What was saved whole under the names of the first, where a known renaming lies between them."
+    to = {}
+    for key in theirs.keys() - {*ours}:
+        others = [PEFT_LEAD + name for name in _other_names(key.removeprefix(PEFT_LEAD))]
+        twins = [key for key in others if key in ours and key not in theirs]
+        if len(twins) == 1:
+            to[key] = twins[0]
+    return {to.get(key, key): x for key, x in theirs.items()}
+
+# %% ../../nbs/adapters/updates.ipynb #6c08c219
 def _after_renaming(read: Sequence[Said]) -> list[Said]:
     "All under the names of the first, where a known renaming lies between them."
     (ours, whole), *others = read
     result = [(ours, whole)]
-    for said in others:
-        theirs, _ = said
+    for theirs, rest in others:
         to = {}
         for name, layer in theirs.items():
             if name in ours:
@@ -151,7 +166,8 @@ def _after_renaming(read: Sequence[Said]) -> list[Said]:
             is_plain = len(twins) == 1 and twins[0] not in theirs
             if is_plain and ours[twins[0]].shape == layer.shape:
                 to[name] = twins[0]
-        result.append(_under(said, lambda n, to=to: to.get(n, n)) if to else said)
+        updates, _ = _under((theirs, {}), lambda n, to=to: to.get(n, n)) if to else (theirs, {})
+        result.append((updates, _whole_after_renaming(rest, whole)))
     return result
 
 # %% ../../nbs/adapters/updates.ipynb #af4ae981
@@ -243,11 +259,32 @@ def _is_point(x: Layer) -> bool:
     return math.prod(x.A.shape[2:]) == 1 and math.prod(x.B.shape[2:]) == 1
 
 # %% ../../nbs/adapters/updates.ipynb #5ee51cff
+def _is_product(x: Layer) -> bool:
+    "Whether factors are products of others, which may have lost the shape of a kernel."
+    return any(isinstance(getattr(y, "of", y), Made) for y in (x.A, x.B))
+
+# %% ../../nbs/adapters/updates.ipynb #8bdcfdcb
+def _with_both_kernels(x: Layer) -> Layer:
+    "A layer whose input factor has a kernel, with a kernel of 1 in the other, too."
+    missing = len(x.A.shape) - len(x.B.shape)
+    return replace(x, B=Shaped(x.B, (*x.B.shape, *[1]*missing))) if missing > 0 else x
+
+# %% ../../nbs/adapters/updates.ipynb #8864b128
+def _like(versions: Sequence[Layer]) -> Layer:
+    "The version whose shapes are written: the first, or who knows a kernel that it has lost."
+    first = versions[0]
+    if len(first.A.shape) > 2 or not _is_product(first):
+        return first
+    return next((x for x in versions if len(x.A.shape) > 2), first)
+
+# %% ../../nbs/adapters/updates.ipynb #5bf63010
 def _shaped_as(first: Layer, x: Layer) -> Layer:
     "A linear layer as the convolution that it is in another file, or the other way."
     is_other = len(x.A.shape) != len(first.A.shape)
     same = first.experts == x.experts == 1 and first.shape == x.shape
-    if not (is_other and same and _is_point(first) and _is_point(x)):
+    flat = first if len(first.A.shape) == 2 else x
+    is_free = _is_product(flat) or _is_point(first) and _is_point(x)
+    if not (is_other and same and is_free):
         return x
     A = Shaped(x.A, (x.A.shape[0], *first.A.shape[1:]))
     B = Shaped(x.B, (*x.B.shape[:2], *first.B.shape[2:]))
@@ -257,8 +294,9 @@ def _shaped_as(first: Layer, x: Layer) -> Layer:
 def _update(name: str, models: Sequence[Checkpoint], read: Sequence[Said]) -> Update:
     "One layer's versions; `MergeError` if they are of different shapes or kinds."
     there = [(i, updates[name]) for i, (updates, _) in enumerate(read) if name in updates]
-    (i0, first), *others = there
-    others = [(i, _shaped_as(first, x)) for i, x in others]
+    there = [(i, _with_both_kernels(x)) for i, x in there]
+    like = _like([x for _, x in there])
+    (i0, first), *others = [(i, _shaped_as(like, x)) for i, x in there]
     for i, x in others:
         if (x.shape, x.kind) != (first.shape, first.kind):
             kind = ", as another kind of layer" if x.shape == first.shape else ""
@@ -292,6 +330,20 @@ def is_copy(
 ) -> bool:
     "Whether it is the base's, beside an update of it, and not trained itself, as biases are."
     return ".base_layer." in key and not key.endswith(".bias")
+
+# %% ../../nbs/adapters/updates.ipynb #5cc601d4
+def _with_biases_inside(read: Sequence[Said]) -> list[Said]:
+    "Biases under the names that PEFT reads: within the layers that some adapter has an update of."
+    adapted = {name for updates, _ in read for name in updates}
+
+    def named(key: str) -> str:
+        if not key.endswith(".bias"):
+            return key
+        module = key.removesuffix(".bias").removesuffix(".base_layer")
+        is_wrapped = module.removeprefix(PEFT_LEAD) in adapted
+        return f"{module}.base_layer.bias" if is_wrapped else f"{module}.bias"
+
+    return [(updates, {named(k): x for k, x in whole.items()}) for updates, whole in read]
 
 # %% ../../nbs/adapters/updates.ipynb #2fc0e2e0
 def _whole(
@@ -327,12 +379,13 @@ def align_updates(
 ) -> tuple[list[Update], list[Block]]:
     """Updates in the order of the first adapter, and the blocks of tensors that were saved whole;
     `MergeError` names what does not match."""
+    refuse_no_dialect(to)
     _refuse_other_kinds(models, any_base)
     if not any_base:
         _say_other_models(models)
     read = in_one_language(models, [layers(c) for c in models], to)
     # a renaming moves parts to other places, and a leading part may be in front of it all
-    read = _after_renaming(_named_alike(_after_renaming(read)))
+    read = _with_biases_inside(_after_renaming(_named_alike(_after_renaming(read))))
     for updates, _ in read:
         for layer in updates.values():
             _check_bias(layer)
@@ -463,6 +516,13 @@ def _refuse_other_parameters(models: Sequence[Checkpoint]) -> None:
             "Merge them on their base, as BASE+ADAPTER."
         )
 
+# %% ../../nbs/adapters/updates.ipynb #356dec5a
+def _biases(models: Sequence[Checkpoint]) -> str:
+    "Which biases were trained, in PEFT's word: all, those of adapted layers, or none that is left."
+    has_any = [c for c in models if any(n.endswith(".bias") and ".lora_B." not in n for n in c)]
+    said = {(c.adapter or {}).get("bias") for c in has_any}
+    return next((word for word in ("all", "lora_only") if word in said), "none")
+
 # %% ../../nbs/adapters/updates.ipynb #a9121391
 # keys that were for the training of one adapter
 OF_TRAINING = (
@@ -482,13 +542,6 @@ def peft_config(
 ) -> dict[str, Any]:
     "adapter_config.json of the mean; `MergeError` if adapters disagree on what has no mean."
     configs = [c.adapter or {} for c in models]
-    bias = _common(configs, "bias", "none")
-    if bias is None:
-        raise MergeError(
-            f"{models[0].source}: has bias = {configs[0].get('bias')!r}, another adapter has "
-            "not.\n"
-            "Retrain with one setting, or merge them on their base, as BASE+ADAPTER."
-        )
     _refuse_other_parameters(models)
     usual = _usual(ranks)
     odd = {f"^{re.escape(n)}": k for n, k in ranks.items() if k != usual}
@@ -511,7 +564,7 @@ def peft_config(
         "lora_dropout": 0.0,
         "inference_mode": True,
         "init_lora_weights": True,
-        "bias": bias,
+        "bias": _biases(models),
         "lora_bias": any(bias_key(u) for u in updates),
         **({"ensure_weight_tying": False} if _ties_its_factors(configs) else {}),
         "modules_to_save": saved or None,

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['MODULES', 'MODEL', 'NOT_CARRIED', 'DTYPE', 'OF_NUMBERS', 'carried', 'config_of', 'Says', 'with_tokens_of',
-           'write_companions', 'carry_the_rest']
+           'write_companions', 'say_what_adapters_leave', 'carry_the_rest']
 
 # %% ../../nbs/merging/companions.ipynb #4c0b384d
 import json
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os.path import isdir
 from pathlib import Path
@@ -280,6 +280,23 @@ def _unread(home: Path, read: Collection[Path]) -> list[str]:
     files = (f for f in sorted(home.iterdir()) if f.is_file() and is_weights(f))
     return [f.name for f in files if f.resolve() not in known]
 
+# %% ../../nbs/merging/companions.ipynb #b16494a6
+def _say_left(home: Path, left: Sequence[str]) -> None:
+    "Warn of weights in a folder that are in nothing that is written."
+    if left:
+        some = ", ".join(left[:5]) + (" …" if len(left) > 5 else "")
+        warn(f"{home}: {some} left behind: weights beside the model's, which are not merged")
+
+# %% ../../nbs/merging/companions.ipynb #f1138ba9
+def say_what_adapters_leave(
+    homes: Iterable[Path],  # folders of adapters, and others
+    read: Collection[Path],  # as for `carry_the_rest`
+) -> None:
+    "A warning names the weights beside adapters of PEFT that are in nothing that is written."
+    for home in homes:
+        if (home/"adapter_config.json").is_file():
+            _say_left(home, _unread(home, read))
+
 # %% ../../nbs/merging/companions.ipynb #880968ec
 def carry_the_rest(
     out: Path,  # the folder to write to, in which the other companions are
@@ -294,6 +311,4 @@ def carry_the_rest(
         if not is_done and not is_named(d.name, TRAINING_FOLDERS):
             if not _carry_folder(home, d, out, merged):
                 left.append(f"{d.name}/")
-    if left:
-        some = ", ".join(left[:5]) + (" …" if len(left) > 5 else "")
-        warn(f"{home}: {some} left behind: weights beside the model's, which are not merged")
+    _say_left(home, left)

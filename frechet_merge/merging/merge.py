@@ -35,7 +35,8 @@ from ..files.uploads import uploaded
 from .align import in_gauge_of
 from .alignment import Alignment
 from ..execution.eight import in_blocks
-from .companions import Says, carry_the_rest, config_of, write_companions
+from .companions import Says, carry_the_rest, config_of
+from .companions import say_what_adapters_leave, write_companions
 from ..matching.ties import is_untied
 from ..geometries.geometry import Euclidean, Geometry
 from ..spaces.mean import Mean
@@ -177,6 +178,8 @@ def dress_of(opened: Opened, output: Output) -> Dress:
     alone = main is not None and _is_named_by_file(main)
     tokens = _lent(opened, homes) if opened.tokens is None else opened.tokens.folder
     read = tuple(f for c in opened.every for f in c.files)
+    others = dict.fromkeys(home for c in opened.models for home in c.homes)
+    say_what_adapters_leave([home for home in others if home not in homes[-1:]], read)
     heads = classes(opened.models[0])
     template = _template_of(opened, homes, tokens)
     says = {} if main is None else main.says
@@ -345,7 +348,8 @@ def _put_on(work: Work, plan: Plan) -> Merged:
     tokens = None if opened.tokens is None else opened.tokens.folder
     template = _template_of(opened, homes, tokens)
     heads = classes(full)
-    read = onto.files
+    read = [f for c in (onto, *opened.models) for f in c.files]
+    say_what_adapters_leave(homes[:-1], read)
     alone, dtype = _is_named_by_file(onto), work.output.dtype
     dress = Dress(homes, dtype, heads, alone, tokens, read, template, full.says)
     return work.write(whole, dress, means)
