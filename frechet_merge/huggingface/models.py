@@ -43,7 +43,8 @@ from ..matching.hollow import refuse_larger
 from ..matching.layouts import layout
 from ..matching.quantised import without_codes
 from ..matching.statistics import PARTS
-from ..messages import first_line, named, pass_on, warn
+from ..messages import caught_panics, first_line, named, pass_on
+from ..messages import refuse_no_docstrings, warn
 
 # %% ../../nbs/huggingface/models.ipynb #7f756f0a
 Name = str | os.PathLike  # a file, a folder or a hub id
@@ -254,7 +255,8 @@ def open_tokenizer(
             # a pipe would never end
             os.close(open_file(f))
     try:
-        tok = import_module("transformers").AutoTokenizer.from_pretrained(folder, **NO_CODE)
+        with caught_panics():
+            tok = import_module("transformers").AutoTokenizer.from_pretrained(folder, **NO_CODE)
     except Exception as e:
         pass_on(e)
         raise MergeError(
@@ -423,6 +425,12 @@ def _alone(c: Checkpoint) -> Iterator[str]:  # a folder, as long as it is needed
             (home/"model.safetensors.index.json").write_text(index)
         yield str(home)
 
+# %% ../../nbs/huggingface/models.ipynb #e7af06b6
+def _transformers() -> Any:
+    "The library; `MergeError` if it is not installed, or can make no model here."
+    refuse_no_docstrings()
+    return need("transformers")
+
 # %% ../../nbs/huggingface/models.ipynb #80c72be1
 def open_model(
     model: Name,  # folder or hub id of a Hugging Face model, or BASE+ADAPTER
@@ -434,7 +442,7 @@ def open_model(
 ) -> Opened:
     """The module, its tokenizer, what its outputs are, and what the checkpoint calls its
     parameters; `MergeError` if any of these is in doubt."""
-    transformers = need("transformers")
+    transformers = _transformers()
     base, adapters = _read(model, allow_pickle)
     c = base
     for a in adapters:
