@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['USER', 'ASKED', 'OF_MACHINE', 'SPELLED', 'BETWEEN', 'redacted', 'called', 'by_name', 'as_here', 'shown', 'say',
-           'named', 'first_line', 'MergeError', 'Misfit', 'machine_error', 'pass_on', 'Notes', 'warn', 'heard']
+           'named', 'first_line', 'MergeError', 'Misfit', 'machine_error', 'pass_on', 'Notes', 'warn', 'caught_panics',
+           'refuse_no_docstrings', 'heard']
 
 # %% ../nbs/messages.ipynb #0fbbd622
 import errno
@@ -208,6 +209,27 @@ def warn(text: str, category: type[Warning] = UserWarning) -> None:
     if said is not None:
         said.append(text)
     warnings.warn(text, category, stacklevel=_depth() + 1)
+
+# %% ../nbs/messages.ipynb #dbee98ec
+@contextmanager
+def caught_panics() -> Iterator[None]:
+    "Within, a panic of a library in Rust is an error like any other: a `RuntimeError`."
+    try:
+        yield
+    except BaseException as e:
+        # its class has no module from which it could be imported
+        if type(e).__name__ != "PanicException":
+            raise
+        raise RuntimeError(first_line(e)) from e
+
+# %% ../nbs/messages.ipynb #1358e770
+def refuse_no_docstrings() -> None:
+    "`MergeError` where Python runs without docstrings, of which transformers makes its models."
+    if sys.flags.optimize > 1:
+        raise MergeError(
+            "Python runs without docstrings, which transformers reads to make a model.\n"
+            "Run it without -OO, and unset PYTHONOPTIMIZE."
+        )
 
 # %% ../nbs/messages.ipynb #4198c160
 @contextmanager

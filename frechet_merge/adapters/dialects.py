@@ -8,7 +8,6 @@ __all__ = ['REFUSED', 'ON_ITS_BASE', 'STAYS_APART', 'NOT_PUT_ON', 'OF_INPUTS', '
            'spoken_in', 'dialect_of', 'alpha_beside', 'beside_wrapped', 'spoken', 'configs_of', 'layers']
 
 # %% ../../nbs/adapters/dialects.ipynb #3d369be0
-import json
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -22,7 +21,7 @@ from .peft import unnamed, without_name
 from .peft import layers as peft_layers
 from .reading import layer_of
 from .spelling import split, table
-from ..files.checkpoint import FACTOR, Checkpoint
+from ..files.checkpoint import FACTOR, Checkpoint, from_json
 from ..files.tensors import LazyTensor
 from ..matching.codes import among
 from ..matching.views import PEFT_LEAD, renamed
@@ -282,8 +281,8 @@ Scale = Callable[[str, int], float]  # module, rank → the number before the pr
 def configs_of(c: Checkpoint) -> dict[str, dict[str, Any]]:
     "Part of a pipeline → the config of PEFT that the header has for it."
     try:
-        said = json.loads(c.metadata.get(METADATA, "{}"))
-    except (ValueError, RecursionError):
+        said = from_json(c.metadata.get(METADATA, "{}"))
+    except ValueError:
         said = None
     if not isinstance(said, dict):
         raise MergeError(

@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..files.checkpoint import from_json
+
 # %% ../../nbs/adapters/kohya.ipynb #2defbf2a
 TAGS = "ss_tag_frequency"
 
@@ -18,8 +20,8 @@ TAGS = "ss_tag_frequency"
 def _tags(text: str | None) -> dict[str, Any]:
     "Tags and their counts by folder of images; none if the text is not that."
     try:
-        said = json.loads(text or "{}")
-    except (ValueError, RecursionError):
+        said = from_json(text or "{}")
+    except ValueError:
         return {}
     return said if isinstance(said, dict) else {}
 

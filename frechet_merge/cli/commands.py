@@ -26,7 +26,8 @@ from typing import Annotated, Any, Optional
 import typer
 
 from ..files.places import place_of
-from ..messages import MergeError, Misfit, machine_error, named, redacted, say, warn
+from ..messages import MergeError, Misfit, caught_panics, machine_error, named
+from ..messages import redacted, say, warn
 from .helped import ERASED, App, geometry_names, instead_of, one_of
 from .mixtures import experts_command, mixture_command
 from .options import Absent, AnyBase, Base, BatchSize, MaxLength, Metrics, Models
@@ -1528,9 +1529,13 @@ def main():
     # over the line that says that a command is at work
     over = ERASED if sys.stderr.isatty() else ""
     warnings.showwarning = lambda text, *_: say(f"warning: {text}", err=True, over=over)
+    # -W error is for tests: here it would end a command in its middle
+    if any(action == "error" for action, *_ in warnings.filters):
+        warnings.simplefilter("default")
     code = 0
     try:
-        found = app(standalone_mode=False)
+        with caught_panics():
+            found = app(standalone_mode=False)
         # a command that returns something else is done
         code = found if isinstance(found, int) else 0
     except SystemExit as e:

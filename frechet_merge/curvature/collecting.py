@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..files.checkpoint import known_facts
+from ..files.checkpoint import from_json, known_facts
 from ..files.open import load
 from .estimators import ESTIMATORS, causal, default_forward, default_mask
 from .estimators import length, objective, size, take
@@ -104,8 +104,8 @@ class Statistics(dict):
         facts = {k: v for k, v in read_header(path)[1].items() if k not in held.tied}
         facts.pop("format", None)
         try:
-            said = {k: json.loads(v) for k, v in facts.items()}
-        except (ValueError, RecursionError) as e:
+            said = {k: from_json(v) for k, v in facts.items()}
+        except ValueError as e:
             raise MergeError(
                 f"{path}: has facts in its header that are no JSON.\n"
                 "Name a file that frechet-merge curvature wrote."

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..files.shards import ShardWriter
+from ..files.shards import ShardWriter, pieces_of
 from .block import Around, Job, Write
 from ..messages import Notes, warn
 from ..spaces.mean import Mean
@@ -83,10 +83,10 @@ def _refuse_odd(said: Any) -> None:
 def _lines(path: Path) -> dict[str, dict]:
     "Job → what its line says, of all lines that are whole."
     found = {}
-    try:
-        text = path.read_bytes()
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return {}
+    # `MergeError` for a pipe, which would never end
+    text = b"".join(pieces_of(path))
     # what follows the last end of a line is half of one
     for line in text.split(b"\n")[:-1]:
         try:
@@ -122,7 +122,8 @@ class Journal:
         }
         line = (json.dumps(said) + "\n").encode()
         with self.lock:
-            fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            how = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+            fd = os.open(self.path, how, 0o666)
             try:
                 os.write(fd, line)
             finally:

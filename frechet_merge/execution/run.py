@@ -285,6 +285,14 @@ def in_memory(plan: Plan, run: Run = Run()) -> tuple[Checkpoint, dict[str, Mean]
     tensors = {**sink, **{further: sink[name] for further, name in plan.tied.items()}}
     return from_state_dict(tensors, "the merge").view(adapter=plan.config), means
 
+# %% ../../nbs/execution/run.ipynb #58cb37ea
+def _leave_out_others(folder: Path, sink: ShardWriter) -> None:
+    "Remove files of tensors that parts brought and this merge does not have; a warning names them."
+    for file in sorted(folder.glob("*.safetensors")):
+        if str(file) not in sink.fds:
+            file.unlink()
+            warn(f"{file.name}: lay in a part, is no file of this merge, and is left out")
+
 # %% ../../nbs/execution/run.ipynb #1e56ebb0
 def into_folder(
     plan: Plan,
@@ -305,6 +313,8 @@ def into_folder(
     said = {**plan.metadata, **plan.tied}
     goes_on, has = run.resume or run.join, None if run.part is None else run.part.has
     with ShardWriter(folder, plan.layout, size, plan.stem, said, goes_on, has) as sink:
+        if run.join:
+            _leave_out_others(folder, sink)
         jobs = journal.around(plan.jobs, sink, place)
         mine = [job for job in jobs if has is None or job.name in sink.entries]
         return do_jobs(replace(plan, jobs=mine), sink, run)

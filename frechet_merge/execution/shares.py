@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..files.checkpoint import Checkpoint
-from ..files.shards import read_header
+from ..files.shards import pieces_of, read_bytes, read_header
 from ..files.tensors import Files, FileTensor
 from ..messages import MergeError
 
@@ -75,7 +75,8 @@ def is_sealed(
     if not folder.exists():
         return False
     note = folder/KEY
-    if note.is_file() and not note.is_symlink() and note.read_text("ascii", "replace") == key:
+    is_note = note.is_file() and not note.is_symlink()
+    if is_note and read_bytes(note) == key.encode("ascii"):
         return True
     raise MergeError(
         f"{folder}: is no part of this merge, but of other models, options or versions.\n"
@@ -88,7 +89,7 @@ def shares_of(
     key: str,  # of it
 ) -> list[Path]:  # in order
     "The shares of a merge, all of them; `MergeError` if one is missing, or of another merge."
-    named = re.compile(re.escape(out.name) + r"\.part-(\d+)-of-(\d+)")
+    named = re.compile(re.escape(out.name) + r"\.part-([1-9]\d{0,5})-of-([1-9]\d{0,5})", re.A)
     there = out.parent.iterdir() if out.parent.is_dir() else ()
     found = {p.name: m for p in there if (m := named.fullmatch(p.name))}
     counts = {int(m[2]) for m in found.values()}
@@ -140,7 +141,9 @@ def gather(
     "The files of all shares in one folder, and their journals in one file."
     with open(journal, "wb") as f:
         for share in shares:
-            f.write((share/JOURNAL).read_bytes())
+            f.writelines(pieces_of(share/JOURNAL))
             for file in sorted(share.rglob("*.safetensors")):
-                if file.is_file() and not file.is_symlink():
-                    linked(file, folder/file.relative_to(share))
+                to = folder/file.relative_to(share)
+                # folders of parts are there already
+                if file.is_file() and not file.is_symlink() and to.parent.is_dir():
+                    linked(file, to)

@@ -16,6 +16,7 @@ from typing import Any
 
 from .checkpoint import json_in, read_json
 from .places import is_inside
+from .shards import read_bytes
 from ..messages import MergeError
 
 # %% ../../nbs/files/folders.ipynb #868748ea
@@ -204,8 +205,10 @@ def snapshot_of(path: Path) -> Path:
     if not re.match(r"(models|datasets|spaces)--", path.name) or not (path/"snapshots").is_dir():
         return path
     main = path/"refs"/"main"
-    if main.is_file() and (found := path/"snapshots"/main.read_text().strip()).is_dir():
-        return found
+    named = read_bytes(main).decode("ascii", "replace").strip() if main.is_file() else ""
+    # a file names a snapshot, and no other place
+    if re.fullmatch(r"\w{1,64}", named) and (path/"snapshots"/named).is_dir():
+        return path/"snapshots"/named
     there = sorted(d for d in (path/"snapshots").iterdir() if d.is_dir())
     if len(there) == 1:
         return there[0]

@@ -54,15 +54,26 @@ def _refuse_address(out: Path) -> None:
             "Name a folder here."
         )
 
+# %% ../../nbs/files/output.ipynb #391f1cba
+def _not_there(out: Path) -> str:
+    "Why nobody finds a place that is not there yet once it is written; empty: they will."
+    if str(out).startswith("~"):
+        return "no user here has this name"
+    # what is made on the way is made behind the .., and not in front of it
+    ups = [p.parent for p in [out, *out.parents] if p.name == ".."]
+    gone = next((p for p in ups if not p.is_dir()), None)
+    return "" if gone is None else f"there is no folder {named(str(gone))}"
+
+
 # %% ../../nbs/files/output.ipynb #422ecc4c
 def _refuse_no_name(out: Path) -> None:
     "`MergeError` for a place that no path can name: too long, a loop of links, of no user."
     try:
         os.stat(out)
     except (FileNotFoundError, NotADirectoryError):
-        if not str(out).startswith("~"):
+        why = _not_there(out)
+        if not why:
             return
-        why = "no user here has this name"
     except OSError as e:
         why = e.strerror
     # half of a character
@@ -485,6 +496,9 @@ def staged(
         out.parent.mkdir(parents=True, exist_ok=True)
         with hidden(out, True, staging) as folder:
             part = folder/"merge"
+            # what is behind a link is not ours
+            if part.is_symlink():
+                part.unlink()
             part.mkdir(exist_ok=True)
             _keep_tensors(part)
             yield part

@@ -157,15 +157,18 @@ def open_file(path: str | os.PathLike) -> int:
         return os.open(path, os.O_RDONLY | os.O_NONBLOCK)
 
 
-def read_bytes(path: str | os.PathLike) -> bytes:
+def read_bytes(
+    path: str | os.PathLike,
+    most: int = MAX_TEXT,  # bytes
+) -> bytes:
     "All of a file of text; `MergeError` as in `open_file`, or if none can be so long."
     with reading(path), open(open_file(path), "rb") as f:
         # as much memory is set aside as is asked for; a byte more tells whether it grew
-        found = f.read(min(os.fstat(f.fileno()).st_size, MAX_TEXT) + 1)
+        found = f.read(min(os.fstat(f.fileno()).st_size, most) + 1)
     # a sparse file costs nobody anything, and would fill the memory
-    if len(found) > MAX_TEXT:
+    if len(found) > most:
         raise MergeError(
-            f"{path}: has more than {MAX_TEXT >> 20} MiB, which no file of text beside a model "
+            f"{path}: has more than {most >> 20} MiB, which no file of text beside a model "
             "has.\nThe file is damaged: download or save it again."
         )
     return found
@@ -614,9 +617,8 @@ class ShardWriter:
         self.fds[path] = fd = os.open(path, how, 0o666)
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(fd, 0, size)
-        # macOS
-        else:
-            os.truncate(fd, size)
+        # what was there may be longer; and macOS
+        os.truncate(fd, size)
         os.pwrite(fd, head, 0)
         self.entries |= entries
 

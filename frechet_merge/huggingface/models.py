@@ -43,7 +43,8 @@ from ..matching.hollow import refuse_larger
 from ..matching.layouts import layout
 from ..matching.quantised import without_codes
 from ..matching.statistics import PARTS
-from ..messages import first_line, named, pass_on, warn
+from ..messages import caught_panics, first_line, named, pass_on
+from ..messages import refuse_no_docstrings, warn
 
 # %% ../../nbs/huggingface/models.ipynb #7f756f0a
 Name = str | os.PathLike  # a file, a folder or a hub id
@@ -254,7 +255,8 @@ def open_tokenizer(
             # a pipe would never end
             os.close(open_file(f))
     try:
-        tok = import_module("transformers").AutoTokenizer.from_pretrained(folder, **NO_CODE)
+        with caught_panics():
+            tok = import_module("transformers").AutoTokenizer.from_pretrained(folder, **NO_CODE)
     except Exception as e:
         pass_on(e)
         raise MergeError(
@@ -411,7 +413,7 @@ def _as_it_says(
     dtype: torch.dtype,
 ) -> tuple[str, Any, dict]:  # a key of `KINDS`, the module, and how it was loaded
     "A base as what its config and its adapters say that it is."
-    transformers = need("transformers")
+    transformers = _transformers()
     config = transformers.AutoConfig.from_pretrained(base.folder, **NO_CODE)
     kind = kind_of(config, model, task, head)
     more = dict(NO_CODE)
@@ -454,6 +456,12 @@ def _alone(c: Checkpoint) -> Iterator[str]:  # a folder, as long as it is needed
             (home/"model.safetensors.index.json").write_text(index)
         yield str(home)
 
+# %% ../../nbs/huggingface/models.ipynb #e7af06b6
+def _transformers() -> Any:
+    "The library; `MergeError` if it is not installed, or can make no model here."
+    refuse_no_docstrings()
+    return need("transformers")
+
 # %% ../../nbs/huggingface/models.ipynb #80c72be1
 def open_model(
     model: Name,  # folder or hub id of a Hugging Face model, or BASE+ADAPTER
@@ -465,11 +473,12 @@ def open_model(
 ) -> Opened:
     """The module, its tokenizer, what its outputs are, and what the checkpoint calls its
     parameters; `MergeError` if any of these is in doubt."""
+    transformers = _transformers()
     base, adapters = _read(model, allow_pickle)
     c = reduce(bake, adapters, base)
     tasks = [a.adapter.get("task_type") for a in adapters if a.adapter]
     task = next(filter(None, tasks), None)
-    with quiet(need("transformers")):
+    with quiet(transformers):
         try:
             kind, m, info = _as_it_says(model, base, c, task, head, dtype)
         except MergeError:

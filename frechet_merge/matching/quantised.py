@@ -7,7 +7,6 @@ __all__ = ['SAID', 'OF_DEEPSEEK', 'V1', 'V2', 'METHODS', 'PACKED', 'ALGORITHMS',
            'dtype_of', 'dequantised', 'without_codes', 'reason']
 
 # %% ../../nbs/matching/quantised.ipynb #356b4bff
-import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..files.checkpoint import Checkpoint, read_json
+from ..files.checkpoint import Checkpoint, from_json, read_json
 from ..files.decoded import Blocks, Experts, Nibbles, PackedColumns, PackedRows, Scaled
 from ..files.shards import EXPONENTS
 from ..files.tensors import LazyTensor
@@ -281,7 +280,7 @@ def _bnb4(codes: Codes) -> LazyTensor:
     state = codes.need(f"{start}nf4", f"{start}fp4")
     absmax, table = codes.need(f"{name}.absmax"), codes.need(f"{name}.quant_map")
     try:
-        held = json.loads(bytes(state.read().tolist()))
+        held = from_json(bytes(state.read().tolist()))
         shape, unit = tuple(int(n) for n in held["shape"]), int(held["blocksize"])
         nested = None
         if "nested_blocksize" in held:

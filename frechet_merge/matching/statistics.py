@@ -6,7 +6,6 @@
 __all__ = ['PARTS', 'KINDS', 'InBasis', 'Coupled', 'facts', 'statistics', 'parts_for', 'strangers']
 
 # %% ../../nbs/matching/statistics.ipynb #b7c0b24f
-import json
 import math
 import os
 from collections.abc import Collection, Mapping, Sequence
@@ -20,7 +19,7 @@ from .moved import moved, on_both_sides
 from .pieces import of_pieces, piece_of, piece_shape, same_pieces
 from .pieces import under_all_names
 from .rows import Rows
-from ..files.checkpoint import Checkpoint, known_facts
+from ..files.checkpoint import Checkpoint, from_json, known_facts
 from ..files.open import load
 from ..messages import MergeError
 from ..files.places import place_of
@@ -106,8 +105,8 @@ def facts(
 def _value(text: str) -> Any:
     "What JSON says, or else the text itself."
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return from_json(text)
+    except ValueError:
         return text
 
 # %% ../../nbs/matching/statistics.ipynb #44e82861

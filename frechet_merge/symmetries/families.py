@@ -24,7 +24,7 @@ from .groups import Group, Member, Part, gauged, off_by
 from .groups import elements
 from ..matching.hollow import hollow, refuse_larger
 from ..matching.layouts import seen_by_module
-from ..messages import MergeError, pass_on, warn
+from ..messages import MergeError, pass_on, refuse_no_docstrings, warn
 
 # %% ../../nbs/symmetries/families.ipynb #80e139e5
 @dataclass(frozen=True)
@@ -529,6 +529,7 @@ NOTHING = 1e-5
 
 def tried(groups: Sequence[Group], config: Mapping[str, Any]) -> list[Group]:
     "The groups that leave the function of a small model as it is; a warning names the others."
+    refuse_no_docstrings()
     with temporary() as folder:
         trial = Trial.of(config, folder)
         if trial is None:

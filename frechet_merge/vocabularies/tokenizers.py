@@ -16,7 +16,7 @@ from typing import Any
 
 from ..files.checkpoint import read_json
 from ..files.shards import read_bytes
-from ..messages import MergeError, pass_on
+from ..messages import MergeError, caught_panics, pass_on
 
 # %% ../../nbs/vocabularies/tokenizers.ipynb #c16a28e6
 def _json(file: Path) -> dict[str, Any]:
@@ -195,9 +195,10 @@ def asked(
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
+        with caught_panics():
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
         return tokenizer.get_vocab()
     # a tokenizer may be damaged in any way, or need a library that is not there
     except Exception as e:

@@ -19,7 +19,7 @@ from .joined import TRIED, joined, kind_of, new_pieces, numbers_of
 from .joined import split_otherwise
 from .tokenizers import SENTENCEPIECE, needs, refuse_many
 from .vocabulary import is_reserved
-from ..messages import MergeError, pass_on, warn
+from ..messages import MergeError, caught_panics, pass_on, warn
 
 # %% ../../nbs/vocabularies/union.ipynb #55c1fbf7
 def with_rows(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
@@ -71,9 +71,10 @@ def _opened(c: Checkpoint) -> Any:
     try:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(
-            home, local_files_only=True, trust_remote_code=False
-        )
+        with caught_panics():
+            return AutoTokenizer.from_pretrained(
+                home, local_files_only=True, trust_remote_code=False
+            )
     # a tokenizer may be damaged in any way
     except Exception as e:
         pass_on(e)
