@@ -109,7 +109,7 @@ def _under(said: Said, to: Callable[[str], str], known: Collection[str] = ()) ->
         moved[to(name)] = replace(layer, name=to(name), keys=keys)
     others = {key: PEFT_LEAD + to(key.removeprefix(PEFT_LEAD)) for key in whole}
     new = {key: other for key, other in others.items() if other in known and other not in whole}
-    return moved, {new.get(key, key): x for key, x in whole.items()}
+    return Said(moved, {new.get(key, key): x for key, x in whole.items()})
 
 # %% ../../nbs/adapters/updates.ipynb #92a9f6c9
 def _named_alike(read: list[Said]) -> list[Said]:
@@ -156,7 +156,7 @@ def _whole_after_renaming(
 def _after_renaming(read: Sequence[Said]) -> list[Said]:
     "All under the names of the first, where a known renaming lies between them."
     (ours, whole), *others = read
-    result = [(ours, whole)]
+    result = [Said(ours, whole)]
     for theirs, rest in others:
         to = {}
         for name, layer in theirs.items():
@@ -166,8 +166,9 @@ def _after_renaming(read: Sequence[Said]) -> list[Said]:
             is_plain = len(twins) == 1 and twins[0] not in theirs
             if is_plain and ours[twins[0]].shape == layer.shape:
                 to[name] = twins[0]
-        updates, _ = _under((theirs, {}), lambda n, to=to: to.get(n, n)) if to else (theirs, {})
-        result.append((updates, _whole_after_renaming(rest, whole)))
+        alone = Said(theirs, {})
+        renamed = _under(alone, lambda n, to=to: to.get(n, n)) if to else alone
+        result.append(renamed._replace(whole=_whole_after_renaming(rest, whole)))
     return result
 
 # %% ../../nbs/adapters/updates.ipynb #af4ae981
@@ -343,7 +344,8 @@ def _with_biases_inside(read: Sequence[Said]) -> list[Said]:
         is_wrapped = module.removeprefix(PEFT_LEAD) in adapted
         return f"{module}.base_layer.bias" if is_wrapped else f"{module}.bias"
 
-    return [(updates, {named(k): x for k, x in whole.items()}) for updates, whole in read]
+    named_well = [{named(k): x for k, x in said.whole.items()} for said in read]
+    return [said._replace(whole=whole) for said, whole in zip(read, named_well)]
 
 # %% ../../nbs/adapters/updates.ipynb #2fc0e2e0
 def _whole(
@@ -383,7 +385,7 @@ def align_updates(
     _refuse_other_kinds(models, any_base)
     if not any_base:
         _say_other_models(models)
-    read = in_one_language(models, [layers(c) for c in models], to)
+    read = in_one_language(models, [Said(*layers(c)) for c in models], to)
     # a renaming moves parts to other places, and a leading part may be in front of it all
     read = _with_biases_inside(_after_renaming(_named_alike(_after_renaming(read))))
     for updates, _ in read:
