@@ -201,6 +201,8 @@ def head(
         # by which the hub draws where a model comes from
         said |= {"base_model": ids, "base_model_relation": "merge"}
     kind = values(kind_of(record), FORMS["pipeline_tag"])
+    # as the hub calls mixtures
+    kind = ["moe", *kind] if (record.made or {}).get("what") == "mixture" else kind
     said["tags"] = [*dict.fromkeys(["merge", "frechet_merge", *kind])]
     return {key: value for key, value in said.items() if value}
 
