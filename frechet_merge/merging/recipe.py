@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters.dialects import DIALECTS
 from ..curvature.calibration import Calibration
 from ..files.checkpoint import Checkpoint
 from ..files.hub import Found, exact, exact_of
@@ -86,8 +85,6 @@ class Recipe:
                 f"{self.geometry!r} is not a Geometry: pass an instance, such as Euclidean(), or "
                 "a name."
             )
-        if self.to not in (None, *DIALECTS):
-            raise ValueError(f"to = {self.to!r}: use {', '.join(DIALECTS)}.")
         if self.sum is not None and self.weights is not None:
             raise ValueError(
                 "weights= are shares of a mean, and sum= coefficients of a sum: give one of them."
