@@ -318,6 +318,23 @@ RECIPES |= {
     "slerp, two numbers and filters": "models: [{model: $x}, {model: $y}]\nbase_model: $x\n"
     "parameters: {t: [{filter: mlp, value: [0, 1]}, {filter: null, value: [1, 0]}]}",
 }
+BY_FILTERS = "[{filter: mlp, value: true}, {value: false}]"
+RECIPES |= {
+    "linear, normalised by filters": BOTH + f"\nparameters: {{normalize: {BY_FILTERS}}}",
+    "task_arithmetic, normalised by filters": THREE.replace("[0.2, 0.8]", "0.2").replace(
+        "[{filter: mlp, value: 0.6}, {value: 0.1}]", "-0.4"
+    ) + f"parameters: {{normalize: {BY_FILTERS}}}",
+    "ties, normalised and rescaled by filters": THREE.replace("[0.2, 0.8]", "0.2").replace(
+        "[{filter: mlp, value: 0.6}, {value: 0.1}]", "0.4"
+    ) + f"parameters: {{normalize: {BY_FILTERS}, rescale: [{{filter: down_proj, value: true}}]}}",
+    "nuslerp, flattened by filters": FAR + f"parameters: {{nuslerp_flatten: {BY_FILTERS}}}",
+    "multislerp, normalised by filters": FAR + f"parameters: {{normalize_weights: {BY_FILTERS}}}",
+    "model_stock, filter_wise by filters": PLAIN + f"parameters: {{filter_wise: {BY_FILTERS}}}",
+    "linear, weights of true and false": BOTH.replace("0.7", f"[{BY_FILTERS[1:-1]}]").replace(
+        "0.5", "true"
+    ),
+    "linear, anchors beside it": f"shared: &w 0.2\n{BOTH.replace('0.7', '*w')}",
+}
 # of encoders with decoders; of T5s with gates, which are those that mergekit reads
 TWO_PARTS = """modules:
   encoder:

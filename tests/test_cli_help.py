@@ -128,7 +128,8 @@ def test_options_of_mergekit_are_answered_by_ours(option):
     "A remedy names an option that there is."
     code, _, err = cli("run", "recipe.yaml", "OUT", option)
     assert code == 2 and helped.OF_MERGEKIT[option] in err and len(err.splitlines()) == 3
-    ours = {name for p in COMMANDS["run"].params for name in p.opts}
+    of_either = [*COMMANDS["run"].params, *COMMANDS["merge"].params]
+    ours = {name for p in of_either for name in p.opts}
     assert {*re.findall(r"(?<!\w)--?[a-z][\w-]*", helped.OF_MERGEKIT[option])} <= ours
 
 

@@ -402,7 +402,7 @@ class TestTokens:
             ({"vocab_txt": "a\nc\nb"}, "number 1 for 'b' and for 'c'"),
             ({"vocab_json": {"a": 0, "b": 1, "d": 2}}, "number 2 for 'c' and for 'd'"),
             ({"tokenizer_json": {"model": {"vocab": [["a", 0.0], ["x", 0.0]]}}}, "'b' and for 'x'"),
-            ({"vocab_json": {"a": 0, "b": 1, "c": 3}}, "'c' under the numbers 2 and 3"),
+            ({"vocab_json": {"a": 0, "b": 1, "c": 3}}, "'c' for number 2 and for number 3"),
         ],
         ids=["vocab.txt", "vocab.json", "unigram", "moved"],
     )

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from conftest import ROOT, cli, save
+from safetensors.torch import save_file
 from spoken import byte_level, talker, with_tokens
 from test_recipe_files import deep, digest, ran, written
 
@@ -12,6 +13,7 @@ from frechet_merge import MergeError, merge
 from frechet_merge.files.open import load
 from frechet_merge.recipes.lines import read_page
 from frechet_merge.recipes.mergekit import translated, with_names
+from frechet_merge.recipes.written import read_recipe
 from frechet_merge.merging.recipe import Recipe
 
 NAME = "h.1.mlp.weight"
@@ -240,6 +242,153 @@ merge_method: passthrough
     code, _, err = cli("run", tmp_path/"o"/"frechet_merge.json", "-o", tmp_path/"again")
     assert code == 0, err
     assert digest(tmp_path/"o") == digest(tmp_path/"again")
+
+
+BY_FILTER = "[{filter: mlp, value: true}, {value: false}]"
+SUMMED = "base_model: $base\nmerge_method: task_arithmetic\n"
+# a switch that is on in MLPs, and what two methods give with it and without
+SWITCHED = {
+    "linear": (
+        f"merge_method: linear\nparameters: {{normalize: {BY_FILTER}}}",
+        lambda z, a, b: (a + 3*b)/4,
+        lambda z, a, b: a + 3*b,
+    ),
+    "a sum": (
+        f"{SUMMED}parameters: {{normalize: [{{filter: mlp, value: 1}}]}}",
+        lambda z, a, b: (a + 3*b)/4,
+        lambda z, a, b: z + (a - z) + 3*(b - z),
+    ),
+    "multislerp": (
+        f"merge_method: multislerp\nparameters: {{normalize_weights: {BY_FILTER}}}",
+        lambda z, a, b: along(a, b),
+        lambda z, a, b: 4*along(a, b),
+    ),
+}
+
+
+def along(a, b):
+    "The mean direction with the weights 1 and 3, of the mean norm."
+    total = a/a.norm() + 3*b/b.norm()
+    return (a.norm() + 3*b.norm())/4*total/total.norm()
+
+
+@pytest.mark.parametrize("what", SWITCHED)
+def test_a_switch_by_filters(tmp_path, folders, what):
+    "And the record says it again."
+    more, on, off = SWITCHED[what]
+    path = written(tmp_path, filled(TWO % 3 + more, folders))
+    assert cli("run", path, "-o", tmp_path/"o")[0] == 0
+    for name, x in load(tmp_path/"o").items():
+        z, a, b = (tensor(folders[n], name).double() for n in ("base", "a", "b"))
+        by_hand = (on if "mlp" in name else off)(z, a, b)
+        torch.testing.assert_close(x.double(), by_hand, rtol=1e-5, atol=1e-6)
+    assert cli("run", tmp_path/"o"/"frechet_merge.json", "-o", tmp_path/"again")[0] == 0
+    assert digest(tmp_path/"o") == digest(tmp_path/"again")
+
+
+@pytest.mark.parametrize(
+    "method, switch, more",
+    [
+        ("ties", "normalize", "density: 0.5"),
+        ("ties", "rescale", "density: 0.5"),
+        ("breadcrumbs", "normalize", "density: 0.7, gamma: 0.1"),
+        ("dare_linear", "rescale", "density: 0.5"),
+        ("model_stock", "filter_wise", ""),
+        ("nuslerp", "nuslerp_flatten", ""),
+        ("nuslerp", "nuslerp_row_wise", "nuslerp_flatten: false"),
+    ],
+)
+def test_a_switch_by_filters_is_each_of_both(tmp_path, folders, method, switch, more):
+    "Where it is on the tensors are those of a recipe that has it on, and elsewhere of the other."
+    text = TWO % 3 + f"merge_method: {method}\nparameters: {{%s: %s, {more}}}\n"
+    # the differences of these lie too far apart for one mean direction
+    text += "" if method == "nuslerp" else "base_model: $base\n"
+    found = {}
+    for said in ("true", "false", BY_FILTER):
+        found[said] = merged(tmp_path/said[:4], text % (switch, said), folders)
+    for name, x in found[BY_FILTER].items():
+        same = found["true" if "mlp" in name else "false"][name]
+        torch.testing.assert_close(x, same, rtol=1e-6, atol=1e-7)
+    assert not torch.allclose(found["true"][NAME], found["false"][NAME])
+
+
+# a switch that is none, what is said of it, and what the error offers
+NO_SWITCH = {
+    "over depth": ("normalize: [0, 1]", "over depth is of numbers", f"normalize: {BY_FILTER}"),
+    "over depth, by filter": (
+        "normalize: [{filter: mlp, value: [0, 1]}]",
+        "over depth is of numbers",
+        f"normalize: {BY_FILTER}",
+    ),
+    "a share": ("normalize: 0.3", "0.3 must be true or false", 'normalize: "True"'),
+}
+
+
+@pytest.mark.parametrize("what", NO_SWITCH)
+def test_what_is_no_switch(tmp_path, folders, what):
+    wrong, said, right = NO_SWITCH[what]
+    text = TWO % 3 + "merge_method: linear\nparameters: {%s}"
+    with pytest.raises(MergeError, match=f"line 3: parameters.normalize: .*{said}"):
+        merged(tmp_path/"no", text % wrong, folders)
+    assert NAME in merged(tmp_path/"yes", text % right, folders)
+
+
+def test_weights_by_filters_are_not_divided_in_places(tmp_path, folders):
+    text = TWO % "%s" + f"merge_method: linear\nparameters: {{normalize: {BY_FILTER}}}"
+    with pytest.raises(MergeError, match="need plain numbers as weights"):
+        merged(tmp_path/"no", text % "[{filter: mlp, value: 1}, {value: 2}]", folders)
+    assert NAME in merged(tmp_path/"yes", text % 2, folders)
+
+
+def test_two_switches_by_filters_cannot_both_turn(tmp_path, folders):
+    "The remedy is taken: one of them is for all tensors."
+    text = TWO % 3 + "merge_method: nuslerp\nparameters: {nuslerp_row_wise: %s, "
+    text += f"nuslerp_flatten: {BY_FILTER}}}"
+    with pytest.raises(MergeError, match="have filters both: give one of them to all"):
+        merged(tmp_path/"no", text % BY_FILTER, folders)
+    assert NAME in merged(tmp_path/"yes", text % "true", folders)
+
+
+@pytest.mark.parametrize("said, number", [("true", 1), ("false", 0), ("[true, 3]", "[1, 3]")])
+def test_true_counts_as_one(tmp_path, folders, said, number):
+    "As in mergekit, which was run."
+    text = TWO + "merge_method: linear"
+    found, same = (merged(tmp_path/n, text % x, folders) for n, x in (("x", said), ("y", number)))
+    assert all(torch.equal(found[n], same[n]) for n in same)
+
+
+# where anchors stand beside a recipe
+HOLDERS = {
+    "a mapping": "shared: &w {weight: 3}\n" + TWO.replace("{weight: %s}", "*w"),
+    "numbers": "_all: [&x 2, &y 3]\n" + TWO.replace("%s", "*y"),
+    "within another": "x-w: &x 3\nx-p: &p {weight: *x}\n" + TWO.replace("{weight: %s}", "*p"),
+    "the fields themselves": "d: &d {models: [{model: $a, parameters: {weight: 1}}, {model: $b, "
+    "parameters: {weight: 3}}]}\n<<: *d\n",
+}
+
+
+@pytest.mark.parametrize("what", HOLDERS)
+def test_what_only_holds_anchors(tmp_path, folders, what):
+    path = written(tmp_path, filled(HOLDERS[what] + "merge_method: linear\n", folders))
+    code, _, err = cli("run", path, "-o", tmp_path/"o")
+    assert code == 0 and "is read only where its anchors are used" in err, err
+    out, a, b = (tensor(x) for x in (tmp_path/"o", folders["a"], folders["b"]))
+    torch.testing.assert_close(out, (a + 3*b)/4)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        TWO % 3 + "shared: 3\n",
+        TWO % 3 + "shared: &w 3\n",
+        TWO % 3 + "shared: &w 3\nmore: *w\n",
+        TWO.replace("{weight: %s}", "&p {weight: 3}") + "paramters: *p\n",
+    ],
+    ids=["no anchor", "nobody uses it", "no field uses it", "it uses one"],
+)
+def test_a_field_that_holds_nothing_for_others_is_unknown(tmp_path, text):
+    with pytest.raises(MergeError, match="a recipe has no field '(shared|paramters)'"):
+        read_recipe(written(tmp_path, text + "merge_method: linear\n"))
 
 
 def test_a_switch_of_one_slice_is_no_switch_of_all(tmp_path, folders):
@@ -828,3 +977,35 @@ class TestStacksThatSpeak:
         assert torch.equal(found["lm_head.weight"], last["model.embed_tokens.weight"])
         first = load(tmp_path/"a")
         assert torch.equal(found["model.embed_tokens.weight"], first["model.embed_tokens.weight"])
+
+    def test_an_output_layer_that_nobody_has(self, tmp_path):
+        "A base model without its head is no model whose head is its embedding; the remedy is run."
+        a = talker(tmp_path/"a", byte_level("abc"), 0, tie_word_embeddings=False)
+        b = talker(tmp_path/"b", byte_level("abc"), 1, tie_word_embeddings=False)
+        state = {n: x for n, x in load(b).items() if n != "lm_head.weight"}
+        save_file(state, b/"model.safetensors", {"format": "pt"})
+        with pytest.raises(MergeError, match="has no 'lm_head.weight'.*\nEnd it with layers of"):
+            load(f"{a}[0:1]|{b}[0:1]")
+        merge([f"{a}[0:1]|{b}[0:1]|{a}[0:1]"], out=tmp_path/"o")
+        assert torch.equal(load(tmp_path/"o")["lm_head.weight"], load(a)["lm_head.weight"])
+
+    @pytest.mark.parametrize("what", ["wider", "with biases"])
+    def test_layers_of_other_models(self, tmp_path, what):
+        "No class opens them on top of each other; of one architecture and size they are opened."
+        transformers = pytest.importorskip("transformers")
+        size = {"vocab_size": 11, "intermediate_size": 8, "num_attention_heads": 2}
+        for name, width, biases in (("a", 8, False), ("same", 8, False), ("other", 8, True)):
+            wide = 16 if name == "other" and what == "wider" else width
+            has_biases = biases and what == "with biases"
+            config = transformers.LlamaConfig(
+                hidden_size=wide, **size, num_hidden_layers=2, attention_bias=has_biases
+            )
+            transformers.LlamaForCausalLM(config).save_pretrained(tmp_path/name)
+        for pair in (("a", "other"), ("other", "a")):
+            one, two = (tmp_path/name for name in pair)
+            with pytest.raises(MergeError, match="of layer 1 is .*\nTake all of its layers from"):
+                load(f"{one}[0:1]|{two}[1:2]")
+        merge([f"{tmp_path/'a'}[0:1]|{tmp_path/'same'}[1:2]"], out=tmp_path/"o")
+        opened = transformers.AutoModelForCausalLM.from_pretrained
+        _, info = opened(tmp_path/"o", output_loading_info=True)
+        assert not info["missing_keys"] and not info["mismatched_keys"]

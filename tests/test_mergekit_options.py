@@ -252,6 +252,14 @@ def test_rows_in_a_sum_are_those_that_were_given(tmp_path, speakers):
         torch.testing.assert_close(row(tmp_path/"o", name, "w2"), base + (a - base) + 3*(b - base))
 
 
+def test_a_card_names_no_place_of_a_model_that_gives_a_row(tmp_path, speakers):
+    tokens = {"<x>": {"model": str(speakers["b"]), "token": "<y>"}, "<y>": {}}
+    models = [str(speakers[n]) for n in "ab"]
+    merge(models, tokenizer="union", tokens=tokens, out=tmp_path/"o")
+    card = (tmp_path/"o"/"README.md").read_text()
+    assert "model: b\n    token: <y>" in card and str(tmp_path) not in card, card
+
+
 def test_a_word_that_says_nothing_of_a_row_is_refused():
     with pytest.raises(ValueError, match="'kind' is none of model, token, token_id and force"):
         as_given({"<x>": {"kind": "model_token", "model": "a"}})

@@ -681,6 +681,7 @@ def test_the_command_line_makes_a_mixture(family, tmp_path):
     code, out, err = cli(*asked, *read, cwd=tmp_path)
     assert code == 0, err
     assert "a mixtral of 2 experts, 2 for each token" in out
+    assert "\n- moe\n" in (tmp_path/"out"/"README.md").read_text()
     want = mixture(family[1:], base=family[0], prompts=PROMPTS).tensors
     assert all(torch.equal(x, want[n]) for n, x in load(tmp_path/"out").items())
     code, out, err = cli(*asked[:4], "no", "--gate", "random", "--seed", "3", cwd=tmp_path)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import cli, save
 from hub import TOKEN, files_in, running, sha256
+from huggingface_hub import ModelCard
 from test_dialects import flux_file
 from test_hub import CONFIG, model, pushes
 
@@ -282,6 +283,16 @@ def test_a_push_of_several_models_is_one_commit_of_folders(tmp_path, hub):
     assert cli(*words, "--push", "several", "--yes", cwd=tmp_path, env=env)[0] == 0
     assert pushed(hub, "me/several") == (files_in(tmp_path/"OUT"), 1)
     assert hub.repos["me/several"].private
+    # what people see first says what is where
+    card = (tmp_path/"OUT"/"README.md").read_text()
+    head = ModelCard(card).data.to_dict()
+    assert head["base_model"] == ["org/a", "org/b", "org/c"] and "merge" in head["tags"], head
+    assert "[first](first/README.md)" in card and "[last](last/README.md)" in card
+    assert "frechet-merge run recipes.yml -o OUT" in card and str(tmp_path) not in card
+    again = cli("run", "OUT", "-o", "AGAIN", "-q", cwd=tmp_path, env=env)
+    assert again[0] == 0 and files_in(tmp_path/"AGAIN")["README.md"].decode() == card.replace(
+        "# OUT", "# AGAIN"
+    )
 
     # the last alone, if it has no name
     path.write_text("---\n".join([FIRST, LAST]))

@@ -166,6 +166,8 @@ def test_the_command_line_says_it_and_writes_nothing(tmp_path, folders):
     assert code == 2 and "-o OUT" in err
     code, _, err = cli("run", tmp_path)
     assert code == 1 and "is a folder without frechet_merge.json" in err
+    assert "models are merged by frechet-merge merge" in err
+    assert cli("merge", folders[0], folders[1], "-o", tmp_path/"o")[0] == 0
 
 
 @pytest.mark.parametrize(

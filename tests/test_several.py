@@ -82,7 +82,8 @@ def test_all_of_them_are_kept_if_all_have_names(tmp_path, folders):
     path = several(tmp_path, folders, FIRST, "name: deep/third\n" + LAST, SECOND)
     code, out, err = cli("run", path, "-o", tmp_path/"out", cwd=tmp_path)
     assert code == 0 and "out/deep/third: 3 models merged" in out, err
-    assert sorted(os.listdir(tmp_path/"out")) == ["deep", "first", "recipes.yml", "second"]
+    kept = ["README.md", "deep", "first", "recipes.yml", "second"]
+    assert sorted(os.listdir(tmp_path/"out")) == kept
     mine, hand = load(tmp_path/"out"/"deep"/"third"), by_hand(folders, tmp_path)
     assert all(torch.equal(mine[n], x) for n, x in hand.tensors.items())
     assert cli("run", tmp_path/"out", tmp_path/"again", cwd=tmp_path)[0] == 0
@@ -322,6 +323,19 @@ class TestDivided:
         assert cli("run", path, "-o", "one", cwd=tmp_path)[0] == 0
         one, two = load(tmp_path/"one"), load(tmp_path/"out")
         assert {*one} == {*two} and all(torch.equal(one[n], two[n]) for n in one)
+
+    @pytest.mark.parametrize("last", [LAST, "name: last\n" + LAST], ids=["one", "all"])
+    def test_places_are_told_as_they_were_typed(self, tmp_path, folders, last):
+        path, out = several(tmp_path, folders, FIRST, last.replace("second", "$c")), []
+        words = "run", path, "-o", "out", "--json"
+        for how in [["--part", "1/1"], ["--part", "1/1"], ["--join"]]*2:
+            code, said, err = cli(*words, *how, cwd=tmp_path)
+            assert code == 0, err
+            out.append(json.loads(said)["output"])
+            if (tmp_path/"out").exists():
+                break
+        assert all(place.startswith("out.steps/") for place in out[:-1]), out
+        assert out[-1] == ("out/last" if "name" in last else "out")
 
     def test_what_cannot_be_divided_is_made_by_the_one_that_joins(self, tmp_path, folders):
         a, b = (adapter(tmp_path/n, seed) for seed, n in enumerate("xy"))

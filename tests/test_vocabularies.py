@@ -383,3 +383,18 @@ def test_inspect_compares_rows_of_one_token(tmp_path):
     assert found.mergeable and not found.shapes
     other = model(tmp_path/"c", 2, WORDS[::-1])
     assert not inspect([models[0], other]).mergeable
+
+
+def test_without_a_tokenizer_no_row_has_a_token(tmp_path):
+    "Both remedies are taken, and give the plain mean, which numbers and tokens agree on."
+    a, b = (model(tmp_path/n, i, WORDS) for i, n in enumerate("ab"))
+    kept = (b/"tokenizer.json").read_text()
+    (b/"tokenizer.json").unlink()
+    with pytest.raises(MergeError, match="b: has no tokenizer of a kind .*\n.*; or choose none"):
+        merge([a, b], tokenizer=str(a))
+    one = merge([a, b]).tensors
+    (b/"tokenizer.json").write_text(kept)
+    two = merge([a, b], tokenizer=str(a)).tensors
+    by_hand = (load(a)[EMBEDDING] + load(b)[EMBEDDING])/2
+    for found in (one, two):
+        torch.testing.assert_close(found[EMBEDDING], by_hand)

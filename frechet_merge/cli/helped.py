@@ -253,6 +253,8 @@ class App(typer.Typer):
 # %% ../../nbs/cli/helped.ipynb #8eff1789
 # option of mergekit → what to do here
 OF_MERGEKIT = {
+    "--method": "Of merge it is --geometry; a recipe names its own.",
+    "--merge-method": "Of merge it is --geometry; a recipe names its own.",
     "--cuda": "Give --device cuda.",
     "--gpu-rich": "Give --device cuda.",
     "--out-shard-size": "Give --shard-size, which is in bytes: 5GB.",

@@ -417,8 +417,9 @@ class Aligned(Outcome):
     def report(self) -> Iterator[str]:
         "A line."
         first, *_, last = [*self.variances, self.variances[-1]]
+        many = "1 model" if len(self.models) == 1 else f"{len(self.models)} models"
         yield (
-            f"{self.written.output}: {len(self.models)} models in one gauge, {self.groups} groups, "
+            f"{self.written.output}: {many} in one gauge, {self.groups} groups, "
             f"variance {first:.4g} → {last:.4g}, {self.written.seconds:.1f} s"
         )
 

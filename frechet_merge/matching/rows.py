@@ -261,7 +261,8 @@ def _refuse_unknown(every: Sequence[Checkpoint], known: Sequence[Any]) -> None:
             raise MergeError(
                 f"{c.source}: has no tokenizer of a kind that is read here (tokenizer.json, "
                 "vocab.json, vocab.txt, tekken.json, sentencepiece), and so its rows cannot be "
-                "matched by token."
+                "matched by token.\nSave its tokenizer into its folder; or choose none, if equal "
+                "numbers are equal tokens."
             )
 
 # %% ../../nbs/matching/rows.ipynb #19fd4b24

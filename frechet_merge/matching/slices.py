@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ..files.checkpoint import HEAD, TEXT, Checkpoint, read_json, token_rows
-from ..files.checkpoint import vocabulary_size
+from ..files.checkpoint import ties, vocabulary_size
+from .absent import is_constant
 from .towers import module_of
 from ..vocabularies.vocabulary import contradiction, vocabulary
 from ..messages import MergeError, warn
@@ -125,10 +126,10 @@ def _tied_behind(first: Checkpoint, last: Checkpoint) -> dict[str, Any]:
             continue
         around = {n: y for n, y in _around(last).items() if BEFORE.search(n)}
         alike = [y for y in around.values() if tuple(y.shape) == tuple(x.shape)]
-        if len(alike) != 1:
+        if len(alike) != 1 or ties(last.config) is False:
             raise MergeError(
                 f"{last.source} has no {name!r}, which {first.source} has, and the stack would "
-                "have none."
+                f"have none.\nEnd it with layers of a model that has one, such as {first.source}."
             )
         found[name] = alike[0]
     return found
@@ -146,6 +147,7 @@ def stacked(
     count = 0
     for c, piece in parts:
         layers |= _moved(c, piece, lead, count)
+        _refuse_other_layers(first, c, piece)
         count += piece.stop - piece.start
     _refuse_other_rows(first, last)
     lazy = {n: x for n, x in _around(first).items() if BEFORE.search(n)}
@@ -181,6 +183,39 @@ def _moved(c: Checkpoint, piece: Slice, lead: str, at: int) -> dict[str, Any]:
     return found
 
 # %% ../../nbs/matching/slices.ipynb #f09d7b92
+# what is in a layer, and its shapes
+Kind = dict[str, tuple[int, ...]]
+
+
+def _kinds(c: Checkpoint) -> dict[int, Kind]:
+    "What each layer has, but for what the first holds for all, and what libraries compute anew."
+    found: dict[int, Kind] = {}
+    apart = _of_first(c)
+    for name, x in c.lazy.items():
+        m = LAYER.fullmatch(name)
+        if m and name not in apart and not is_constant(name, x):
+            found.setdefault(int(m[2]), {})[m[3]] = tuple(x.shape)
+    return found
+
+# %% ../../nbs/matching/slices.ipynb #1dc198f4
+def _refuse_other_layers(first: Checkpoint, c: Checkpoint, piece: Slice) -> None:
+    "`MergeError` for layers that are none of the first model's: its class would not open them."
+    if c is first:
+        return
+    known, own = _kinds(first), _kinds(c)
+    for i in range(piece.start, piece.stop):
+        if own.get(i) in known.values():
+            continue
+        mine, like = own.get(i, {}), known.get(i, known[max(known)])
+        name = next(n for n in sorted({*mine, *like}) if mine.get(n) != like.get(n))
+        one, other = (f"of shape {x[name]}" if name in x else "absent" for x in (mine, like))
+        raise MergeError(
+            f"{c.source}: {name.strip('.')!r} of layer {i} is {one}, and {other} in "
+            f"{first.source}: no class opens a stack of both.\n"
+            "Take all of its layers from models of one architecture and size."
+        )
+
+# %% ../../nbs/matching/slices.ipynb #8a59fae6
 def _counting(config: Mapping[str, Any]) -> list[str]:
     "The keys of a config that count its layers."
     found = [k for k in (*COUNTS, *chain(*COUNTS_OF.values())) if config.get(k) is not None]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROLES', 'LIBRARIES', 'TASKS', 'OF_PEFT', 'OPENED_BY', 'HOME', 'MAKE_AGAIN', 'AGAIN', 'printable', 'in_yaml',
            'in_ticks', 'in_title', 'fenced', 'names_of', 'without_places', 'architecture', 'task_of', 'kind_of', 'head',
-           'usage', 'in_short', 'typed_again', 'as_file', 'what_it_is', 'again', 'card']
+           'usage', 'in_short', 'typed_again', 'as_file', 'what_it_is', 'again', 'card', 'card_of_several']
 
 # %% ../../nbs/merging/card.ipynb #77a4c6bb
 import re
@@ -13,6 +13,7 @@ import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from ..files.checkpoint import read_json
 from ..geometries.registry import from_data, spelled
@@ -97,6 +98,12 @@ def names_of(record: Record) -> dict[str, str]:
     return short
 
 # %% ../../nbs/merging/card.ipynb #77284356
+def _without_its_place(row: Mapping[str, Any], short: Mapping[str, str]) -> dict[str, Any]:
+    "Where the row of a token comes from, without the place of its model."
+    model = row.get("model")
+    return {**row, "model": short.get(model) or short_name(model)} if model else dict(row)
+
+# %% ../../nbs/merging/card.ipynb #f45f943d
 def without_places(record: Record) -> dict[str, Any]:
     "The recipe of a record, as its card shows it."
     short = names_of(record)
@@ -111,6 +118,8 @@ def without_places(record: Record) -> dict[str, Any]:
         value = said.get(key)
         if isinstance(value, str) and "{" not in value:
             said[key] = short.get(value) or short_name(value)
+    if isinstance(rows := said.get("tokens"), dict):
+        said["tokens"] = {token: _without_its_place(row, short) for token, row in rows.items()}
     if isinstance(said.get("calibrate"), dict) and isinstance(said["calibrate"].get("data"), str):
         said["calibrate"] = {**said["calibrate"], "data": short_name(said["calibrate"]["data"])}
     return said
@@ -192,6 +201,8 @@ def head(
         # by which the hub draws where a model comes from
         said |= {"base_model": ids, "base_model_relation": "merge"}
     kind = values(kind_of(record), FORMS["pipeline_tag"])
+    # as the hub calls mixtures
+    kind = ["moe", *kind] if (record.made or {}).get("what") == "mixture" else kind
     said["tags"] = [*dict.fromkeys(["merge", "frechet_merge", *kind])]
     return {key: value for key, value in said.items() if value}
 
@@ -481,3 +492,33 @@ def card(
         fenced(opened, "python"),
     ]
     return "\n".join([*parts, *again(record)])
+
+# %% ../../nbs/merging/card.ipynb #da188bae
+def card_of_several(
+    records: Mapping[str, Record],  # folder → of what is in it
+    title: str,  # what the folder around them will be called
+    recipes: str,  # the file beside them that makes them
+) -> str:
+    "README.md of a folder in which several merges lie."
+    about = [row for record in records.values() for row in record.about]
+    front: dict[str, Any] = dict(licence(about))
+    if ids := origin(about):
+        front |= {"base_model": ids, "base_model_relation": "merge"}
+    front["tags"] = ["merge", "frechet_merge"]
+    rows = [f"| {_linked(name)} | {what_it_is(record)} |" for name, record in records.items()]
+    parts = [
+        f"---\n{in_yaml(front)}---\n# {in_title(title)}\n",
+        f"{len(records)} merges, each in a folder with a card of its own, which says how it is "
+        f"opened. Made with [frechet_merge]({HOME}).\n",
+        "\n".join(["| folder | what it is |", "| --- | --- |", *rows]) + "\n",
+        f"{MAKE_AGAIN}\n",
+        f"By the recipes in {in_ticks(recipes)}: `frechet-merge run {recipes} -o OUT`.\n",
+    ]
+    return "\n".join(parts)
+
+
+# %% ../../nbs/merging/card.ipynb #c4fcc6b5
+def _linked(name: str) -> str:
+    "A folder as a link to its card, in a cell of a table."
+    return f"[{in_title(name)}]({quote(name)}/README.md)"
+

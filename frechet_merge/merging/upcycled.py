@@ -147,7 +147,8 @@ class Gate:
             raise ValueError(
                 f"gate = {self.mode!r} needs texts for each of the {count} experts, and expert "
                 f"{lacks} has none.\n"
-                "Give some (prompts=, --prompts), or choose random rows (gate='random')."
+                "Give some (prompts=, --prompts), or choose random rows (gate='random', "
+                "--gate random)."
             )
         if self.against and len(self.against) != count:
             raise ValueError(f"against= has texts for {len(self.against)} of {count} experts.")
@@ -313,7 +314,7 @@ class Wanted:
         if self.gate.mode != "random" and self.base is None:
             raise ValueError(
                 f"gate = {self.gate.mode!r} reads texts with the base: give one (base=, --base), "
-                "or choose random rows (gate='random')."
+                "or choose random rows (gate='random', --gate random)."
             )
         in_memory = not isinstance(self.base, (str, os.PathLike))
         if self.gate.mode == "hidden" and in_memory and not getattr(self.base, "files", ()):

@@ -10,7 +10,7 @@ __all__ = ['Key', 'MOST', 'MERGED', 'LONGEST', 'FENCE', 'OF_RECIPE', 'spelled_ke
 import re
 import sys
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from itertools import count
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from ..files.shards import read_bytes
 from ..merging.card import MAKE_AGAIN
-from ..messages import MergeError
+from ..messages import MergeError, warn
 
 # %% ../../nbs/recipes/lines.ipynb #2991ae43
 Key = tuple[str | int, ...]  # the way to a value: names of fields, and places in lists
@@ -37,6 +37,8 @@ class Page:
     source: str  # the file
     data: Any  # plain data: mappings, lists, texts, numbers
     lines: Mapping[Key, int] = field(default_factory=dict)  # counted from 1
+    # fields with anchors → the fields that use them
+    anchors: Mapping[Any, frozenset[Any]] = field(default_factory=dict)
 
     def line(self, key: Key) -> int:
         "Of a value, or of the nearest thing around it."
@@ -72,6 +74,15 @@ class Page:
             f"{hint or 'It may have: ' + ', '.join(allowed) + '.'}"
         )
 
+    def without_holders(self, allowed: Iterable[str]) -> "Page":
+        "The same without fields that only hold anchors for those allowed; a warning names them."
+        known = {*allowed}
+        holders = [k for k, used in self.anchors.items() if k not in known and used & known]
+        if holders:
+            names = ", ".join(map(str, holders))
+            warn(f"{names}: is no field of a recipe, and is read only where its anchors are used")
+        return replace(self, data={k: v for k, v in self.data.items() if k not in holders})
+
     def at(self, key: Key) -> Any:
         "The value there."
         value = self.data
@@ -92,6 +103,8 @@ class Reader:
     loader: Any  # of PyYAML, which knows what scalars mean
     lines: dict[Key, int] = field(default_factory=dict)  # found so far
     count: int = 0  # of values so far
+    # field → where in the text its values begin; those of an anchor begin where it is
+    starts: dict[Any, set[int]] = field(default_factory=dict)
 
     def read(self, node: Any, key: Key = ()) -> Any:
         "What a node says; `MergeError` for a key that is given twice."
@@ -101,6 +114,7 @@ class Reader:
         if self.count > MOST or len(key) > 40:
             raise MergeError(f"{self.source}: is no recipe: it has more than {MOST} values.")
         self.lines.setdefault(key, node.start_mark.line + 1)
+        self.starts.setdefault(key[0] if key else None, set()).add(node.start_mark.index)
         if isinstance(node, yaml.SequenceNode):
             return [self.read(x, (*key, i)) for i, x in enumerate(node.value)]
         if not isinstance(node, yaml.MappingNode):
@@ -148,6 +162,19 @@ class Reader:
         # the first of them decides
         return {k: v for x in reversed(several) for k, v in x.items()}
 
+    def anchors(self, node: Any) -> dict[Any, frozenset[Any]]:
+        "The fields of a document that hold anchors, and the fields that use these."
+        if not hasattr(node, "value") or not isinstance(node.value, list):
+            return {}
+        begins = {k.start_mark.index: k.value for k, _ in node.value if k.tag != MERGED}
+        found: dict[Any, set[Any]] = {}
+        for name, starts in self.starts.items():
+            for start in starts:
+                above = max((i for i in begins if i <= start), default=None)
+                if above is not None and name not in (None, begins[above]):
+                    found.setdefault(begins[above], set()).add(name)
+        return {name: frozenset(used) for name, used in found.items()}
+
 # %% ../../nbs/recipes/lines.ipynb #087cf8b9
 LONGEST = 1 << 20  # characters of a recipe; PyYAML takes a second for some hundred thousand
 
@@ -187,7 +214,9 @@ def read_pages(
     try:
         while loader.check_node():
             reader = Reader(source, loader, count=count)
-            found.append(Page(source, reader.read(loader.get_node()), reader.lines))
+            node = loader.get_node()
+            data = reader.read(node)
+            found.append(Page(source, data, reader.lines, reader.anchors(node)))
             count = reader.count
     # a tag may ask for what its value is not
     except (yaml.YAMLError, ValueError, RecursionError, TypeError, AttributeError) as e:

@@ -28,7 +28,9 @@ from ..files.ranges import NotYet, Remote, lying, remote_of
 from ..matching.slices import slices_of
 from ..merging.formats import FORMATS
 from ..execution.journal import key_of, stamps
+from ..merging.card import card_of_several
 from .lines import Page
+from .strangers import CARD
 from ..merging.merge import Merged, files_of
 from ..merging.recipe import Output, Recipe
 from ..execution.executors import Run
@@ -119,7 +121,8 @@ def _no_folder(name: str) -> bool:
     except UnicodeEncodeError:
         return True
     is_odd = any(part in (b"", b".", b"..") or len(part) > 255 for part in parts)
-    return is_odd or os.fsdecode(parts[0]) == RECIPES or bool(re.search(r"[+|:\[\]\\\0]", name))
+    is_taken = os.fsdecode(parts[0]) in (RECIPES, CARD)
+    return is_odd or is_taken or bool(re.search(r"[+|:\[\]\\\0]", name))
 
 # %% ../../nbs/recipes/several.ipynb #33d99e63
 def _name_of(page: Page, known: Sequence[str]) -> str:
@@ -400,6 +403,9 @@ class Several:
                 else:
                     os.rename(place, part/name)
         (part/RECIPES).write_text(_written(self.steps), encoding="utf-8")
+        if self.last:
+            kept = {n: Record.read(part/n) for n in places if (part/n/NAME).is_file()}
+            (part/CARD).write_text(card_of_several(kept, self.out.name, RECIPES), encoding="utf-8")
 
     def finished(self) -> Merged | None:
         "What is in the output, if that is what the recipes make; None: it is not."
@@ -426,12 +432,18 @@ def _turn(several: Several, step: Step, to: Path) -> Merged | None:
     return replace(several, run=replace(several.run, join=False, resume=True)).make(step, to)
 
 # %% ../../nbs/recipes/several.ipynb #21c0ca5e
+def _as_typed(several: Several) -> Path:
+    "Where the output goes, as it was typed."
+    assert several.output.folder is not None
+    return place_of(several.output.folder)
+
+# %% ../../nbs/recipes/several.ipynb #6ba543d0
 def _put_together(several: Several, places: Mapping[str, Path]) -> Merged:
     "The output, when all recipes are joined."
     with staged(several.out, Staging("several recipes")) as part:
         several.gather(places, part)
     shutil.rmtree(home_of(several.out), ignore_errors=True)
-    there = several.out/several.last
+    there = _as_typed(several)/several.last
     record = Record.read(there)
     return Merged(load(there), record.as_means(), there, record)
 
@@ -468,7 +480,8 @@ def in_parts(several: Several) -> Merged:  # the last one that there was somethi
         if several.run.join and not after:
             return _put_together(several, places)
     _say_what_waits([s for s in after if s not in ready], before)
-    return made[-1] if made else Merged({}, {}, home, Record({}))
+    found, told = (made or [Merged({}, {}, home, Record({}))])[-1], home_of(_as_typed(several))
+    return replace(found, out=told/Path(found.out or home).relative_to(home))
 
 # %% ../../nbs/recipes/several.ipynb #a21fd3e5
 def run_steps(
@@ -485,7 +498,7 @@ def run_steps(
     several = Several(steps, out, output, run, names, keys_of(steps, names, output, run))
     done = several.finished() if run.resume else None
     if done is not None:
-        return replace(done, out=place_of(output.folder)/several.last)
+        return replace(done, out=_as_typed(several)/several.last)
     free(output.folder)
     if several.is_divided:
         return in_parts(several)
@@ -501,7 +514,7 @@ def run_steps(
             for step in steps:
                 ready.append(several.make(step, places[step.name]))
         several.gather(places, part)
-    there = place_of(output.folder)/several.last
+    there = _as_typed(several)/several.last
     return replace(ready[-1], out=there, tensors=load(there))
 
 # %% ../../nbs/recipes/several.ipynb #2c37210b

@@ -71,7 +71,10 @@ def place_in(
     path = place_of(name)
     file = file_in(path) if os.path.isdir(path) else path
     if file is None:
-        raise MergeError(f"{path}: is a folder without {NAME}, which a merge writes.")
+        raise MergeError(
+            f"{path}: is a folder without {NAME}, which a merge writes.\n"
+            "Name a recipe; models are merged by frechet-merge merge."
+        )
     if not file.name.lower().endswith((".md", ".markdown")):
         return Place(file, str(file))
     return Place(file, str(file), "a model card", SAVED)

@@ -462,7 +462,8 @@ def read_recipe(
         said = Page(place.called, Record.read(place.file.parent).recipe)
         refuse_of_stranger(said, place, allow_pickle, is_placed)
         return with_pickles(_of_record(place.file.parent), allow_pickle)
-    pages = [with_names(page) for page in read_file(place.file, place.called)]
+    given = read_file(place.file, place.called)
+    pages = [with_names(page.without_holders(_fields_of(page))) for page in given]
     for page in pages:
         refuse_of_stranger(page, place, allow_pickle, is_placed)
     if len(pages) > 1:
@@ -470,6 +471,17 @@ def read_recipe(
     return with_pickles(asked_by(unnamed(pages[0])), allow_pickle)
 
 # %% ../../nbs/recipes/written.ipynb #9402471a
+def _fields_of(page: Page) -> list[str]:
+    "The fields that recipes of the kind of a page have."
+    from frechet_merge.recipes import mergekit, moe
+
+    if moe.is_of_moe(page):
+        return [*moe.FIELDS, "name"]
+    if mergekit.is_of_mergekit(page):
+        return [*mergekit.FIELDS, *mergekit.IDLE]
+    return ["models", *FIELDS, *OF_OUTPUT, "name"]
+
+# %% ../../nbs/recipes/written.ipynb #988fa440
 def asked_by(page: Page) -> Asked:
     "What a page asks for, in our words or in mergekit's."
     from frechet_merge.recipes.mergekit import is_of_mergekit, translated

@@ -53,7 +53,7 @@ RULES = (
         {"models": (0, 2)},
         None,
         "there is one model, and nothing to merge it with",
-        "none is needed",
+        "no measurement is needed for that",
     ),
     Rule(
         "geometry",
@@ -61,7 +61,7 @@ RULES = (
         None,
         "they cannot be merged as they are ({obstacle}): `frechet-merge inspect` names what mends "
         "it, if anything does",
-        "none is needed",
+        "no measurement is needed for that",
     ),
     Rule(
         "geometry",
@@ -96,7 +96,7 @@ RULES = (
         {"files": "adapters", "base": False, "knows": "metrics"},
         None,
         "statistics are of full models: name the base of these adapters with --base",
-        "none is needed",
+        "no measurement is needed for that",
     ),
     Rule(
         "geometry",

@@ -130,6 +130,15 @@ CHOOSE = (
 )
 
 
+def _differing(ours: Mapping[str, int], theirs: Mapping[str, int]) -> str:
+    "In words, what two vocabularies use for two things; empty if there is nothing."
+    if found := contradiction(ours, theirs):
+        return "token number {} for {!r} and for {!r}".format(*found)
+    if found := renumbered(ours, theirs):
+        return "token {!r} for number {} and for number {}".format(*found)
+    return ""
+
+# %% ../../nbs/vocabularies/vocabulary.ipynb #42cbee06
 def refuse_other_tokens(
     every: list[Checkpoint],
     remedy: str = "",  # what the error says behind it
@@ -144,17 +153,8 @@ def refuse_other_tokens(
         for d, theirs in known[i + 1 :]:
             if ours == theirs:
                 continue
-            if found := contradiction(ours, theirs):
-                number, token, other = found
+            if differing := _differing(ours, theirs):
                 raise MergeError(
-                    f"{c.source} and {d.source} use token number {number} for {token!r} and for "
-                    f"{other!r} ({_file_of(d)}): the mean of their embeddings would be of no "
-                    f"token.{remedy}"
-                )
-            if found := renumbered(ours, theirs):
-                token, number, other = found
-                raise MergeError(
-                    f"{c.source} and {d.source} have token {token!r} under the numbers {number} "
-                    f"and {other} ({_file_of(d)}): the mean of their embeddings would be of no "
-                    f"token.{remedy}"
+                    f"{c.source} and {d.source} use {differing} ({_file_of(d)}): the mean of their "
+                    f"embeddings would be of no token.{remedy}"
                 )
