@@ -448,6 +448,23 @@ class TestNoWeights:
         torch.testing.assert_close(m["w"], torch.full((2,), 50 + 1.5*(1.5 - 50)))
 
 
+# what trainers write of a run
+OF_A_RUN = {
+    "warmup_ratio": 0.1,
+    "max_grad_norm": 1.0,
+    "adam_epsilon": 1e-8,
+    "optim": "adamw",
+    "lr_scheduler_type": "cosine",
+    "wandb_project": "a",
+    "run": "a",
+    "world_size": 8,
+    "best_metric": 0.5,
+    "bf16": True,
+    "n_head": 4,
+}
+OF_ANOTHER = {k: f"{x} else" for k, x in OF_A_RUN.items()} | {"n_head": 4}
+
+
 class TestArguments:
     "Of a module, where there is no config."
 
@@ -458,6 +475,7 @@ class TestArguments:
             ({"hyper_parameters": {"act": "a"}}, {"hyper_parameters": {"act": "b"}}, "act = 'a'"),
             ({"hyper_parameters": {"lr": 1.0}}, {"hyper_parameters": {"lr": 2.0}}, ""),
             ({"hparams": {"n": torch.ones(1)}}, {"hparams": {"n": torch.ones(2)}}, ""),
+            ({"hyper_parameters": OF_A_RUN}, {"hyper_parameters": OF_ANOTHER}, ""),
         ],
     )
     def test_in_a_pickle(self, tmp_path, ours, theirs, says):
@@ -472,6 +490,11 @@ class TestArguments:
             (tmp_path/n/"params.json").write_text(json.dumps({"dim": 4, "rope_theta": x}))
         assert "rope_theta = 10000.0 and 1000000.0" in unlike([load(tmp_path/n) for n in "ab"])[0]
 
+    def test_a_run_leaves_no_setting_of_a_model(self, tmp_path):
+        for n, held in (("a", OF_A_RUN), ("b", OF_ANOTHER)):
+            save(tmp_path/n, {"w": torch.ones(2)}, {"model_type": "own", **held})
+        assert unlike([load(tmp_path/n) for n in "ab"]) == []
+
     @pytest.mark.parametrize("is_own", [True, False])
     def test_code_of_their_own(self, tmp_path, is_own):
         config = {"model_type": "own", **({"auto_map": {"AutoModel": "m.M"}} if is_own else {})}
@@ -483,6 +506,16 @@ class TestArguments:
             merge([tmp_path/"a", tmp_path/"b"], out=tmp_path/"o")
         assert any("m.py: is what computes" in str(x.message) for x in heard) == is_own
         assert (tmp_path/"o"/"m.py").read_text() == "# of a"
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [{"rope_scaling": {"type": []}}, {"position_buckets": "256"}, {"position_buckets": [1]}],
+)
+def test_settings_of_an_odd_kind_are_compared_as_all_others(tmp_path, odd):
+    for n, config in (("a", odd), ("b", {"model_type": "own"})):
+        save(tmp_path/n, {"w": torch.ones(2)}, {"model_type": "own", **config})
+    torch.testing.assert_close(merge([tmp_path/"a", tmp_path/"b"]).tensors["w"], torch.ones(2))
 
 
 def test_layers_of_a_pipeline_are_no_slices_of_zero(tmp_path):

@@ -6,13 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ROOT
 from mutated import MODELS, adapter, full, run, warm, wrong_with
 
 from frechet_merge import MergeError
-from frechet_merge.files.checkpoint import MANY, MAX_CONFIG, from_json
+from frechet_merge.files.checkpoint import MANY, MAX_CONFIG, from_json, json_in
 from frechet_merge.files.folders import snapshot_of
 from frechet_merge.files.output import Staging, staged
 from frechet_merge.execution.journal import Journal
@@ -116,6 +117,13 @@ class TestPanics:
         said = refused("curvature a texts.jsonl -o out", here)
         assert "error: a: its tokenizer cannot be opened (Precompiled" in said
 
+    def test_a_table_that_is_none_in_a_merge(self, here):
+        "Which has rules of two tokenizers compared, and needs none of them."
+        odd = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+        for name in "ab":
+            told(here/name/"tokenizer.json", normalizer=odd, of=name)
+        assert run(("merge", "a", "b", "-o", "out"), here).code == 0
+
     def test_one_that_nobody_foresaw(self, here, monkeypatch, capsys):
         from frechet_merge.cli import commands
 
@@ -158,7 +166,7 @@ class TestLengths:
     def test_of_a_config(self, here):
         path = here/"a"/"config.json"
         path.write_text(path.read_text()[:-1] + ', "x": "' + "x"*MAX_CONFIG + '"}')
-        assert "a/config.json: has more than 8 MiB" in refused("merge a b -o out", here)
+        assert "a/config.json: has more than 32 MiB" in refused("merge a b -o out", here)
 
     @pytest.mark.parametrize("file", ["a/config.json", "x/adapter_config.json"])
     def test_of_its_values(self, here, file):
@@ -169,6 +177,13 @@ class TestLengths:
         said = refused(f"merge {file[0]} {file[0]} -o out", here)
         assert f"{file}: has more than {MANY} values" in said
 
+    def test_many_classes_are_no_damage(self, tmp_path):
+        "As many as there are landmarks in the largest set of them."
+        names = [f"a landmark, whose name is {i}" for i in range(203_000)]
+        said = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
+        (tmp_path/"config.json").write_text(json.dumps(said, indent=2))
+        assert len(json_in(tmp_path/"config.json")["label2id"]) == 203_000
+
     def test_of_a_recipe(self):
         with pytest.raises(MergeError, match=f"more than {LONGEST} characters"):
             read_pages("models: [a, b] # " + "x"*LONGEST)
@@ -177,6 +192,16 @@ class TestLengths:
     def test_of_its_lists(self, text):
         with pytest.raises(MergeError, match=f"more than {MOST} values|recursion"):
             read_pages(f"models: {text}" if text[0] == "[" else text)
+
+    def test_of_its_fields(self):
+        start = time.time()
+        assert len(read_page("\n".join(f"a{i}: {i}" for i in range(MOST//2))).data) == MOST//2
+        assert time.time() - start < 20
+
+    @pytest.mark.parametrize("text", ["- a\n- b", "[1, 2]", "a", "3"])
+    def test_what_is_no_mapping(self, text):
+        with pytest.raises(MergeError, match="a recipe is a mapping from fields to values"):
+            read_page(text)
 
     @pytest.mark.parametrize("number", ["0x" + "f"*400, "-" + "9"*400, ":".join(["59"]*300)])
     def test_of_its_numbers(self, number):

@@ -361,6 +361,7 @@ def test_true_counts_as_one(tmp_path, folders, said, number):
 HOLDERS = {
     "a mapping": "shared: &w {weight: 3}\n" + TWO.replace("{weight: %s}", "*w"),
     "numbers": "_all: [&x 2, &y 3]\n" + TWO.replace("%s", "*y"),
+    "a number": "1: &w {weight: 3}\n" + TWO.replace("{weight: %s}", "*w"),
     "within another": "x-w: &x 3\nx-p: &p {weight: *x}\n" + TWO.replace("{weight: %s}", "*p"),
     "the fields themselves": "d: &d {models: [{model: $a, parameters: {weight: 1}}, {model: $b, "
     "parameters: {weight: 3}}]}\n<<: *d\n",

@@ -87,7 +87,7 @@ class TestReading:
     def test_a_text_that_fills_the_memory(self, models):
         with open(models[1]/"config.json", "w") as f:
             f.truncate(shards.MAX_TEXT + 1)
-        with pytest.raises(MergeError, match="config.json: has more than 8 MiB"):
+        with pytest.raises(MergeError, match="config.json: has more than 32 MiB"):
             merge(models)
 
     def test_a_file_that_grows_for_ever_is_copied_once(self, tmp_path):

@@ -286,11 +286,12 @@ def _rank_and_alpha(c: Checkpoint, name: str) -> tuple[int, float]:
     )
 
 # %% ../../nbs/adapters/peft.ipynb #e0e0aa05
-def _is_target(config: dict, module: str) -> bool:
+def _is_target(config: Mapping[str, Any], module: str) -> bool:
     "Whether `target_modules` means a module, of which no parameter is adapted then."
     targets = config.get("target_modules") or []
     if not isinstance(targets, str):
-        return any(f".{module}".endswith(f".{t}") for t in targets)
+        parts = module.split(".")
+        return not {".".join(parts[i:]) for i in range(len(parts))}.isdisjoint(targets)
     try:
         return matches(f"(?:{targets})$", module)
     except ValueError:
@@ -450,16 +451,21 @@ def _is_of_layers(config: Mapping[str, Any], module: str) -> bool:
 def _is_wrapped(config: Mapping[str, Any], module: str) -> bool:
     "Whether PEFT wraps a module, by the names in its config; also where they do not say it."
     targets = config.get("target_modules")
-    is_said = isinstance(targets, list) and targets and not config.get("ensure_weight_tying")
+    is_list = targets and not isinstance(targets, str)
+    is_said = is_list and not config.get("ensure_weight_tying")
     # the output of torch's attention is wrapped with it
     if not is_said or ".base_layer." in module:
         return True
-    return _is_target(dict(config), module) and _is_of_layers(config, module)
+    return _is_target(config, module) and _is_of_layers(config, module)
 
 # %% ../../nbs/adapters/peft.ipynb #8d70033c
 def _say_what_is_not_wrapped(c: Checkpoint, modules: Collection[str]) -> None:
     "Warn of updates that PEFT passes over, since the config does not mean their modules."
-    odd = [name for name in modules if not _is_wrapped(c.adapter or {}, name)]
+    config = dict(c.adapter or {})
+    # there may be as many as modules, and each of these looks for itself among them
+    if isinstance(config.get("target_modules"), list):
+        config["target_modules"] = frozenset(map(str, config["target_modules"]))
+    odd = [name for name in modules if not _is_wrapped(config, name)]
     if odd:
         warn(
             f"{c.source}: has updates of {len(odd)} modules that its adapter_config.json does not "

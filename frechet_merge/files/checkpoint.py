@@ -50,8 +50,8 @@ def from_json(text: str | bytes) -> Any:
 
 # %% ../../nbs/files/checkpoint.ipynb #dc0207ce
 CONFIGS = ("config.json", "adapter_config.json", "generation_config.json")
-MAX_CONFIG = 8 << 20  # bytes of one of them; 21,843 classes with two names each take 3 MB
-MANY = 200_000  # values of one of them
+MAX_CONFIG = 32 << 20  # bytes of one of them; 200,000 landmarks, each named twice, take 17 MB
+MANY = 1_000_000  # values of one of them
 
 
 def json_in(path: Path) -> Any:

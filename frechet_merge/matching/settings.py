@@ -72,9 +72,10 @@ def _counted_by(config: Mapping[str, Any]) -> tuple[str, ...]:
     held = [rope for rope in ropes if isinstance(rope, Mapping)]
     # one for each kind of layer
     held += [x for rope in held for x in rope.values() if isinstance(x, Mapping)]
-    kinds = {rope.get(key) for rope in held for key in ("rope_type", "type")}
-    is_stretched = not kinds.isdisjoint(("dynamic", "longrope", "su"))
-    is_in_buckets = (config.get("position_buckets") or 0) > 0
+    kinds = [rope.get(key) for rope in held for key in ("rope_type", "type")]
+    is_stretched = any(kind in ("dynamic", "longrope", "su") for kind in kinds)
+    buckets = config.get("position_buckets")
+    is_in_buckets = isinstance(buckets, int) and buckets > 0
     return (*found, "max_position_embeddings") if is_stretched or is_in_buckets else found
 
 # %% ../../nbs/matching/settings.ipynb #ad65b9b0
@@ -148,7 +149,9 @@ def _by_diffusers(config: Mapping[str, Any]) -> dict[str, Any] | None:
 LEFT = re.compile(
     r"(.*_)?(path|file|dir|seed|step|epoch|iter|lr|learning_rate|batch_size|weight_decay|optimizer"
     r"|scheduler|warmup|name|date|author|description|url|license|tag|commit|hash|revision|data"
-    r"|dataset|worker|device|gpu|precision|patience|momentum|interval)s?|grad(ient)?_.*|betas?\d?"
+    r"|dataset|worker|device|gpu|precision|patience|momentum|interval|grad_norm|optim|run|world_size"
+    r"|best_metric)s?|grad(ient)?_.*|betas?\d?|(adam|lr|warmup|wandb|hub|push_to_hub)_.*"
+    r"|fp16|bf16|tf32"
 )
 
 

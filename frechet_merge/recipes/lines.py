@@ -9,6 +9,7 @@ __all__ = ['Key', 'MOST', 'MERGED', 'LONGEST', 'FENCE', 'OF_RECIPE', 'spelled_ke
 # %% ../../nbs/recipes/lines.ipynb #47eeb941
 import re
 import sys
+from bisect import bisect_right
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -164,15 +165,22 @@ class Reader:
 
     def anchors(self, node: Any) -> dict[Any, frozenset[Any]]:
         "The fields of a document that hold anchors, and the fields that use these."
-        if not hasattr(node, "value") or not isinstance(node.value, list):
+        import yaml
+
+        if not isinstance(node, yaml.MappingNode):
             return {}
-        begins = {k.start_mark.index: k.value for k, _ in node.value if k.tag != MERGED}
+        keys = [k for k, _ in node.value if k.tag != MERGED]
+        keys.sort(key=lambda k: k.start_mark.index)
+        names = [self.loader.construct_object(k, deep=True) for k in keys]
+        begins = [k.start_mark.index for k in keys]
         found: dict[Any, set[Any]] = {}
-        for name, starts in self.starts.items():
-            for start in starts:
-                above = max((i for i in begins if i <= start), default=None)
-                if above is not None and name not in (None, begins[above]):
-                    found.setdefault(begins[above], set()).add(name)
+        for user, starts in self.starts.items():
+            # of each value, the field that it is written under
+            above = {bisect_right(begins, start) - 1 for start in starts}
+            holders = {names[i] for i in above if i >= 0}
+            # None is the document itself
+            for holder in holders - {user} if user is not None else ():
+                found.setdefault(holder, set()).add(user)
         return {name: frozenset(used) for name, used in found.items()}
 
 # %% ../../nbs/recipes/lines.ipynb #087cf8b9

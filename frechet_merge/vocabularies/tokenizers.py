@@ -323,7 +323,8 @@ def _as_it_is_spelled(held: dict[str, Any]) -> dict[str, Any]:
 
         rules = {key: _as_text(held.get(key)) for key in RULES}
         whole = {"version": "1.0", "added_tokens": [], "decoder": None, **rules, "model": empty}
-        asked = Tokenizer.from_str(json.dumps(whole))
+        with caught_panics():
+            asked = Tokenizer.from_str(json.dumps(whole))
         return json.loads(asked.to_str())
     # whatever the library says of rules that it does not know
     except Exception as e:
