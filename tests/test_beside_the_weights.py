@@ -13,6 +13,7 @@ from conftest import save
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
+    AutoTokenizer,
     EsmConfig,
     EsmModel,
     LlamaConfig,
@@ -168,6 +169,41 @@ class TestTokenizers:
         texts = [json.dumps(held) for held in (new, old)]
         asked = [Tokenizer.from_str(text).encode("ab abc").ids for text in texts]
         assert asked[0] == asked[1] and not self.said(tmp_path, *texts)
+
+    def test_of_llama_as_transformers_4_and_5_write_it(self, tmp_path):
+        pieces = ["<unk>", "<s>", "</s>", "▁", "a", "b", "▁a", "ab", "▁ab"]
+        pairs = [("▁", "a"), ("a", "b"), ("▁a", "b")]
+        vocab = {x: i for i, x in enumerate(pieces)}
+        t = Tokenizer(models.BPE(vocab, pairs, unk_token="<unk>", fuse_unk=True))
+        spaces = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        t.add_special_tokens(["<unk>", "<s>", "</s>"])
+        t.normalizer = normalizers.Sequence(spaces)
+        t.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+        old = tmp_path/"old"
+        old.mkdir()
+        t.save(str(old/"tokenizer.json"))
+        marks = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        said = {"tokenizer_class": "LlamaTokenizer", "legacy": True, **marks}
+        (old/"tokenizer_config.json").write_text(json.dumps(said))
+        AutoTokenizer.from_pretrained(old).save_pretrained(tmp_path/"new")
+        files = [tmp_path/n/"tokenizer.json" for n in ("old", "new")]
+        asked = [Tokenizer.from_file(str(file)) for file in files]
+        for text in ("ab ab", "ab  a b", "b</s>a"):
+            assert asked[0].encode(text).ids == asked[1].encode(text).ids
+        assert not self.said(tmp_path, *(file.read_text() for file in files))
+
+    def test_that_put_nothing_around_a_text_are_one(self, tmp_path):
+        ours, theirs = of_pieces(), of_pieces(begins=True)
+        begins = theirs.post_processor
+        byte_level = processors.ByteLevel(trim_offsets=False)
+        for x in (byte_level, processors.TemplateProcessing("$A")):
+            alike = of_pieces()
+            alike.post_processor = x
+            assert not self.said(tmp_path, ours.to_str(), alike.to_str())
+            alike.post_processor = processors.Sequence([x, begins])
+            assert alike.encode("ab").ids == theirs.encode("ab").ids
+            assert not self.said(tmp_path, theirs.to_str(), alike.to_str())
+            assert self.said(tmp_path, ours.to_str(), alike.to_str())
 
     def test_whose_patterns_are_large_take_no_time(self, tmp_path):
         "A stranger's pattern is compared, and neither compiled nor run."

@@ -356,6 +356,38 @@ def _merges(model: Any) -> dict[str, str]:
     key = f"merges of {len(model.get('vocab') or ())} pieces"
     return {key: hashlib.sha256(whole).hexdigest()[:8]}
 
+# %% ../../nbs/vocabularies/tokenizers.ipynb #f05c0179
+def _what_adds(rule: Any) -> list[Any]:
+    "The parts of a post-processor that put tokens around a text; the others count places."
+    if not isinstance(rule, Mapping):
+        return [] if rule is None else [rule]
+    if rule.get("type") == "Sequence":
+        return [x for part in rule.get("processors") or () for x in _what_adds(part)]
+    pieces = rule.get("single")
+    is_bare = isinstance(pieces, list) and all("Sequence" in x for x in pieces)
+    return [] if rule.get("type") == "ByteLevel" or is_bare else [rule]
+
+# %% ../../nbs/vocabularies/tokenizers.ipynb #7089f838
+# how transformers 4 writes the spaces of Llama
+SPACES = {
+    "type": "Sequence",
+    "normalizers": [
+        {"type": "Prepend", "prepend": "▁"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+    ],
+}
+# and how 5 writes them: the same but for a space in front of a text
+METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False}
+
+
+def _in_one_way(rules: Mapping[str, Any]) -> dict[str, Any]:
+    "Rules that versions of a library write in two ways, in one of them."
+    added = _what_adds(rules.get("post_processor"))
+    found = {**rules, "post_processor": added[0] if len(added) == 1 else added}
+    if found.get("normalizer") == SPACES and found.get("pre_tokenizer") is None:
+        found |= {"normalizer": None, "pre_tokenizer": METASPACE}
+    return found
+
 # %% ../../nbs/vocabularies/tokenizers.ipynb #f89e7240
 # what a tokenizer.json says of how a text is split
 RULES = ("normalizer", "pre_tokenizer", "post_processor")
@@ -379,6 +411,6 @@ def how_it_splits(
     held = _json(folder/"tokenizer.json")
     if not held:
         return {}, flags
-    rules = _as_it_is_spelled({**held, **{k: held.get(k) for k in RULES}})
+    rules = _in_one_way(_as_it_is_spelled({**held, **{k: held.get(k) for k in RULES}}))
     found = {k: x for key in RULES for k, x in _paths(rules.get(key), key).items()}
     return found, {**flags, **_merges(held.get("model"))}
