@@ -546,12 +546,22 @@ class TestArguments:
 
 @pytest.mark.parametrize(
     "odd",
-    [{"rope_scaling": {"type": []}}, {"position_buckets": "256"}, {"position_buckets": [1]}],
+    [{"rope_scaling": {"type": []}}, {"position_buckets": "256"}, {"position_buckets": [1]}]
+    + [{"": 1}, {"_class_name": "AutoencoderKL", "": 1}],
 )
 def test_settings_of_an_odd_kind_are_compared_as_all_others(tmp_path, odd):
     for n, config in (("a", odd), ("b", {"model_type": "own"})):
         save(tmp_path/n, {"w": torch.ones(2)}, {"model_type": "own", **config})
     torch.testing.assert_close(merge([tmp_path/"a", tmp_path/"b"]).tensors["w"], torch.ones(2))
+
+
+def test_a_setting_without_a_name_beside_parts(tmp_path):
+    for n in "ab":
+        save(tmp_path/n/"unet", {"w": torch.ones(2)}, {"_class_name": "UNet2DConditionModel"})
+        index = {"_class_name": "P", "unet": ["diffusers", "UNet2DConditionModel"], "": n}
+        (tmp_path/n/"model_index.json").write_text(json.dumps(index))
+    with pytest.warns(UserWarning, match="use their parts otherwise.* = 'a' and 'b'"):
+        assert merge([tmp_path/"a", tmp_path/"b"], out=tmp_path/"o").out == tmp_path/"o"
 
 
 def test_layers_of_a_pipeline_are_no_slices_of_zero(tmp_path):

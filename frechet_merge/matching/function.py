@@ -222,7 +222,8 @@ def _of_diffusers(config: dict[str, Any]) -> dict[str, Any]:
     "What the config of a class of diffusers says of the function; empty for another's."
     if "_class_name" not in config:
         return {}
-    return {k: x for k, x in config.items() if k[0] != "_" and k != "sample_size" and x is not None}
+    own = {k: x for k, x in config.items() if not k.startswith("_") and k != "sample_size"}
+    return {k: x for k, x in own.items() if x is not None}
 
 # %% ../../nbs/matching/function.ipynb #f54d1333
 # file beside the weights → the parts of it that say what is done to inputs, or with them; the

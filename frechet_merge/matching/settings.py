@@ -142,7 +142,7 @@ def _by_diffusers(config: Mapping[str, Any]) -> dict[str, Any] | None:
         pass_on(e)
         return None
     defaults = {p.name: p.default for p in known if p.default is not p.empty}
-    return {**defaults, **{k: x for k, x in config.items() if k[0] != "_"}}
+    return {**defaults, **{k: x for k, x in config.items() if not k.startswith("_")}}
 
 # %% ../../nbs/matching/settings.ipynb #24a9ec61
 # what training, and those who publish, leave in configs

@@ -276,7 +276,7 @@ def _say_what_pipelines_differ_in(every: Sequence[Checkpoint]) -> None:
     homes = [(c.source, c.folder/"model_index.json") for c in every if c.folder is not None]
     known = [(who, read_json(f)) for who, f in homes if f.is_file()]
     plain = [
-        (who, {k: x for k, x in held.items() if k[0] != "_" and isinstance(x, (str, int, float))})
+        (who, {k: x for k, x in held.items() if isinstance(x, (str, int, float)) and k[:1] != "_"})
         for who, held in known
     ]
     for who, theirs in plain[1:]:
