@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..matching.absent import CONSTANT, is_constant
+from ..matching.absent import CONSTANT, OF_WEIGHTS, is_constant
 from ..matching.blocks import Block
 from ..messages import MergeError
 from ..geometries.geometry import Chart, Euclidean, Geometry
@@ -194,7 +194,7 @@ STATISTIC = re.compile(
 
 def is_statistic(name: str) -> bool:
     "Whether a tensor is a running mean or variance of a normalisation layer."
-    return bool(STATISTIC.search(name))
+    return not name.endswith(OF_WEIGHTS) and bool(STATISTIC.search(name))
 
 # %% ../../nbs/execution/block.ipynb #c720a237
 # what a quantised layer clips to, which is infinite if it clips nothing
@@ -203,6 +203,8 @@ BOUND = re.compile(r"(^|[.])(in|out)put_(min|max)$")
 
 def may_be_infinite(name: str) -> bool:
     "Whether a tensor may have infinite values: a mask, or a bound that was never set."
+    if name.endswith(OF_WEIGHTS):
+        return False
     return bool(BOUND.search(name) or CONSTANT.search(name))
 
 # %% ../../nbs/execution/block.ipynb #282e6300
