@@ -7,6 +7,7 @@ __all__ = ['Span']
 
 # %% ../../nbs/geometries/span.ipynb #5a6dbca7
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from ..algebra.gram import combine, coordinates, gram
 from .geometry import Geometry, written
@@ -21,7 +22,8 @@ class Span(Geometry):
     inner: Geometry  # of vectors, unchanged by orthogonal maps: `Sphere()`, `Euclidean()`
     waives = property(lambda self: self.inner.waives)
 
-    @property
+    # once, and not for each of many tensors
+    @cached_property
     def needs(self):
         "What the inner geometry needs, of vectors, in whose coordinates metrics are numbers."
         inner = self.inner.needs

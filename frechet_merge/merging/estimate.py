@@ -195,8 +195,10 @@ def estimate(
     writes: dict[Hashable, Write] = {}
     for plan in plans:
         for job in plan.jobs:
-            kinds.setdefault(kind_of(job), []).append(job)
-            writes.setdefault(kind_of(job), cast_into(plan, Nowhere()))
+            kind = kind_of(job)
+            kinds.setdefault(kind, []).append(job)
+            if kind not in writes:
+                writes[kind] = cast_into(plan, Nowhere())
     rates = _rates({kind: max(jobs, key=_size) for kind, jobs in kinds.items()}, writes)
     if rates is None:
         return Estimate()
