@@ -34,34 +34,16 @@ def reads(name, make, file):
     return entered
 
 
-def model(folder):
-    import mutated
+def of(name, seed=0):
+    "What makes a folder as `tests/mutated.py` does."
 
-    mutated.full(folder, 0)
+    def make(folder):
+        # what it imports of this library has to be followed first
+        import mutated
 
+        getattr(mutated, name)(folder, seed)
 
-def model_in_shards(folder):
-    import mutated
-
-    mutated.full(folder, 1)
-
-
-def adapter(folder):
-    import mutated
-
-    mutated.adapter(folder, 0)
-
-
-def recipe(folder):
-    import mutated
-
-    mutated.recipe(folder, 0)
-
-
-def recipe_of_mergekit(folder):
-    import mutated
-
-    mutated.recipe(folder, 1)
+    return make
 
 
 def pickle(folder):
@@ -73,28 +55,28 @@ def pickle(folder):
     torch.save(mutated.weights(0), folder/"pytorch_model.bin")
 
 
-@reads("header", model, "model.safetensors")
+@reads("header", of("full"), "model.safetensors")
 def header(folder):
     from frechet_merge.files.shards import read_header
 
     read_header(folder/"model.safetensors")
 
 
-@reads("index", model_in_shards, "model.safetensors.index.json")
+@reads("index", of("full", 1), "model.safetensors.index.json")
 def index(folder):
     from frechet_merge import load
 
     load(folder)
 
 
-@reads("config", model, "config.json")
+@reads("config", of("full"), "config.json")
 def config(folder):
     from frechet_merge import merge
 
     merge([folder, folder], executor="serial")
 
 
-@reads("tokenizer", model, "tokenizer.json")
+@reads("tokenizer", of("full"), "tokenizer.json")
 def tokenizer(folder):
     from frechet_merge import load
     from frechet_merge.vocabularies.vocabulary import vocabulary
@@ -102,7 +84,7 @@ def tokenizer(folder):
     vocabulary(load(folder))
 
 
-@reads("adapter", adapter, "adapter_config.json")
+@reads("adapter", of("adapter"), "adapter_config.json")
 def adapter_config(folder):
     from frechet_merge import load
     from frechet_merge.adapters.dialects import layers
@@ -117,8 +99,8 @@ def weights_in_a_pickle(folder):
     load(folder, allow_pickle=True)
 
 
-@reads("recipe", recipe, "recipe.yaml")
-@reads("recipe of mergekit", recipe_of_mergekit, "recipe.yaml")
+@reads("recipe", of("recipe"), "recipe.yaml")
+@reads("recipe of mergekit", of("recipe", 1), "recipe.yaml")
 def written(folder):
     from frechet_merge.recipes.written import read_recipe
 
@@ -163,11 +145,14 @@ def follow(name, seconds):
 def followed(name, seconds):
     "The row of one target, which runs in a process of its own."
     words = [sys.executable, __file__, "--follow", name, "--seconds", str(seconds)]
-    said = subprocess.run(words, capture_output=True, text=True, errors="replace").stderr
+    ended = subprocess.run(words, capture_output=True, text=True, errors="replace")
+    said = ended.stdout + ended.stderr
     reached = re.findall(r"cov: (\d+)", said)
     ran = re.findall(r"number_of_executed_units: *(\d+)", said) or re.findall(r"#(\d+)", said)
     wrong = re.findall(r"^ === Uncaught Python exception: ===\n(.*)$", said, re.M)
     wrong += re.findall(r"libFuzzer: (timeout|out-of-memory)", said)
+    if ended.returncode:
+        wrong.append(f"ended with {ended.returncode}")
     return {
         "target": name,
         "seconds": seconds,

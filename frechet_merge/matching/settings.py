@@ -60,7 +60,8 @@ def _value(x: Any) -> Any:
 FROM_PADDING = re.compile(
     r"(xlm-)?roberta(-xl|-prelayernorm)?|camembert|data2vec-text|esm|ibert|layoutlmv3|lilt"
     r"|longformer|luke|markuplm|xmod|fsmt|trocr|m2m_100|nllb-moe|seamless_m4t(_v2)?"
-    r"|speech_to_text|speecht5|(xlm-)?prophetnet|(altclip|bridgetower|clap|kosmos_2(_5)?)_text_model"
+    r"|speech_to_text|speecht5|(xlm-)?prophetnet"
+    r"|(altclip|bridgetower|clap|kosmos_2(_5)?)_text_model"
 )
 
 
@@ -149,7 +150,8 @@ def _by_diffusers(config: Mapping[str, Any]) -> dict[str, Any] | None:
 LEFT = re.compile(
     r"(.*_)?(path|file|dir|seed|step|epoch|iter|lr|learning_rate|batch_size|weight_decay|optimizer"
     r"|scheduler|warmup|name|date|author|description|url|license|tag|commit|hash|revision|data"
-    r"|dataset|worker|device|gpu|precision|patience|momentum|interval|grad_norm|optim|run|world_size"
+    r"|dataset|worker|device|gpu|precision|patience|momentum|interval|grad_norm|optim|run"
+    r"|world_size"
     r"|best_metric)s?|grad(ient)?_.*|betas?\d?|(adam|lr|warmup|wandb|hub|push_to_hub)_.*"
     r"|fp16|bf16|tf32"
 )

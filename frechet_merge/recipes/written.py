@@ -189,6 +189,16 @@ def model_name(
         page.refuse(key, f"names no model: write {{{named}: NAME, revision: …}}.")
     return _of_revision(page, key, named)
 
+# %% ../../nbs/recipes/written.ipynb #04a6914f
+def _named(page: Page, key: Key, read: Callable[[str], Any]) -> Any:
+    "What a word means; `MergeError` with its line if it means nothing."
+    try:
+        return read(text(page, key))
+    except MergeError:
+        raise
+    except ValueError as e:
+        page.refuse(key, str(e))
+
 # %% ../../nbs/recipes/written.ipynb #f891faad
 def geometry(page: Page, key: Key) -> Geometry:
     "A geometry; `MergeError` with the nearest name or argument if there is none."
@@ -198,12 +208,7 @@ def geometry(page: Page, key: Key) -> Geometry:
     if isinstance(value, list):
         rules = [_rule(page, (*key, i), geometry) for i in range(len(value))]
         return ByName({r.get("filter", "*"): r["value"] for r in rules})
-    try:
-        return geometry_named(text(page, key))
-    except MergeError:
-        raise
-    except ValueError as e:
-        page.refuse(key, str(e))
+    return _named(page, key, geometry_named)
 
 # %% ../../nbs/recipes/written.ipynb #a15d6283
 def _made(page: Page, key: Key) -> Geometry:
@@ -282,12 +287,7 @@ def _calibrate(page: Page, key: Key) -> Calibration:
 # %% ../../nbs/recipes/written.ipynb #c2536915
 def _loss(page: Page, key: Key) -> Any:
     "A loss by its name."
-    try:
-        return loss_named(text(page, key))
-    except MergeError:
-        raise
-    except ValueError as e:
-        page.refuse(key, str(e))
+    return _named(page, key, loss_named)
 
 # %% ../../nbs/recipes/written.ipynb #c46d7aed
 def _row_number(page: Page, key: Key) -> int:
