@@ -38,10 +38,14 @@ def test_ranges_are_cut_as_the_whole_is(data, n, length, dtype):
     X = torch.randint(4, (2, n)).to(dtype)/7
     asked = data.draw(st.lists(st.tuples(st.integers(0, 1), st.integers(-1, n)), max_size=4))
     pieces = [(i, X[:, i : i + length]) for i in range(0, n, length)]
-    for (row, k), cut in zip(asked, cuts(lambda: pieces, n, dtype, asked)):
+    signs = torch.randint(2, (n,)).to(dtype)*2 - 1
+    for (row, k), cut in zip(asked, cuts(lambda: X.split(length, 1), dtype, asked)):
         assert cut == cut_of(X[row], k)
         mask = torch.cat([cut.above(x[row], i) for i, x in pieces])
         assert torch.equal(mask, cut.above(X[row])) and mask.sum() == max(k, 0)
+        y = X[row]*signs
+        kept = torch.cat([cut.keep(y[i : i + length], i) for i, _ in pieces])
+        assert torch.equal(kept, y*mask) and torch.equal(cut.keep(y), kept)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

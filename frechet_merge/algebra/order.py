@@ -7,11 +7,13 @@ __all__ = ['NONE', 'DIGIT', 'WHOLE', 'RANGE', 'Cut', 'cuts', 'cut_of', 'ranks']
 
 # %% ../../nbs/algebra/order.ipynb #42c629a6
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import hardshrink
 
 # %% ../../nbs/algebra/order.ipynb #e1169b45
 @dataclass(frozen=True)
@@ -19,27 +21,60 @@ class Cut:
     "What divides the largest of some numbers from the others."
 
     least: float  # of the largest
-    last: int  # of those that equal it, the ones at this place and before are among the largest
+    # how many of those that equal it are among the largest: the first ones; None: all of them
+    left: int | None
+    # place where a range begins → how many of these stand before it
+    before: dict[int, int] = field(default_factory=lambda: {0: 0}, compare=False, repr=False)
 
     def above(
         self,
         x: Tensor,  # some of the numbers, of any shape
-        start: int = 0,  # the place of the first of them
+        start: int = 0,  # the place of the first of them, up to which it was asked about others
     ) -> Tensor:  # of x's shape and dtype
         "1 for those that are among the largest, 0 for the others."
-        flat = x.reshape(-1)
         # numbers are faster than bools
-        mask = flat.clone().gt_(self.least)
-        stop = self.last + 1 - start
-        if stop > 0:
-            mask[:stop] += flat[:stop].clone().eq_(self.least)
-        return mask.view(x.shape)
+        mask = x.clone()
+        if self.left is None:
+            return mask.ge_(self.least)
+        equal = self._equal(x, start)
+        mask.gt_(self.least)
+        return mask if equal is None else mask.add_(equal)
+
+    def keep(
+        self,
+        x: Tensor,  # some numbers of any sign
+        start: int = 0,  # as above
+    ) -> Tensor:  # of x's shape and dtype
+        "Those whose sizes are among the largest, and 0 in the place of the others."
+        if self.left is None:
+            least = torch.tensor(self.least, dtype=x.dtype)
+            return hardshrink(x, float(least.nextafter(least - 1)))
+        equal = self._equal(x.abs(), start) if self.left else None
+        kept = hardshrink(x, self.least)
+        return kept if equal is None else kept.addcmul_(x, equal)
+
+    def _equal(self, x: Tensor, start: int) -> Tensor | None:
+        "1 for those that equal the least and are among the largest; None: there are none."
+        before = self.before[start] if self.left else 0
+        room = (self.left or 0) - before
+        if not room:
+            self.before[start + x.numel()] = before
+            return None
+        equal = x.reshape(-1).clone().eq_(self.least)
+        count = int(equal.count_nonzero())
+        if count > room:
+            # torch finds all coordinates of each
+            equal[int(np.flatnonzero(equal.cpu().numpy())[room]) :] = 0
+        self.before[start + len(equal)] = before + min(count, room)
+        return equal.view(x.shape)
 
 
-NONE = Cut(float("inf"), -1)  # are among the largest
+NONE = Cut(float("inf"), 0)  # are among the largest
 
 # %% ../../nbs/algebra/order.ipynb #d5941af8
 DIGIT = 16  # bits that a pass finds
+# floats, and whole numbers of as many bits
+WHOLE = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 class _Search:
@@ -50,15 +85,15 @@ class _Search:
         self.bits = 0  # the first ones of that number, as far as they are found
         self.equal = -1  # how many numbers begin with them; -1: not counted yet
         self.left = k  # how many of these are among the largest
-        self.last = -1  # the place of the last that is
         self.counts = torch.zeros(1 << DIGIT, dtype=torch.int64)
 
     def count(self, numbers: Tensor, shift: int) -> None:
         "See how numbers go on that begin with the bits; `shift` bits come after the digit."
-        digits = numbers >> shift
+        digits = numbers >> shift if shift else numbers
         if self.equal >= 0:
-            digits = digits[(digits >> DIGIT) == self.bits] & ((1 << DIGIT) - 1)
-        self.counts += torch.bincount(digits, minlength=1 << DIGIT).cpu()
+            digits = _digits(digits - (self.bits << DIGIT))
+        found = torch.bincount(digits).cpu()
+        self.counts[: len(found)] += found
 
     def decide(self) -> None:
         "The next digit, once all numbers are counted."
@@ -69,51 +104,39 @@ class _Search:
         self.bits = self.bits << DIGIT | digit
         self.counts.zero_()
 
-    def place(self, numbers: Tensor, start: int) -> None:
-        "Take equal ones, as many as are left; the first of `numbers` stands at place `start`."
-        places = (numbers == self.bits).nonzero().flatten()[: self.left]
-        if len(places):
-            self.last = start + int(places[-1])
-            self.left -= len(places)
+    def cut(self, dtype: torch.dtype) -> Cut:
+        "What was found, once all digits are."
+        bits = torch.tensor(self.bits, dtype=WHOLE[dtype])
+        return Cut(float(bits.view(dtype)), self.left if self.left < self.equal else None)
+
+# %% ../../nbs/algebra/order.ipynb #38eac6e6
+def _digits(numbers: Tensor) -> Tensor:
+    "Those that are digits."
+    if numbers.device.type != "cpu":
+        return numbers[(numbers >= 0) & (numbers < 1 << DIGIT)]
+    # as numbers without a sign, negative ones are large: one comparison, and numpy is faster here
+    whole = numbers.numpy()
+    return torch.from_numpy(whole[whole.view(f"u{whole.itemsize}") < 1 << DIGIT])
 
 # %% ../../nbs/algebra/order.ipynb #b818ec4c
-# floats, and whole numbers of as many bits
-WHOLE = {torch.float32: torch.int32, torch.float64: torch.int64}
-
-
 def cuts(
-    # goes through rows of numbers that are >= 0, and none of them NaN: the place where a range of
-    # each begins, and these ranges as (rows, numbers) or as a list of tensors
-    ranges: Callable[[], Iterable[tuple[int, Any]]],
-    n: int,  # numbers of each row
+    # goes through rows of numbers that are >= 0, and none of them NaN: these ranges as (rows,
+    # numbers) or as a list of tensors
+    ranges: Callable[[], Iterable[Any]],
     dtype: torch.dtype,  # of them, float32 or float64
-    asked: Sequence[tuple[int, int]],  # (row, k): for the k largest of that row, k at most n
+    asked: Sequence[tuple[int, int]],  # (row, k): for the k largest of that row
 ) -> list[Cut]:  # as many as are asked for
-    "What divides the largest numbers of long rows from the others, in two or three passes."
+    "What divides the largest numbers of long rows from the others, in two passes, or in four."
     searches = {at: _Search(*at) for at in asked if at[1] > 0}
     each = [*searches.values()]
     shifts = range(8*dtype.itemsize - DIGIT, -1, -DIGIT) if each else ()
     for shift in shifts:
-        for _, X in ranges():
+        for X in ranges():
             for search in each:
                 search.count(X[search.row].view(WHOLE[dtype]), shift)
         for search in each:
             search.decide()
-
-    divided = [search for search in each if search.left < search.equal]
-    for start, X in ranges() if divided else ():
-        for search in divided:
-            search.place(X[search.row].view(WHOLE[dtype]), start)
-
-    found = {at: _cut(search, dtype, n) for at, search in searches.items()}
-    return [found.get(at, NONE) for at in asked]
-
-# %% ../../nbs/algebra/order.ipynb #810f4f70
-def _cut(search: _Search, dtype: torch.dtype, n: int) -> Cut:
-    "What a search has found in n numbers."
-    bits = torch.tensor(search.bits, dtype=WHOLE[dtype])
-    last = search.last if search.left == 0 else n - 1
-    return Cut(float(bits.view(dtype)), last)
+    return [searches[at].cut(dtype) if at in searches else NONE for at in asked]
 
 # %% ../../nbs/algebra/order.ipynb #c71ca8e6
 RANGE = 1 << 18  # numbers
@@ -124,9 +147,8 @@ def cut_of(
     k: int,  # how many are the largest, at most as many as there are
 ) -> Cut:
     "What divides the k largest numbers from the others."
-    row, n = x.detach().reshape(1, -1), x.numel()
-    ranges = [(i, row[:, i : i + RANGE]) for i in range(0, n, RANGE)]
-    return cuts(lambda: ranges, n, x.dtype, [(0, k)])[0]
+    row = x.detach().reshape(1, -1)
+    return cuts(lambda: row.split(RANGE, 1), x.dtype, [(0, k)])[0]
 
 # %% ../../nbs/algebra/order.ipynb #52d3a4de
 def _order(x: Tensor) -> Tensor:

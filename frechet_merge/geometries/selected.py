@@ -111,7 +111,7 @@ class SCE(Geometry):
 
     # share of the positions to keep, those of the largest variance; where nobody differs is none
     select: float = 1.0
-    needs = Needs(base=True, weighs=True, entries=True, votes=True, looks=5, held=(6, 12))
+    needs = Needs(base=True, weighs=True, entries=True, votes=True, looks=4, held=(6, 12))
     waives = (3, 4, 6, 9)
 
     def __post_init__(self):
@@ -143,12 +143,12 @@ class SCE(Geometry):
     def _cut(self, stack: Stack) -> Cut:
         "What divides the largest variances from the others."
 
-        def variances() -> Iterator[tuple[int, Tensor]]:
-            return ((i, _variance([*stack.rows(i, j)])[None]) for i, j in stack.spans())
+        def variances() -> Iterator[Tensor]:
+            return (_variance([*stack.rows(i, j)])[None] for i, j in stack.spans())
 
-        varied = sum(int(x.count_nonzero()) for _, x in variances())
+        varied = sum(int(x.count_nonzero()) for x in variances())
         some, _ = kept_of(varied, self.select)
-        return cuts(variances, stack.numel, stack.computes, [(0, some)])[0]
+        return cuts(variances, stack.computes, [(0, some)])[0]
 
 # %% ../../nbs/geometries/selected.ipynb #b28fce69
 def _squares_of(stack: Stack, cut: Cut | None) -> list[float]:
@@ -230,13 +230,13 @@ class Outliers(Geometry):
         "The score above which each model but the first stands out."
         n, others = stack.numel, range(len(stack) - 1)
 
-        def scores() -> Iterator[tuple[int, list[Tensor]]]:
+        def scores() -> Iterator[list[Tensor]]:
             for i, j in stack.spans(rows=True):
-                yield i, _scores([*stack.rows(i, j)], width)
+                yield _scores([*stack.rows(i, j)], width)
 
         # a quartile is the least of those that are as large
         counts = [n - (n - 1)*quarter//4 for quarter in (1, 2, 3)]
-        found = cuts(scores, n, stack.computes, [(t, k) for t in others for k in counts])
+        found = cuts(scores, stack.computes, [(t, k) for t in others for k in counts])
         fences = []
         for t in others:
             low, middle, high = (cut.least for cut in found[3*t : 3*t + 3])

@@ -85,24 +85,20 @@ def elected(X: Sequence[Tensor], Gs: Sequence[float]) -> list[Tensor]:  # T mask
     return [(x*sign).gt_(0) for x in X]
 
 # %% ../../nbs/geometries/trimmed.ipynb #c3d6b107
-# entries of a range, and the place of the first → 1 for those that are kept, 0 for others
+# entries of a range, and the place of the first → those that are kept, 0 in the place of others
 Keep = Callable[[Tensor, int], Tensor]
 
 
 def between(some: Cut, first: Cut) -> Keep:
     "What is kept are the largest entries, but for the very largest."
-
-    def keep(x: Tensor, start: int) -> Tensor:
-        size = x.abs()
-        kept = some.above(size, start)
-        return kept if first == NONE else kept - first.above(size, start)
-
-    return keep
+    if first == NONE:
+        return some.keep
+    return lambda x, start: some.keep(x, start) - first.keep(x, start)
 
 # %% ../../nbs/geometries/trimmed.ipynb #1d5891d2
 def everything(x: Tensor, start: int) -> Tensor:
     "All entries are kept."
-    return torch.ones_like(x)
+    return x
 
 # %% ../../nbs/geometries/trimmed.ipynb #00eea9e3
 def thrown(
@@ -116,7 +112,7 @@ def thrown(
     def keep(x: Tensor, start: int) -> Tensor:
         p = chances(x.reshape(-1, row), density, epsilon).view(x.shape) if row else density
         drawn = coin.draw(start, start + x.numel()).to(x.device).view(x.shape)
-        return drawn.lt_(p).to(x)
+        return x*drawn.lt_(p)
 
     return keep
 
@@ -141,8 +137,8 @@ class Trimmed(Geometry):
 
     @property
     def needs(self):
-        "The largest entries are known after three looks, and sums of what is kept after another."
-        looks = (3 if self.rule == "size" else 0) + self.rescale
+        "The largest entries are known after two looks, and sums of what is kept after another."
+        looks = (2 if self.rule == "size" else 0) + self.rescale
         return Needs(
             base=True,
             weighs=True,
@@ -185,7 +181,7 @@ class Trimmed(Geometry):
             kept = []
             for x, keep, factor, G in zip(X, keeps, factors, Gs):
                 # a model that does not count has no say either where nobody else has one
-                x = x*keep(x, start) if G else x*0
+                x = keep(x, start) if G else torch.zeros_like(x)
                 kept.append(x if factor == 1 else x*factor)
             return self._voted(kept, Gs)
 
@@ -198,12 +194,12 @@ class Trimmed(Geometry):
         # the models of which something goes
         cut = [t for t in range(T) if densities[t] < 1]
 
-        def sizes() -> Iterator[tuple[int, Tensor]]:
+        def sizes() -> Iterator[Tensor]:
             for i, j in stack.spans():
-                yield i, stack.rows(i, j).abs_()
+                yield stack.rows(i, j).abs_()
 
         asked = [(t, k) for t in cut for k in kept_of(n, densities[t], gammas[t])]
-        found = cuts(sizes, n, stack.computes, asked)
+        found = cuts(sizes, stack.computes, asked)
         keeps: list[Keep] = [everything]*T
         for t, some, first in zip(cut, found[::2], found[1::2]):
             keeps[t] = between(some, first)
@@ -225,7 +221,7 @@ class Trimmed(Geometry):
         for i, j in stack.spans(rows=self.needs.rows):
             for t, x in enumerate(stack.rows(i, j)):
                 before[t] += float(x.abs().sum(dtype=torch.float64))
-                after[t] += float((x*keeps[t](x, i)).abs().sum(dtype=torch.float64))
+                after[t] += float(keeps[t](x, i).abs().sum(dtype=torch.float64))
         return [*map(regrowth, before, after)]
 
     def _voted(self, X: Sequence[Tensor], Gs: Sequence[float]) -> Chart:

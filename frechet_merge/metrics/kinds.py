@@ -55,7 +55,7 @@ class Diagonal:
         d = self._like(b)
         if not isinstance(d, Tensor):
             return b/d if d > 0 else torch.zeros_like(b)
-        return torch.where(d > 0, b/torch.where(d > 0, d, 1), 0)
+        return (b/d).masked_fill_(d.gt(0).logical_not_(), 0)
 
     @property
     def unit(self) -> float:
