@@ -200,13 +200,15 @@ def comment_of(node, lines):
     return " ".join(above)
 
 
-def short(value, source):
+def short(value, lines):
     "How a value is spelled, on one line; nothing if it is long."
     if value is None:
         return ""
-    spelling = ast.get_source_segment(source, value)
-    if "\n" in spelling:
-        spelling = ast.unparse(value)
+    spelling = ast.unparse(value)
+    if value.lineno == value.end_lineno:
+        # as it is written: columns count bytes
+        line = lines[value.lineno - 1].encode()
+        spelling = line[value.col_offset:value.end_col_offset].decode()
     return spelling if len(spelling) < 80 else ""
 
 
@@ -220,7 +222,7 @@ def constants(source):
         parts = comment.split("; ")
         comments = parts if len(parts) == len(pairs) else [comment]*len(pairs)
         for (target, value), said in zip(pairs, comments):
-            found[getattr(target, "id", "")] = Constant(short(value, source), said)
+            found[getattr(target, "id", "")] = Constant(short(value, lines), said)
     return found
 
 

@@ -35,6 +35,13 @@ TOML = tomllib.loads((ROOT/"pyproject.toml").read_text())
 PROMISED = "merge frechet_mean load check_geometry Geometry Euclidean Sphere Span LoRA".split()
 
 
+def test_groups_of_tests_stay_in_one_process(request):
+    "Else the wheel, the site and two environments are built twice, and nobody is told."
+    if not getattr(request.config.option, "loadgroup", False):
+        pytest.skip("only where groups are asked for: --dist loadgroup")
+    assert request.node.nodeid.endswith("@package")
+
+
 @pytest.fixture(scope="module")
 def built(copy, tmp_path_factory):  # noqa: F811
     "The sdist, and the wheel that is made from it."
