@@ -192,8 +192,13 @@ def model_name(
 # %% ../../nbs/recipes/written.ipynb #04a6914f
 def _named(page: Page, key: Key, read: Callable[[str], Any]) -> Any:
     "What a word means; `MergeError` with its line if it means nothing."
+    return _tried(page, key, lambda: read(text(page, key)))
+
+# %% ../../nbs/recipes/written.ipynb #ac901c2c
+def _tried(page: Page, key: Key, make: Callable[[], Any]) -> Any:
+    "What is made of a value; `MergeError` with its line if nothing can be."
     try:
-        return read(text(page, key))
+        return make()
     except MergeError:
         raise
     except ValueError as e:
@@ -309,12 +314,7 @@ def given_row(
     page.known(key, [*beside, *(f.name for f in fields(Given))])
     read = {"model": text, "token": text, "token_id": _row_number, "force": switch}
     said = [k for k, v in page.at(key).items() if v is not None and k not in beside]
-    try:
-        return Given(**{k: read[k](page, (*key, k)) for k in said})
-    except MergeError:
-        raise
-    except ValueError as e:
-        page.refuse(key, str(e))
+    return _tried(page, key, lambda: Given(**{k: read[k](page, (*key, k)) for k in said}))
 
 # %% ../../nbs/recipes/written.ipynb #1dbc7b88
 def given_rows(page: Page, key: Key) -> dict[str, Given]:
@@ -384,16 +384,12 @@ def _output(page: Page, given: list[str]) -> Output:
     if len(both) == 2 and page.data["dtype"] != page.data["out_dtype"]:
         why = "is what is written, and so is dtype; sums are in float32 at least. Give one of them."
         page.refuse(("out_dtype",), why)
-    try:
-        for key in both:
-            found = replace(found, dtype=as_dtype(text(page, (key,))))
-        if "shard_size" in given:
-            key = "shard_size"
-            found = replace(found, shard_size=size(str(page.data[key])))
-    except MergeError:
-        raise
-    except ValueError as e:
-        page.refuse((key,), str(e))
+    for key in both:
+        found = replace(found, dtype=_named(page, (key,), as_dtype))
+    if "shard_size" in given:
+        key = "shard_size"
+        asked = _tried(page, (key,), lambda: size(str(page.data[key])))
+        found = replace(found, shard_size=asked)
     return found.into(text(page, ("output",))) if "output" in given else found
 
 # %% ../../nbs/recipes/written.ipynb #cdae9454
