@@ -277,6 +277,15 @@ class TestDepth:
 
 
 class TestWhatHasNoSum:
+    @pytest.mark.parametrize(
+        "given",
+        [{"scale": 1e39}, {"scale": -1e300}, {"sum": [3e38, 3e38]}, {"sum": [9, 9], "scale": 1e38}],
+    )
+    def test_numbers_that_no_tensor_holds(self, three, given):
+        base, *models = three
+        with pytest.raises(ValueError, match="no 32-bit number is as large"):
+            merge(models, base=base, **given)
+
     def test_a_tensor_that_the_base_lacks(self, three):
         base, a, b = three
         bare = {n: x for n, x in base.items() if n != "lm_head.weight"}
