@@ -421,3 +421,18 @@ class TestLongTensors:
         assert mean.iterations < 10
         expected = sum(float(x.double().norm()) for x in models)/3
         assert abs(float(merged.double().norm())/expected - 1) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "named, says",
+    [
+        ("clipped:t=1e300", "Clipped: t=1e[+]300 is larger than what is computed with"),
+        ("epimer:alpha=9223372036854775808", "EpiMer: alpha=9223372036854775808 is larger"),
+        ("slerp:straight=x", "straight='x'.: a cosine, or None"),
+        ("times:factor=x", "factor='x'.: a number, or one per model"),
+    ],
+)
+def test_arguments_that_nothing_is_computed_with_are_refused(named, says):
+    models = [{"q.weight": torch.full((3, 3), float(i))} for i in range(3)]
+    with pytest.raises(ValueError, match=says):
+        merge(models[:2], geometry=named, base=models[2])

@@ -91,6 +91,8 @@ class Slerp(Geometry):
 
     def __post_init__(self):
         refuse_axis(self.axis)
+        if not isinstance(self.straight, (int, float, type(None))):
+            raise ValueError(f"Slerp(straight={self.straight!r}): a cosine, or None.")
 
     @property
     def needs(self):

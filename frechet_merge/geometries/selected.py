@@ -318,6 +318,9 @@ class Times(Geometry):
     def __post_init__(self):
         if isinstance(self.factor, (list, tuple)):
             object.__setattr__(self, "factor", tuple(self.factor))
+        for x in per_model(self.factor, 1):
+            if not isinstance(x, (int, float)):
+                raise ValueError(f"Times(factor={x!r}): a number, or one per model.")
 
     def chart(self, thetas, Gs=None):
         "The models as they are, or multiplied; back, multiplied."
