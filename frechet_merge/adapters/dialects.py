@@ -402,7 +402,7 @@ def _as_in_file(
     lead: str,  # what stands in front of all modules of the file
     own: Mapping[str, str],  # key without the name of an adapter → that of the file
 ) -> Layer:
-    "A layer under its name in the model; its factors keep their names in the file, if it is read so."
+    "A layer under its name in the model, whose factors keep those that they have in the file."
     name = layer.name.removeprefix(lead)
     # behind the part of a pipeline, diffusers does not read the name of an adapter
     is_bare = re.match(rf"{IN_PIPELINE}|(model[.])?diffusion_model[.]", name) is None

@@ -199,7 +199,7 @@ KREA2 = {
         name: entry
         for at, to in STACKS.items()
         for name, entry in _streams(at, to, {
-            **dict(zip((f"attn.w{x}" for x in "qkvo"), (f"attn.{x}" for x in SAME))),
+            **{f"attn.w{x}": f"attn.{y}" for x, y in zip("qkvo", SAME)},
             "attn.gate": "attn.to_gate",
             **{f"mlp.{x}": f"ff.{x}" for x in ("gate", "up", "down")},
         }).items()
@@ -236,7 +236,11 @@ LTX = {
                 for a in (*HEARS, "video_to_audio_attn")
                 for x in (*SAME, "to_gate_logits")
             ),
-            *(f"transformer_blocks.#.{x}ff.net.{i}" for x in ("", "audio_") for i in ("0.proj", "2")),
+            *(
+                f"transformer_blocks.#.{x}net.{i}"
+                for x in ("ff.", "audio_ff.")
+                for i in ("0.proj", "2")
+            ),
         )
     },
     **{
