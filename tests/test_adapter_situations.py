@@ -4,6 +4,7 @@ The oracle is what the library that reads a file makes of it (PEFT's `merge_and_
 update computed from the factors in float64; a remedy is carried out.
 """
 import json
+import warnings
 
 import pytest
 import torch
@@ -105,6 +106,18 @@ class TestBeside:
             save_file(pair, folder/"pytorch_lora_weights.safetensors")
         save_file({"clip_l": randn(2, 8)}, tmp_path/"b"/"b_emb.safetensors")
         with pytest.warns(UserWarning, match="b: b_emb.safetensors left behind"):
+            merge([tmp_path/"a", tmp_path/"b"], out=tmp_path/"out")
+
+    def test_earlier_states_of_mlx_are_not(self, tmp_path):
+        said = {"lora_parameters": {"rank": 2, "scale": 20.0}}
+        for i, folder in enumerate((tmp_path/"a", tmp_path/"b")):
+            folder.mkdir()
+            pair = {f"{Q}.lora_a": randn(8, 2, seed=i), f"{Q}.lora_b": randn(2, 8, seed=i + 5)}
+            for name in ("adapters", "0000100_adapters"):
+                save_file(pair, folder/f"{name}.safetensors")
+            (folder/"adapter_config.json").write_text(json.dumps(said))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
             merge([tmp_path/"a", tmp_path/"b"], out=tmp_path/"out")
 
     def test_logs_of_a_training_are_not_of_the_mean(self, tiny, adapter, tmp_path):  # noqa: F811

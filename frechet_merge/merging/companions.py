@@ -277,8 +277,11 @@ def _carry_folder(home: Path, d: Path, out: Path, merged: Collection[str]) -> bo
 def _unread(home: Path, read: Collection[Path]) -> list[str]:
     "Files of weights in a folder of which nothing is in what is written."
     known = {f.resolve() for f in read}
+    # earlier states of what was read, as MLX numbers them
+    earlier = re.compile(rf"\d+_({'|'.join(re.escape(f.name) for f in read)})")
     files = (f for f in sorted(home.iterdir()) if f.is_file() and is_weights(f))
-    return [f.name for f in files if f.resolve() not in known]
+    unread = (f.name for f in files if f.resolve() not in known)
+    return [name for name in unread if not earlier.fullmatch(name)]
 
 # %% ../../nbs/merging/companions.ipynb #b16494a6
 def _say_left(home: Path, left: Sequence[str]) -> None:
