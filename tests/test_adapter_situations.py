@@ -4,6 +4,7 @@ The oracle is what the library that reads a file makes of it (PEFT's `merge_and_
 update computed from the factors in float64; a remedy is carried out.
 """
 import json
+import warnings
 
 import pytest
 import torch
@@ -93,6 +94,41 @@ class TestBeside:
             merge(models, bake=base if way == "bake" else None, out=tmp_path/"out")
         named = [str(w.message) for w in said if "left behind" in str(w.message)]
         assert len(named) == 1 and f"{b}: {name} left behind" in named[0]
+
+
+    def test_embeddings_beside_an_adapter_of_a_pipeline(self, tmp_path):
+        "As trainers of both leave them."
+        name = "transformer.transformer_blocks.0.attn.to_q"
+        for i, folder in enumerate((tmp_path/"a", tmp_path/"b")):
+            folder.mkdir()
+            pair = {f"{name}.lora_A.weight": randn(2, 8, seed=i)}
+            pair[f"{name}.lora_B.weight"] = randn(8, 2, seed=i + 5)
+            save_file(pair, folder/"pytorch_lora_weights.safetensors")
+        save_file({"clip_l": randn(2, 8)}, tmp_path/"b"/"b_emb.safetensors")
+        with pytest.warns(UserWarning, match="b: b_emb.safetensors left behind"):
+            merge([tmp_path/"a", tmp_path/"b"], out=tmp_path/"out")
+
+    def test_earlier_states_of_mlx_are_not(self, tmp_path):
+        said = {"lora_parameters": {"rank": 2, "scale": 20.0}}
+        for i, folder in enumerate((tmp_path/"a", tmp_path/"b")):
+            folder.mkdir()
+            pair = {f"{Q}.lora_a": randn(8, 2, seed=i), f"{Q}.lora_b": randn(2, 8, seed=i + 5)}
+            for name in ("adapters", "0000100_adapters"):
+                save_file(pair, folder/f"{name}.safetensors")
+            (folder/"adapter_config.json").write_text(json.dumps(said))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            merge([tmp_path/"a", tmp_path/"b"], out=tmp_path/"out")
+
+    def test_logs_of_a_training_are_not_of_the_mean(self, tiny, adapter, tmp_path):  # noqa: F811
+        base = tiny("base")
+        a, b = (adapter(n, base, i) for i, n in enumerate("ab"))
+        for name in ("trainer_log.jsonl", "running_log.txt", "training_loss.png", "logging.jsonl"):
+            (a/name).write_text("x")
+        (a/"LICENSE").write_text("x")
+        merge([a, b], out=tmp_path/"out")
+        made = {"README.md", "frechet_merge.json", "adapter_config.json", FILE}
+        assert {f.name for f in (tmp_path/"out").iterdir()} == made | {"LICENSE"}
 
 
 class TestNames:
@@ -366,3 +402,49 @@ class TestKernels:
         models = [tmp_path/"a", tmp_path/"b"]
         out = merge(models[::order], out=tmp_path/"out").out
         are_mean(put_on(out), *map(put_on, models))
+
+
+class TestTasks:
+    "A head for another task makes another class of the model, which programs look for by its name."
+
+    @pytest.mark.parametrize("way", ["plus", "bake"])
+    @pytest.mark.parametrize("task, kind", [
+        ("SEQ_CLS", transformers.AutoModelForSequenceClassification),
+        ("TOKEN_CLS", transformers.AutoModelForTokenClassification),
+    ])
+    def test_the_config_names_the_class_as_transformers_does(
+        self, tiny, tmp_path, task, kind, way  # noqa: F811
+    ):
+        base = tiny("base", kind="qwen2")
+        torch.manual_seed(0)
+        model = kind.from_pretrained(base, num_labels=3)
+        said = {"r": 2, "target_modules": ["q_proj"], "task_type": task}
+        model = get_peft_model(model, LoraConfig(**said, init_lora_weights=False))
+        model.save_pretrained(tmp_path/"a")
+        want = model.merge_and_unload()
+        want.save_pretrained(tmp_path/"want")
+        if way == "plus":
+            out = merge([f"{base}+{tmp_path/'a'}"], out=tmp_path/"out").out
+        else:
+            out = merge([tmp_path/"a"], bake=base, out=tmp_path/"out").out
+        names = [json.loads((d/"config.json").read_text())["architectures"] for d in (
+            out, tmp_path/"want")]
+        assert names[0] == names[1]
+        are_mean(kind.from_pretrained(out).state_dict(), want.state_dict())
+
+
+class TestLinks:
+    def test_a_config_that_is_a_link_out_of_its_folder(self, tiny, adapter, tmp_path):  # noqa: F811
+        "It says what the update is, and no other word of it is copied."
+        base = tiny("base")
+        a, b = (adapter(n, base, i) for i, n in enumerate("ab"))
+        want = [put(base, x) for x in (a, b)]
+        config = a/"adapter_config.json"
+        said = json.loads(config.read_text()) | {"token": "PRIVATE", "auths": {"PRIVATE": 1}}
+        config.unlink()
+        (tmp_path/"elsewhere.json").write_text(json.dumps(said))
+        config.symlink_to("../elsewhere.json")
+        with pytest.warns(UserWarning, match="is a link that leads out of its folder.*is read"):
+            out = merge([a, b], out=tmp_path/"out").out
+        assert not any("PRIVATE" in f.read_text(errors="replace") for f in out.iterdir())
+        are_mean(put(base, out), *want)

@@ -418,3 +418,76 @@ class TestModelsWithoutATable:
         flat = {"lora_unet_blocks_0_self_attn_q_proj": (8, 8), "lora_unet_blocks_7_strange": (8, 8)}
         with pytest.raises(MergeError, match="is not known"):
             merge([lora(self.DOTS, PEFT, 1), lora(flat, KOHYA, 5, alpha=1)])
+
+
+class TestInFront:
+    "The same layers, with what a trainer leaves in front of their names or within them."
+
+    # loader of diffusers → names of the model that it trained on, and of diffusers
+    MODELS = {
+        "QwenImage": ("transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_q"),
+        "LTXVideo": ("transformer_blocks.0.attn1.to_q", "transformer_blocks.0.attn1.to_q"),
+        "LTX2": ("adaln_single.linear", "time_embed.linear"),
+        "Anima": ("blocks.0.self_attn.output_proj", "transformer_blocks.0.attn1.to_out.0"),
+        "Krea2": ("blocks.0.attn.gate", "transformer_blocks.0.attn.to_gate"),
+        "Flux2": ("double_blocks.0.img_attn.proj", "transformer_blocks.0.attn.to_out.0"),
+        "Wan": ("blocks.0.self_attn.q", "blocks.0.attn1.to_q"),
+    }
+    # more of it, by which the model is known
+    BESIDE = {
+        "LTX2": {"transformer_blocks.0.audio_attn1.to_q": "transformer_blocks.0.audio_attn1.to_q"},
+        "Krea2": {"blocks.0.attn.wq": "transformer_blocks.0.attn.to_q"},
+        "Flux2": {
+            "double_blocks.0.img_mlp.0": "transformer_blocks.0.ff.linear_in",
+            "single_blocks.0.linear2": "single_transformer_blocks.0.attn.to_out",
+        },
+    }
+    WAYS = {
+        "comfy": ("diffusion_model.", PEFT, 0),
+        "peft": ("base_model.model.", PEFT, 0),
+        "diffsynth": ("", DIFFSYNTH, 0),
+        "kohya": ("lora_unet_", KOHYA, 0),
+        "diffusers": ("transformer.", PEFT, 1),
+    }
+
+    def modules(self, model, way):
+        names = dict([self.MODELS[model]]) | self.BESIDE.get(model, {})
+        lead, ends, of_diffusers = self.WAYS[way]
+        result = {}
+        for both in names.items():
+            stem = both[of_diffusers].replace(".", "_" if way == "kohya" else ".")
+            result[lead + stem] = (48, 8) if "mlp.0" in both[0] else (8, 8)
+        return result, ends
+
+    @pytest.mark.parametrize("second", WAYS)
+    @pytest.mark.parametrize("first", WAYS)
+    @pytest.mark.parametrize("model", MODELS)
+    def test_they_are_one_layer_and_keep_the_first_ones_names(self, model, first, second):
+        (ours, ends), (theirs, others) = self.modules(model, first), self.modules(model, second)
+        alphas = [1 if way == "kohya" else None for way in (first, second)]
+        a, b = lora(ours, ends, 1, alpha=alphas[0]), lora(theirs, others, 500, alpha=alphas[1])
+        found = merge([a, b], LoRA(rank=6)).tensors
+        assert {*found} == {*a}
+        for one, other in zip(ours, theirs):
+            close(delta(found, one), (delta(a, one) + delta(b, other))/2)
+
+    @pytest.mark.parametrize("model, way", [
+        ("QwenImage", "diffsynth"), ("Flux2", "peft"), ("Krea2", "peft"), ("Anima", "comfy"),
+    ])
+    def test_diffusers_reads_what_it_read_before(self, model, way):
+        import diffusers
+
+        def read(state):
+            loader = getattr(diffusers.loaders, f"{model}LoraLoaderMixin")
+            found = loader.lora_state_dict(dict(state))
+            found = found[0] if isinstance(found, tuple) else found
+            stems = {n.partition(".lora_")[0] for n in found}
+            return {stem: delta(found, stem) for stem in stems}
+
+        modules, ends = self.modules(model, way)
+        a, b = lora(modules, ends, 1), lora(modules, ends, 500)
+        found = read(merge([a, b], LoRA(rank=6)).tensors)
+        one, other = read(a), read(b)
+        assert found.keys() == one.keys() and all(n.startswith("transformer.") for n in found)
+        for name, x in found.items():
+            close(x, (one[name] + other[name])/2)

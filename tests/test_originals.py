@@ -35,6 +35,9 @@ CONVERTERS = {
     "Wan": ("convert_wan_transformer_to_diffusers", 4),
     "Z-Image": ("convert_z_image_transformer_checkpoint_to_diffusers", 4),
     "Lumina 2": ("convert_lumina2_to_diffusers", 2304),
+    "Cosmos": ("convert_cosmos_transformer_checkpoint_to_diffusers", 4),
+    "Krea 2": ("convert_krea2_transformer_checkpoint_to_diffusers", 4),
+    "LTX": ("convert_ltx2_transformer_to_diffusers", 4),
 }
 # what the original checkpoints do not have
 ABSENT = r"distilled_guidance|attention\.to_"

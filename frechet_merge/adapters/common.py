@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from .peft import Layer
+from .peft import Layer, without_name
 from .pipelines import IN_PIPELINE, in_full, in_original, in_places
 from .pipelines import named_by_diffusers
 from ..files.checkpoint import EMBEDDING, Checkpoint
@@ -94,7 +94,7 @@ def speech_of(c: Checkpoint) -> str:
 # %% ../../nbs/adapters/common.ipynb #d3556541
 def is_dotted(layer: Layer) -> bool:
     "Whether a layer is under its module's name in a pipeline already."
-    is_new = layer.keys[0] == f"{layer.name}.lora_A.weight"
+    is_new = without_name(layer.keys[0]) == f"{layer.name}.lora_A.weight"
     is_inside = re.match(IN_PIPELINE, layer.name) is not None
     return is_new and is_inside and ".processor." not in layer.name
 

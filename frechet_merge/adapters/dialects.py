@@ -19,6 +19,7 @@ from .peft import ON_ITS_BASE as NAMED_ON_BASE
 from .peft import Layer, _rank_and_alpha, _refuse_other_updates
 from .peft import unnamed, without_name
 from .peft import layers as peft_layers
+from .pipelines import IN_PIPELINE
 from .reading import layer_of
 from .spelling import split, table
 from ..files.checkpoint import FACTOR, Checkpoint, from_json
@@ -153,7 +154,7 @@ PIPELINE = re.compile(
     r"(?:base_model[.]model[.])?(?:unet|prior|text_encoder(?:_[23])?|text_encoders"
     r"|(?:model[.])?diffusion_model|double_blocks|single_blocks|joint_blocks"
     r"|(?:single_)?transformer_blocks|down_blocks|mid_block|up_blocks"
-    r"|blocks[.]\d+[.](?:self_attn|cross_attn|ffn)|transformer[.](?:double|single|joint)_blocks"
+    r"|blocks[.]\d+[.](?:self_attn|cross_attn|ffn|attn[.]w[qkvo])|transformer[.](?:double|single|joint)_blocks"
     r"|transformer(?:_2)?[.].*(?:transformer_blocks|[.]to_[qkv]|[.]to_out|ff[.]net|embedder"
     r"|norm_out|proj_out|proj_in|proj_mlp|add_[qkv]_proj|norm\d?[.]linear))\b.*"
     # attention of diffusers, anywhere but behind PEFT's own part
@@ -395,6 +396,19 @@ def _refuse_vectors(c: Checkpoint, found: dict[str, dict[str, str]]) -> None:
         f"Leave them out (drop={as_python!r}, {typed})."
     )
 
+# %% ../../nbs/adapters/dialects.ipynb #b6ee5c7b
+def _as_in_file(
+    layer: Layer,
+    lead: str,  # what stands in front of all modules of the file
+    own: Mapping[str, str],  # key without the name of an adapter → that of the file
+) -> Layer:
+    "A layer under its name in the model, whose factors keep those that they have in the file."
+    name = layer.name.removeprefix(lead)
+    # behind the part of a pipeline, diffusers does not read the name of an adapter
+    is_bare = re.match(rf"{IN_PIPELINE}|(model[.])?diffusion_model[.]", name) is None
+    keys = tuple(own.get(key, key) for key in layer.keys) if is_bare else layer.keys
+    return replace(layer, name=name, keys=keys)
+
 # %% ../../nbs/adapters/dialects.ipynb #6417b90c
 def layers(
     c: Checkpoint,  # an adapter in any dialect
@@ -410,6 +424,8 @@ def layers(
             f"{c.source}: is a DoRA, which rescales the sum of base and update ({name!r}): it adds "
             f"no update of its own.\n{NAMED_ON_BASE}"
         )
+    # readers of pipelines know some files by the name of an adapter in their keys
+    own = {without_name(key): key for key in c.lazy}
     c = unnamed(c.untied())
     scale = _scale_of_diffusers(c) if dialect == "diffusers" else None
     if dialect in ("mlx", "torchtune"):
@@ -417,7 +433,11 @@ def layers(
     found = table(c)
     _refuse_vectors(c, found)
     _say_which_lack_alpha(c, found)
-    return {m: layer_of(c, m, keys, scale) for m, keys in found.items()}, {}
+    # some trainers leave what PEFT puts in front
+    lead = PEFT_LEAD if all(module.startswith(PEFT_LEAD) for module in found) else ""
+    read = [layer_of(c, module, keys, scale) for module, keys in found.items()]
+    named = [_as_in_file(layer, lead, own) for layer in read]
+    return {layer.name: layer for layer in named}, {}
 
 # %% ../../nbs/adapters/dialects.ipynb #ea4cc99b
 def _other_updates(

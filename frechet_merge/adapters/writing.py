@@ -16,7 +16,7 @@ from typing import Any
 from .common import part_for
 from .dialects import DIALECTS, METADATA, spoken_in
 from .kohya import NOT_KEPT, header
-from .peft import Layer
+from .peft import Layer, without_name
 from .pipelines import IN_PIPELINE, Asked, places_loaded
 from ..files.checkpoint import Checkpoint
 from ..matching.views import PEFT_LEAD
@@ -115,9 +115,8 @@ class Names:
 # %% ../../nbs/adapters/writing.ipynb #c2d5443d
 def _is_kept(layer: Layer, dialect: str) -> bool:
     "Whether a layer was read in this dialect."
-    is_of_peft = layer.keys[0].startswith(PEFT_LEAD)
-    if dialect == "peft" or is_of_peft:
-        return is_of_peft and dialect == "peft"
+    if dialect == "peft":
+        return layer.keys[0].startswith(PEFT_LEAD)
     # a file of diffusers may have modules by whose names alone it would not be known
     others = ("peft",) if dialect == "diffusers" else ()
     return spoken_in(layer.keys[0], False) in (dialect, *others)
@@ -126,8 +125,9 @@ def _is_kept(layer: Layer, dialect: str) -> bool:
 def _own(layer: Layer, dialect: str, alphas: Collection[str]) -> Names:
     "The names that a layer has."
     down, up = layer.keys
-    stem = re.sub(r"[.](lora_(A|down|a)([.]weight)?|down[.]weight)$", "", down)
-    bias = re.sub(r"(lora_B[.])weight$", r"\1bias", up)
+    stem = re.sub(r"[.](lora_(A|down|a)([.]weight)?|down[.]weight)$", "", without_name(down))
+    # an adapter may have a name in its keys
+    bias = re.sub(r"(lora_B[.]([^.]+[.])?)weight$", r"\1bias", up)
     is_flat = dialect == "kohya" or down.endswith(".lora_down.weight")
     alpha = f"{stem}.alpha"
     beside = alpha if alpha in alphas or is_flat else None

@@ -171,14 +171,15 @@ def _lent(opened: Opened, homes: list[Path]) -> Path | None:
 # %% ../../nbs/merging/merge.ipynb #e4bfbc87
 def dress_of(opened: Opened, output: Output) -> Dress:
     "What stands beside the weights of a merge that is put on nothing."
+    read = tuple(f for c in opened.every for f in c.files)
+    others = dict.fromkeys(home for c in opened.models for home in c.homes)
     if written_in(opened) not in (None, "peft"):
+        say_what_adapters_leave(others, read)
         return Dress([], output.dtype)
     main = main_of([*opened.models, *([] if opened.base is None else [opened.base])])
     homes = homes_of(main)
     alone = main is not None and _is_named_by_file(main)
     tokens = _lent(opened, homes) if opened.tokens is None else opened.tokens.folder
-    read = tuple(f for c in opened.every for f in c.files)
-    others = dict.fromkeys(home for c in opened.models for home in c.homes)
     say_what_adapters_leave([home for home in others if home not in homes[-1:]], read)
     heads = classes(opened.models[0])
     template = _template_of(opened, homes, tokens)

@@ -18,6 +18,7 @@ import torch
 
 from ..adapters.common import speech_of
 from ..adapters.dialects import DIALECTS, METADATA
+from ..adapters.peft import without_name
 from ..adapters.updates import Update, bias_key, peft_config
 from ..adapters.writing import Names, header_of, names_of
 from ..files.checkpoint import Checkpoint
@@ -224,7 +225,7 @@ def _written(s: Spelling) -> tuple:
 
 # %% ../../nbs/merging/spelled.ipynb #a29cbc71
 def _module(down: str) -> str:
-    return down.removeprefix(PEFT_LEAD).removesuffix(".lora_A.weight")
+    return without_name(down).removeprefix(PEFT_LEAD).removesuffix(".lora_A.weight")
 
 # %% ../../nbs/merging/spelled.ipynb #9f31f1ed
 def _in_peft(c: Checkpoint) -> Checkpoint:
