@@ -38,6 +38,15 @@ def _leads(c: Checkpoint) -> list[str]:
             found["".join(p + "." for p in parts[: at - 1])] = None
     return [*found]
 
+# %% ../../nbs/matching/towers.ipynb #fb357e19
+def _without_end(lead: str, place: str) -> tuple[str, str]:
+    "Two leading parts, without what both end in: `` and `text_model.` of `encoder.` in each."
+    ours, theirs = lead.split("."), place.split(".")
+    # the last is empty
+    while len(ours) > 1 and len(theirs) > 2 and ours[-2] == theirs[-2]:
+        del ours[-2], theirs[-2]
+    return ".".join(ours), ".".join(theirs)
+
 # %% ../../nbs/matching/towers.ipynb #f7412435
 def tower(
     text: Checkpoint,
@@ -49,7 +58,10 @@ def tower(
         ours = _rests(text, lead)
         places = [p for p in _leads(whole) if _rests(whole, p) == ours]
         found += [(lead, p) for p in places]
-    return found[0] if len(found) == 1 else None
+    # what sees may have layers of the same shapes
+    reads = [(lead, p) for lead, p in found if "text" in p or "language" in p]
+    some = reads or found
+    return _without_end(*some[0]) if len(some) == 1 else None
 
 # %% ../../nbs/matching/towers.ipynb #959cef88
 def _type_of_tower(c: Checkpoint) -> str | None:
