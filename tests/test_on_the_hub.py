@@ -16,8 +16,11 @@ from transformers import (
     CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPVisionConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     MambaConfig,
     MambaForCausalLM,
     SiglipVisionConfig,
@@ -214,6 +217,27 @@ class TestNames:
             mine = a.get(name, a.get(name.removeprefix("text_model.")))
             want = b[name] if mine is None else (mine + b[name])/2
             torch.testing.assert_close(x, want)
+
+
+    @pytest.mark.parametrize("original", [True, False])
+    @pytest.mark.parametrize("order", ["ab", "ba"])
+    def test_an_output_layer_of_its_own_in_a_model_that_ties(self, tmp_path, order, original):
+        "Its place is the library's, and not beside the layers that read text."
+        a = made(tmp_path/"a", LlamaForCausalLM, LlamaConfig(**TEXT, tie_word_embeddings=False))
+        text = LlamaConfig(**TEXT, tie_word_embeddings=True)
+        sees = CLIPVisionConfig(**{**IMAGE, "num_hidden_layers": 2})
+        config = LlavaConfig(text_config=text, vision_config=sees, image_token_index=5)
+        config.tie_word_embeddings = True
+        whole = LlavaForConditionalGeneration(config)
+        whole.save_pretrained(tmp_path/"b", save_original_format=original)
+        b = whole.state_dict()
+        with pytest.warns(UserWarning, match="is a model of text"):
+            merge([tmp_path/n for n in order], out=tmp_path/"o")
+        found = opened(LlavaForConditionalGeneration, tmp_path/"o")
+        embedding = "model.language_model.embed_tokens.weight"
+        want = {"lm_head.weight": "lm_head.weight", embedding: "model.embed_tokens.weight"}
+        for name, theirs in want.items():
+            torch.testing.assert_close(found[name], (a[theirs] + b[name])/2)
 
 
 class TestRemedies:

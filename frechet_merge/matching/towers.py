@@ -13,7 +13,7 @@ from typing import Any
 
 from ..files.checkpoint import HEAD, Checkpoint
 from .absent import NUMBER
-from .layouts import has_names_of, in_layout_of, skeleton
+from .layouts import as_it_stores, has_names_of, in_layout_of, skeleton
 from .views import led_like, renamed
 from ..messages import MergeError, warn
 
@@ -51,7 +51,7 @@ def _without_end(lead: str, place: str) -> tuple[str, str]:
 def tower(
     text: Checkpoint,
     whole: Checkpoint,  # that may hold such a model
-) -> tuple[str, str] | None:  # what is in front of its layers, here and there
+) -> tuple[str, str] | None:  # what is in front of its names, here and there
     "Where the layers of a model of text are in another; None if nowhere, or in two places."
     found = []
     for lead in _leads(text):
@@ -99,7 +99,7 @@ def in_tower_of(
             "Give the model of text that it was made from, or a fine-tune of it."
         )
     lead, place = places
-    heads = [n for n in whole if HEAD.search(n)]
+    heads = [n for n in whole if HEAD.search(n)] or as_it_stores(whole, HEAD)
 
     def to(name: str) -> str:
         if HEAD.search(name) and len(heads) == 1:
