@@ -21,7 +21,7 @@ from types import MappingProxyType
 from typing import Any
 
 from .astray import no_weights
-from .folders import TRAINING, TRAINING_FOLDERS, components, is_named
+from .folders import STATES, TRAINING, TRAINING_FOLDERS, components, is_named
 from .folders import pipeline_parts
 from .formats import weight_files
 from .output import temporary
@@ -331,6 +331,7 @@ SMALL = (
     "*.vocab",
     "LICENSE*",
     "README.md",
+    *STATES,
 )
 
 

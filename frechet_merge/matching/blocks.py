@@ -226,7 +226,7 @@ def _check_alike(
     if x.shape != x0.shape:
         raise MergeError(
             f"{c.source}: tensor {name!r} has shape {list(x.shape)}, in {c0.source} it is "
-            f"{list(x0.shape)}.\n{_how_to_match(name)}"
+            f"{list(x0.shape)}.\n{_how_to_match(name, first, other)}"
         )
     if x.dtype.is_floating_point != x0.dtype.is_floating_point:
         raise MergeError(
@@ -271,18 +271,68 @@ def _check_made(
         )
 
 
+# %% ../../nbs/matching/blocks.ipynb #f2e42b9c
+def _counts(config: Mapping[str, Any], lead: str = "") -> dict[str, int]:
+    "The whole numbers in a config and its parts, but for those of a vocabulary."
+    found = {}
+    for key, x in config.items():
+        if isinstance(x, Mapping):
+            found |= _counts(x, f"{lead}{key}.")
+        elif isinstance(x, int) and not isinstance(x, bool) and "vocab" not in key:
+            found[f"{lead}{key}"] = x
+    return found
+
+# %% ../../nbs/matching/blocks.ipynb #9b7b5e48
+def _other_sizes(
+    first: tuple[Checkpoint, LazyTensor],
+    other: tuple[Checkpoint, LazyTensor],
+) -> str:
+    "The settings that make two shapes differ, as a sentence; empty if no config says why."
+    (c0, x0), (c, x) = first, other
+    pairs = {(m, n) for m, n in zip(x0.shape, x.shape) if m != n}
+    ours, theirs = _counts(c0.config), _counts(c.config)
+    odd = [f"{k} = {m} and {theirs[k]}" for k, m in ours.items() if (m, theirs.get(k)) in pairs]
+    return f"Their configs say {', '.join(odd[:2])}: merge models of one size." if odd else ""
+
+# %% ../../nbs/matching/blocks.ipynb #28bf9178
+def _turned(first: tuple[Checkpoint, LazyTensor], other: tuple[Checkpoint, LazyTensor]) -> str:
+    "What to do where one has the dimensions of the other in another order; empty if not."
+    (c0, x0), (c, x) = first, other
+    if sorted(x0.shape) != sorted(x.shape):
+        return ""
+    of_mlx = [d.source for d in (c0, c) if d.metadata.get("format") == "mlx"]
+    if len(of_mlx) == 1:
+        return (
+            f"{of_mlx[0]} was written by MLX, whose convolutions have their channels last: name "
+            "the model that it was converted from."
+        )
+    if len(x.shape) != 2:
+        return ""
+    return (
+        "One of them has its matrices the other way round, as Conv1D of transformers and Linear "
+        "of torch have theirs: transpose those of one (held[NAME] = held[NAME].T.contiguous()), "
+        "and save it."
+    )
+
 # %% ../../nbs/matching/blocks.ipynb #fb26957a
 # rows for positions, in a picture or a text
 POSITIONS = re.compile(
-    r"(^|[._])(pos(ition)?_embed(dings?)?|positional_embedding|embed_positions|wpe)([.]weight)?$"
+    r"(^|[._])(pos(ition)?_embed(dings?)?|positional_embedding|embed_positions|wpe"
+    r"|relative_position_bias_table)([.]weight)?$"
 )
 
 
-def _how_to_match(name: str) -> str:
+def _how_to_match(
+    name: str,
+    first: tuple[Checkpoint, LazyTensor],
+    other: tuple[Checkpoint, LazyTensor],
+) -> str:
+    "What can be done about versions of other shapes."
     if POSITIONS.search(name):
         return (
             "Its rows are positions. Of pictures, open one model at the size of the other and "
-            "save it (img_size= of timm, force_image_size= of open_clip, "
+            "save it (img_size= of timm, with window_size= if it has windows, "
+            "force_image_size= of open_clip, "
             "interpolate_pos_encoding of transformers); of texts, keep as many "
             "rows of the longer one as the shorter has, in its config, too."
         )
@@ -292,7 +342,9 @@ def _how_to_match(name: str) -> str:
             f"(drop={head!r}, --drop '{head}')."
         )
     return (
-        "Merge models of one architecture; for embeddings of other vocabularies, with the "
+        _other_sizes(first, other)
+        or _turned(first, other)
+        or "Merge models of one architecture; for embeddings of other vocabularies, with the "
         "config.json of each beside it."
     )
 

@@ -233,6 +233,7 @@ BESIDE = {
     "open_clip_config.json": ("preprocess_cfg",),
     "preprocessor_config.json": ("",),
     "processor_config.json": ("", "image_processor", "feature_extractor", "video_processor"),
+    "video_preprocessor_config.json": ("",),
     "sentence_*_config.json": ("",),
     "config_sentence_transformers.json": ("",),
     "gliner_config.json": ("",),
@@ -254,6 +255,9 @@ INPUTS = (
     "rescale_factor",
     "do_flip_channel_order",
     "patch_size",
+    "temporal_patch_size",
+    "merge_size",
+    "image_seq_length",
     "vision_feature_select_strategy",
     "num_additional_image_tokens",
     "sampling_rate",
@@ -268,6 +272,11 @@ INPUTS = (
     "prompts",
     "default_prompt_name",
     "similarity_fn_name",
+    # of vectors for each token
+    "query_prefix",
+    "document_prefix",
+    "do_query_expansion",
+    "attend_to_expansion_tokens",
     "activation_fn",
     "span_mode",
     "max_width",
@@ -304,15 +313,20 @@ def _beside(c: Checkpoint) -> dict[str, Any]:
 WRITTEN = ("num_classes", "in_chans", "img_size", "global_pool")
 
 
-def _arguments(c: Checkpoint) -> dict[str, Any]:
-    "What classes of timm and open_clip are made with."
+def _arguments(c: Checkpoint) -> dict[str, Any] | None:
+    "What classes of timm and open_clip are made with; None for a file that does not say."
+    clips = _held(c, "open_clip_config.json")
+    if "architecture" not in c.config and not clips:
+        return None
     found: dict[str, Any] = {}
     if "architecture" in c.config and isinstance(c.config.get("model_args"), dict):
         found |= {k: x for k, x in c.config["model_args"].items() if k not in WRITTEN}
-    for held in _held(c, "open_clip_config.json"):
+    for held in clips:
         part = held.get("model_cfg")
         found |= part if isinstance(part, dict) else {}
-    return {k: x for k, x in flat(found).items() if "pretrained" not in k}
+    # what its towers are called is lined up
+    aside = ("pretrained", "custom_text")
+    return {k: x for k, x in flat(found).items() if not any(word in k for word in aside)}
 
 # %% ../../nbs/matching/function.ipynb #4523750d
 def function(c: Checkpoint) -> dict[str, Any]:
@@ -372,7 +386,9 @@ def _odd(c: Checkpoint, d: Checkpoint) -> dict[str, tuple[Any, Any]]:
     # what is to be done with the outputs
     after = ({k: x.config.get(k) for k in ("problem_type", "global_pool")} for x in (c, d))
     found |= differences(*after, also=False)
-    found |= differences(_arguments(c), _arguments(d))
+    ours, theirs = _arguments(c), _arguments(d)
+    if ours is not None and theirs is not None:
+        found |= differences(ours, theirs)
     found |= differences(_made_with(c), _made_with(d), also=False)
     found |= _split_otherwise(c, d)
     return found | differences(_beside(c), _beside(d), also=False)

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..files.checkpoint import HEAD, Checkpoint
 from .absent import NUMBER
-from .layouts import has_names_of, in_layout_of, skeleton
+from .layouts import as_it_stores, has_names_of, in_layout_of, skeleton
 from .views import led_like, renamed
 from ..messages import MergeError, warn
 
@@ -38,18 +38,30 @@ def _leads(c: Checkpoint) -> list[str]:
             found["".join(p + "." for p in parts[: at - 1])] = None
     return [*found]
 
+# %% ../../nbs/matching/towers.ipynb #fb357e19
+def _without_end(lead: str, place: str) -> tuple[str, str]:
+    "Two leading parts, without what both end in: `` and `text_model.` of `encoder.` in each."
+    ours, theirs = lead.split("."), place.split(".")
+    # the last is empty
+    while len(ours) > 1 and len(theirs) > 2 and ours[-2] == theirs[-2]:
+        del ours[-2], theirs[-2]
+    return ".".join(ours), ".".join(theirs)
+
 # %% ../../nbs/matching/towers.ipynb #f7412435
 def tower(
     text: Checkpoint,
     whole: Checkpoint,  # that may hold such a model
-) -> tuple[str, str] | None:  # what is in front of its layers, here and there
+) -> tuple[str, str] | None:  # what is in front of its names, here and there
     "Where the layers of a model of text are in another; None if nowhere, or in two places."
     found = []
     for lead in _leads(text):
         ours = _rests(text, lead)
         places = [p for p in _leads(whole) if _rests(whole, p) == ours]
         found += [(lead, p) for p in places]
-    return found[0] if len(found) == 1 else None
+    # what sees may have layers of the same shapes
+    reads = [(lead, p) for lead, p in found if "text" in p or "language" in p]
+    some = reads or found
+    return _without_end(*some[0]) if len(some) == 1 else None
 
 # %% ../../nbs/matching/towers.ipynb #959cef88
 def _type_of_tower(c: Checkpoint) -> str | None:
@@ -87,7 +99,7 @@ def in_tower_of(
             "Give the model of text that it was made from, or a fine-tune of it."
         )
     lead, place = places
-    heads = [n for n in whole if HEAD.search(n)]
+    heads = [n for n in whole if HEAD.search(n)] or as_it_stores(whole, HEAD)
 
     def to(name: str) -> str:
         if HEAD.search(name) and len(heads) == 1:

@@ -109,7 +109,12 @@ def _lead(names: set[str], others: set[str]) -> str:
     return lead if most > max(second, len(names)/2) else ""
 
 # %% ../../nbs/matching/views.ipynb #b227f94c
-OLD = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+OLD = {
+    "LayerNorm.gamma": "LayerNorm.weight",
+    "LayerNorm.beta": "LayerNorm.bias",
+    # of those who wrote Mamba
+    "backbone.embedding.": "backbone.embeddings.",
+}
 
 
 def _modern(name: str) -> str:
@@ -159,6 +164,17 @@ def _tower_like(names: set[str], want: set[str]) -> Callable[[str], str] | None:
     return None
 
 
+# %% ../../nbs/matching/views.ipynb #7a83fe07
+def _rest_in_front(c: Checkpoint, like: Checkpoint) -> Callable[[str], str] | None:
+    "How the names that one has alone become all that the other has alone, by a leading part."
+    ours, theirs = ({n for n in a.lazy if n not in b} for a, b in ((c, like), (like, c)))
+    to = in_front(ours, theirs) if len(ours) == len(theirs) > 1 else None
+    if to is None or {to(n) for n in ours} != theirs:
+        return None
+    if any(c.lazy[n].shape != like.lazy[to(n)].shape for n in ours):
+        return None
+    return lambda n: to(n) if n in ours else n
+
 # %% ../../nbs/matching/views.ipynb #4561f7b9
 def led_like(
     c: Checkpoint,
@@ -168,7 +184,11 @@ def led_like(
     names, want = {*c}, {*like}
     if new := _old_names(names, want):
         return led_like(renamed(c, lambda n: new.get(n, n)), like)
-    to = None if c.adapter is not None else _tower_like(names, want) or in_front(names, want)
+    if old := {n: o for o, n in _old_names(want, names).items()}:
+        return led_like(renamed(c, lambda n: old.get(n, n)), like)
+    to = None
+    if c.adapter is None:
+        to = _tower_like(names, want) or in_front(names, want) or _rest_in_front(c, like)
     return c if to is None else renamed(c, to)
 
 # %% ../../nbs/matching/views.ipynb #5e961876

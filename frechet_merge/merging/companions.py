@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from ..files.checkpoint import read_json, vocabulary_size
-from ..files.folders import TOKENIZER, TRAINING, TRAINING_FOLDERS, WEIGHTS
+from ..files.folders import STATES, TOKENIZER, TRAINING, TRAINING_FOLDERS, WEIGHTS
 from ..files.folders import components, first_with, is_named, is_weights
 from ..files.folders import module_paths, weights_in
 from ..files.output import copied
@@ -63,6 +63,11 @@ NOT_CARRIED = (
 def _is(file: Path, patterns: Sequence[str]) -> bool:
     return is_named(file.name, patterns)
 
+# %% ../../nbs/merging/companions.ipynb #f3b00b65
+def _comes_along(file: Path) -> bool:
+    "Whether a file is copied that is none of a tokenizer or of modules."
+    return not _is(file, NOT_CARRIED) or _is(file, STATES)
+
 # %% ../../nbs/merging/companions.ipynb #6d1df375
 def _is_of_file(file: Path) -> bool:
     "Whether what stands beside a file that was named alone says what that file does."
@@ -83,7 +88,7 @@ def carried(
             yield from (f for f in sorted(home.iterdir()) if not f.is_dir() and _is(f, patterns))
     for f in sorted(homes[-1].iterdir()) if homes else []:
         known = _is(f, TOKENIZER) or _is(f, MODULES)
-        if not f.is_dir() and not known and (_is_of_file(f) if alone else not _is(f, NOT_CARRIED)):
+        if not f.is_dir() and not known and (_is_of_file(f) if alone else _comes_along(f)):
             yield f
 
 # %% ../../nbs/merging/companions.ipynb #acc20fbc

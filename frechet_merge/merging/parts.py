@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..files.checkpoint import Checkpoint, read_json, vocabulary_size
-from ..files.folders import pipeline_parts
+from ..files.folders import STATES, pipeline_parts
 from ..files.open import load
 from ..files.ranges import is_file
 from ..files.shards import same_bytes
@@ -98,6 +98,16 @@ def _say_other_tables(first: Checkpoint, others: Sequence[Checkpoint]) -> None:
 
 # %% ../../nbs/merging/parts.ipynb #a9781a0d
 OBJECTS = ("*.pkl", "*.joblib", "*.skops", "*.pickle")  # of libraries that keep no tensors
+# files beside a model → what they are, and what is to be done where models have others
+COPIED = {
+    **dict.fromkeys(
+        OBJECTS, ("is an object and no tensors", ". Fit it anew on the merged model")
+    ),
+    **dict.fromkeys(
+        STATES,
+        ("is what inputs or outputs are scaled by", ", whose weights were trained with that"),
+    ),
+}
 
 
 def _say_what_is_copied(models: Sequence[Checkpoint]) -> None:
@@ -107,15 +117,15 @@ def _say_what_is_copied(models: Sequence[Checkpoint]) -> None:
     if first.folder is None or is_file(first.source):
         return
     _say_other_tables(first, others)
-    for file in sorted(f for kind in OBJECTS for f in first.folder.glob(kind) if f.is_file()):
-        for c in others:
+    found = {f: said for kind, said in COPIED.items() for f in first.folder.glob(kind)}
+    for file, (what, then) in sorted(found.items()):
+        for c in others if file.is_file() else ():
             theirs = None if c.folder is None else c.folder/file.name
             there = theirs is not None and theirs.is_file()
             if theirs is None or not there or not same_bytes(theirs, file):
                 warn(
-                    f"{file.name}: is an object and no tensors; that of {first.source} is copied, "
-                    f"and {c.source} has {'another' if there else 'none'}. Fit it anew on the "
-                    "merged model"
+                    f"{file.name}: {what}; that of {first.source} is copied, and {c.source} has "
+                    f"{'another' if there else 'none'}{then}"
                 )
                 break
 
