@@ -378,6 +378,7 @@ def _wait_for_hub(name: str, revision: str | None) -> None:
         ask = partial(HfApi().dataset_info, name, revision=revision, timeout=patience())
         in_time(ask, 2*patience())
     except Exception as e:
+        pass_on(e)
         if "Timeout" in type(e).__name__:
             raise ConnectionError(str(e)) from e
 
