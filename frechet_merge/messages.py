@@ -93,12 +93,20 @@ def first_line(e: BaseException) -> str:
     lines = str(e).strip().splitlines() or [type(e).__name__]
     return named(lines[0])
 
+# %% ../nbs/messages.ipynb #6e43eb4a
+WIDEST = 4000  # characters of a line of an error
+
+
+def _ended(line: str) -> str:
+    "A line that is not for ever: a shape may have a hundred thousand numbers."
+    return line if len(line) <= WIDEST else line[:WIDEST] + "…"
+
 # %% ../nbs/messages.ipynb #9a54126f
 class MergeError(ValueError):
     "Checkpoints that cannot be merged; the message names the file, the tensor and the remedy."
 
     def __init__(self, text: str = ""):
-        super().__init__(shown(text))
+        super().__init__("\n".join(map(_ended, shown(text).split("\n"))))
 
 # %% ../nbs/messages.ipynb #2244c795
 class Misfit(ValueError):
@@ -115,9 +123,12 @@ OF_MACHINE = (
     errno.ENOMEM,
     errno.EMFILE,
     errno.ENFILE,
+    errno.EAGAIN,
 )
-# as libraries in Rust have it in their texts, and torch
-SPELLED = re.compile(r"[(]os error (\d+)[)]|(can't allocate memory|CUDA out of memory)")
+# as libraries in Rust have it in their texts, and torch, and Python of threads
+SPELLED = re.compile(
+    r"[(]os error (\d+)[)]|(can't allocate memory|CUDA out of memory)|(can't start new thread)"
+)
 
 
 def _of_machine(e: BaseException) -> BaseException | None:
@@ -130,7 +141,7 @@ def _of_machine(e: BaseException) -> BaseException | None:
         return None
     if spelled[2]:
         return MemoryError(str(e).splitlines()[0][:200])
-    number = int(spelled[1])
+    number = errno.EAGAIN if spelled[3] else int(spelled[1])
     return OSError(number, os.strerror(number)) if number in OF_MACHINE else None
 
 

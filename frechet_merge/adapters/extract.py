@@ -31,7 +31,7 @@ from ..files.checkpoint import Checkpoint, refuse_changed_beside, token_rows
 from ..files.folders import TOKENIZER, is_named
 from ..files.hub import look_up
 from ..files.open import load
-from ..files.output import copied, disk_errors, staged
+from ..files.output import copied, disk_errors, staged, writable
 from ..files.places import is_here, place_of
 from ..files.shards import save_tensors
 from ..files.stack import Stack
@@ -632,6 +632,7 @@ def extract(
     """The best adapter of a full fine-tune, layer by layer, as PEFT opens it; `MergeError` or
     `ValueError` if there is none, and then `out` is untouched."""
     asked = Asked(rank, energy, damping, tuple(whole), tuple(exclude))
+    out = out if out is None else writable(out)
     tuned, start = _opened(model, base, allow_pickle)
     found, modules = places(tuned if tuned.config else tuned.view(folder=start.folder))
     tuned, start = _excluded(tuned, start, found, asked.exclude)
@@ -644,7 +645,7 @@ def extract(
     saved = _save_whole(work, blocks)
     _say_what_is_left(work)
     made = Extracted(work.tensors, _config(work, saved, modules), work.kept, saved, work.left)
-    return made if out is None else _written(made, Path(out), tuned)
+    return made if out is None else _written(made, out, tuned)
 
 # %% ../../nbs/adapters/extract.ipynb #a8880d16
 def _written(made: Extracted, out: Path, like: Checkpoint) -> Extracted:
@@ -713,6 +714,7 @@ def resize(
     """An adapter with the best updates of lower rank; `MergeError` for what is no adapter, and then
     `out` is untouched."""
     asked, c = Asked(rank, energy), load(adapter, allow_pickle, "adapter")
+    out = out if out is None else writable(out)
     if c.adapter is None:
         raise MergeError(
             f"{c.source}: is a full model.\n"
@@ -729,4 +731,4 @@ def resize(
     tensors |= {n: x.tensor() for n, x in rest.items()}
     config = peft_config([c], updates, {n: k.rank for n, k in kept.items()})
     made = Extracted(tensors, config, kept)
-    return made if out is None else _written(made, Path(out), c)
+    return made if out is None else _written(made, out, c)

@@ -1422,6 +1422,11 @@ def _unforeseen(e: Exception) -> str:
             "Take less at once (--batch-size, --memory), or close other programs."
         )
     said = found or e
+    if isinstance(said, OSError) and said.errno == errno.EAGAIN:
+        return (
+            f"error: no more threads or processes can be started ({said.strerror}).\n"
+            "Allow more (ulimit -u), or end others of this user."
+        )
     if isinstance(said, OSError) and said.strerror:
         return _of_a_disk(said)
     first = "\n".join(str(e).splitlines()[:1])
@@ -1511,6 +1516,14 @@ class Ending:
         signal.signal(signal.SIGALRM, lambda _, frame: self(number, frame))
         signal.setitimer(signal.ITIMER_REAL, 0.01)
 
+# %% ../../nbs/cli/commands.ipynb #1c16f063
+def _refuse_no_folder() -> None:
+    "`MergeError` if this process is in a folder that was removed: no path leads anywhere from it."
+    try:
+        os.getcwd()
+    except FileNotFoundError as e:
+        raise MergeError("the current folder was removed.\nGo to one that is there: cd.") from e
+
 # %% ../../nbs/cli/commands.ipynb #5831c528
 def main():
     """Entry point of `frechet-merge`: exit code 0 done, 1 the inputs cannot be merged, 2 wrong
@@ -1534,6 +1547,7 @@ def main():
         warnings.simplefilter("default")
     code = 0
     try:
+        _refuse_no_folder()
         with caught_panics():
             found = app(standalone_mode=False)
         # a command that returns something else is done

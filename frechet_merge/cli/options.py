@@ -168,12 +168,13 @@ def picture_path(
     "`MergeError` if no picture can be written there, before there is one."
     if path is None:
         return None
-    from frechet_merge.files.output import free
+    from frechet_merge.files.output import free, writable
 
     path = free(path, folder=False, replace=True)
     # what matplotlib would call it
     if path.name and not path.suffix:
-        path = free(path.with_name(f"{path.name}.png"), folder=False, replace=True)
+        path = path.with_name(f"{path.name}.png")
+    path = writable(path, folder=False, replace=True)
     from matplotlib.backend_bases import FigureCanvasBase
 
     if path.suffix and path.suffix[1:].lower() not in (

@@ -9,10 +9,12 @@ __all__ = ['Name', 'KINDS', 'NO_CODE', 'Opened', 'kind_of', 'read_head', 'embedd
 
 # %% ../../nbs/huggingface/models.ipynb #b1f3a435
 import json
+import math
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial, reduce
@@ -227,6 +229,48 @@ def _is_length(x: Any) -> bool:
     "Whether something is a number of tokens: a tokenizer without a limit says a very large one."
     return type(x) in (int, float) and x >= 1
 
+# %% ../../nbs/huggingface/models.ipynb #b4b86d3b
+# in a pattern: what may match nothing, and so between any two characters
+_OF_NOTHING = re.compile(r"[*?|^$]|\{0|\{,|\\[bBAzZG]")
+
+
+def _growth(step: dict[str, Any]) -> float:
+    "How many times as long a text may become by a step of a tokenizer's normalizer."
+    if step.get("type") == "Sequence":
+        return math.prod(map(_growth, step["normalizers"]))
+    if step.get("type") != "Replace":
+        return 1
+    ((kind, pattern),) = step["pattern"].items()
+    new = len(step["content"])
+    if kind == "String" and pattern:
+        return max(1, new/len(pattern))
+    return new + 1 if not pattern or _OF_NOTHING.search(pattern) else max(1, new)
+
+# %% ../../nbs/huggingface/models.ipynb #5f70898c
+GROWTH = 64  # times as long as it was a text may become before it is split
+
+
+def _refuse_growth(tok: Any, folder: Name) -> None:
+    "`MergeError` for a tokenizer that makes gigabytes of a text: its library ends the process."
+    normalizer = getattr(getattr(tok, "backend_tokenizer", None), "normalizer", None)
+    if normalizer is None:
+        return
+    times = _growth(json.loads(normalizer.__getstate__()))
+    if times > GROWTH:
+        raise MergeError(
+            f"{folder}: the normalizer in its tokenizer.json may make a text {times:.3g} times as "
+            "long.\nName another tokenizer (--tokenizer), or mend the file."
+        )
+
+# %% ../../nbs/huggingface/models.ipynb #b9b9d074
+def _numbers(tok: Any) -> Iterator[tuple[str, int]]:
+    "All that a tokenizer may put out: its words, and what it adds to a text and to a pair."
+    yield from tok.get_vocab().items()
+    for empty in [("",), ("", "")]:
+        # one that fails says so where it splits texts
+        with suppress(Exception), caught_panics():
+            yield from [("what it adds", i) for i in tok(*empty)["input_ids"]]
+
 # %% ../../nbs/huggingface/models.ipynb #851bbbf2
 # of transformers: no code of a model is run, and nobody is asked whether it may be
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}
@@ -270,10 +314,11 @@ def open_tokenizer(
             "The file is damaged: download or save it again, or mend this key."
         )
     tok.padding_side = "right"
+    _refuse_growth(tok, folder)
     _give_padding(tok, rows, folder)
-    beyond = [(word, i) for word, i in tok.get_vocab().items() if i >= rows]
+    beyond = next((pair for pair in _numbers(tok) if pair[1] >= rows), None)
     if beyond:
-        word, i = beyond[0]
+        word, i = beyond
         raise MergeError(
             f"{folder}: its tokenizer knows {word!r} as number {i}, and {source} embeds {rows} "
             "tokens.\n"

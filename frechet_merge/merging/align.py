@@ -17,7 +17,7 @@ import torch
 from ..files.checkpoint import Checkpoint
 from ..files.hub import look_up
 from ..files.open import load
-from ..files.output import disk_errors, free, staged
+from ..files.output import disk_errors, staged, writable
 from ..matching.blocks import align as versions
 from ..symmetries.gauges import Aligned, in_one_gauge
 from ..symmetries.groups import Group
@@ -131,7 +131,7 @@ def align(
     ws = [1.0]*len(opened) if weights is None else list(weights)
     if len(ws) != len(opened):
         raise Misfit(f"weights = {ws}: give one for each of the {len(opened)} models.")
-    place = None if out is None else free(out)
+    place = None if out is None else writable(out)
     all_ws = [*(sum(ws)/len(ws) for _ in bases), *ws]
     sources = [*([] if base is None else [base]), *models]
     seen, found = brought_together(every, groups, all_ws, how, sources, allow_pickle)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..files.checkpoint import Checkpoint
-from ..files.output import free
+from ..files.output import writable
 from ..files.tensors import LazyTensor, typed_dtype
 from ..geometries.geometry import Euclidean, Geometry, check_needs
 from ..geometries.permutation import assigned
@@ -397,7 +397,7 @@ def fewer_experts(
         asked = Asked(keep, picked, by, feed)
         output = Output(None if out is None else Path(out), as_dtype(dtype), shard_size)
         if output.folder is not None:
-            output = replace(output, folder=free(output.folder))
+            output = replace(output, folder=writable(output.folder))
         record = replace(begun(opened, output), command=asked.command(opened, output, geometry))
         work = Work(opened, output, Run("threads", device, progress), record, said, since)
         return _made(work, routes, asked)

@@ -123,6 +123,8 @@ def _dropped(opened: Opened, stored: Sequence[Checkpoint]) -> Opened:
         if not is_of_model and not _reaches(pattern, _put_on_a_base(recipe)):
             raise ValueError(f"drop = {pattern!r}: no model has a tensor of this name.")
     models = [without(c, patterns) for c in opened.models]
+    if not any(map(len, models)):
+        raise ValueError(f"drop = {', '.join(patterns)}: leaves nothing to merge.")
     base = None if opened.base is None else without(opened.base, patterns)
     return replace(opened, models=models, base=base)
 

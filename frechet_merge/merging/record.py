@@ -12,6 +12,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypedDict
@@ -63,9 +64,13 @@ def _is_of(value: Any, kind: Any) -> bool:
     return isinstance(value, kind)
 
 # %% ../../nbs/merging/record.ipynb #9627bf27
+# of a record with a mean for each of a hundred thousand tensors they are asked for each
+_kinds_of = cache(get_type_hints)
+
+
 def _has_keys(value: dict, kind: Any) -> bool:
     "Whether an object out of JSON has the keys that it must have, and what it has is of its type."
-    kinds = get_type_hints(kind)
+    kinds = _kinds_of(kind)
     return kind.__required_keys__ <= value.keys() and all(
         _is_of(value[key], kinds[key]) for key in kinds if key in value
     )

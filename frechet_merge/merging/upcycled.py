@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..files.checkpoint import Checkpoint, token_rows
 from ..files.open import load
-from ..files.output import free
+from ..files.output import writable
 from ..files.tensors import LazyTensor, MemoryTensor, typed_dtype
 from ..files.devices import as_device
 from ..geometries.geometry import Euclidean
@@ -388,7 +388,7 @@ def make_mixture(wanted: Wanted, output: Output = Output(), run: Run = Run()) ->
     with heard() as said:
         wanted.check()
         if output.folder is not None:
-            output = replace(output, folder=free(output.folder))
+            output = replace(output, folder=writable(output.folder))
         parts = wanted.opened()
         plan = plan_mixture(parts, rows_of(wanted, parts, run.device), output.dtype, run.device)
         record = begun(_all_of(parts, wanted), output)

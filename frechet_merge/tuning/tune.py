@@ -36,7 +36,7 @@ from ..merging.merge import Merged, make
 from ..merging.plan import open_recipe, plan_recipe
 from ..merging.recipe import Output, Recipe, as_dtype
 from ..execution.executors import Run
-from ..files.output import free, hidden, owned, temporary
+from ..files.output import hidden, owned, temporary, writable
 from ..matching.statistics import facts
 from ..messages import warn
 
@@ -261,7 +261,7 @@ def _place(out: Name | None) -> Path | None:
     "A place that is free, in a folder that is there."
     if out is None:
         return None
-    place = free(out)
+    place = writable(out)
     if not place.absolute().parent.is_dir():
         raise MergeError(f"{place}: its folder does not exist.\nName one in a folder that does.")
     return place
