@@ -143,6 +143,17 @@ class TestTwoTrainers:
             merge([a, b])
 
 
+    @pytest.mark.parametrize("names", [("wan_HighNoise", "wan_low_noise"), ("v1_high", "v2_high")])
+    def test_of_files_for_two_denoisers_it_is_said(self, tmp_path, names, recwarn):
+        layers = {"lora_unet_blocks_0_self_attn_q": (8, 8)}
+        paths = [tmp_path/f"{name}.safetensors" for name in names]
+        for i, path in enumerate(paths):
+            save_file(lora(layers, KOHYA, i, alpha=1), path)
+        merge(paths)
+        said = [str(w.message) for w in recwarn if "high and of low noise" in str(w.message)]
+        assert len(said) == ("Noise" in names[0])
+
+
 class TestNamesWithoutALead:
     "Adapters of diffusion models whose names say it by their attention alone."
 

@@ -517,6 +517,9 @@ def _target(
         try:
             return united([every[i] for i in order], vocabularies, count)
         except MergeError as e:
+            # one remedy is enough
+            if "\n" in str(e):
+                raise
             raise MergeError(f"{e}\n{nobody}") from e
 
 # %% ../../nbs/matching/rows.ipynb #2b1c0e14
