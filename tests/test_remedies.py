@@ -460,7 +460,7 @@ def test_a_dtype_that_cannot_be_merged(tmp_path, whole):
     file = tmp_path/"x.safetensors"
     save_file(ONE, file)
     file.write_bytes(file.read_bytes().replace(b'"F32"', b'"C99"', 1))
-    said = refused("has dtype C99, which cannot be merged", file, whole)
+    said = refused("has dtype 'C99', which cannot be merged", file, whole)
     assert "F32" in said.partition("Convert it to one of ")[2]
     save_file(ONE, file)
     is_one(file, whole)

@@ -341,7 +341,7 @@ def _entry(path, name: str, spec, start: int, stamp: Stamp) -> tuple[Entry, int]
         )
     if isinstance(code, str) and code not in DTYPES:
         raise MergeError(
-            f"{path}: tensor {name!r} has dtype {code}, which cannot be merged.\n"
+            f"{path}: tensor {name!r} has dtype {code!r}, which cannot be merged.\n"
             f"Convert it to one of {', '.join(DTYPES)}."
         )
     try:
