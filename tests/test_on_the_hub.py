@@ -178,6 +178,25 @@ class TestNames:
         with pytest.raises(MergeError):
             merge([tmp_path/"a", tmp_path/"b"])
 
+    @pytest.mark.parametrize("order", ["ab", "ba"])
+    @pytest.mark.parametrize("how", [{}, {"absent": "renormalise"}])
+    def test_parts_of_one_shape_are_other_parts(self, order, how):
+        "A head, and one beside it; layers that encode, and layers that decode."
+        both = ("enc.0.w", "enc.1.w")
+        for lead, names in (
+            ("aux.", ("head.weight", "head.bias")),
+            ("text.", ("head.weight", "head.bias")),
+            ("decoder.", ("layers.0.w", "layers.1.w")),
+        ):
+            a = {n: randn(4, seed=i) for i, n in enumerate((*both, *names))}
+            b = {n: randn(4, seed=i) for i, n in enumerate((*both, *(lead + n for n in names)))}
+            models = {"a": a, "b": b}
+            try:
+                m = merge([models[n] for n in order], **how).tensors
+            except MergeError:
+                continue
+            assert {*m} == {*a, *b}
+
     def test_mamba_as_its_authors_call_it(self, tmp_path):
         config = MambaConfig(vocab_size=30, hidden_size=8, num_hidden_layers=1, state_size=4)
         a, b = (made(tmp_path/n, MambaForCausalLM, config, i) for i, n in enumerate("ab"))
