@@ -313,6 +313,12 @@ class TestRemedies:
                 merge(models)
         merge([whole, whole])
 
+    def test_normalisation_by_groups_is_in_no_convolution(self):
+        conv = {"conv.weight": randn(2, 2, 3, 3), "norm.weight": randn(2), "fc.weight": randn(3, 2)}
+        batches = {**conv, "norm.running_mean": randn(2)}
+        with pytest.raises(MergeError, match="renormalise"):
+            merge([batches, {**conv, "fc.bias": randn(3)}])
+
     @pytest.mark.parametrize(
         "kind, config, key",
         [

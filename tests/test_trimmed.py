@@ -170,6 +170,15 @@ def test_what_reads_entries_does_not_read_adapters(tmp_path):
     assert cli(*args, "knots")[0] == 0
 
 
+@pytest.mark.parametrize("name", ["ties", "breadcrumbs", "sce"])
+def test_parameters_are_charted_as_tensors_are(name):
+    models = [torch.tensor([[1.0, 1.0, i, 2.0, 1.0]]) for i in (1.0, 3.0)]
+    g = geometry_named(f"{name}:{'select' if name == 'sce' else 'density'}=0.5")
+    want = g.chart(models).points
+    found = g.chart([torch.nn.Parameter(x) for x in models]).points
+    assert all(torch.equal(p.x, q.x) for p, q in zip(found, want))
+
+
 @pytest.mark.parametrize("name", ["ties", "dare", "breadcrumbs"])
 @pytest.mark.parametrize("weights", [[1, 1], [1, 0]])
 @pytest.mark.parametrize("odd", [float("nan"), float("inf")])

@@ -63,7 +63,7 @@ class Cut:
         if not room:
             self.before[start + x.numel()] = before
             return None
-        equal = x.reshape(-1).clone().eq_(self.least)
+        equal = x.detach().reshape(-1).clone().eq_(self.least)
         count = int(equal.count_nonzero())
         if count > room:
             # torch finds all coordinates of each
