@@ -342,6 +342,12 @@ class TestRemedies:
             merge([tmp_path/"a", tmp_path/"b"])
         merge([tmp_path/"a", tmp_path/"a"])
 
+    def test_matrices_of_mlx_are_as_those_of_torch(self, tmp_path):
+        save_file({"fc.weight": randn(8, 4)}, tmp_path/"a.safetensors", {"format": "mlx"})
+        save_file({"fc.weight": randn(4, 8)}, tmp_path/"b.safetensors", {"format": "pt"})
+        with pytest.raises(MergeError, match="the other way round.*square ones, too"):
+            merge([tmp_path/"a.safetensors", tmp_path/"b.safetensors"])
+
     def test_matrices_the_other_way_round(self):
         ours, theirs = {"c_fc.weight": randn(4, 16)}, {"c_fc.weight": randn(16, 4)}
         with pytest.raises(MergeError, match="the other way round.*held.NAME..T"):
