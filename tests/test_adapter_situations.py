@@ -433,6 +433,25 @@ class TestTasks:
         are_mean(kind.from_pretrained(out).state_dict(), want.state_dict())
 
 
+    @pytest.mark.parametrize("field", ["task_type", "model_type"])
+    def test_words_of_no_kind_name_no_class(self, tiny, adapter, tmp_path, field):  # noqa: F811
+        base = tiny("base", kind="qwen2")
+        a = adapter("a", base, 1)
+        file = a/FILE
+        save_file({**load_file(file), "base_model.model.score.weight": randn(3, 16)}, file)
+        where = (a/"adapter_config.json") if field == "task_type" else (base/"config.json")
+        config = a/"adapter_config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "task_type": "SEQ_CLS"}))
+        where.write_text(json.dumps({**json.loads(where.read_text()), field: ["odd"]}))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                out = merge([f"{base}+{a}"], out=tmp_path/"out").out
+            except MergeError:
+                return
+        assert "ForSequenceClassification" not in (out/"config.json").read_text()
+
+
 class TestLinks:
     def test_a_config_that_is_a_link_out_of_its_folder(self, tiny, adapter, tmp_path):  # noqa: F811
         "It says what the update is, and no other word of it is copied."

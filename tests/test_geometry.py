@@ -436,3 +436,9 @@ def test_arguments_that_nothing_is_computed_with_are_refused(named, says):
     models = [{"q.weight": torch.full((3, 3), float(i))} for i in range(3)]
     with pytest.raises(ValueError, match=says):
         merge(models[:2], geometry=named, base=models[2])
+
+
+@pytest.mark.parametrize("seed", [2**63, 2**128, -(2**63)])
+def test_seeds_are_as_large_as_one_likes(seed):
+    models = [{"q.weight": torch.full((3, 3), float(i))} for i in range(3)]
+    merge(models[:2], geometry=f"dare:seed={seed}", base=models[2])

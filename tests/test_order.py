@@ -5,14 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from frechet_merge.algebra.order import cut_of, cuts, ranks
+from frechet_merge.algebra.order import NONE, cut_of, cuts, ranks
 
 DTYPES = (torch.float32, torch.float64)
 
 
 @settings(deadline=None, max_examples=60)
 @given(
-    st.lists(st.sampled_from([0.0, 1e-45, 0.5, 1.0, 1.5, 3e38]), min_size=1, max_size=40),
+    st.lists(st.sampled_from([0.0, 1e-45, 0.5, 1.0, 1.5, 2.0**25, 3e38]), min_size=1, max_size=40),
     st.integers(-1, 41),
     st.sampled_from((*DTYPES, torch.bfloat16)),
 )
@@ -23,6 +23,21 @@ def test_the_largest_are_those_of_a_stable_sort(numbers, k, dtype):
     want = torch.zeros(len(x), dtype=torch.bool)
     want[x.argsort(descending=True, stable=True)[: max(k, 0)]] = True
     assert torch.equal(cut_of(x, k).above(x), want.to(x))
+    assert torch.equal(cut_of(x, k).keep(-x), -x*want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_infinite_is_kept(dtype):
+    x = torch.tensor([1.0, float("inf"), 2.0, 1.0], dtype=dtype)
+    for k in (1, 2, 4):
+        assert cut_of(x, k).keep(-x)[1] == -float("inf")
+
+
+def test_nothing_is_remembered_of_cuts_that_all_share():
+    x = torch.rand(7)
+    for cut in (cut_of(x, 0), NONE):
+        assert not cut.above(x).any() and not cut.keep(x).any()
+    assert NONE.before == {0: 0}
 
 
 @settings(deadline=None, max_examples=60)

@@ -5,7 +5,7 @@ import torch
 from conftest import cli, save
 from test_recipe_files import deep
 
-from frechet_merge import check_geometry, merge
+from frechet_merge import MergeError, check_geometry, merge
 from frechet_merge.files.stack import Stack
 from frechet_merge.files.tensors import MemoryTensor
 from frechet_merge.geometries.directions import Slerp
@@ -168,6 +168,25 @@ def test_what_reads_entries_does_not_read_adapters(tmp_path):
     code, _, err = cli(*args, "ties")
     assert code == 2 and "knots" in err and not (tmp_path/"o").exists()
     assert cli(*args, "knots")[0] == 0
+
+
+@pytest.mark.parametrize("name", ["ties", "breadcrumbs", "sce"])
+def test_parameters_are_charted_as_tensors_are(name):
+    models = [torch.tensor([[1.0, 1.0, i, 2.0, 1.0]]) for i in (1.0, 3.0)]
+    g = geometry_named(f"{name}:{'select' if name == 'sce' else 'density'}=0.5")
+    want = g.chart(models).points
+    found = g.chart([torch.nn.Parameter(x) for x in models]).points
+    assert all(torch.equal(p.x, q.x) for p, q in zip(found, want))
+
+
+@pytest.mark.parametrize("name", ["ties", "dare", "breadcrumbs"])
+@pytest.mark.parametrize("weights", [[1, 1], [1, 0]])
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_refused_though_nothing_of_it_counts(name, weights, odd):
+    base, a, b = ({"w": torch.tensor([[float(i), -2.0, 3.0, 4.0]])} for i in range(3))
+    b["w"][0, 2] = odd
+    with pytest.raises(MergeError, match="models.1.: tensor 'w' is (nan|inf) at element 2"):
+        merge([a, b], base=base, geometry=name, weights=weights)
 
 
 def test_a_base_is_asked_for(tmp_path):

@@ -255,12 +255,14 @@ def _class_for(onto: _Onto, whole: Collection[str]) -> dict[str, Any]:
     "What the config is to say of the class, if an adapter saved a head for a task; else nothing."
     task = (onto.adapter.adapter or {}).get("task_type")
     has_head = any(_is_head(_name_of(key)) for key in whole)
-    if task not in TASKS or not has_head or find_spec("transformers") is None:
+    asked = TASKS.get(task) if isinstance(task, str) else None
+    if asked is None or not has_head or find_spec("transformers") is None:
         return {}
     from transformers.models.auto import modeling_auto
 
-    table = getattr(modeling_auto, TASKS[task], {})
-    name = table.get(onto.base.config.get("model_type"))
+    table = getattr(modeling_auto, asked, {})
+    kind = onto.base.config.get("model_type")
+    name = table.get(kind) if isinstance(kind, str) else None
     return {"architectures": [name]} if isinstance(name, str) else {}
 
 # %% ../../nbs/adapters/baking.ipynb #82bf8b07

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['QKV', 'ADDED', 'FLUX', 'HUNYUAN', 'SD3', 'WAN', 'REFINED', 'SAME', 'Z_IMAGE', 'LUMINA2', 'COSMOS', 'STACKS', 'KREA2',
-           'TIMES', 'HEARS', 'LTX', 'INSIDE', 'OUTSIDE', 'OWN', 'WITH_DOTS', 'ORIGINALS', 'WIDTHS', 'RATIOS', 'CLIP',
-           'T5', 'ENCODERS', 'LEAD', 'Rows', 'Sized', 'rows_of_each', 'originals', 'original_of', 'rows_of']
+           'TIMES', 'ATTENTIONS', 'LTX', 'INSIDE', 'OUTSIDE', 'OWN', 'WITH_DOTS', 'ORIGINALS', 'WIDTHS', 'RATIOS',
+           'CLIP', 'T5', 'ENCODERS', 'LEAD', 'Rows', 'Sized', 'rows_of_each', 'originals', 'original_of', 'rows_of']
 
 # %% ../../nbs/adapters/originals.ipynb #6db68bdd
 import re
@@ -225,7 +225,14 @@ TIMES = {
     "av_ca_v2a_gate_adaln_single": "av_cross_attn_audio_v2a_gate",
 }
 # attentions of its blocks
-HEARS = ("attn1", "attn2", "audio_attn1", "audio_attn2", "audio_to_video_attn")
+ATTENTIONS = (
+    "attn1",
+    "attn2",
+    "audio_attn1",
+    "audio_attn2",
+    "audio_to_video_attn",
+    "video_to_audio_attn",
+)
 # of LTX-Video and LTX-2: the original's name → that of diffusers
 LTX = {
     **{
@@ -233,7 +240,7 @@ LTX = {
         for name in (
             *(
                 f"transformer_blocks.#.{a}.{x}"
-                for a in (*HEARS, "video_to_audio_attn")
+                for a in ATTENTIONS
                 for x in (*SAME, "to_gate_logits")
             ),
             *(

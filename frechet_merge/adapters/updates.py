@@ -561,8 +561,8 @@ def _kept(c: Checkpoint) -> dict[str, Any]:
     if file is None or not file.exists() or is_of(file.parent, file):
         return {k: v for k, v in config.items() if k not in OF_TRAINING}
     warn(
-        f"{file}: is a link that leads out of its folder. What it says of the updates is read, and "
-        "no other word of it is written."
+        f"{file}: is a link that leads out of its folder. What it says of the updates and of their "
+        "base is read, and no other word of it is written."
     )
     return {k: v for k, v in config.items() if k in SAID}
 

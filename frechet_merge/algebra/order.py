@@ -48,19 +48,22 @@ class Cut:
         "Those whose sizes are among the largest, and 0 in the place of the others."
         if self.left is None:
             least = torch.tensor(self.least, dtype=x.dtype)
-            return hardshrink(x, float(least.nextafter(least - 1)))
+            # what is no larger than its number goes: the next one below is given
+            return hardshrink(x, float(least.nextafter(-torch.ones_like(least))))
         equal = self._equal(x.abs(), start) if self.left else None
         kept = hardshrink(x, self.least)
         return kept if equal is None else kept.addcmul_(x, equal)
 
     def _equal(self, x: Tensor, start: int) -> Tensor | None:
         "1 for those that equal the least and are among the largest; None: there are none."
-        before = self.before[start] if self.left else 0
-        room = (self.left or 0) - before
+        if not self.left:
+            return None
+        before = self.before[start]
+        room = self.left - before
         if not room:
             self.before[start + x.numel()] = before
             return None
-        equal = x.reshape(-1).clone().eq_(self.least)
+        equal = x.detach().reshape(-1).clone().eq_(self.least)
         count = int(equal.count_nonzero())
         if count > room:
             # torch finds all coordinates of each

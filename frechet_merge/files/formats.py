@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .checkpoint import Checkpoint, read_json, tied_names
+from .checkpoint import Checkpoint, from_json, read_json, tied_names
 from .folders import TRAINING, is_named
 from ..messages import MergeError
 from ..messages import warn
@@ -183,6 +183,14 @@ def _open_files(files: list[Path], promised: set, source: str, config: dict) -> 
     c = Checkpoint(lazy, source, files[0].parent, tied, files=files)
     return c.view(metadata=meta)
 
+# %% ../../nbs/files/formats.ipynb #acef566a
+def _say_the_same(one: str, other: str) -> bool:
+    "Whether two texts of JSON do; keys may stand in another order."
+    try:
+        return one == other or from_json(one) == from_json(other)
+    except ValueError:
+        return False
+
 # %% ../../nbs/files/formats.ipynb #3ef34745
 BUILT = "config"  # the key under which models of videos keep it
 
@@ -194,7 +202,7 @@ def _built(
     "The config in the first header that has one; another one is told."
     found = [(c, held[BUILT]) for c, held in zip(every, headers) if BUILT in held]
     for c, text in found[1:]:
-        if text != found[0][1]:
+        if not _say_the_same(text, found[0][1]):
             warn(
                 f"{found[0][0].source} and {c.source} have other configs in their headers: what "
                 f"is merged has that of {found[0][0].source}"

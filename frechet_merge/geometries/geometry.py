@@ -216,7 +216,8 @@ LARGEST = {int: 2**63 - 1, float: torch.finfo(torch.float32).max}
 
 def refuse_large(g: Geometry) -> None:
     "`ValueError` for an argument that is finite, and larger than what tensors are computed with."
-    for f in fields(g):
+    # a seed is no number that is computed with
+    for f in (f for f in fields(g) if f.name != "seed"):
         value = getattr(g, f.name)
         for x in value if isinstance(value, (list, tuple)) else [value]:
             largest = LARGEST.get(type(x))

@@ -180,8 +180,9 @@ class Trimmed(Geometry):
         def charted(start: int, X: Sequence[Tensor]) -> Chart:
             kept = []
             for x, keep, factor, G in zip(X, keeps, factors, Gs):
-                # a model that does not count has no say either where nobody else has one
-                x = keep(x, start) if G else torch.zeros_like(x)
+                # a model that does not count has no say either where nobody else has one; what is
+                # not finite stays, and is refused
+                x = keep(x, start) if G else x*0
                 kept.append(x if factor == 1 else x*factor)
             return self._voted(kept, Gs)
 

@@ -119,9 +119,12 @@ def _only(c: Checkpoint, d: Checkpoint) -> list[str]:
 def _folded(c: Checkpoint, d: Checkpoint) -> Checkpoint | None:
     "The one of two models whose convolutions hold the normalisation that the other has by itself."
     for one, other in ((c, d), (d, c)):
-        has_norms = any(n.endswith(".running_mean") for n in _only(other, one))
-        biases = (n for n in _only(one, other) if n.endswith(".bias"))
-        if has_norms and any(f"{n.removesuffix('.bias')}.weight" in other for n in biases):
+        means = [n for n in _only(other, one) if n.endswith(".running_mean")]
+        # one that keeps its weights is of another kind
+        has_norms = any(f"{n.removesuffix('running_mean')}weight" not in one for n in means)
+        biases = [n for n in _only(one, other) if n.endswith(".bias")]
+        weights = (other.lazy.get(f"{n.removesuffix('bias')}weight") for n in biases)
+        if has_norms and any(x is not None and len(x.shape) > 2 for x in weights):
             return one
     return None
 

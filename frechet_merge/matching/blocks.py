@@ -300,18 +300,18 @@ def _turned(first: tuple[Checkpoint, LazyTensor], other: tuple[Checkpoint, LazyT
     (c0, x0), (c, x) = first, other
     if sorted(x0.shape) != sorted(x.shape):
         return ""
-    of_mlx = [d.source for d in (c0, c) if d.metadata.get("format") == "mlx"]
-    if len(of_mlx) == 1:
+    if len(x.shape) == 2:
         return (
-            f"{of_mlx[0]} was written by MLX, whose convolutions have their channels last: name "
-            "the model that it was converted from."
+            "One of them has its matrices the other way round, as Conv1D of transformers and "
+            "Linear of torch have theirs: transpose all of these in one, square ones, too "
+            "(held[NAME] = held[NAME].T.contiguous()), and save it."
         )
-    if len(x.shape) != 2:
+    of_mlx = [d.source for d in (c0, c) if d.metadata.get("format") == "mlx"]
+    if len(of_mlx) != 1:
         return ""
     return (
-        "One of them has its matrices the other way round, as Conv1D of transformers and Linear "
-        "of torch have theirs: transpose those of one (held[NAME] = held[NAME].T.contiguous()), "
-        "and save it."
+        f"{of_mlx[0]} was written by MLX, whose convolutions have their channels last: name "
+        "the model that it was converted from."
     )
 
 # %% ../../nbs/matching/blocks.ipynb #fb26957a

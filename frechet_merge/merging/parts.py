@@ -117,9 +117,11 @@ def _say_what_is_copied(models: Sequence[Checkpoint]) -> None:
     if first.folder is None or is_file(first.source):
         return
     _say_other_tables(first, others)
-    found = {f: said for kind, said in COPIED.items() for f in first.folder.glob(kind)}
-    for file, (what, then) in sorted(found.items()):
-        for c in others if file.is_file() else ():
+    beside = {f: said for kind, said in COPIED.items() for f in first.folder.glob(kind)}
+    files = sorted(f for f in beside if f.is_file())
+    for file in files:
+        what, then = beside[file]
+        for c in others:
             theirs = None if c.folder is None else c.folder/file.name
             there = theirs is not None and theirs.is_file()
             if theirs is None or not there or not same_bytes(theirs, file):
