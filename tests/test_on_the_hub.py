@@ -161,8 +161,10 @@ class TestCounts:
         models = [{"act.step": torch.tensor([float(i)])} for i in (0, 1)]
         assert merge(models).tensors["act.step"].item() == 0.5
 
-    def test_of_codes_are_refused_still(self):
-        models = [{"fc.zero_point": torch.tensor([5 + i])} for i in (0, 1)]
+    # codes, and what is set
+    @pytest.mark.parametrize("name", ["fc.zero_point", "scheduler.max_steps", "model.num_steps"])
+    def test_of_others_are_refused_still(self, name):
+        models = [{name: torch.tensor([5 + i])} for i in (0, 1)]
         with pytest.raises(MergeError, match="integers have no mean"):
             merge(models)
 

@@ -41,10 +41,11 @@ CONSTANT = re.compile(
 OF_WEIGHTS = (".weight", ".bias")
 
 
-# what counts in training: steps, of averages over training too, and places in a queue
+# what counts in training: steps, of averages over training too, and places in a queue; not what is
+# set, as the number of steps that are made
 COUNTED = re.compile(
-    r"(^|[._])(n_averaged|init(t|ializ)?ed|updates?|steps?|iter(ation)?s?|epochs?|count(er)?s?|ptr"
-    r"|total|(tokens|samples|batches)_seen)$"
+    r"(^|[._])(?<!(?:max|min|bit)_)(n_averaged|init(t|ializ)?ed|updates?|epochs?|count(er)?s?|ptr"
+    r"|(?<!num_)(steps?|iter(ation)?s?)|total|(tokens|samples|batches)_seen)$"
 )
 
 
