@@ -16,6 +16,8 @@ the median of the runs; MB are read from and written to the disk as the kernel c
 ratios of one size, T and cache: they ran side by side on one machine."""
 
 import argparse
+import csv
+import json
 import os
 import shutil
 import statistics
@@ -27,7 +29,7 @@ from pathlib import Path
 import llama
 import peers
 import torch
-from adapters import about, write_rows
+from adapters import HERE, about, write_rows
 
 GEOMETRIES = {
     "linear": [],
@@ -163,6 +165,7 @@ def arguments():
     p.add_argument("--runs", type=int, default=3)
     p.add_argument("--mergekit", help="path of mergekit-yaml; without it mergekit is left out")
     p.add_argument("--disk", type=float, default=20, help="gigabytes that may be used at once")
+    p.add_argument("--add", action="store_true", help="let rows of other sizes stay")
     p.add_argument("--work", default=tempfile.gettempdir())
     p.add_argument("--quick", action="store_true", help="tiny models, once: does it run?")
     asked = p.parse_args()
@@ -180,11 +183,20 @@ def command(asked, sizes):
     return " ".join([*words, "--disk", f"{asked.disk:g}"])
 
 
+def kept(sizes):
+    "Rows of before of other sizes, and what made them."
+    with (HERE/"results"/"scale.csv").open() as f:
+        rows = [r for r in csv.DictReader(f) if r["size"] not in sizes]
+    return rows, json.loads((HERE/"results"/"scale.json").read_text())["command"]
+
+
 def main():
-    asked, rows = arguments(), []
+    asked = arguments()
+    rows, before = kept(asked.sizes) if asked.add else ([], "")
     for i, size in enumerate(asked.sizes):
         rows += of_size(asked, size)
         made = command(asked, asked.sizes[: i + 1])
+        made = f"{before}; {made} --add" if before else made
         write_rows("scale", rows, about(made, mergekit=asked.mergekit and "0.1.5"))
 
 
