@@ -225,6 +225,25 @@ def full(folder: Path, seed: int) -> None:
         (folder/f"{name}.json").write_text(json.dumps(x))
 
 
+CHAT = [{"role": "user", "content": "t1 t2"}, {"role": "assistant", "content": "t3 t4 t5"}]
+
+
+def told(file: Path, **more: Any) -> None:
+    "Put keys into a file of JSON."
+    file.write_text(json.dumps(json.loads(file.read_text()) | more))
+
+
+def with_texts(folder: Path) -> Path:
+    "Two models that split and pad texts, beside texts and chats."
+    for i, name in enumerate(MODELS):
+        full(folder/name, i % 2)
+        told(folder/name/"tokenizer.json", pre_tokenizer={"type": "Whitespace"})
+        told(folder/name/"tokenizer_config.json", pad_token="<unk>")
+    (folder/"texts.jsonl").write_text('{"text": "t1 t2 t3"}\n'*4)
+    (folder/"chats.jsonl").write_text((json.dumps({"messages": CHAT}) + "\n")*4)
+    return folder
+
+
 def adapter(folder: Path, seed: int) -> None:
     "An adapter of the model's attention."
     g, state = torch.Generator().manual_seed(seed), {}

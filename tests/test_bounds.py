@@ -10,7 +10,7 @@ import time
 
 import pytest
 from conftest import ROOT
-from mutated import MODELS, adapter, full, run, warm, wrong_with
+from mutated import adapter, run, told, warm, with_texts, wrong_with
 
 from frechet_merge import MergeError
 from frechet_merge.files.checkpoint import MANY, MAX_CONFIG, from_json, json_in
@@ -20,26 +20,12 @@ from frechet_merge.execution.journal import Journal
 from frechet_merge.recipes.lines import LONGEST, MOST, read_page, read_pages
 from frechet_merge.execution.shares import shares_of
 
-CHAT = [{"role": "user", "content": "t1 t2"}, {"role": "assistant", "content": "t3 t4 t5"}]
-
-
-def told(file, **more):
-    "Put keys into a file of JSON."
-    file.write_text(json.dumps(json.loads(file.read_text()) | more))
-
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     "Two models that split and pad texts, with texts and chats."
     warm()
-    folder = tmp_path_factory.mktemp("whole")
-    for i, name in enumerate(MODELS):
-        full(folder/name, i % 2)
-        told(folder/name/"tokenizer.json", pre_tokenizer={"type": "Whitespace"})
-        told(folder/name/"tokenizer_config.json", pad_token="<unk>")
-    (folder/"texts.jsonl").write_text('{"text": "t1 t2 t3"}\n'*4)
-    (folder/"chats.jsonl").write_text((json.dumps({"messages": CHAT}) + "\n")*4)
-    return folder
+    return with_texts(tmp_path_factory.mktemp("whole"))
 
 
 @pytest.fixture

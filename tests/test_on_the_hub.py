@@ -98,6 +98,14 @@ class TestBesideTheWeights:
         found = safe_open(tmp_path/"p"/"model.safetensors", "pt").metadata()
         assert found["config"] == (theirs or ours)
 
+    @pytest.mark.parametrize("order", ["ab", "ba"])
+    def test_the_config_in_a_header_beside_a_pickle(self, tmp_path, order):
+        save_file({"w": torch.ones(2)}, tmp_path/"a.safetensors", {"config": "{}"})
+        torch.save({"w": torch.ones(2)}, tmp_path/"b.ckpt")
+        files = {"a": tmp_path/"a.safetensors", "b": tmp_path/"b.ckpt"}
+        merge([files[n] for n in order], out=tmp_path/"o", allow_pickle=True)
+        assert safe_open(tmp_path/"o"/"model.safetensors", "pt").metadata()["config"] == "{}"
+
     @pytest.mark.parametrize(
         "file, ours, theirs, key",
         [

@@ -17,8 +17,7 @@ import pytest
 import torch
 from conftest import ROOT
 from hub import running
-from mutated import MODELS, adapter, full, run, warm, wrong_with
-from test_bounds import CHAT, told
+from mutated import adapter, run, told, warm, with_texts, wrong_with
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -39,14 +38,8 @@ ENV = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 def whole(tmp_path_factory):
     "Two models with tokenizers, an adapter, texts and chats."
     warm()
-    folder = tmp_path_factory.mktemp("whole")
-    for i, name in enumerate(MODELS):
-        full(folder/name, i % 2)
-        told(folder/name/"tokenizer.json", pre_tokenizer={"type": "Whitespace"})
-        told(folder/name/"tokenizer_config.json", pad_token="<unk>")
+    folder = with_texts(tmp_path_factory.mktemp("whole"))
     adapter(folder/"x", 0)
-    (folder/"texts.jsonl").write_text('{"text": "t1 t2 t3"}\n'*4)
-    (folder/"chats.jsonl").write_text((json.dumps({"messages": CHAT}) + "\n")*4)
     return folder
 
 

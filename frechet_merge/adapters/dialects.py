@@ -154,7 +154,8 @@ PIPELINE = re.compile(
     r"(?:base_model[.]model[.])?(?:unet|prior|text_encoder(?:_[23])?|text_encoders"
     r"|(?:model[.])?diffusion_model|double_blocks|single_blocks|joint_blocks"
     r"|(?:single_)?transformer_blocks|down_blocks|mid_block|up_blocks"
-    r"|blocks[.]\d+[.](?:self_attn|cross_attn|ffn|attn[.]w[qkvo])|transformer[.](?:double|single|joint)_blocks"
+    r"|blocks[.]\d+[.](?:self_attn|cross_attn|ffn|attn[.]w[qkvo])"
+    r"|transformer[.](?:double|single|joint)_blocks"
     r"|transformer(?:_2)?[.].*(?:transformer_blocks|[.]to_[qkv]|[.]to_out|ff[.]net|embedder"
     r"|norm_out|proj_out|proj_in|proj_mlp|add_[qkv]_proj|norm\d?[.]linear))\b.*"
     # attention of diffusers, anywhere but behind PEFT's own part

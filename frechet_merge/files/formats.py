@@ -209,6 +209,12 @@ def _built(
             )
     return {BUILT: found[0][1]} if found else {}
 
+# %% ../../nbs/files/formats.ipynb #8404cd12
+def _header_of(c: Checkpoint) -> Mapping[str, str]:
+    "What the header of its first file says; nothing of a pickle, which has none."
+    is_told = c.files and c.files[0].suffix == ".safetensors"
+    return read_metadata(c.files[0]) if is_told else {}
+
 # %% ../../nbs/files/formats.ipynb #5d5a40ac
 # what the standard "modelspec" says of the function, and not of the file
 SPEC = (
@@ -226,10 +232,7 @@ SPEC = (
 
 def spec_of(every: Sequence[Checkpoint]) -> dict[str, str]:
     "What the headers of all checkpoints say alike of the function, and the config in them."
-    firsts = [c.files[0] for c in every if c.files and c.files[0].suffix == ".safetensors"]
-    if len(firsts) < len(every):
-        return {}
-    first, *others = [read_metadata(f) for f in firsts]
+    first, *others = [_header_of(c) for c in every]
     built = _built(every, [first, *others])
     said = sorted({f"modelspec.{key}" for key in SPEC} & first.keys())
     for c, theirs in zip(every[1:], others):
